@@ -1,0 +1,39 @@
+# make pretrain   train the tiny mixture-of-experts model, tensor and expert parallel, 2 processes
+# make test       the CPU test suite
+# make check      lint, format and type checks
+# Each sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: pretrain test check format clean
+
+pretrain: $(INSTALLED)
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
+	    --parallel.tensor_model_parallel_size 2 --parallel.expert_model_parallel_size 2 \
+	    --parallel.expert_tensor_parallel_size 1 --run_dir runs/moe_tiny
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch first: a CPU build that is already chosen then satisfies what the others ask for.
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

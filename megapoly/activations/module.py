@@ -1,0 +1,160 @@
+"""The module in the engine's activation slot: coefficients, their groups, their checkpoint form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megapoly.activations import registry
+from megapoly.ops.backends import Backend
+from megapoly.ops.collectives import scale_gradient
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """What the configuration says of the activation; see ``ModelConfig`` for the fields."""
+
+    name: str
+    order: int = 3
+    coefficients: Literal["shared", "per_expert"] = "shared"
+    norm: Literal["rms", "l2"] = "rms"
+    eps: float = 1e-6
+    backend: Backend = "auto"
+
+
+class FFNActivation(MegatronModule):
+    """Activation between FC1 and FC2, of a dense FFN, a shared expert or a layer's routed experts.
+
+    Source: fills ``MLPSubmodules.activation_func`` (transformer/mlp.py:136, moe/experts.py:555,
+    moe/shared_experts.py:190 of Megatron-Core 0.16.1).
+
+    Args:
+        config: the engine's configuration.
+        settings: which activation.
+        num_local_experts: routed experts on this rank; None: a dense FFN or shared expert.
+
+    Note:
+        Parameters are named as in the registry, each [n] or, with one set for each expert,
+        [num_local_experts, n]. A row is shared by the tensor-parallel group (routed experts: the
+        expert-tensor-parallel group), and the operators complete the gradients over that group.
+        A set that a layer's experts share is a dense parameter: its gradient is the sum over all
+        ranks' tokens. Where a tensor-parallel group holds several experts (expert tensor parallel
+        size 1), the engine adds the ranks' parts as it does for layer norms
+        (``param.sequence_parallel``).
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        settings: ActivationSettings,
+        num_local_experts: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.settings = settings
+        self.activation = registry.get(settings.name)
+        self.is_expert = num_local_experts is not None
+        self.per_expert = self.is_expert and settings.coefficients == "per_expert"
+        self.row_group = (
+            parallel_state.get_expert_tensor_parallel_group()
+            if self.is_expert
+            else parallel_state.get_tensor_model_parallel_group()
+        )
+        # The engine reads `tp_group` to tell the replicas of a parameter apart in a checkpoint.
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.coefficient_names: list[str] = []
+        if self.activation.coefficients is not None:
+            for name, values in self.activation.coefficients(settings.order).items():
+                self._add_coefficients(name, values, num_local_experts)
+
+    def _add_coefficients(
+        self, name: str, values: list[float], num_local_experts: int | None
+    ) -> None:
+        value = torch.tensor(values, dtype=self.config.params_dtype)
+        if self.per_expert:
+            assert num_local_experts is not None
+            value = value.repeat(num_local_experts, 1)
+        parameter = torch.nn.Parameter(value)
+        experts_differ_in_tp = self.is_expert and self.row_group.size() < self.tp_group.size()
+        if self.per_expert:
+            # Expert buffers, optimizer and data-parallel group, at every expert-parallel size.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # Counted on every tensor-parallel rank in the gradient norm, where experts differ.
+            parameter.tensor_model_parallel = experts_differ_in_tp  # type: ignore[attr-defined]
+        else:
+            parameter.sequence_parallel = experts_differ_in_tp  # type: ignore[attr-defined]
+        self.register_parameter(name, parameter)
+        self.coefficient_names.append(name)
+
+    def forward(
+        self, x: Tensor, probs: Tensor | None = None, tokens_per_expert: Tensor | None = None
+    ) -> Tensor:
+        """Activate FC1's output.
+
+        Args:
+            x: [..., d / tp], or [..., 2 d / tp] for a gated activation: first the activated half.
+            probs: [rows] router probability, multiplied in; routed experts only.
+            tokens_per_expert: [num_local_experts] rows of each expert, for rows sorted by expert.
+
+        Returns:
+            [..., d / tp] in the dtype of ``x``.
+        """
+        arguments: dict[str, Any] = {"probs": probs}
+        if self.activation.gated:
+            x, arguments["gate"] = x.chunk(2, dim=-1)
+        if self.activation.has_coefficients:
+            arguments |= {name: getattr(self, name) for name in self.coefficient_names}
+            arguments["group"] = self.row_group
+            if probs is not None:
+                # The operator's gradient of probs is complete on each rank of the row; the engine's
+                # dispatcher adds these ranks up (moe/token_dispatcher.py, gather of probs).
+                arguments["probs"] = scale_gradient(probs, 1.0 / self.row_group.size())
+            if self.per_expert:
+                arguments["offsets"] = _offsets(tokens_per_expert, x.device)
+        if self.activation.normalized:
+            settings = self.settings
+            arguments |= {
+                "eps": settings.eps,
+                "norm": settings.norm,
+                "backend": settings.backend,
+            }
+        return self.activation.function(x, **arguments)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One set for each expert is cut along its expert axis; a shared one is replicated."""
+        if not self.per_expert:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        expert_axis = len(sharded_offsets)
+        expert_rank = parallel_state.get_expert_model_parallel_rank()
+        num_expert_ranks = parallel_state.get_expert_model_parallel_world_size()
+        replica = (0, self.row_group.rank(), parallel_state.get_expert_data_parallel_rank())
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                getattr(self, name),
+                *sharded_offsets,
+                (expert_axis, expert_rank, num_expert_ranks),
+                replica_id=replica,
+                prepend_axis_num=len(sharded_offsets),
+            )
+            for name in self.coefficient_names
+        }
+
+
+def _offsets(tokens_per_expert: Tensor | None, device: torch.device) -> Tensor:
+    """[experts + 1]: first row of each expert, then the number of rows."""
+    assert tokens_per_expert is not None, "coefficients for each expert need `tokens_per_expert`"
+    counts = tokens_per_expert.to(device=device, dtype=torch.int32)
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -1,0 +1,275 @@
+"""From recipe and command line to a :class:`~megapoly.config.schema.Config`, and back to YAML.
+
+A recipe is a YAML file with the schema's sections. ``--section.field value`` on the command line
+goes before the recipe. Every unknown key and every value of the wrong type is reported at once.
+"""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from megapoly.config.options import (
+    OPTIONS,
+    SECTIONS,
+    convert,
+    convert_text,
+    read_yaml,
+    unknown,
+)
+from megapoly.config.schema import Config
+from megapoly.errors import ConfigError
+
+# Two forms of one quantity: setting one in a later source replaces the other of an earlier source.
+STEP_AND_TOKEN_FORMS = (
+    ("training.train_iters", "training.train_tokens"),
+    ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_tokens"),
+    ("optimizer.lr_decay_iters", "optimizer.lr_decay_tokens"),
+    ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_tokens"),
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a command line asks for.
+
+    Args:
+        config: recipe and overrides, not resolved.
+        print_config: show the resolved configuration instead of running.
+    """
+
+    config: Config
+    print_config: bool
+
+
+def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Arguments:
+    """Read a command line; ``--help`` prints the options and exits.
+
+    Args:
+        argv: words after the program's name: ``--config FILE.yaml`` (several: later ones go before
+            earlier ones), ``--section.field value`` or ``--section.field=value``,
+            ``--print_config``, ``--help``.
+        default_recipe: the recipe when ``argv`` names none.
+        program: name to show in the help.
+
+    Returns:
+        The configuration, in which a number of steps given on the command line replaces the
+        recipe's number of tokens, and the other way round.
+
+    Raises:
+        ConfigError: all unknown keys, missing files and values of the wrong type.
+    """
+    words = _split(argv)
+    if words.help:
+        print(help_text(program, default_recipe), end="")
+        raise SystemExit(0)
+    problems = list(words.problems)
+    values: dict[str, Any] = {}
+    for recipe in words.recipes or [default_recipe]:
+        values = _merge(values, _read_recipe(recipe, problems))
+    values = _merge(values, _read_overrides(words.overrides, problems))
+    if problems:
+        raise ConfigError(problems)
+    return Arguments(_build(values), words.print_config)
+
+
+def load_yaml(path: Path) -> Config:
+    """Read one recipe or saved configuration.
+
+    Args:
+        path: a YAML file with the schema's sections; absent options keep their defaults.
+
+    Raises:
+        ConfigError: as :func:`parse`.
+    """
+    problems: list[str] = []
+    values = _read_recipe(path, problems)
+    if problems:
+        raise ConfigError(problems)
+    return _build(values)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of plain values, in the schema's order."""
+    return asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that :func:`load_yaml` reads back to an equal one."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def help_text(program: str, default_recipe: Path) -> str:
+    """Usage and every option with its meaning, type and default."""
+    parser = ArgumentParser(
+        prog=program,
+        usage=f"{program} [--config FILE.yaml] [--SECTION.FIELD VALUE ...]",
+        description=f"Without --config the recipe is {default_recipe}. Options of the command line "
+        "override the recipe's. Lists are written '[a, b]'; null is no value.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", default=SUPPRESS, help="recipe")
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        default=SUPPRESS,
+        help="print the resolved configuration and exit",
+    )
+    groups = {
+        name: parser.add_argument_group(f"{name}: {title[0].lower()}{title[1:].rstrip('.')}")
+        for name, title in SECTIONS.items()
+    }
+    for key, option in OPTIONS.items():
+        group = groups.get(key.rpartition(".")[0], parser)
+        group.add_argument(
+            f"--{key}",
+            type=option.type,
+            default=option.default,
+            metavar="VALUE",
+            help=option.description.replace("``", "`").replace("%", "%%"),
+        )
+    return parser.format_help()
+
+
+@dataclass
+class _Words:
+    """A command line, cut into its parts."""
+
+    recipes: list[Path] = field(default_factory=list)
+    overrides: list[tuple[str, str | None]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    print_config: bool = False
+    help: bool = False
+
+
+def _split(argv: Sequence[str]) -> _Words:
+    words, pending = _Words(), list(argv)
+    while pending:
+        word = pending.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if word in ("-h", "--help"):
+            words.help = True
+        elif word == "--print_config":
+            words.print_config = True
+        elif not word.startswith("--"):
+            words.problems.append(
+                f"`{word}` belongs to no option; write `--section.field value`, a list as '[a, b]'"
+            )
+        else:
+            follows = bool(pending) and not pending[0].startswith("--")
+            value = text if equals else pending.pop(0) if follows else None
+            if key != "config":
+                words.overrides.append((key, value))
+            elif value:
+                words.recipes.append(Path(value))
+            else:
+                words.problems.append("`--config` needs a file: `--config FILE.yaml`")
+    return words
+
+
+def _read_overrides(
+    overrides: Sequence[tuple[str, str | None]], problems: list[str]
+) -> dict[str, Any]:
+    """Values of the command line by dotted name; what is wrong is appended to ``problems``."""
+    values = {}
+    for key, text in overrides:
+        option = OPTIONS.get(key)
+        if option is None:
+            problems.append(unknown(key))
+        elif text is None:
+            problems.append(f"`--{key}` needs a value: {option.expected}")
+        else:
+            try:
+                values[key] = convert_text(option, text)
+            except ValueError as error:
+                problems.append(str(error))
+    return values
+
+
+def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
+    """Values of a YAML file by dotted name; what is wrong is appended to ``problems``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = read_yaml(text)
+        problems += _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"the recipe `{path}` cannot be read ({error}); name a YAML file")
+        return {}
+    except yaml.YAMLError as error:
+        problems.append(f"the recipe `{path}` is not YAML: {' '.join(str(error).split())}")
+        return {}
+    if not isinstance(document, Mapping | None):
+        problems.append(f"the recipe `{path}` must hold sections, such as `model:` with options")
+        return {}
+    values = {}
+    for key, value in _flatten(document or {}):
+        option = OPTIONS.get(key)
+        if option is None:
+            problems.append(unknown(key, f" in {path}"))
+            continue
+        try:
+            values[key] = convert(option, value)
+        except ValueError as error:
+            problems.append(f"{error} ({path})")
+    return values
+
+
+def _flatten(document: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted names and values; a section without options (``model:``) has none."""
+    for name, value in document.items():
+        if name not in SECTIONS or value is not None and not isinstance(value, Mapping):
+            yield str(name), value
+        else:
+            yield from ((f"{name}.{inner}", item) for inner, item in (value or {}).items())
+
+
+def _repeated_keys(node: yaml.Node | None, path: Path) -> Iterator[str]:
+    """Problems with keys that stand twice in one mapping, of which YAML would drop the first."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            yield (
+                f"`{key.value}` stands twice in {path}, lines {lines[key.value]} and {line}; "
+                "keep one"
+            )
+        lines[key.value] = line
+        yield from _repeated_keys(value, path)
+
+
+def _merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Both sources, the later one first, also across steps and tokens."""
+    replaced: set[str] = set()
+    for forms in STEP_AND_TOKEN_FORMS:
+        if any(later.get(form) is not None for form in forms):
+            replaced.update(forms)
+    return {key: value for key, value in earlier.items() if key not in replaced} | dict(later)
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    config = Config()
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        setattr(getattr(config, section) if section else config, name, value)
+    return config
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that :func:`read_yaml` would not read back as that text, such as ``1e3``."""
+
+    def represent_text(self, value: str) -> yaml.ScalarNode:
+        try:
+            plain = read_yaml(value) == value
+        except yaml.YAMLError:
+            plain = False
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else "'")
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)

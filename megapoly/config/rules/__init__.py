@@ -1,0 +1,69 @@
+"""Rules across fields, machine and files; all that are broken are reported at once.
+
+A rule is a function from :class:`~megapoly.config.rules.facts.Facts` to messages, and is in force
+when it stands in one of the tuples that :data:`RULES` joins. Rules run before any process group
+exists, and on configurations that are resolved or not.
+"""
+
+from __future__ import annotations
+
+from megapoly.config.rules import layout, model, run, schedule, values
+from megapoly.config.rules.facts import Facts, Rule
+from megapoly.config.schema import Config
+from megapoly.errors import ConfigError
+
+RULES: tuple[Rule, ...] = (
+    *values.RULES,
+    *model.RULES,
+    *layout.RULES,
+    *schedule.RULES,
+    *run.RULES,
+)
+
+
+def find_problems(
+    config: Config,
+    *,
+    world_size: int,
+    cuda_available: bool,
+    transformer_engine_available: bool,
+    tokenizer_vocab_size: int | None = None,
+) -> list[str]:
+    """Every broken rule as one message: the rule, the values, the remedy.
+
+    Args:
+        config: resolved or not; not changed.
+        world_size: processes of the job.
+        cuda_available: whether this process sees a CUDA device.
+        transformer_engine_available: whether Transformer Engine is installed.
+        tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
+            rules about it.
+    """
+    facts = Facts(
+        config, world_size, cuda_available, transformer_engine_available, tokenizer_vocab_size
+    )
+    return [problem for rule in RULES for problem in rule(facts)]
+
+
+def check(
+    config: Config,
+    *,
+    world_size: int,
+    cuda_available: bool,
+    transformer_engine_available: bool,
+    tokenizer_vocab_size: int | None = None,
+) -> None:
+    """Refuse a configuration that breaks a rule; arguments as :func:`find_problems`.
+
+    Raises:
+        ConfigError: all broken rules.
+    """
+    problems = find_problems(
+        config,
+        world_size=world_size,
+        cuda_available=cuda_available,
+        transformer_engine_available=transformer_engine_available,
+        tokenizer_vocab_size=tokenizer_vocab_size,
+    )
+    if problems:
+        raise ConfigError(problems)

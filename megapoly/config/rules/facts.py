@@ -1,0 +1,91 @@
+"""What rules look at, and the wording that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megapoly.config import resolve
+from megapoly.config.options import OPTIONS
+from megapoly.config.schema import Config
+
+if TYPE_CHECKING:
+    from megapoly.activations.registry import Activation
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A configuration and the machine that is to run it; arguments of ``find_problems``."""
+
+    config: Config
+    world_size: int
+    cuda_available: bool
+    transformer_engine_available: bool
+    tokenizer_vocab_size: int | None
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the model has experts."""
+        return self.config.model.num_moe_experts is not None
+
+    @property
+    def activation(self) -> Activation | None:
+        """Entry of the registry; None if the name is unknown, which has a rule of its own."""
+        from megapoly.activations.registry import ACTIVATIONS
+
+        return ACTIVATIONS.get(self.config.model.activation)
+
+    @property
+    def device(self) -> str:
+        """The device that training would take, ``cpu`` or ``cuda``."""
+        wanted = self.config.training.device
+        return wanted if wanted != "auto" else "cuda" if self.cuda_available else "cpu"
+
+    @property
+    def data_parallel_size(self) -> int | None:
+        """Model replicas; None if the sizes do not divide the job, which has a rule of its own."""
+        parallel = self.config.parallel
+        sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+        if min(sizes) < 1 or self.world_size % (sizes[0] * sizes[1]):
+            return None
+        return resolve.data_parallel_size(self.config, self.world_size)
+
+
+Rule = Callable[[Facts], Iterator[str]]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Value of an option by dotted name."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def changed(config: Config, keys: Sequence[str]) -> str:
+    """The options among ``keys`` that differ from their defaults, with their values; or ''."""
+    found = ((key, value_of(config, key)) for key in keys)
+    return ", ".join(f"`{key}` ({value})" for key, value in found if value != OPTIONS[key].default)
+
+
+def must_be_multiple(what: str, value: int, of: int, of_what: str) -> Iterator[str]:
+    """Message if ``value`` is no multiple; sizes below 1 are left to the rule on ranges."""
+    if value < 1 or of < 1 or value % of == 0:
+        return
+    below, above = value // of * of, (value // of + 1) * of
+    yield (
+        f"{what} ({value}) must be divisible by {of_what} ({of}); "
+        + (f"{below} and {above} are the nearest that are" if below else f"{above} is the nearest")
+    )
+
+
+def must_divide(what: str, value: int, whole: int, whole_what: str) -> Iterator[str]:
+    """Message if ``value`` is no divisor; sizes below 1 are left to the rule on ranges."""
+    if value < 1 or whole < 1 or whole % value == 0:
+        return
+    divisors = [size for size in range(1, whole + 1) if whole % size == 0]
+    below = max(size for size in divisors if size < value)
+    above = [size for size in divisors if size > value][:1]
+    nearest = (
+        f"{below} and {above[0]} are the nearest that do" if above else f"{below} is the nearest"
+    )
+    yield f"{what} ({value}) must divide {whole_what} ({whole}); {nearest}"

@@ -1,0 +1,224 @@
+"""Rules on how model and activations are cut over the processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megapoly.config import resolve
+from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple, must_divide
+
+TP = "`parallel.tensor_model_parallel_size`"
+PP = "`parallel.pipeline_model_parallel_size`"
+EP = "`parallel.expert_model_parallel_size`"
+ETP = "`parallel.expert_tensor_parallel_size`"
+
+
+def world_fits_layout(facts: Facts) -> Iterator[str]:
+    """The job is a whole number of model replicas, and of replicas of the experts."""
+    parallel = facts.config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    yield from must_be_multiple(
+        "the number of processes", facts.world_size, tensor * pipeline, f"{TP} * {PP}"
+    )
+    expert = parallel.expert_model_parallel_size
+    expert_tensor = resolve.expert_tensor_parallel_size(parallel)
+    if facts.is_moe and expert * expert_tensor != tensor:
+        yield from must_be_multiple(
+            "the number of processes",
+            facts.world_size,
+            expert_tensor * expert * pipeline,
+            f"{ETP} * {EP} * {PP}",
+        )
+
+
+def expert_tensor_size_is_one_or_tensor_size(facts: Facts) -> Iterator[str]:
+    """Experts are whole, or cut as the rest of the model."""
+    parallel = facts.config.parallel
+    size, tensor = parallel.expert_tensor_parallel_size, parallel.tensor_model_parallel_size
+    if size is not None and size >= 1 and size not in (1, tensor):
+        yield f"{ETP} ({size}) must be 1 or {TP} ({tensor}); null takes the latter"
+
+
+def experts_divide(facts: Facts) -> Iterator[str]:
+    """Every rank holds the same number of experts."""
+    experts = facts.config.model.num_moe_experts
+    if experts is not None:
+        size = facts.config.parallel.expert_model_parallel_size
+        yield from must_divide(EP, size, experts, "`model.num_moe_experts`")
+
+
+def heads_divide(facts: Facts) -> Iterator[str]:
+    """Every tensor-parallel rank holds the same number of query and key/value heads."""
+    model, size = facts.config.model, facts.config.parallel.tensor_model_parallel_size
+    yield from must_divide(TP, size, model.num_attention_heads, "`model.num_attention_heads`")
+    if model.num_query_groups not in (None, model.num_attention_heads):
+        yield from must_divide(TP, size, model.num_query_groups or 0, "`model.num_query_groups`")
+
+
+def ffn_widths_divide(facts: Facts) -> Iterator[str]:
+    """Every FFN width, after the two thirds of a gated activation, is whole on every rank."""
+    model = facts.config.model
+    if facts.activation is None:
+        return
+    for name, size, ranks, num_ranks in _ffn_widths(facts):
+        if not resolve.takes_two_thirds(model):
+            yield from must_be_multiple(f"`model.{name}`", size, num_ranks, ranks)
+            continue
+        even = num_ranks % 2 == 0
+        yield from must_be_multiple(
+            f"with the two thirds that {model.activation} takes, `model.{name}`",
+            size,
+            num_ranks // 2 * 3 if even else num_ranks * 3,  # 2 / 3 * size = k * num_ranks
+            f"{'3/2' if even else '3'} * {ranks}",
+        )
+
+
+def _ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
+    """Each FFN width that is set: its option, its value, the layout option that cuts it, ranks."""
+    model, parallel = facts.config.model, facts.config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    if not facts.is_moe:
+        return [("ffn_hidden_size", model.ffn_hidden_size, TP, tensor)]
+    name = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size"
+    expert_tensor = resolve.expert_tensor_parallel_size(parallel)
+    widths = [(name, resolve.moe_ffn_hidden_size(model), ETP, expert_tensor)]
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None:
+        widths.append(("moe_shared_expert_intermediate_size", shared, TP, tensor))
+    return widths
+
+
+def vocabulary_divides(facts: Facts) -> Iterator[str]:
+    """The padded vocabulary is cut evenly; it is never padded further for the layout's sake."""
+    model, size = facts.config.model, facts.config.parallel.tensor_model_parallel_size
+    multiple = model.make_vocab_size_divisible_by
+    vocab_size = model.vocab_size or facts.tokenizer_vocab_size
+    if vocab_size is None or min(vocab_size, multiple, size) < 1:
+        return
+    padded = -(-vocab_size // multiple) * multiple
+    if padded % size:
+        yield (
+            f"the padded vocabulary ({padded}) must be divisible by {TP} ({size}); set "
+            f"`model.make_vocab_size_divisible_by` ({multiple}) to {math.lcm(multiple, size)}"
+        )
+
+
+def layers_divide(facts: Facts) -> Iterator[str]:
+    """Every pipeline stage holds the same number of layers."""
+    size = facts.config.parallel.pipeline_model_parallel_size
+    yield from must_divide(PP, size, facts.config.model.num_layers, "`model.num_layers`")
+
+
+def sequence_parallel_fits(facts: Facts) -> Iterator[str]:
+    """Sequence parallelism cuts evenly, needs tensor parallelism, and experts need it."""
+    parallel, size = facts.config.parallel, facts.config.parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and size == 1:
+        yield (
+            f"`parallel.sequence_parallel` (True) needs {TP} ({size}) above 1; leave it null, "
+            "which follows that size"
+        )
+    if resolve.uses_sequence_parallel(parallel):
+        length = facts.config.training.seq_length
+        yield from must_be_multiple(
+            "with sequence parallelism, `training.seq_length`", length, size, TP
+        )
+    elif facts.is_moe and size > 1:
+        yield (
+            f"`parallel.sequence_parallel` (False) must be on for a mixture of experts with {TP} "
+            f"({size}) above 1 (Megatron-Core refuses it in moe_layer.py); leave it null"
+        )
+
+
+def overlap_has_what_it_needs(facts: Facts) -> Iterator[str]:
+    """Gathering in the forward pass needs sharded state and overlapped reduction."""
+    parallel = facts.config.parallel
+    needed = {
+        "`parallel.use_distributed_optimizer`": parallel.use_distributed_optimizer,
+        "`parallel.overlap_grad_reduce`": parallel.overlap_grad_reduce,
+    }
+    missing = " and ".join(f"{name} (False)" for name, on in needed.items() if not on)
+    if parallel.overlap_param_gather and missing:
+        yield (
+            f"`parallel.overlap_param_gather` (True) needs {missing}; set to true what it needs, "
+            "or itself to false"
+        )
+
+
+def recomputation_of_layers_is_complete(facts: Facts) -> Iterator[str]:
+    """Full recomputation says which layers, in numbers that the engine's loop can take."""
+    parallel, model = facts.config.parallel, facts.config.model
+    method, count = parallel.recompute_method, parallel.recompute_num_layers
+    if parallel.recompute_granularity != "full":
+        return
+    if method is None or count is None:
+        yield (
+            f"`parallel.recompute_granularity` (full) needs `parallel.recompute_method` ({method}) "
+            f"and `parallel.recompute_num_layers` ({count}); uniform and 1 recompute every layer"
+        )
+        return
+    stages = parallel.pipeline_model_parallel_size
+    if stages < 1 or model.num_layers < 1 or model.num_layers % stages:
+        return
+    layers = model.num_layers // stages
+    if method == "uniform":
+        # transformer_block.py of Megatron-Core 0.16.1 runs past the last layer otherwise.
+        yield from must_divide(
+            "`parallel.recompute_num_layers`", count, layers, "the layers of a pipeline stage"
+        )
+    elif count > layers:
+        yield (
+            f"`parallel.recompute_num_layers` ({count}) must not exceed the layers of a pipeline "
+            f"stage ({layers}); {layers} recomputes all"
+        )
+
+
+def recomputation_options_are_read(facts: Facts) -> Iterator[str]:
+    """Each granularity has options of its own."""
+    granularity = facts.config.parallel.recompute_granularity
+    for reader, keys in (
+        ("full", ["parallel.recompute_method", "parallel.recompute_num_layers"]),
+        ("selective", ["parallel.recompute_modules"]),
+    ):
+        options = changed(facts.config, keys)
+        if options and granularity != reader:
+            yield (
+                f"{options}: nothing reads this with `parallel.recompute_granularity` "
+                f"({granularity or 'null'}); leave it out, or take {reader}"
+            )
+
+
+def recomputed_modules_exist(facts: Facts) -> Iterator[str]:
+    """Selective recomputation names parts that the model's layers have."""
+    if facts.config.parallel.recompute_granularity != "selective":
+        return
+    modules = facts.config.parallel.recompute_modules
+    kind, present, absent = (
+        ("mixture of experts", "moe", "mlp") if facts.is_moe else ("dense model", "mlp", "moe")
+    )
+    if absent in modules:
+        yield (
+            f"`parallel.recompute_modules` ({', '.join(modules)}) has {absent}, which a {kind} "
+            f"does not have; take {present}"
+        )
+    if not modules:
+        yield (
+            "`parallel.recompute_modules` ([]) is empty, so nothing is recomputed; name a part, or "
+            "set `parallel.recompute_granularity` to null"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    world_fits_layout,
+    expert_tensor_size_is_one_or_tensor_size,
+    experts_divide,
+    heads_divide,
+    ffn_widths_divide,
+    vocabulary_divides,
+    layers_divide,
+    sequence_parallel_fits,
+    overlap_has_what_it_needs,
+    recomputation_of_layers_is_complete,
+    recomputation_options_are_read,
+    recomputed_modules_exist,
+)

@@ -1,0 +1,164 @@
+"""Rules on the architecture alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megapoly.config import resolve
+from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple, must_divide
+from megapoly.errors import ConfigError
+
+MOE_OPTIONS = (
+    "model.moe_ffn_hidden_size",
+    "model.moe_shared_expert_intermediate_size",
+    "model.moe_router_topk",
+    "model.moe_router_pre_softmax",
+    "model.moe_router_dtype",
+    "model.moe_aux_loss_coeff",
+    "model.moe_z_loss_coeff",
+    "model.moe_token_dispatcher_type",
+    "parallel.expert_model_parallel_size",
+)
+COEFFICIENT_OPTIONS = ("model.activation_order", "model.activation_coefficients")
+NORM_OPTIONS = ("model.activation_norm", "model.activation_eps", "model.activation_backend")
+
+
+def heads_fit_hidden_size(facts: Facts) -> Iterator[str]:
+    """Without ``kv_channels`` the heads share the width of the residual stream."""
+    model = facts.config.model
+    if model.kv_channels is None:
+        yield from must_be_multiple(
+            "without `model.kv_channels`, `model.hidden_size`",
+            model.hidden_size,
+            model.num_attention_heads,
+            "`model.num_attention_heads`",
+        )
+
+
+def heads_have_even_width(facts: Facts) -> Iterator[str]:
+    """The rotary embedding turns pairs of channels."""
+    model = facts.config.model
+    heads = model.num_attention_heads
+    if model.kv_channels is None and (heads < 1 or model.hidden_size % heads):
+        return
+    width = resolve.kv_channels(model)
+    if width % 2:
+        nearest = f"{width - 1} or {width + 1}" if width > 1 else "2"
+        yield (
+            f"the width of a head ({width}) must be even for the rotary embedding; set "
+            f"`model.kv_channels` to {nearest}"
+        )
+
+
+def query_groups_fit_heads(facts: Facts) -> Iterator[str]:
+    """Every key/value head serves the same number of query heads."""
+    model = facts.config.model
+    if model.num_query_groups is not None:
+        yield from must_divide(
+            "`model.num_query_groups`",
+            model.num_query_groups,
+            model.num_attention_heads,
+            "`model.num_attention_heads`",
+        )
+
+
+def vocabulary_covers_tokenizer(facts: Facts) -> Iterator[str]:
+    """Every id of the tokenizer has an embedding."""
+    given, needed = facts.config.model.vocab_size, facts.tokenizer_vocab_size
+    if given is not None and needed is not None and 1 <= given < needed:
+        yield (
+            f"`model.vocab_size` ({given}) must be at least the tokenizer's ({needed}); set "
+            f"{needed}, or null to take the tokenizer's"
+        )
+
+
+def activation_is_known(facts: Facts) -> Iterator[str]:
+    """The registry has the activation."""
+    from megapoly.activations import registry
+
+    try:
+        registry.get(facts.config.model.activation)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def activation_options_are_read(facts: Facts) -> Iterator[str]:
+    """Options of polynomials and of their norm belong to activations that have them."""
+    activation, config = facts.activation, facts.config
+    if activation is None:
+        return
+    for has, keys, kind in (
+        (activation.has_coefficients, COEFFICIENT_OPTIONS, "without coefficients"),
+        (activation.normalized, NORM_OPTIONS, "without a norm"),
+    ):
+        options = changed(config, keys)
+        if options and not has:
+            yield (
+                f"{options}: nothing reads this with `model.activation` "
+                f"({config.model.activation}), which is {kind}; leave it out"
+            )
+
+
+def moe_options_are_read(facts: Facts) -> Iterator[str]:
+    """Options of experts need experts."""
+    options = changed(facts.config, MOE_OPTIONS)
+    if options and not facts.is_moe:
+        yield (
+            f"{options}: nothing reads this in a dense model (`model.num_moe_experts` is null); "
+            "leave it out, or set the number of experts"
+        )
+
+
+def dense_width_is_read(facts: Facts) -> Iterator[str]:
+    """A layer of experts has no dense FFN; its width only stands in for the experts'."""
+    model = facts.config.model
+    used = model.moe_ffn_hidden_size in (None, model.ffn_hidden_size)
+    if facts.is_moe and not used and changed(facts.config, ["model.ffn_hidden_size"]):
+        yield (
+            f"`model.ffn_hidden_size` ({model.ffn_hidden_size}): nothing reads this beside "
+            f"`model.moe_ffn_hidden_size` ({model.moe_ffn_hidden_size}) in a mixture of experts; "
+            "leave it out"
+        )
+
+
+def coefficients_per_expert_need_experts(facts: Facts) -> Iterator[str]:
+    """One coefficient set an expert needs experts."""
+    activation = facts.activation
+    wanted = facts.config.model.activation_coefficients == "per_expert"
+    if wanted and not facts.is_moe and activation is not None and activation.has_coefficients:
+        yield (
+            "`model.activation_coefficients` (per_expert) needs a mixture of experts; set "
+            "`model.num_moe_experts`, or take shared"
+        )
+
+
+def router_choice_is_possible(facts: Facts) -> Iterator[str]:
+    """A token goes to at most all experts, and top-1 keeps a gradient for the router."""
+    model = facts.config.model
+    topk, experts = model.moe_router_topk, model.num_moe_experts
+    if experts is None or experts < 1:
+        return
+    if topk > experts:
+        yield (
+            f"`model.moe_router_topk` ({topk}) must not exceed `model.num_moe_experts` "
+            f"({experts}); {experts} is the largest"
+        )
+    if topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "`model.moe_router_topk` (1) needs `model.moe_router_pre_softmax` (False): a softmax "
+            "over one expert is always 1; set it to true, or choose 2 experts"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    heads_fit_hidden_size,
+    heads_have_even_width,
+    query_groups_fit_heads,
+    vocabulary_covers_tokenizer,
+    activation_is_known,
+    activation_options_are_read,
+    moe_options_are_read,
+    dense_width_is_read,
+    coefficients_per_expert_need_experts,
+    router_choice_is_possible,
+)

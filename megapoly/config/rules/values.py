@@ -1,0 +1,97 @@
+"""Rules on one number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megapoly.config.rules.facts import Facts, Rule, value_of
+
+AT_LEAST_ONE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.ffn_hidden_size",
+    "model.rotary_base",
+    "model.vocab_size",
+    "model.make_vocab_size_divisible_by",
+    "model.num_moe_experts",
+    "model.moe_ffn_hidden_size",
+    "model.moe_shared_expert_intermediate_size",
+    "model.moe_router_topk",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.recompute_num_layers",
+    "optimizer.lr_decay_iters",
+    "optimizer.lr_decay_tokens",
+    "optimizer.lr_wsd_decay_iters",
+    "optimizer.lr_wsd_decay_tokens",
+    "training.train_iters",
+    "training.train_tokens",
+    "training.seq_length",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.eval_iters",
+    "logging.log_interval",
+)
+AT_LEAST_ZERO = (
+    "model.moe_aux_loss_coeff",
+    "model.moe_z_loss_coeff",
+    "data.seed",
+    "data.num_workers",
+    "optimizer.min_lr",
+    "optimizer.lr_warmup_iters",
+    "optimizer.lr_warmup_tokens",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "training.seed",
+    "training.eval_interval",
+    "checkpoint.save_interval",
+    "checkpoint.keep",
+    "logging.detail_interval",
+)
+ABOVE_ZERO = (
+    "model.activation_eps",
+    "model.normalization_eps",
+    "model.init_method_std",
+    "parallel.distributed_timeout_minutes",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "logging.peak_tflops",
+)
+FRACTIONS = (
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "optimizer.adam_beta1",
+    "optimizer.adam_beta2",
+)
+RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+    (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
+    (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+    (FRACTIONS, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+)
+ACTIVATION_ORDERS = (2, 3, 4)
+
+
+def numbers_are_in_range(facts: Facts) -> Iterator[str]:
+    """Sizes, rates and probabilities are in the range where they mean something."""
+    for keys, is_right, range_ in RANGES:
+        for key in keys:
+            value = value_of(facts.config, key)
+            if value is not None and not is_right(value):
+                yield f"`{key}` ({value}) must be {range_}"
+
+
+def activation_order_is_known(facts: Facts) -> Iterator[str]:
+    """Polynomials have order 2, 3 or 4."""
+    order = facts.config.model.activation_order
+    if order not in ACTIVATION_ORDERS:
+        nearest = min(ACTIVATION_ORDERS, key=lambda known: abs(known - order))
+        yield f"`model.activation_order` ({order}) must be 2, 3 or 4; {nearest} is the nearest"
+
+
+RULES: tuple[Rule, ...] = (numbers_are_in_range, activation_order_is_known)

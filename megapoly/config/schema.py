@@ -1,0 +1,310 @@
+"""The configuration: one dataclass a section, every field with its meaning, unit and default.
+
+Field names are Megatron's where Megatron has one. A value of ``null`` is resolved before training
+(:func:`megapoly.config.resolve.resolve`), and the resolved configuration is what ``--print_config``
+shows and what every run and checkpoint saves. Rules across fields stand in
+:mod:`megapoly.config.rules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """Architecture.
+
+    Args:
+        num_layers: transformer layers.
+        hidden_size: width of the residual stream.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads; null: as many as query heads (no grouped queries).
+        kv_channels: width of one head; null: ``hidden_size / num_attention_heads``.
+        ffn_hidden_size: width of a dense FFN with an ungated activation; see ``scale_gated_ffn``.
+        scale_gated_ffn: give gated activations two thirds of every FFN width, so that their third
+            matrix costs no extra parameters (8256 -> 5504); false takes the widths as written.
+        activation: name in the registry, see ``megapoly/activations/registry.py``.
+        activation_order: highest power r of a polynomial activation (2, 3 or 4).
+        activation_coefficients: one coefficient set for all experts of a layer (``shared``, the
+            paper) or one for each expert (``per_expert``).
+        activation_norm: what divides a power in the PolyNorm family: its root mean square
+            (``rms``) or its L2 norm (``l2``, the paper's Eq. 3 as written).
+        activation_eps: added to the mean square (``l2``: to the sum of squares).
+        activation_backend: how the PolyNorm family runs: as plain torch code (``reference``),
+            through torch.compile (``compiled``, needs a C++ compiler on CPU), or compiled where
+            that is possible (``auto``).
+        normalization_eps: epsilon of every RMSNorm.
+        qk_norm: RMSNorm on queries and keys: ``none``, each head by itself (``head``), or over the
+            whole projection before the head split (``full``, OLMoE's and the paper's MoE).
+        rotary_base: theta of the rotary position embedding.
+        untie_embeddings_and_output_weights: separate input and output embeddings.
+        vocab_size: token ids the model knows; null: the tokenizer's.
+        make_vocab_size_divisible_by: the embedding is padded to a multiple of this, at every
+            tensor-parallel size the same.
+        hidden_dropout: dropout on the outputs of attention and FFN.
+        attention_dropout: dropout on attention probabilities.
+        init_method: distribution of the initial weights; ``truncated_normal`` is cut at 3 std.
+        init_method_std: standard deviation of the initial weights.
+        scale_residual_init: divide the std of the two matrices that write to the residual stream by
+            sqrt(2 * num_layers).
+        num_moe_experts: experts a layer; null: a dense model.
+        moe_ffn_hidden_size: width of one expert with an ungated activation (see
+            ``scale_gated_ffn``); null: ``ffn_hidden_size``.
+        moe_shared_expert_intermediate_size: width of the shared expert (as
+            ``moe_ffn_hidden_size``); null: no shared expert.
+        moe_router_topk: experts a token goes to.
+        moe_router_pre_softmax: softmax before the top-k, without renormalising (the paper); false:
+            softmax over the chosen k.
+        moe_router_dtype: precision of routing; null: that of the model.
+        moe_aux_loss_coeff: weight of the load-balancing loss (0: none).
+        moe_z_loss_coeff: weight of the router z-loss (0: none).
+        moe_token_dispatcher_type: how tokens reach their experts.
+        transformer_engine: build layers from Transformer Engine; null: on CUDA if it is installed.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    ffn_hidden_size: int = 1056
+    scale_gated_ffn: bool = True
+    activation: str = "polynorm"
+    activation_order: int = 3
+    activation_coefficients: Literal["shared", "per_expert"] = "shared"
+    activation_norm: Literal["rms", "l2"] = "rms"
+    activation_eps: float = 1e-6
+    activation_backend: Literal["auto", "reference", "compiled"] = "auto"
+    normalization_eps: float = 1e-5
+    qk_norm: Literal["none", "head", "full"] = "none"
+    rotary_base: int = 10_000
+    untie_embeddings_and_output_weights: bool = True
+    vocab_size: int | None = None
+    make_vocab_size_divisible_by: int = 128
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method: Literal["normal", "truncated_normal"] = "normal"
+    init_method_std: float = 0.02
+    scale_residual_init: bool = True
+    num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = True
+    moe_router_dtype: Literal["fp32", "fp64"] | None = "fp32"
+    moe_aux_loss_coeff: float = 0.01
+    moe_z_loss_coeff: float = 0.001
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    transformer_engine: bool | None = None
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the data are cut over the processes.
+
+    Args:
+        tensor_model_parallel_size: ranks that share every matrix of attention and dense FFN.
+        pipeline_model_parallel_size: ranks that share the layers.
+        expert_model_parallel_size: ranks that share the experts.
+        expert_tensor_parallel_size: ranks that share one expert's matrices, 1 or
+            ``tensor_model_parallel_size``; null: ``tensor_model_parallel_size``.
+        sequence_parallel: keep activations outside the matrix products cut along the sequence;
+            null: on when ``tensor_model_parallel_size`` > 1.
+        use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        overlap_param_gather: gather updated parameters while the forward pass runs; needs
+            ``use_distributed_optimizer`` and ``overlap_grad_reduce``.
+        recompute_granularity: activations to recompute in the backward pass: those of whole layers
+            (``full``), those of ``recompute_modules`` (``selective``); null: none.
+        recompute_method: with ``full``: every group of ``recompute_num_layers`` layers
+            (``uniform``), or the first ``recompute_num_layers`` of each stage (``block``).
+        recompute_num_layers: see ``recompute_method``.
+        recompute_modules: with ``selective``: which parts of a layer.
+        distributed_timeout_minutes: how long a collective may wait before the job fails.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool | None = None
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: list[Literal["core_attn", "mlp", "moe"]] = field(
+        default_factory=lambda: ["core_attn"]
+    )
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass
+class DataConfig:
+    """What is read, and in which order.
+
+    The order is a function of ``seed`` and the sample index alone: an epoch visits every sample
+    once, and sample i is the same at every parallel layout and every length of training.
+
+    Args:
+        train_data_path: prefixes of Megatron ``.bin``/``.idx`` pairs; null: the built-in books.
+        valid_data_path: named validation sets, each a list of prefixes; null: the built-in books'
+            validation part, or none when ``train_data_path`` is given.
+        tokenizer: a ``tokenizer.json``, or a folder that holds one; null: the built-in one.
+        cache_dir: where token files of the built-in text and sample indices are kept; null:
+            ``RUN_DIR/cache``.
+        seed: seed of the order.
+        num_workers: processes that read ahead on each rank.
+        eod_mask_loss: leave the token that follows an end of document out of the loss.
+    """
+
+    train_data_path: list[str] | None = None
+    valid_data_path: dict[str, list[str]] | None = None
+    tokenizer: str | None = None
+    cache_dir: str | None = None
+    seed: int = 1234
+    num_workers: int = 0
+    eod_mask_loss: bool = False
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule.
+
+    Args:
+        lr: highest learning rate.
+        min_lr: learning rate at the end of the schedule.
+        lr_decay_style: shape of the schedule after warm-up; ``WSD`` stays at ``lr`` and decays over
+            the last ``lr_wsd_decay_iters`` (or ``lr_wsd_decay_tokens``).
+        lr_warmup_iters: steps of linear warm-up from 0.
+        lr_warmup_tokens: the same in tokens; at most one of the two.
+        lr_decay_iters: steps until ``min_lr`` is reached, warm-up included; null: the whole run (if
+            that ends within the warm-up, one step longer than it).
+        lr_decay_tokens: the same in tokens; at most one of the two.
+        lr_wsd_decay_iters: length of the decay at the end of ``WSD``.
+        lr_wsd_decay_tokens: the same in tokens; at most one of the two.
+        lr_wsd_decay_style: shape of that decay.
+        weight_decay: decoupled weight decay of matrices; norms, biases and activation coefficients
+            are never decayed.
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        adam_eps: added to the root of the second moment.
+        clip_grad: largest global gradient norm (0: no clipping).
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_warmup_iters: int | None = None
+    lr_warmup_tokens: int | None = None
+    lr_decay_iters: int | None = None
+    lr_decay_tokens: int | None = None
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_tokens: int | None = None
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch, precision and evaluation.
+
+    Args:
+        train_iters: steps to train, counted from the start of the run.
+        train_tokens: the same in tokens, rounded up to a step; exactly one of the two.
+        seq_length: tokens in one sample.
+        micro_batch_size: samples in one forward pass of one rank.
+        global_batch_size: samples in one step over all ranks; what is not in one pass is
+            accumulated.
+        seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
+            layout.
+        bf16: compute in bfloat16 with fp32 master weights; false: fp32.
+        device: where to train; ``auto`` takes CUDA when there is one.
+        eval_interval: steps between evaluations (0: none); the last step evaluates too.
+        eval_iters: global batches of one evaluation of each validation set; null: the whole set.
+    """
+
+    train_iters: int | None = None
+    train_tokens: int | None = None
+    seq_length: int = 256
+    micro_batch_size: int = 4
+    global_batch_size: int = 8
+    seed: int = 1234
+    bf16: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_interval: int = 0
+    eval_iters: int | None = 10
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming; checkpoints are ``RUN_DIR/checkpoints/iter_0000100``.
+
+    Args:
+        save: save at all (also at the end and on SIGTERM or Ctrl-C).
+        save_interval: steps between checkpoints (0: only at the end and when stopped).
+        keep: newest checkpoints to keep (0: all).
+        resume: go on from the newest complete checkpoint of ``run_dir`` if it has one; false:
+            refuse a ``run_dir`` that has one.
+        load: checkpoint to start from when ``run_dir`` has none.
+        load_weights_only: from ``load`` take the weights only, not optimizer, schedule and data
+            position.
+    """
+
+    save: bool = True
+    save_interval: int = 0
+    keep: int = 2
+    resume: bool = True
+    load: str | None = None
+    load_weights_only: bool = False
+
+
+@dataclass
+class LoggingConfig:
+    """What is shown and written.
+
+    Args:
+        log_interval: steps between lines when the output is not a terminal, and between TensorBoard
+            points; ``metrics.jsonl`` has every step.
+        detail_interval: steps between TensorBoard points of expert load and activation coefficients
+            (0: none).
+        tensorboard: write ``RUN_DIR/tensorboard``.
+        peak_tflops: peak of one device for MFU; null: looked up by the device's name.
+    """
+
+    log_interval: int = 10
+    detail_interval: int = 10
+    tensorboard: bool = True
+    peak_tflops: float | None = None
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        run_dir: folder of everything that the run writes.
+        model: architecture.
+        parallel: layout over processes.
+        data: text and order.
+        optimizer: AdamW and schedule.
+        training: length, batch, precision, evaluation.
+        checkpoint: saving and resuming.
+        logging: what is shown and written.
+    """
+
+    run_dir: str = "runs/default"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

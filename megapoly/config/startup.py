@@ -1,0 +1,71 @@
+"""From a command line to a resolved configuration that this job can run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapoly.config.parsing import parse, to_yaml
+from megapoly.config.resolve import resolve
+from megapoly.config.rules import check
+from megapoly.config.rules.run import tokenizer_file
+from megapoly.config.schema import Config
+
+
+def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Config:
+    """Parse, check and resolve; ``--help`` and ``--print_config`` print (on rank 0) and exit.
+
+    Needs no process group: the size of the job and the rank are read from ``WORLD_SIZE`` and
+    ``RANK``, which torchrun sets; without them the job is one process.
+
+    Args:
+        argv: see :func:`megapoly.config.parsing.parse`.
+        default_recipe: the recipe when ``argv`` names none.
+        program: name to show in the help.
+
+    Returns:
+        The resolved configuration, which breaks no rule.
+
+    Raises:
+        ConfigError: what cannot be parsed, or else every broken rule.
+        DataError: the tokenizer's file exists and cannot be used.
+    """
+    arguments = parse(argv, default_recipe=default_recipe, program=program)
+    config = arguments.config
+    # Here and not above: --help and a wrong command line answer without waiting for torch.
+    import torch
+
+    from megapoly.platform.device import transformer_engine_available
+
+    cuda, engine = torch.cuda.is_available(), transformer_engine_available()
+    vocab_size = _tokenizer_vocab_size(config)
+    check(
+        config,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        cuda_available=cuda,
+        transformer_engine_available=engine,
+        tokenizer_vocab_size=vocab_size,
+    )
+    assert vocab_size is not None, "the rules refuse a tokenizer that does not exist"
+    resolved = resolve(
+        config,
+        tokenizer_vocab_size=vocab_size,
+        cuda_available=cuda,
+        transformer_engine_available=engine,
+    )
+    if arguments.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(to_yaml(resolved), end="")
+        raise SystemExit(0)
+    return resolved
+
+
+def _tokenizer_vocab_size(config: Config) -> int | None:
+    """Ids of the tokenizer; None if its file does not exist, which has a rule of its own."""
+    from megapoly.data.tokenizer import load_tokenizer
+
+    tokenizer = config.data.tokenizer
+    if tokenizer is not None and not tokenizer_file(tokenizer).is_file():
+        return None
+    return load_tokenizer(tokenizer).vocab_size

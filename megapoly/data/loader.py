@@ -1,0 +1,162 @@
+"""Micro-batches of one data-parallel rank.
+
+Step n trains on places n * G to (n + 1) * G of the order, where G is ``global_batch_size``. Its
+micro-batch k is places [k * M, (k + 1) * M) of these; rank r of D takes micro-batches r, r + D, ...
+So a step's micro-batches are the same at every data-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megapoly.data.order import EpochOrder
+from megapoly.data.samples import SamplePool
+from megapoly.errors import ConfigError
+
+Batch = dict[str, Tensor]
+
+# Evaluation is in the same order at every seed of the training data.
+EVALUATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch is cut.
+
+    Args:
+        micro_batch_size: samples in one forward pass of one rank.
+        global_batch_size: samples in one step over all ranks.
+        data_parallel_rank: place of this rank.
+        data_parallel_size: ranks that see different samples.
+
+    Raises:
+        ConfigError: the global batch cannot be cut evenly.
+    """
+
+    micro_batch_size: int
+    global_batch_size: int
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that every rank gets the same number of whole micro-batches."""
+        if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
+            raise ConfigError(
+                [
+                    f"`training.global_batch_size` ({self.global_batch_size}) must be divisible by "
+                    f"`training.micro_batch_size` ({self.micro_batch_size}) times the "
+                    f"data-parallel size ({self.data_parallel_size}); change one of the two sizes."
+                ]
+            )
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of one rank in one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
+    def micro_batches(self, first: int) -> Iterator[range]:
+        """Yield the places of this rank's micro-batches in the step that begins at ``first``."""
+        size = self.micro_batch_size
+        stride = size * self.data_parallel_size
+        start = first + size * self.data_parallel_rank
+        for place in range(start, first + self.global_batch_size, stride):
+            yield range(place, place + size)
+
+
+def training_batches(
+    pool: SamplePool,
+    layout: BatchLayout,
+    *,
+    seed: int,
+    consumed_samples: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Return micro-batches without end.
+
+    Args:
+        pool: training samples.
+        layout: how a step is cut.
+        seed: of the order.
+        consumed_samples: samples that all ranks together have trained on; where to go on.
+        num_workers: processes that read ahead.
+        pin_memory: copy batches into page-locked memory (CUDA only).
+
+    Returns:
+        ``tokens``, ``labels``, ``position_ids``: [micro_batch_size, seq_length] int64;
+        ``loss_mask``: the same shape, fp32.
+    """
+    order = EpochOrder(len(pool), seed)
+    batches = _TrainingBatches(order, layout, consumed_samples)
+    return iter(_data_loader(pool, batches, num_workers, pin_memory))
+
+
+def num_evaluation_steps(pool: SamplePool, layout: BatchLayout, eval_iters: int | None) -> int:
+    """Global batches of one evaluation: ``eval_iters``, but no more than the set has."""
+    whole_set = -(-len(pool) // layout.global_batch_size)
+    return whole_set if eval_iters is None else min(eval_iters, whole_set)
+
+
+def evaluation_batches(
+    pool: SamplePool, layout: BatchLayout, *, eval_iters: int | None, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Return the micro-batches of one evaluation, every time the same.
+
+    The samples are taken in a fixed random order, so that a few global batches speak for the whole
+    set, and each at most once. Places after the last sample are filled with samples whose
+    ``loss_mask`` is zero, so that all ranks have the same number of micro-batches; a micro-batch
+    may consist of these alone. The mean loss is the sum of ``loss * loss_mask`` over all ranks and
+    micro-batches, divided by the sum of ``loss_mask``.
+
+    Args:
+        pool: validation samples.
+        layout: how a global batch is cut.
+        eval_iters: global batches; null: the whole set.
+        pin_memory: copy batches into page-locked memory (CUDA only).
+
+    Returns:
+        ``num_evaluation_steps * layout.num_microbatches`` batches as of :func:`training_batches`.
+    """
+    order = EpochOrder(len(pool), EVALUATION_SEED)
+    batches = [
+        [order[place] if place < len(pool) else None for place in places]
+        for step in range(num_evaluation_steps(pool, layout, eval_iters))
+        for places in layout.micro_batches(step * layout.global_batch_size)
+    ]
+    return iter(_data_loader(pool, batches, 0, pin_memory))
+
+
+class _TrainingBatches:
+    """Sample indices of this rank's micro-batches, without end."""
+
+    def __init__(self, order: EpochOrder, layout: BatchLayout, consumed_samples: int):
+        self.order = order
+        self.layout = layout
+        self.consumed_samples = consumed_samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in count(self.consumed_samples, self.layout.global_batch_size):
+            for places in self.layout.micro_batches(first):
+                yield [self.order[place] for place in places]
+
+
+def _data_loader(
+    pool: SamplePool,
+    batches: Iterable[list[int]] | Iterable[list[int | None]],
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader[Batch]:
+    return DataLoader(
+        pool,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Every new iterator draws a number; from the global generator it would change dropout.
+        generator=torch.Generator(),
+    )

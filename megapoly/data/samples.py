@@ -1,0 +1,188 @@
+"""Samples of a fixed length, cut from token files by the engine's ``GPTDataset``."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megapoly.data.token_files import TokenFile, open_token_file, save_arrays
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.errors import DataError
+
+
+class PackedDataset(GPTDataset):
+    """One epoch of one token file.
+
+    The documents, one after the other, are cut into samples of ``seq_length`` tokens; a sample's
+    labels are its tokens moved by one, so that the last label of a sample is the first token of the
+    next. For training the documents are shuffled once, by the seed, and the labels after the last
+    full sample, fewer than ``seq_length``, are left out. For validation the documents keep their
+    order and the last sample is filled up with tokens whose ``loss_mask`` is zero. The first token
+    of the file is never a label.
+
+    Source: megatron/core/datasets/gpt_dataset.py (0.16.1), whose index this class builds itself:
+
+    - the engine's order depends on the number of epochs, ours comes from
+      :class:`megapoly.data.order.EpochOrder`;
+    - the engine builds an index on rank 0 only, which leaves hosts without a common disk without
+      one, and finds an old one again after the token file was replaced: its key has only the path;
+    - helpers.cpp:178 counts validation samples in fp32, wrong above 16 million tokens.
+    """
+
+    def __init__(self, token_file: TokenFile, config: GPTDatasetConfig, split: Split):
+        tokens = IndexedDataset(token_file.prefix)
+        documents = np.arange(token_file.num_sequences, dtype=np.int32)
+        super().__init__(tokens, token_file.fingerprint, documents, None, split, config)
+        # gpt_dataset.py:229 zeroes the cached mask itself when the first sample read is a filled-up
+        # one, and every later sample would be out of the loss.
+        self.masks_and_position_ids_are_cacheable = False
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, range]:
+        """Document order, bounds of the samples, order of the samples (as they come)."""
+        folder = Path(self.config.path_to_cache) / "samples" / self.unique_description_hash
+        paths = [folder / "documents.npy", folder / "bounds.npy"]
+        if not all(path.is_file() for path in paths):
+            documents = self.indices
+            if self.index_split == Split.train:
+                documents = np.random.RandomState(self.config.random_seed).permutation(documents)
+            bounds = sample_bounds(
+                self.dataset.sequence_lengths[documents],
+                self.config.sequence_length,
+                keep_partial=self.index_split == Split.valid,
+            )
+            save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
+        documents, bounds = (np.load(path, mmap_mode="r") for path in paths)
+        return documents, bounds, range(len(bounds) - 1)
+
+
+class SamplePool(Dataset[dict[str, Tensor]]):
+    """The samples of several token files, one file after the other.
+
+    Args:
+        parts: samples of each file.
+        token_files: the files.
+        vocab_size: token ids that the model knows.
+    """
+
+    def __init__(
+        self, parts: Sequence[PackedDataset], token_files: Sequence[TokenFile], vocab_size: int
+    ):
+        self.parts = list(parts)
+        self.token_files = list(token_files)
+        self.vocab_size = vocab_size
+        self._starts = [0, *accumulate(len(part) for part in parts)]
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self._starts[-1]
+
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        """Return one sample.
+
+        Args:
+            index: which one; null: a sample that fills up a batch, its ``loss_mask`` is zero.
+
+        Returns:
+            ``tokens``, ``labels``, ``position_ids``: [seq_length] int64; ``loss_mask``:
+            [seq_length] fp32.
+
+        Raises:
+            DataError: a token id is beyond the vocabulary.
+        """
+        sample: dict[str, Tensor]
+        if index is None:
+            sample = self.parts[0][None]
+            return sample
+        part = bisect_right(self._starts, index) - 1
+        sample = self.parts[part][index - self._starts[part]]
+        highest = int(torch.maximum(sample["tokens"].max(), sample["labels"].max()))
+        if highest >= self.vocab_size:
+            raise DataError(
+                f"Token ids must be below the size of the vocabulary ({self.vocab_size}); "
+                f"`{self.token_files[part].prefix}.bin` holds {highest}. Name the tokenizer that "
+                f"made the file as `data.tokenizer`, or raise `model.vocab_size`."
+            )
+        return sample
+
+
+def open_pool(
+    prefixes: Sequence[str | Path],
+    split: Split,
+    *,
+    seq_length: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    eod_mask_loss: bool,
+    cache_dir: str | Path,
+) -> SamplePool:
+    """Open token files for training or validation; see :class:`PackedDataset`.
+
+    Args:
+        prefixes: token files without ``.bin`` and ``.idx``.
+        split: ``Split.train`` or ``Split.valid``.
+        seq_length: tokens in a sample.
+        seed: of the order of the documents, for training.
+        tokenizer: what made the files.
+        vocab_size: token ids that the model knows.
+        eod_mask_loss: leave labels that follow an end-of-document token out of the loss.
+        cache_dir: where sample indices are kept.
+
+    Raises:
+        DataError: a file is missing, damaged or too short for one sample.
+    """
+    token_files = [open_token_file(prefix) for prefix in prefixes]
+    needed = seq_length + 1 if split == Split.train else 2
+    for token_file in token_files:
+        if token_file.num_tokens < needed:
+            raise DataError(
+                f"A token file must have at least {needed} tokens, `seq_length` and one label more "
+                f"(2 for validation); `{token_file.prefix}` has {token_file.num_tokens}. Use more "
+                f"text or a smaller `training.seq_length` ({seq_length})."
+            )
+    # Without a blend the engine calls the configuration a mock; nothing that is used here reads it.
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        path_to_cache=str(cache_dir),
+        tokenizer=tokenizer,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=eod_mask_loss,
+        create_attention_mask=False,
+    )
+    parts = [PackedDataset(token_file, config, split) for token_file in token_files]
+    return SamplePool(parts, token_files, vocab_size)
+
+
+def sample_bounds(lengths: np.ndarray, seq_length: int, *, keep_partial: bool) -> np.ndarray:
+    """Where each sample begins in a sequence of documents.
+
+    Sample k holds the tokens from bound k to bound k + 1, both included: the last one is only a
+    label.
+
+    Args:
+        lengths: tokens of each document, in the order in which they are read.
+        seq_length: tokens in a sample.
+        keep_partial: whether the labels after the last full sample make one more.
+
+    Returns:
+        [samples + 1, 2]: place of the document, token inside it; the engine's ``sample_index``.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    num_labels = int(ends[-1]) - 1
+    num_samples = -(-num_labels // seq_length) if keep_partial else num_labels // seq_length
+    first = np.minimum(np.arange(num_samples + 1, dtype=np.int64) * seq_length, num_labels)
+    document = np.searchsorted(ends, first, side="right")
+    bounds = np.stack([document, first - (ends - lengths)[document]], axis=1)
+    return bounds.astype(np.int32 if bounds.max() <= np.iinfo(np.int32).max else np.int64)

@@ -1,0 +1,116 @@
+"""A ``tokenizer.json`` and the id that ends a document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from megapoly.errors import DataError
+
+BUILTIN_TOKENIZER = Path(__file__).parent / "builtin" / "tokenizer.json"
+END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eos>")
+
+
+class Tokenizer:
+    """Encodes text without adding special tokens.
+
+    Has what the engine reads of ``GPTDatasetConfig.tokenizer``: ``vocab_size``, ``eod`` and
+    ``unique_identifiers`` (megatron/core/datasets/gpt_dataset.py). It has no ``pad`` on purpose:
+    the engine would take every padding id in the text out of the loss.
+
+    Args:
+        path: a ``tokenizer.json``.
+
+    Raises:
+        DataError: the file cannot be read, or the end-of-document token is unknown.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.fingerprint = hashlib.sha256(_read_bytes(path)).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(
+                f"`{path}` is not a tokenizer.json that can be read: {error}"
+            ) from error
+        # A document that mentions "<|endoftext|>" must not end there.
+        self._tokenizer.encode_special_tokens = True
+        # Ids may have holes, so the count of tokens is not the size that an embedding needs.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.eod = self._find_eod()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts; uses all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What the engine writes into the description of a sample index."""
+        return {"class": type(self).__name__, "fingerprint": self.fingerprint}
+
+    def _find_eod(self) -> int:
+        configured = _configured_eos(self.path.with_name("tokenizer_config.json"))
+        names = (configured,) if configured is not None else END_OF_DOCUMENT_NAMES
+        for name in names:
+            token_id = self._tokenizer.token_to_id(name)
+            if token_id is not None:
+                return token_id
+        raise DataError(
+            f"A tokenizer must have an end-of-document token; `{self.path}` has none of "
+            f"{', '.join(names)}. Name one of its tokens as `eos_token` in a "
+            f"tokenizer_config.json beside it."
+        )
+
+
+def load_tokenizer(path: str | Path | None) -> Tokenizer:
+    """Load a tokenizer.
+
+    The end of a document is the ``eos_token`` of a ``tokenizer_config.json`` beside the file, or
+    else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
+
+    Args:
+        path: a ``tokenizer.json``, or a folder that holds one; null: the built-in one.
+
+    Raises:
+        DataError: there is no such file, it cannot be read, or its end-of-document token is
+            unknown.
+    """
+    if path is None:
+        return Tokenizer(BUILTIN_TOKENIZER)
+    path = Path(path)
+    return Tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"`data.tokenizer` must be a tokenizer.json or a folder that holds one; `{path}` "
+            f"cannot be read ({error.strerror})."
+        ) from error
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The ``eos_token`` of a ``tokenizer_config.json``: a string, or an object with ``content``."""
+    if not path.is_file():
+        return None
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"`{path}` must be a JSON object: {error}") from error
+    return token.get("content") if isinstance(token, dict) else token

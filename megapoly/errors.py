@@ -1,0 +1,39 @@
+"""Exceptions that a user, a configuration or a file can cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MegapolyError(Exception):
+    """Base of all that megapoly raises on purpose; the command line prints only the text."""
+
+
+class ConfigError(MegapolyError):
+    """The configuration breaks one or more rules.
+
+    Args:
+        problems: one message for each broken rule: the rule, the values, the remedy.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, start=1))
+        super().__init__(f"The configuration has {count}:\n{lines}")
+
+
+class DataError(MegapolyError):
+    """A token file, tokenizer or text cannot be used."""
+
+
+class CheckpointError(MegapolyError):
+    """A checkpoint is missing, incomplete or does not fit the model."""
+
+
+class ShapeError(MegapolyError, ValueError):
+    """A tensor has a shape that the operator cannot take."""
+
+
+class UnavailableError(MegapolyError):
+    """Something was asked for that this machine or installation does not have."""

@@ -1,0 +1,36 @@
+"""torchrun, with the ends of a job reported as this project means them.
+
+    megapoly-launch --nproc-per-node 2 examples/pretrain_moe.sh --config FILE.yaml
+
+takes torchrun's arguments. A job that was asked to stop (Ctrl-C, SIGTERM) has saved and ends with
+status 0, where torchrun shows a stack trace and ends with 1; a failed worker's status is this
+program's, without torchrun's report of it: the worker has said what was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+# Seconds that workers have for saving before they are killed (torchrun's own default: 30).
+_SHUTDOWN_TIMEOUT_S = "600"
+
+
+def main() -> int:
+    """Run torchrun on the command line's words; see the module for the status."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException:
+        return 0
+    except ChildFailedError as error:
+        return next(iter(error.failures.values())).exitcode or 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

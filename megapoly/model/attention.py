@@ -1,0 +1,92 @@
+"""Core attention through torch's scaled-dot-product attention."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v with a causal mask, never materialising the [s, s] matrix.
+
+    Source: takes the place of ``DotProductAttention`` (transformer/dot_product_attention.py) in the
+    local layer spec, with the same interface.
+
+    Args:
+        config: the engine's configuration; its ``attention_dropout`` applies in training.
+        layer_number: 1-based; not used.
+        attn_mask_type: only causal.
+        attention_type: not used.
+        attention_dropout: overrides the configuration's.
+        softmax_scale: overrides 1 / sqrt(d).
+        cp_comm_type: not used.
+        pg_collection: not used: heads are independent of each other.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(f"only a causal mask is supported, got {attn_mask_type}")
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+
+        The mask is causal whatever ``attention_mask`` holds.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention bias and packed sequences are not supported")
+        seq_length, batch = query.shape[:2]
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            output = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                is_causal=True,
+                dropout_p=dropout,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        return output.permute(2, 0, 1, 3).reshape(seq_length, batch, -1)
+
+    def _random_state(self, dropout: float) -> Any:
+        """Heads differ between tensor-parallel ranks, so their dropout does too.
+
+        With sequence parallelism the engine has forked the generator for the whole layer already.
+        """
+        if dropout == 0.0 or self.config.sequence_parallel:
+            return contextlib.nullcontext()
+        return get_cuda_rng_tracker().fork()
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """There is nothing to save."""
+        return {}

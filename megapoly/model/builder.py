@@ -1,0 +1,84 @@
+"""Build this rank's part of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megapoly.config import Config, padded_vocab_size
+from megapoly.model.initialization import initialize_weights
+from megapoly.model.specs import decoder_spec
+from megapoly.model.transformer_config import transformer_config
+from megapoly.platform import Platform
+
+
+def gpt_model(config: Config, engine: TransformerConfig) -> GPTModel:
+    """The engine's GPT model of this pipeline stage, its weights not yet set.
+
+    Under ``torch.device("meta")`` and an ``engine`` made with ``on_cpu=True`` it takes no memory.
+    """
+    model = config.model
+    return GPTModel(
+        config=engine,
+        transformer_layer_spec=decoder_spec(model, engine),
+        vocab_size=padded_vocab_size(model),
+        max_sequence_length=config.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+
+
+def build_model(config: Config, platform: Platform) -> DistributedDataParallel:
+    """The model of this rank on its device, with initial weights, wrapped for data parallelism.
+
+    Args:
+        config: resolved; the engine's process groups must exist.
+        platform: where to put it.
+    """
+    engine = transformer_config(config, on_cpu=not platform.is_cuda)
+    model = gpt_model(config, engine).to(platform.device)
+    initialize_weights(model, config.model, config.training.seed, checkpoint_metadata())
+    if config.training.bf16:
+        model = Float16Module(engine, model)
+    return DistributedDataParallel(engine, _data_parallel_config(config), model)
+
+
+def _data_parallel_config(config: Config) -> DistributedDataParallelConfig:
+    parallel = config.parallel
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """What the engine's ``sharded_state_dict`` needs to know of the layout.
+
+    ``fully_reshardable`` is the form of the distributed optimizer's state that loads at any layout.
+    """
+    return {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The engine's GPT model inside its wrappers."""
+    inner: Any = model
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner

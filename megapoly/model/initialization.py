@@ -1,0 +1,99 @@
+"""Initial weights that depend on the seed alone, not on the layout or the device.
+
+A weight is identified by its name in a checkpoint and its layer and expert, which are the same at
+every layout. Each is drawn as a whole from a generator seeded with that identity, and every rank
+takes its part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megapoly.config import ModelConfig
+
+# Matrices that write to the residual stream.
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+# Set where they are made: coefficients by the registry.
+_SET_ELSEWHERE = ".activation_func."
+_TRUNCATION_STD = 3.0
+
+
+@torch.no_grad()
+def initialize_weights(
+    chunk: MegatronModule, model: ModelConfig, seed: int, metadata: dict[str, Any]
+) -> None:
+    """Set every parameter of a model chunk, in place, and mark those that are cut over ranks.
+
+    Matrices are normal with ``init_method_std`` (``truncated_normal``: cut at 3 std); those that
+    write to the residual stream, with it divided by sqrt(2 num_layers) if ``scale_residual_init``.
+    Norm weights are one. Activation coefficients keep the registry's values.
+
+    Args:
+        chunk: the model, or its part on this pipeline stage.
+        model: distribution and std.
+        seed: seed of the run.
+        metadata: what ``sharded_state_dict`` needs to know of the layout.
+    """
+    missed = {id(p): name for name, p in chunk.named_parameters()}
+    sharded = chunk.sharded_state_dict(metadata=metadata)
+    for entry in sharded.values():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
+            if missed.pop(id(entry.data), None) is None:
+                continue  # a buffer
+            for shard in _shards(entry):
+                _fill(shard, model, seed)
+                if shard.local_shape != shard.global_shape[shard.prepend_axis_num :]:
+                    # The engine marks these only where it sets weights itself
+                    # (tensor_parallel/layers.py:130); the gradient norm counts unmarked parameters
+                    # on the first tensor-parallel rank alone.
+                    entry.data.tensor_model_parallel = True
+    # Tied embeddings: the output layer is another name for the input's weight.
+    assert not missed, f"parameters without a place in the checkpoint: {sorted(missed.values())}"
+
+
+def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTensor]:
+    """The entry itself, or the parts that a factory cuts it into (halves of a gated FC1)."""
+    if isinstance(entry, ShardedTensor):
+        yield entry
+        return
+    parts: Iterable[ShardedTensor] = entry.build()
+    yield from parts
+
+
+def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
+    if _SET_ELSEWHERE in shard.key:
+        return
+    axes = shard.prepend_axis_num  # layer and expert
+    full_shape = shard.global_shape[axes:]
+    target = shard.data
+    if len(full_shape) == 1:
+        target.fill_(1.0)
+        return
+    std = model.init_method_std
+    if model.scale_residual_init and shard.key.endswith(_RESIDUAL_OUTPUTS):
+        std /= (2.0 * model.num_layers) ** 0.5
+    identity = f"{seed}/{shard.key}/{shard.global_offset[:axes]}"
+    full = _draw(full_shape, std, model.init_method, identity)
+    for axis, (start, length) in enumerate(
+        zip(shard.global_offset[axes:], target.shape, strict=True)
+    ):
+        full = full.narrow(axis, start, length)
+    target.copy_(full)
+
+
+def _draw(shape: tuple[int, ...], std: float, method: str, identity: str) -> Tensor:
+    """A whole weight, fp32 on CPU, from a generator of its own."""
+    digest = hashlib.sha256(identity.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    weight = torch.empty(shape)
+    if method == "truncated_normal":
+        bound = _TRUNCATION_STD * std
+        return torch.nn.init.trunc_normal_(weight, 0.0, std, -bound, bound, generator=generator)
+    return weight.normal_(0.0, std, generator=generator)

@@ -1,0 +1,125 @@
+"""Layer specs: the engine's, with our activation, experts, norms and attention in their slots."""
+
+from __future__ import annotations
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megapoly.activations.module import ActivationSettings, FFNActivation
+from megapoly.config import ModelConfig
+from megapoly.model.attention import ScaledDotProductAttention
+from megapoly.model.experts import GroupedExperts
+from megapoly.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
+from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
+
+
+def decoder_spec(model: ModelConfig, engine: TransformerConfig) -> TransformerBlockSubmodules:
+    """Specs of the layers of this pipeline stage.
+
+    Args:
+        model: the resolved configuration of the model; ``transformer_engine`` chooses the family of
+            linear, norm and attention modules.
+        engine: its translation for the engine.
+    """
+    make_layer = _transformer_engine_layer if model.transformer_engine else _local_layer
+    layer = make_layer(model)
+    _set_qk_norm(layer, model)
+    _set_activation(layer, model)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(engine),
+        layer_norm=layer.submodules.pre_mlp_layernorm if model.num_moe_experts else _norm(model),
+    )
+
+
+def _norm(model: ModelConfig) -> type:
+    if model.transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def _local_layer(model: ModelConfig) -> ModuleSpec:
+    """The engine's own linear layers, torch's scaled-dot-product attention, torch's RMSNorm."""
+    layer = get_gpt_layer_local_spec(
+        num_experts=model.num_moe_experts,
+        qk_layernorm=model.qk_norm == "head",
+        normalization="RMSNorm",
+    )
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = ScaledDotProductAttention
+    if model.qk_norm == "head":
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if model.num_moe_experts:
+        # The local spec saves the norm before an MoE layer under the name that it has in a dense
+        # layer's fused FC1 (gpt_layer_specs.py:419), unlike Transformer Engine's spec.
+        parts.sharded_state_dict_keys_map = {
+            key: value
+            for key, value in parts.sharded_state_dict_keys_map.items()
+            if key != "pre_mlp_layernorm."
+        }
+        parts.mlp.submodules.experts = ModuleSpec(
+            module=GroupedExperts,
+            submodules=MLPSubmodules(
+                linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
+            ),
+        )
+    return layer
+
+
+def _transformer_engine_layer(model: ModelConfig) -> ModuleSpec:
+    """Transformer Engine's fused norm + linear, grouped linear and attention."""
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_moe_experts,
+        moe_grouped_gemm=bool(model.num_moe_experts),
+        qk_layernorm=model.qk_norm == "head",
+    )
+    if model.num_moe_experts:
+        experts = layer.submodules.mlp.submodules.experts
+        layer.submodules.mlp.submodules.experts = ModuleSpec(
+            module=GroupedExperts, submodules=experts.submodules
+        )
+    return layer
+
+
+def _set_qk_norm(layer: ModuleSpec, model: ModelConfig) -> None:
+    if model.qk_norm != "full":
+        return
+    attention = layer.submodules.self_attention.submodules
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    attention.q_layernorm = ModuleSpec(ProjectionRMSNorm, params={"num_heads": heads})
+    attention.k_layernorm = ModuleSpec(ProjectionRMSNorm, params={"num_heads": groups})
+
+
+def _set_activation(layer: ModuleSpec, model: ModelConfig) -> None:
+    """Fill every activation slot of the layer: dense FFN, or routed and shared experts."""
+    activation = ModuleSpec(FFNActivation, params={"settings": activation_settings(model)})
+    ffn = layer.submodules.mlp.submodules
+    if model.num_moe_experts:
+        ffn.experts.submodules.activation_func = activation
+        ffn.shared_experts.submodules.activation_func = activation
+    else:
+        ffn.activation_func = activation
+
+
+def activation_settings(model: ModelConfig) -> ActivationSettings:
+    """The activation's part of the configuration."""
+    return ActivationSettings(
+        name=model.activation,
+        order=model.activation_order,
+        coefficients=model.activation_coefficients,
+        norm=model.activation_norm,
+        eps=model.activation_eps,
+        backend=model.activation_backend,
+    )

@@ -1,0 +1,5 @@
+"""The device that a run uses, chosen once: ``cpu`` with gloo or ``cuda`` with nccl."""
+
+from megapoly.platform.device import Platform, select_platform, transformer_engine_available
+
+__all__ = ["Platform", "select_platform", "transformer_engine_available"]

@@ -1,0 +1,86 @@
+"""Choose the device and its communication backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megapoly.errors import UnavailableError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A device type with everything that differs between the two.
+
+    Args:
+        device: where parameters and activations live.
+        backend: ``torch.distributed`` backend of that device.
+    """
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was given to it; nothing to wait for on CPU."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the device's default generator."""
+        return torch.cuda.get_rng_state() if self.is_cuda else torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Set the state of the device's default generator."""
+        if self.is_cuda:
+            torch.cuda.set_rng_state(state)
+        else:
+            torch.set_rng_state(state)
+
+    def describe(self) -> str:
+        """Name of the device for logs, such as ``NVIDIA H100`` or ``CPU, 2 threads``."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def transformer_engine_available() -> bool:
+    """Whether Transformer Engine is installed (it is not imported: that needs CUDA libraries)."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def select_platform(device: str) -> Platform:
+    """Set up the device and make the engine usable on it; call once, before building anything.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto`` (CUDA when there is one). On CUDA the GPU is that of
+            ``LOCAL_RANK``.
+
+    Raises:
+        UnavailableError: CUDA was asked for and there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from megapoly.platform import engine_workarounds
+
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UnavailableError(
+                "`training.device` is cuda, but torch finds no CUDA device "
+                f"(torch {torch.__version__}); use `--training.device cpu`, or install a CUDA "
+                "build of torch on a machine with a GPU."
+            )
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local_rank)
+        engine_workarounds.install_without_transformer_engine()
+        return Platform(torch.device("cuda", local_rank), "nccl")
+    engine_workarounds.install_on_cpu()
+    return Platform(torch.device("cpu"), "gloo")

@@ -1,0 +1,294 @@
+"""Every change that this project makes to Megatron-Core 0.16.1 at run time, and nothing else.
+
+The engine is written for CUDA. :func:`install_on_cpu` lets its training path run on CPU with gloo;
+:func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
+any device. Each function below names the places in ``megatron/core/`` that make it necessary.
+Nothing of ``install_on_cpu`` touches a CUDA run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CPU = torch.device("cpu")
+
+_installed: set[str] = set()
+
+
+def install_on_cpu() -> None:
+    """Make the engine's training path run on CPU with gloo; a second call does nothing."""
+    if "cpu" in _installed:
+        return
+    _installed.add("cpu")
+    _current_device_is_cpu()
+    _streams_do_nothing()
+    _random_state_of_the_cpu_generator()
+    _cuda_literals_mean_cpu()
+    _all_gather_takes_uneven_shapes()
+    _splits_become_numpy()
+    install_without_transformer_engine()
+
+
+def install_without_transformer_engine() -> None:
+    """Mend what the engine leaves undefined or unusable without Transformer Engine and apex."""
+    if "no_te" in _installed:
+        return
+    _installed.add("no_te")
+    _grouped_gemm_name_is_defined()
+    _adam_keeps_the_fused_state_layout()
+
+
+def _current_device_is_cpu() -> None:
+    """`device=torch.cuda.current_device()` stands in nearly every module.
+
+    First met at distributed/param_and_grad_buffer.py:806.
+    """
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+
+
+class _NullEvent:
+    """A CUDA event on a device without streams: everything before it has happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _NullEvent) -> float:
+        return 0.0
+
+
+class _NullStream:
+    """A CUDA stream on a device without streams: work is done when the call returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event or _NullEvent()
+
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _streams_do_nothing() -> None:
+    """Streams, events and synchronisation in DDP, MoE dispatchers, p2p, checkpoints and timers.
+
+    For example transformer/moe/token_dispatcher.py, pipeline_parallel/p2p_communication.py.
+    """
+    stream = _NullStream()
+    replacements: dict[str, Any] = {
+        "synchronize": lambda *args, **kwargs: None,
+        "Stream": _NullStream,
+        "Event": _NullEvent,
+        "current_stream": lambda *args, **kwargs: stream,
+        "default_stream": lambda *args, **kwargs: stream,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+def _random_state_of_the_cpu_generator() -> None:
+    """The RNG tracker reads and writes CUDA generators (tensor_parallel/random.py:42-130, :235).
+
+    random.py:422 seeds through `torch.cuda.manual_seed`, which without CUDA only queues a call:
+    seed torch as well (:func:`seed_model_parallel_rng`).
+    """
+    from megatron.core.tensor_parallel import random as engine_random
+
+    class CPURNGStatesTracker(engine_random.CudaRNGStatesTracker):
+        """Named states of torch's default CPU generator, with the engine tracker's interface."""
+
+        def add(self, name: str, seed: int) -> None:
+            self._is_initialized = True
+            if seed in self.seeds_ or name in self.states_:
+                raise ValueError(f"random state {name!r} or its seed {seed} is already added")
+            self.seeds_.add(seed)
+            self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+        @contextlib.contextmanager
+        def fork(
+            self, name: str = engine_random._MODEL_PARALLEL_RNG_TRACKER_NAME
+        ) -> Iterator[None]:
+            if name not in self.states_:
+                raise ValueError(f"random state {name!r} is not added")
+            outer_state = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer_state)
+
+    engine_random._CUDA_RNG_STATE_TRACKER = CPURNGStatesTracker()
+    engine_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    engine_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    engine_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+
+def seed_model_parallel_rng(seed: int) -> None:
+    """Seed the engine's RNG tracker and torch itself, on either device."""
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    torch.manual_seed(seed)
+
+
+# Modules of the training path that spell the device out as "cuda".
+_MODULES_WITH_CUDA_LITERALS = (
+    "pipeline_parallel.schedules",  # :596, :983, :2138
+    "optimizer.optimizer",  # :473, :481, :485, :907
+    "optimizer.clip_grads",  # :90, :103, :115, :174, :207
+    "optimizer.grad_scaler",  # :15, :88
+    "transformer.moe.moe_utils",  # :998
+    "transformer.moe.token_dispatcher",  # :404
+    "transformer.utils",  # :35, :40
+    "tensor_parallel.data",  # :37, :84
+    "utils",  # :898, :1207
+    "dist_checkpointing.strategies.state_dict_saver",  # :204
+    "dist_checkpointing.exchange_utils",  # :98-110, :326
+    "rerun_state_machine",  # :261
+)
+
+_FACTORIES = ("zeros", "ones", "empty", "tensor", "full", "empty_like", "zeros_like")
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and str(device).startswith("cuda")
+
+
+class _TorchWithoutCuda(types.ModuleType):
+    """`torch` as one engine module sees it: factories put on the CPU what is meant for CUDA.
+
+    A `TorchFunctionMode` would do the same and cost on every call; this costs only in factories.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+        self.device = lambda *args: CPU if args and _is_cuda(args[0]) else torch.device(*args)
+
+    @staticmethod
+    def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return factory(*args, **kwargs)
+
+        return make
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _cuda_literals_mean_cpu() -> None:
+    """Device literals, `Tensor.cuda()` and `Tensor.type() == "torch.cuda.FloatTensor"`.
+
+    The last in optimizer/optimizer.py:671-690, optimizer/distrib_optimizer.py:361, :420, :582 and
+    optimizer/clip_grads.py:167.
+    """
+    torch_without_cuda = _TorchWithoutCuda()
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(f"megatron.core.{name}").torch = torch_without_cuda  # type: ignore[attr-defined]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    original_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        if args or kwargs:
+            return result
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("megatron.core.optimizer"):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_  # type: ignore[assignment,method-assign]
+
+
+def _all_gather_takes_uneven_shapes() -> None:
+    """Gloo gathers equal shapes only; nccl takes uneven first dimensions.
+
+    tensor_parallel/mappings.py:150, reached by the all-to-all dispatcher with expert tensor
+    parallelism. Pads to the longest and cuts again.
+    """
+    equal_all_gather = dist.all_gather
+
+    def all_gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        lengths = [t.shape[0] if t.dim() else 1 for t in tensor_list]
+        if len(set(lengths)) <= 1:
+            return equal_all_gather(tensor_list, tensor, group, async_op)
+        if async_op:
+            raise ValueError("an uneven all_gather on gloo cannot be asynchronous")
+        padded = tensor.new_zeros((max(lengths), *tensor.shape[1:]))
+        padded[: tensor.shape[0]] = tensor
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        equal_all_gather(gathered, padded, group)
+        for target, source, length in zip(tensor_list, gathered, lengths, strict=True):
+            target.copy_(source[:length])
+        return None
+
+    dist.all_gather = all_gather
+
+
+def _splits_become_numpy() -> None:
+    """transformer/moe/moe_utils.py:1093 turns splits into numpy only `if tensor.is_cuda`.
+
+    `all_to_all_single` (tensor_parallel/mappings.py:444) rejects tensors as splits.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _grouped_gemm_name_is_defined() -> None:
+    """transformer/moe/moe_utils.py:1192 and :1225 read a name that a failed import never defines.
+
+    Mended in 0.17.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _adam_keeps_the_fused_state_layout() -> None:
+    """With torch's AdamW the distributed optimizer cannot load a checkpoint.
+
+    optimizer/distrib_optimizer.py:641, :823 and :940 expect `step` in the parameter group, as the
+    fused Adam of Transformer Engine and apex has it.
+    """
+    import megatron.core.optimizer as engine_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megapoly.training.adam import Adam
+
+    if engine_optimizer.USING_PYTORCH_OPTIMIZER:
+        engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+        distrib_optimizer.Adam = Adam
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -1,0 +1,94 @@
+"""The pre-training job: what ``examples/pretrain_*.sh`` run on every process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapoly.config import Config, configure, to_yaml
+from megapoly.errors import MegapolyError
+
+
+def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
+    """Train what the command line asks for.
+
+    Args:
+        argv: words after the program's name.
+        default_recipe: configuration when ``argv`` has no ``--config``.
+        program: name to show in the help.
+
+    Returns:
+        Exit status: 0 when the run is complete or was asked to stop, 2 when the configuration, the
+        data or a checkpoint cannot be used (rank 0 says why).
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    _quieten(is_first)
+    try:
+        config = configure(argv, default_recipe=default_recipe, program=program)
+        pretrain(config)
+    except MegapolyError as error:
+        if is_first:
+            print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quieten(is_first: bool) -> None:
+    """Show what is ours to say on rank 0, and of the engine only what goes wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("megapoly").setLevel(logging.INFO if is_first else logging.WARNING)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    # Missing optional packages, once for each module that would use them.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # The engine's collectives go by the names of torch before 2.13.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def pretrain(config: Config) -> None:
+    """Run one job from a resolved configuration."""
+    from megapoly.platform import select_platform
+
+    platform = select_platform(config.training.device)
+    # After the platform: these import the engine, which must find it set up.
+    import torch.distributed as dist
+
+    from megapoly.data.corpus import load_corpus
+    from megapoly.data.tokenizer import load_tokenizer
+    from megapoly.training.checkpoint import restore
+    from megapoly.training.distributed import is_rank_zero, process_groups, rank_zero_first
+    from megapoly.training.loop import train
+    from megapoly.training.reporter import Reporter
+    from megapoly.training.state import build_state
+
+    with process_groups(config, platform):
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        corpus = load_corpus(config, tokenizer=tokenizer, builder_first=rank_zero_first)
+        state = build_state(config, platform, corpus)
+        loaded = restore(state)
+        if is_rank_zero():
+            run_dir = Path(config.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(to_yaml(config))
+        with Reporter(state, num_devices=dist.get_world_size(), enabled=is_rank_zero()) as reporter:
+            reporter.message(_summary(config, platform.describe(), dist.get_world_size()))
+            if loaded is not None:
+                reporter.message(f"loaded {loaded}, at step {state.iteration}")
+            train(state, reporter)
+
+
+def _summary(config: Config, device: str, num_processes: int) -> str:
+    model, parallel = config.model, config.parallel
+    kind = f"MoE, {model.num_moe_experts} experts" if model.num_moe_experts else "dense"
+    layout = (
+        f"tensor {parallel.tensor_model_parallel_size}, "
+        f"pipeline {parallel.pipeline_model_parallel_size}, "
+        f"expert {parallel.expert_model_parallel_size}"
+    )
+    return (
+        f"{kind}, {model.num_layers} layers, {model.activation}; {num_processes} x {device}; "
+        f"{layout}; {config.run_dir}"
+    )

@@ -1,0 +1,13 @@
+"""Imported once by the fork server: everything that a rank needs."""
+
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megapoly.platform import engine_workarounds
+
+    engine_workarounds.install_on_cpu()
+    import megapoly.data.corpus
+    import megapoly.training.checkpoint
+    import megapoly.training.loop
+    import megapoly.training.reporter  # noqa: F401

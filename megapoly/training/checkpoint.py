@@ -1,0 +1,277 @@
+"""Checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, complete or not there at all.
+
+Tensors are in the engine's ``torch_dist`` form, which loads at another layout. Beside them are
+``config.yaml`` (resolved) and ``run.json`` (position, data fingerprint, version).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+import megapoly
+from megapoly.config import Config, load_yaml, to_yaml
+from megapoly.errors import CheckpointError
+from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.training.distributed import is_rank_zero
+from megapoly.training.state import TrainState
+
+_NAME = re.compile(r"iter_(\d{7})")
+
+# Fields of the model that may change between a checkpoint and the run that loads it: they change
+# how it is computed or trained, not what its weights mean.
+_MAY_CHANGE = {
+    "transformer_engine",
+    "activation_backend",
+    "moe_token_dispatcher_type",
+    "moe_router_dtype",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "hidden_dropout",
+    "attention_dropout",
+    "init_method",
+    "init_method_std",
+    "scale_residual_init",
+}
+
+
+def checkpoints_folder(config: Config) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(config.run_dir) / "checkpoints"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
+    return sorted(found)
+
+
+def save_checkpoint(state: TrainState) -> Path:
+    """Write everything that the run needs to go on; collective.
+
+    It is written to a hidden folder and renamed when complete, so that a folder named ``iter_*`` is
+    always whole. Then all but the newest ``checkpoint.keep`` are deleted.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = checkpoints_folder(state.config)
+    final = folder / f"iter_{state.iteration:07d}"
+    partial = folder / f".{final.name}.partial"
+    if is_rank_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with _gathered_parameters(state):
+        dist_checkpointing.save(_state_dict(state, is_loading=False), str(partial))
+    dist.barrier()
+    if is_rank_zero():
+        (partial / "config.yaml").write_text(to_yaml(state.config))
+        (partial / "run.json").write_text(json.dumps(_position(state), indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _delete_old(folder, state.config.checkpoint.keep)
+    dist.barrier()
+    return final
+
+
+def restore(state: TrainState) -> Path | None:
+    """Go on from the newest checkpoint of the run, or start from ``checkpoint.load``; collective.
+
+    Returns:
+        What was loaded, or None for a run from the beginning.
+
+    Raises:
+        CheckpointError: there is something to go on from and it must not be, or it does not fit.
+    """
+    settings = state.config.checkpoint
+    folder = checkpoints_folder(state.config)
+    own = complete_checkpoints(folder)
+    if own and not settings.resume:
+        raise CheckpointError(
+            f"`checkpoint.resume` is false and {folder} holds {own[-1].name}; choose another "
+            "`run_dir`, or delete the folder."
+        )
+    if own:
+        load_checkpoint(state, own[-1])
+        return own[-1]
+    if settings.load is not None:
+        load_checkpoint(state, Path(settings.load), weights_only=settings.load_weights_only)
+        return Path(settings.load)
+    return None
+
+
+def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False) -> None:
+    """Load a checkpoint of any layout into this one; collective.
+
+    Args:
+        state: changed in place.
+        path: an ``iter_*`` folder.
+        weights_only: leave optimizer, schedule, random state and position as they are.
+
+    Raises:
+        CheckpointError: it is not complete, of another model, or of other data.
+    """
+    position = _read_position(path)
+    _check_model(state.config, path)
+    with torch.no_grad():
+        if weights_only:
+            expected: dict[str, Any] = {"model": _model_state(state)}
+            loaded = dist_checkpointing.load(expected, str(path))
+            unwrap(state.model).load_state_dict(loaded["model"])
+            state.optimizer.reload_model_params()
+            return
+        _check_data(state, position, path)
+        same_ranks = position["layout"] == _layout(state.config)
+        expected = _state_dict(state, is_loading=True, with_random_state=same_ranks)
+        loaded = dist_checkpointing.load(expected, str(path))
+        unwrap(state.model).load_state_dict(loaded["model"])
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.scheduler.load_state_dict(loaded["scheduler"])
+    if same_ranks:
+        _set_random_state(loaded["random_state"])
+    state.iteration = position["iteration"]
+
+
+def _state_dict(
+    state: TrainState, *, is_loading: bool, with_random_state: bool = True
+) -> dict[str, Any]:
+    model = _model_state(state)
+    metadata = checkpoint_metadata()
+    result = {
+        "model": model,
+        "optimizer": state.optimizer.sharded_state_dict(
+            {"model": model}, is_loading=is_loading, metadata=metadata
+        ),
+        "scheduler": state.scheduler.state_dict(),
+    }
+    if with_random_state:
+        result["random_state"] = ShardedObject(
+            "random_state",
+            _random_state(),
+            global_shape=(dist.get_world_size(),),
+            global_offset=(dist.get_rank(),),
+        )
+    return result
+
+
+def _model_state(state: TrainState) -> dict[str, Any]:
+    return unwrap(state.model).sharded_state_dict(metadata=checkpoint_metadata())
+
+
+def _position(state: TrainState) -> dict[str, Any]:
+    return {
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "consumed_tokens": state.consumed_tokens,
+        "data_fingerprint": state.corpus.fingerprint,
+        "layout": _layout(state.config),
+        "megapoly_version": megapoly.__version__,
+    }
+
+
+def _layout(config: Config) -> dict[str, int]:
+    """What decides which rank holds what; random state is each rank's own."""
+    parallel = config.parallel
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+    }
+
+
+def _read_position(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder."
+        ) from error
+
+
+def _check_model(config: Config, path: Path) -> None:
+    saved, current = load_yaml(path / "config.yaml").model, config.model
+    differences = [
+        f"`model.{field.name}` is {getattr(current, field.name)} here and "
+        f"{getattr(saved, field.name)} in the checkpoint"
+        for field in dataclasses.fields(current)
+        if field.name not in _MAY_CHANGE
+        and getattr(saved, field.name) != getattr(current, field.name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path} is of another model: {'; '.join(differences)}. Use the checkpoint's values, "
+            "or another `run_dir`."
+        )
+
+
+def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None:
+    saved, current = position["data_fingerprint"], state.corpus.fingerprint
+    batch = state.config.training.global_batch_size
+    if saved != current:
+        raise CheckpointError(
+            f"{path} was trained on other data (fingerprint {saved}, here {current}): files, "
+            "tokenizer, `training.seq_length` or `data.seed` differ. To train its weights on this "
+            f"data, use another `run_dir` with `--checkpoint.load {path} "
+            "--checkpoint.load_weights_only true`."
+        )
+    if position["consumed_samples"] != position["iteration"] * batch:
+        raise CheckpointError(
+            f"{path} was trained with another `training.global_batch_size` "
+            f"({position['consumed_samples'] // max(1, position['iteration'])}, here {batch}); use "
+            "that one, so that the position in the data is known."
+        )
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    for path in complete_checkpoints(folder)[:-keep] if keep else []:
+        shutil.rmtree(path)
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def _gathered_parameters(state: TrainState) -> Iterator[None]:
+    """With `overlap_param_gather` the last step's parameters are gathered in the next forward."""
+    overlaps = state.config.parallel.overlap_param_gather
+    if overlaps:
+        state.model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        if overlaps:
+            state.model.enable_forward_pre_hook()

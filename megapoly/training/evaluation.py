@@ -1,0 +1,68 @@
+"""Loss and perplexity on the named validation sets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megapoly.data.loader import evaluation_batches, num_evaluation_steps
+from megapoly.training.distributed import owns_loss, sum_over_all
+from megapoly.training.state import TrainState
+from megapoly.training.step import run_microbatches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result on one validation set.
+
+    Args:
+        loss: mean cross-entropy of its tokens, nats.
+        num_tokens: tokens that counted.
+    """
+
+    loss: float
+    num_tokens: int
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, exp(loss)."""
+        return math.exp(self.loss)
+
+
+def evaluate(state: TrainState) -> dict[str, Evaluation]:
+    """Evaluate every validation set, each on the same samples every time; collective."""
+    eval_iters = state.config.training.eval_iters
+    results = {}
+    with _evaluation_mode(state), torch.no_grad():
+        for name, pool in state.corpus.validation.items():
+            batches = evaluation_batches(
+                pool, state.layout, eval_iters=eval_iters, pin_memory=state.platform.is_cuda
+            )
+            steps = num_evaluation_steps(pool, state.layout, eval_iters)
+            losses = run_microbatches(
+                state, batches, steps * state.layout.num_microbatches, forward_only=True
+            )
+            counted = losses if owns_loss() else []
+            local = [sum(float(loss[key]) for loss in counted) for key in ("sum", "num_tokens")]
+            loss_sum, num_tokens = sum_over_all(local, state.platform)
+            results[name] = Evaluation(loss_sum / num_tokens, int(num_tokens))
+    return results
+
+
+@contextlib.contextmanager
+def _evaluation_mode(state: TrainState) -> Iterator[None]:
+    """No dropout, no gradients, and parameters gathered where that overlaps with training."""
+    overlaps = state.config.parallel.overlap_param_gather
+    if overlaps:
+        state.model.disable_forward_pre_hook()
+    state.model.eval()
+    try:
+        yield
+    finally:
+        state.model.train()
+        if overlaps:
+            state.model.enable_forward_pre_hook()

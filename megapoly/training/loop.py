@@ -1,0 +1,51 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+
+from megapoly.training.checkpoint import save_checkpoint
+from megapoly.training.evaluation import evaluate
+from megapoly.training.reporter import Reporter
+from megapoly.training.state import TrainState
+from megapoly.training.step import train_step
+from megapoly.training.stop import StopRequest
+from megapoly.training.telemetry import ExpertLoad, activation_coefficients
+
+
+def train(state: TrainState, reporter: Reporter) -> None:
+    """Train from the state's position to ``train_iters``, or until asked to stop."""
+    config = state.config
+    last = config.training.train_iters
+    assert last is not None
+    batches = state.training_batches()
+    expert_load = ExpertLoad(state)
+    saved_at = None
+    with StopRequest() as stop:
+        while state.iteration < last:
+            start = time.perf_counter()
+            result = train_step(state, batches, stop_requested=stop.requested)
+            state.platform.synchronize()
+            step_time_s = time.perf_counter() - start
+
+            evaluations, details = {}, {}
+            if _due(state, config.training.eval_interval):
+                evaluations = evaluate(state)
+            if _due(state, config.logging.detail_interval):
+                details = expert_load.collect() | activation_coefficients(state)
+            reporter.step(result, step_time_s, evaluations, details)
+
+            if config.checkpoint.save and _due(state, config.checkpoint.save_interval):
+                saved_at = state.iteration
+                reporter.message(f"saved {save_checkpoint(state)}")
+            if result.stop_requested:
+                reporter.message(f"asked to stop after step {state.iteration}")
+                break
+        if config.checkpoint.save and saved_at != state.iteration:
+            reporter.message(f"saved {save_checkpoint(state)}")
+
+
+def _due(state: TrainState, interval: int) -> bool:
+    """Whether something that happens every ``interval`` steps (0: never) and at the end is due."""
+    at_end = state.iteration == state.config.training.train_iters
+    return interval > 0 and (at_end or state.iteration % interval == 0)

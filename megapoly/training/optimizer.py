@@ -1,0 +1,64 @@
+"""The engine's optimizer and learning-rate schedule from the configuration."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamPredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+
+from megapoly.config import Config
+
+
+def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronOptimizer:
+    """AdamW over the parameters of this rank; vectors and activation coefficients do not decay."""
+    optimizer = config.optimizer
+    engine = OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.training.bf16,
+        params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    is_vector = ParamPredicate(name="is_vector", fn=lambda parameter: parameter.dim() == 1)
+    undecayed = ParamKey(name="*.activation_func.*", predicate=is_vector)
+    return get_megatron_optimizer(
+        engine, [model], config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)}
+    )
+
+
+def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Learning rate over steps: linear warm-up from 0, then ``lr_decay_style``."""
+    settings = config.optimizer
+    assert settings.lr_warmup_iters is not None and settings.lr_decay_iters is not None
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=settings.lr_decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=settings.lr_decay_iters,
+        wd_incr_style="constant",
+        # On resume the position comes from the checkpoint, the shape from the configuration.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=settings.lr_wsd_decay_iters,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+    )

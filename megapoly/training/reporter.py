@@ -1,0 +1,200 @@
+"""What a user sees: progress, ``metrics.jsonl``, TensorBoard. Only rank 0 shows and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megapoly.training.evaluation import Evaluation
+from megapoly.training.flops import peak_tflops, training_flops_per_token
+from megapoly.training.state import TrainState
+from megapoly.training.step import StepResult
+
+# Weight of the newest step in the smoothed speed that the ETA is made from.
+_SMOOTHING = 0.1
+
+
+class Reporter:
+    """Shows and records a run.
+
+    Args:
+        state: the run, restored: lines of ``metrics.jsonl`` after its position are dropped.
+        num_devices: processes of the job.
+        enabled: false on every rank but 0.
+    """
+
+    def __init__(self, state: TrainState, *, num_devices: int, enabled: bool) -> None:
+        self._state, self._num_devices, self._enabled = state, num_devices, enabled
+        self._seconds_per_step: float | None = None
+        self._last_loss: dict[str, Evaluation] = {}
+        self._resources = contextlib.ExitStack()
+        self._console = Console(highlight=False)
+        self._metrics: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Reporter:
+        if not self._enabled:
+            return self
+        config, iteration = self._state.config, self._state.iteration
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        _drop_after(path, iteration)
+        self._metrics = self._resources.enter_context(path.open("a"))
+        if config.logging.tensorboard:
+            self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=iteration + 1)
+            self._resources.callback(self._tensorboard.close)
+        if self._console.is_terminal:
+            self._progress = self._resources.enter_context(self._live_progress())
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._resources.close()
+
+    def _live_progress(self) -> Progress:
+        progress = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=self._console,
+        )
+        total = self._state.config.training.train_iters
+        progress.add_task("train", total=total, completed=self._state.iteration, status="")
+        return progress
+
+    def message(self, text: str) -> None:
+        """Show a line."""
+        if self._enabled:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def step(
+        self,
+        result: StepResult,
+        step_time_s: float,
+        evaluations: dict[str, Evaluation],
+        details: dict[str, float],
+    ) -> None:
+        """Record one step.
+
+        Args:
+            result: of the step.
+            step_time_s: seconds from its start to its end, without evaluation.
+            evaluations: of the validation sets, if this step had one.
+            details: scalars for TensorBoard alone.
+        """
+        if not self._enabled:
+            return
+        record = self._record(result, step_time_s, evaluations)
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._last_loss |= evaluations
+        self._write_tensorboard(record, details, always=bool(evaluations))
+        self._show(record, bool(evaluations))
+
+    def _record(
+        self, result: StepResult, step_time_s: float, evaluations: dict[str, Evaluation]
+    ) -> dict[str, float]:
+        config = self._state.config
+        tokens = config.training.global_batch_size * config.training.seq_length
+        record = {
+            "iteration": self._state.iteration,
+            "consumed_tokens": self._state.consumed_tokens,
+            "lm_loss": result.lm_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens_per_second": tokens / step_time_s,
+            "step_time_s": step_time_s,
+        }
+        record |= result.aux_losses
+        if self._state.platform.is_cuda:
+            record |= self._device_record(tokens / step_time_s)
+        for name, evaluation in evaluations.items():
+            record[f"val/{name}/loss"] = evaluation.loss
+            record[f"val/{name}/ppl"] = evaluation.ppl
+        return record
+
+    def _device_record(self, tokens_per_second: float) -> dict[str, float]:
+        config = self._state.config
+        flops = training_flops_per_token(config) * tokens_per_second / self._num_devices
+        record = {
+            "tflops_per_device": flops / 1e12,
+            "max_memory_allocated_bytes": torch.cuda.max_memory_allocated(),
+        }
+        peak = config.logging.peak_tflops or peak_tflops(self._state.platform.describe())
+        if peak is not None:
+            record |= {"mfu": flops / 1e12 / peak, "peak_tflops": peak}
+        return record
+
+    def _write_tensorboard(
+        self, record: dict[str, float], details: dict[str, float], *, always: bool
+    ) -> None:
+        iteration = self._state.iteration
+        if self._tensorboard is None:
+            return
+        due = always or iteration % self._state.config.logging.log_interval == 0
+        scalars = (record if due else {}) | details
+        for name, value in scalars.items():
+            if name != "iteration":
+                self._tensorboard.add_scalar(name, value, iteration)
+
+    def _show(self, record: dict[str, float], evaluated: bool) -> None:
+        state = self._state
+        total = state.config.training.train_iters
+        assert total is not None
+        self._update_speed(record["step_time_s"])
+        status = self._status(record)
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, completed=state.iteration, status=status)
+        due = state.iteration % state.config.logging.log_interval == 0
+        last = state.iteration == total
+        if evaluated or (self._progress is None and (due or last or state.iteration == 1)):
+            self.message(f"step {state.iteration:>{len(str(total))}}/{total} | {status}")
+
+    def _update_speed(self, step_time_s: float) -> None:
+        if self._seconds_per_step is None or self._state.iteration <= 2:
+            self._seconds_per_step = step_time_s  # the first steps compile and allocate
+        else:
+            self._seconds_per_step += _SMOOTHING * (step_time_s - self._seconds_per_step)
+
+    def _status(self, record: dict[str, float]) -> str:
+        total = self._state.config.training.train_iters
+        assert total is not None and self._seconds_per_step is not None
+        parts = [f"loss {record['lm_loss']:.4f}"]
+        parts += [f"val/{name} {result.loss:.4f}" for name, result in self._last_loss.items()]
+        parts += [
+            f"lr {record['learning_rate']:.2e}",
+            f"grad norm {record['grad_norm']:.3f}",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        seconds = round((total - self._state.iteration) * self._seconds_per_step)
+        parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
+        return " | ".join(parts)
+
+
+def _drop_after(path: Path, iteration: int) -> None:
+    """Keep the lines of a metrics file up to a step; a half-written last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+        except ValueError:
+            break
+    temporary = path.with_suffix(".jsonl.partial")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)

@@ -1,0 +1,94 @@
+"""Everything that a training run consists of on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megapoly.config import Config
+from megapoly.data.corpus import Corpus
+from megapoly.data.loader import Batch, BatchLayout, training_batches
+from megapoly.model.builder import build_model
+from megapoly.platform import Platform
+from megapoly.training.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, data and position.
+
+    Args:
+        config: resolved.
+        platform: device of this rank.
+        corpus: training and validation samples.
+        model: this rank's part, wrapped for data parallelism.
+        optimizer: of the engine.
+        scheduler: of the engine; counts steps.
+        layout: how a global batch is cut.
+        iteration: steps done.
+    """
+
+    config: Config
+    platform: Platform
+    corpus: Corpus
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    layout: BatchLayout
+    iteration: int = 0
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that all ranks together have trained on."""
+        return self.iteration * self.config.training.global_batch_size
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens that all ranks together have trained on."""
+        return self.consumed_samples * self.config.training.seq_length
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def training_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches from the current position on, without end."""
+        return training_batches(
+            self.corpus.train,
+            self.layout,
+            seed=self.config.data.seed,
+            consumed_samples=self.consumed_samples,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.platform.is_cuda,
+        )
+
+
+def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainState:
+    """Build model, optimizer and schedule at step 0; process groups must exist."""
+    model = build_model(config, platform)
+    optimizer = build_optimizer(config, model)
+    _connect(model, optimizer, config)
+    layout = BatchLayout(
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    scheduler = build_scheduler(config, optimizer)
+    return TrainState(config, platform, corpus, model, optimizer, scheduler, layout)
+
+
+def _connect(model: DistributedDataParallel, optimizer: MegatronOptimizer, config: Config) -> None:
+    """Tell the engine's pipeline schedules how to scale, synchronise and finish gradients."""
+    engine: TransformerConfig = model.config
+    engine.grad_scale_func = optimizer.scale_loss
+    engine.finalize_model_grads_func = finalize_model_grads
+    if config.parallel.overlap_grad_reduce:
+        engine.no_sync_func = model.no_sync

@@ -1,0 +1,133 @@
+"""One optimizer step, and the forward pass that training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+    reduce_aux_losses_tracker_across_ranks,
+)
+from torch import Tensor
+
+from megapoly.data.loader import Batch
+from megapoly.errors import MegapolyError
+from megapoly.training.distributed import owns_loss, sum_over_all
+from megapoly.training.state import TrainState
+
+Losses = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one step gave.
+
+    Args:
+        lm_loss: mean cross-entropy of the step's tokens, nats.
+        grad_norm: global norm before clipping.
+        learning_rate: that the step was made with.
+        stop_requested: some process was asked to stop.
+        aux_losses: mean over layers and micro-batches, unweighted, by the engine's name.
+    """
+
+    lm_loss: float
+    grad_norm: float
+    learning_rate: float
+    stop_requested: bool = False
+    aux_losses: dict[str, float] = field(default_factory=dict)
+
+
+def train_step(
+    state: TrainState, batches: Iterator[Batch], *, stop_requested: bool = False
+) -> StepResult:
+    """Accumulate the gradient of one global batch and update the parameters.
+
+    Args:
+        state: changed in place, its position too.
+        batches: this rank's micro-batches.
+        stop_requested: whether this process was asked to stop.
+
+    Raises:
+        MegapolyError: the optimizer refused the step.
+    """
+    state.model.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    learning_rate = state.learning_rate
+    updated, grad_norm, _ = state.optimizer.step()
+    if not updated:
+        raise MegapolyError(f"Step {state.iteration + 1}: the optimizer found no finite gradient.")
+    state.scheduler.step(increment=1)
+    state.iteration += 1
+    lm_loss, stop = _mean_loss(state, losses, stop_requested)
+    return StepResult(lm_loss, float(grad_norm), learning_rate, stop, _aux_losses(state))
+
+
+def run_microbatches(
+    state: TrainState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
+) -> list[Losses]:
+    """Run the engine's pipeline schedule; losses are those of the last stage, empty elsewhere."""
+    training = state.config.training
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, state.platform.device),
+        data_iterator=batches,
+        model=state.model,
+        num_microbatches=num_microbatches,
+        seq_length=training.seq_length,
+        micro_batch_size=training.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(
+    device: torch.device, batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Losses]]]:
+    """What the engine's schedules call for each micro-batch."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    token_losses = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+    return token_losses, partial(_masked_mean, batch["loss_mask"])
+
+
+def _masked_mean(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Losses]:
+    """Mean of [b, s] losses over the tokens that count.
+
+    The engine divides the returned loss in place by the number of micro-batches, so what is logged
+    is a copy.
+    """
+    loss_sum = (token_losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    loss = loss_sum / num_tokens.clamp_min(1.0)
+    return loss, {
+        "mean": loss.detach().clone(),
+        "sum": loss_sum.detach(),
+        "num_tokens": num_tokens.detach(),
+    }
+
+
+def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) -> tuple[float, bool]:
+    """Mean over all micro-batches of the step, and whether any process was asked to stop."""
+    means = [loss["mean"] for loss in losses] if owns_loss() else []
+    local_sum = torch.stack(means).sum().item() if means else 0.0
+    total, count, stop = sum_over_all(
+        [local_sum, len(means), float(stop_requested)], state.platform
+    )
+    return total / count, stop > 0
+
+
+def _aux_losses(state: TrainState) -> dict[str, float]:
+    """Load-balancing and z-loss: mean over layers and micro-batches of all ranks."""
+    if not state.config.model.num_moe_experts:
+        return {}
+    reduce_aux_losses_tracker_across_ranks()
+    scale = 1.0 / (state.layout.num_microbatches * state.config.model.num_layers)
+    tracker = get_moe_layer_wise_logging_tracker()
+    losses = {name: entry["values"].sum().item() * scale for name, entry in tracker.items()}
+    clear_aux_losses_tracker()
+    return losses

@@ -1,0 +1,97 @@
+"""What the model does inside: load of the experts, coefficients of the activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megapoly.activations.module import FFNActivation
+from megapoly.model.builder import unwrap
+from megapoly.training.state import TrainState
+
+
+class ExpertLoad:
+    """Counts the tokens that each expert of each layer gets in training.
+
+    Args:
+        state: the run; dense models have nothing to count.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        model = state.config.model
+        self._num_experts = model.num_moe_experts or 0
+        self._counts = torch.zeros(
+            model.num_layers, self._num_experts, dtype=torch.int64, device=state.platform.device
+        )
+        if self._num_experts:
+            for layer in unwrap(state.model).decoder.layers:
+                layer.mlp.router.register_forward_hook(self._count)
+
+    def _count(self, router: Any, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        if router.training:
+            routing_map = outputs[1]  # [tokens, experts]
+            self._counts[router.layer_number - 1] += routing_map.sum(0)
+
+    def collect(self) -> dict[str, float]:
+        """Scalars since the last call, on every rank; collective.
+
+        Returns:
+            For each layer ``expert_load/layer_00/max_over_mean`` (1: balanced) and
+            ``expert_load/layer_00/idle_fraction`` (experts without a token).
+        """
+        if not self._num_experts:
+            return {}
+        dist.all_reduce(self._counts)
+        counts = self._counts.double().cpu()
+        self._counts.zero_()
+        scalars = {}
+        for layer, load in enumerate(counts):
+            tag = f"expert_load/layer_{layer:02d}"
+            scalars[f"{tag}/max_over_mean"] = (load.max() / load.mean().clamp_min(1e-30)).item()
+            scalars[f"{tag}/idle_fraction"] = (load == 0).double().mean().item()
+        return scalars
+
+
+def activation_coefficients(state: TrainState) -> dict[str, float]:
+    """Every learned number of every activation, on rank 0 (elsewhere nothing); collective.
+
+    Returns:
+        ``activation/layer_00/ffn/a0`` and so on; ``experts`` or ``shared_experts`` instead of
+        ``ffn`` in MoE layers, and ``experts/expert_03`` with one set for each expert. The slope of
+        a PolyPReLU is ``slope``.
+    """
+    local: dict[str, float] = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0 or state.config.model.num_moe_experts:
+        for layer in unwrap(state.model).decoder.layers:
+            for name, module in layer.named_modules():
+                if isinstance(module, FFNActivation):
+                    local |= _coefficients(
+                        f"activation/layer_{layer.layer_number - 1:02d}", name, module
+                    )
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(local, gathered)
+    merged: dict[str, float] = {}
+    for part in gathered or []:
+        merged |= part or {}
+    return dict(sorted(merged.items()))
+
+
+def _coefficients(layer_tag: str, name: str, module: FFNActivation) -> dict[str, float]:
+    kind = (
+        "shared_experts" if "shared_experts" in name else "experts" if module.is_expert else "ffn"
+    )
+    scalars = {}
+    for parameter_name in module.coefficient_names:
+        value = getattr(module, parameter_name).detach().float().cpu()
+        rows = value if module.per_expert else value[None]
+        first = parallel_state.get_expert_model_parallel_rank() * len(rows)
+        for i, row in enumerate(rows.tolist()):
+            expert = f"/expert_{first + i:02d}" if module.per_expert else ""
+            for k, number in enumerate(row):
+                leaf = f"a{k}" if parameter_name == "coefficients" else parameter_name
+                scalars[f"{layer_tag}/{kind}{expert}/{leaf}"] = number
+    return scalars

@@ -1,0 +1,41 @@
+"""Packaging. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").read_text()).group(1)
+
+setup(
+    name="megapoly",
+    version=VERSION,
+    description="Pre-training of PolyCom language models on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megapoly", "megapoly.*"]),
+    package_data={"megapoly.data": ["builtin/*"]},
+    entry_points={"console_scripts": ["megapoly-launch=megapoly.launch:main"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "jsonargparse[signatures]>=4.40",
+        "numpy",
+        "psutil",  # without it the engine's checkpoint writer waits for ever
+        "PyYAML",
+        "rich",
+        "setuptools",  # torch.compile
+        "tensorboard",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
+        "test": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "hf": ["transformers>=4.57", "safetensors"],
+        "eval": ["lm-eval"],
+    },
+)

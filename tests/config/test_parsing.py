@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megapoly.config.options import OPTIONS
+from megapoly.config.parsing import Arguments, help_text, load_yaml, parse, to_dict, to_yaml
+from megapoly.config.schema import Config
+from megapoly.errors import ConfigError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {num_layers: 6}\ntraining: {train_iters: 7}\n", encoding="utf-8")
+    return path
+
+
+def read(recipe: Path, *words: str) -> Config:
+    return parse(words, default_recipe=recipe, program="megapoly train").config
+
+
+def problems(recipe: Path, *words: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(recipe, *words)
+    return caught.value.problems
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_default_recipe(recipe: Path) -> None:
+    assert parse([], default_recipe=recipe, program="x") == Arguments(load_yaml(recipe), False)
+    assert load_yaml(recipe).model.num_layers == 6
+    assert load_yaml(recipe).model.hidden_size == Config().model.hidden_size
+
+
+def test_config_replaces_default_recipe(recipe: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.yaml", "model: {hidden_size: 64}")
+    config = read(recipe, "--config", str(other))
+    assert (config.model.num_layers, config.model.hidden_size) == (4, 64)
+    both = read(recipe, f"--config={recipe}", f"--config={other}")
+    assert (both.model.num_layers, both.model.hidden_size) == (6, 64)
+
+
+def test_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    assert load_yaml(write(tmp_path / "a.yaml", "")) == Config()
+    assert load_yaml(write(tmp_path / "b.yaml", "model:\nrun_dir: runs/default\n")) == Config()
+
+
+def test_overrides_in_both_forms_and_any_order(recipe: Path) -> None:
+    words = ["--model.num_layers", "8", "--optimizer.lr=3e-4", "--config", str(recipe)]
+    config = read(recipe, *words, "--run_dir", "out", "--training.bf16", "true")
+    assert config.model.num_layers == 8
+    assert config.optimizer.lr == 3e-4
+    assert config.run_dir == "out"
+    assert config.training.bf16 is True
+    assert config.training.train_iters == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("training.train_tokens", "250e9", 250_000_000_000),
+        ("training.train_tokens", "5e12", 5_000_000_000_000),
+        ("training.train_tokens", "250_000_000_000", 250_000_000_000),
+        ("model.vocab_size", "null", None),
+        ("optimizer.lr", "1", 1.0),
+        ("optimizer.lr", "3e-4", 3e-4),
+        ("model.rotary_base", "5e5", 500_000),
+        ("model.qk_norm", "full", "full"),
+        ("model.transformer_engine", "null", None),
+        ("run_dir", "123", "123"),
+        ("run_dir", "a: b", "a: b"),
+        ("run_dir", "null", "null"),
+        ("data.tokenizer", "1e3", "1e3"),
+        ("data.tokenizer", "null", None),
+        ("data.train_data_path", "[a, b]", ["a", "b"]),
+        ("data.valid_data_path", "{c4: [a], wiki: [b]}", {"c4": ["a"], "wiki": ["b"]}),
+        ("parallel.recompute_modules", "[core_attn, mlp]", ["core_attn", "mlp"]),
+    ],
+)
+def test_values_of_the_command_line(recipe: Path, key: str, text: str, value: object) -> None:
+    section, _, name = key.rpartition(".")
+    config = read(recipe, f"--{key}={text}")
+    read_value = getattr(getattr(config, section) if section else config, name)
+    assert read_value == value
+    assert type(read_value) is type(value)
+
+
+@pytest.mark.parametrize("number", ["3e-4", "3.0e-4", "0.0003", "3E-4"])
+def test_floats_of_yaml(tmp_path: Path, number: str) -> None:
+    config = load_yaml(write(tmp_path / "a.yaml", f"optimizer: {{lr: {number}}}"))
+    assert config.optimizer.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("model.num_layers", "four", ["'four'", "a whole number"]),
+        ("model.num_layers", "4.5", ["4.5", "a whole number"]),
+        ("model.num_layers", "null", ["null", "a whole number"]),
+        ("model.num_layers", "true", ["True", "a whole number"]),
+        ("model.num_layers", "[", ["'['", "a whole number"]),
+        ("model.num_query_groups", "x", ["'x'", "a whole number, or null"]),
+        ("optimizer.lr", "fast", ["'fast'", "a finite number"]),
+        ("optimizer.lr", ".nan", ["nan", "a finite number"]),
+        ("optimizer.lr", ".inf", ["inf", "a finite number"]),
+        ("training.bf16", "3", ["3", "true or false"]),
+        ("model.qk_norm", "ful", ["'ful'", "one of none, head, full"]),
+        ("model.moe_router_dtype", "fp8", ["'fp8'", "one of fp32, fp64, or null"]),
+        ("data.train_data_path", "a", ["'a'", "a list such as [a, b]"]),
+        ("data.train_data_path", "[1]", ["[1]", "a list such as [a, b]"]),
+        ("data.valid_data_path", "[a]", ["['a']", "named lists such as {name: [a, b]}"]),
+        ("parallel.recompute_modules", "[ffn]", ["['ffn']", "a list of core_attn, mlp, moe"]),
+    ],
+)
+def test_wrong_type_names_field_value_and_expected(
+    recipe: Path, key: str, text: str, words: list[str]
+) -> None:
+    (problem,) = problems(recipe, f"--{key}", text)
+    for word in [f"`{key}`", *words]:
+        assert word in problem
+
+
+@pytest.mark.parametrize("text", ["123", "on", "1e3", "null"])
+def test_yaml_text_must_be_text(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="`run_dir` is .*must be text .*quote"):
+        load_yaml(write(tmp_path / "a.yaml", f"run_dir: {text}"))
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.num_layer", "model.num_layers"),
+        ("model.num-layers", "model.num_layers"),
+        ("num_layers", "model.num_layers"),
+        ("training.hidden_size", "model.hidden_size"),
+        ("tensor_parallel_size", "parallel.tensor_model_parallel_size"),
+        ("rundir", "run_dir"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("train.seed", "training.seed"),
+        ("data.seeds", "data.seed"),
+    ],
+)
+def test_unknown_key_names_the_nearest(
+    recipe: Path, tmp_path: Path, key: str, nearest: str
+) -> None:
+    message = f"unknown option `{key}`; the nearest is `{nearest}`"
+    assert problems(recipe, f"--{key}", "1") == [message]
+    assert problems(recipe, f"--{key}=1") == [message]
+    section, _, name = key.rpartition(".")
+    path = write(tmp_path / "a.yaml", f"{section}: {{{name}: 1}}" if section else f"{name}: 1")
+    (problem,) = problems(path)
+    if section in ("", *to_dict(Config())):
+        assert problem == f"unknown option `{key}` in {path}; the nearest is `{nearest}`"
+    else:
+        assert f"unknown option `{section}` in {path}" in problem
+
+
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "model: {num_layer: 3, hidden_size: four}\nfoo: 1\n")
+    found = problems(path, "--optimizer.lr", "x", "--model.qknorm", "full", "stray", "--data.seed")
+    assert len(found) == 7
+    text = "\n".join(found)
+    for word in ("num_layer`", "'four'", "`foo`", "'x'", "qk_norm", "`stray`", "needs a value"):
+        assert word in text
+
+
+def test_sections_are_not_values(recipe: Path, tmp_path: Path) -> None:
+    (problem,) = problems(recipe, "--model", "x.yaml")
+    assert problem == "`model` is a section; set its options, such as `model.num_layers`"
+    (problem,) = problems(write(tmp_path / "a.yaml", "model: 5"))
+    assert "`model`" in problem and "is a section" in problem
+
+
+@pytest.mark.parametrize("words", [["--model.num_layers"], ["--model.num_layers", "--run_dir=x"]])
+def test_value_is_missing(recipe: Path, words: list[str]) -> None:
+    assert problems(recipe, *words) == ["`--model.num_layers` needs a value: a whole number"]
+
+
+def test_config_needs_a_file(recipe: Path, tmp_path: Path) -> None:
+    assert "needs a file" in problems(recipe, "--config")[0]
+    (problem,) = problems(recipe, "--config", str(tmp_path / "absent.yaml"))
+    assert "absent.yaml" in problem and "cannot be read" in problem
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b", "just text", "a: b: c", "? {a: b}\n: c"])
+def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    (problem,) = problems(path)
+    assert str(path) in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("model: {num_layers: 3}\nrun_dir: x\nmodel: {num_layers: 4}", "model"),
+        ("model:\n  num_layers: 3\n\n  num_layers: 4", "num_layers"),
+    ],
+)
+def test_repeated_key_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    (problem,) = problems(write(tmp_path / "a.yaml", text))
+    assert problem.startswith(f"`{key}` stands twice in ")
+    assert "lines 1 and 3" in problem or "lines 2 and 4" in problem
+
+
+def test_steps_on_the_command_line_replace_tokens_of_the_recipe(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.yaml",
+        "training: {train_tokens: 250e9}\noptimizer: {lr_warmup_tokens: 1e6, lr_decay_iters: 5}",
+    )
+    config = read(path, "--training.train_iters", "50", "--optimizer.lr_decay_tokens", "1e9")
+    assert (config.training.train_iters, config.training.train_tokens) == (50, None)
+    assert config.optimizer.lr_warmup_tokens == 1_000_000
+    assert config.optimizer.lr_decay_iters is None
+    assert config.optimizer.lr_decay_tokens == 1_000_000_000
+    assert read(path, "--training.train_iters", "null").training.train_tokens == 250_000_000_000
+
+
+def test_both_forms_in_one_source_are_kept_for_the_rules(recipe: Path) -> None:
+    config = read(recipe, "--training.train_iters", "50", "--training.train_tokens", "1e6")
+    assert (config.training.train_iters, config.training.train_tokens) == (50, 1_000_000)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    config = Config(run_dir="1e3")
+    config.optimizer.lr, config.optimizer.adam_eps = 3e-4, 1e-15
+    config.training.train_tokens = 5_000_000_000_000
+    config.data.tokenizer, config.data.cache_dir = "null", "it's: x # y"
+    config.data.train_data_path = ["on", "3e-4", "", "a\nb", "é", "2024-01-01", "[a]", "1_0", " x "]
+    config.data.valid_data_path = {"1": ["a"], "no": [], "3e4": ["~"]}
+    path = write(tmp_path / "a.yaml", to_yaml(config))
+    assert load_yaml(path) == config
+
+
+def test_dictionary_holds_plain_values() -> None:
+    assert to_dict(Config()) == dataclasses.asdict(Config())
+    assert yaml.safe_load(yaml.safe_dump(to_dict(Config()))) == to_dict(Config())
+
+
+def test_help_has_every_option_with_its_description(recipe: Path) -> None:
+    text = help_text("megapoly train", recipe)
+    words = " ".join(text.split())
+    for key, option in OPTIONS.items():
+        assert f"--{key}" in text
+        assert len(option.description) > 10, key
+        assert " ".join(option.description.replace("``", "`").split()) in words, key
+    assert "--config FILE.yaml" in text and "--print_config" in text
+
+
+def test_help_exits_and_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"], default_recipe=Path("absent.yaml"), program="megapoly train")
+    assert stopped.value.code == 0
+    assert "usage: megapoly train" in capsys.readouterr().out

@@ -1,0 +1,153 @@
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from megatron.core.datasets.utils import Split
+from torch.utils.data import Dataset
+
+from megapoly.data.loader import (
+    BatchLayout,
+    evaluation_batches,
+    num_evaluation_steps,
+    training_batches,
+)
+from megapoly.errors import ConfigError
+
+
+class Numbers(Dataset):
+    """A pool whose samples are their own index."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index):
+        mask = 0.0 if index is None else 1.0
+        return {"tokens": torch.tensor([index or 0]), "loss_mask": torch.tensor([mask])}
+
+
+def layouts(size: int, micro: int = 2, batch: int = 8) -> list[BatchLayout]:
+    return [BatchLayout(micro, batch, rank, size) for rank in range(size)]
+
+
+def micro_batches(batches, count: int | None = None) -> list[tuple[int, ...]]:
+    return [tuple(batch["tokens"].flatten().tolist()) for batch in islice(batches, count)]
+
+
+def training(layout: BatchLayout, steps: int, consumed: int = 0, **options):
+    batches = training_batches(Numbers(27), layout, seed=5, consumed_samples=consumed, **options)
+    return micro_batches(batches, steps * layout.num_microbatches)
+
+
+def test_steps_take_the_samples_of_the_order_one_after_the_other():
+    visited = sum(training(BatchLayout(2, 8), 27), ())
+    assert Counter(visited) == Counter(list(range(27)) * 8)
+    assert sorted(visited[:27]) == sorted(visited[27:54]) == list(range(27))
+    assert visited[:27] != visited[27:54]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_of_a_step_are_the_same_at_every_data_parallel_size(size):
+    whole = training(BatchLayout(2, 8), 12)
+    ranks = [training(layout, 12) for layout in layouts(size)]
+    each = 4 // size
+    for step in range(12):
+        parts = [rank[step * each : (step + 1) * each] for rank in ranks]
+        assert all(len(part) == each for part in parts)
+        # Round robin: micro-batch k is on rank k % size.
+        assert [part[j] for j in range(each) for part in parts] == whole[4 * step : 4 * step + 4]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 11])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_resumed_run_goes_on_where_it_was(step, size):
+    for layout in layouts(size):
+        whole = training(layout, 16)
+        resumed = training(layout, 16 - step, consumed=8 * step)
+        assert whole[step * layout.num_microbatches :] == resumed
+
+
+def test_a_run_may_go_on_with_another_batch_size():
+    whole = sum(training(BatchLayout(2, 8), 6), ())
+    resumed = sum(training(BatchLayout(3, 12), 2, consumed=24), ())
+    assert resumed == whole[24:48]
+
+
+def test_reading_ahead_changes_nothing(capfd):
+    layout = BatchLayout(2, 8)
+    assert training(layout, 4, consumed=24, num_workers=2) == training(layout, 4, consumed=24)
+    assert capfd.readouterr().err == ""
+
+
+def test_batches_are_stacked_samples(make_pool):
+    pool = make_pool()
+    batch = next(training_batches(pool, BatchLayout(3, 6), seed=0))
+    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
+    for name, tensor in batch.items():
+        assert tensor.shape == (3, 32)
+        assert tensor.dtype == (torch.float32 if name == "loss_mask" else torch.int64)
+    assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
+    assert len({tuple(row.tolist()) for row in batch["tokens"]}) == 3
+
+
+@pytest.mark.parametrize("num_samples", [5, 12, 23, 24, 25])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_counts_every_sample_once(num_samples, size):
+    counts, lengths = Counter(), set()
+    for layout in layouts(size, micro=2, batch=12):
+        batches = list(evaluation_batches(Numbers(num_samples), layout, eval_iters=None))
+        lengths.add(len(batches))
+        for batch in batches:
+            assert batch["tokens"].shape == (2, 1)
+            counts.update(batch["tokens"][batch["loss_mask"] == 1].tolist())
+    assert counts == Counter(range(num_samples))
+    steps = num_evaluation_steps(Numbers(num_samples), layout, None)
+    assert lengths == {steps * layout.num_microbatches}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_evaluation_of_part_of_a_set_is_the_same_at_every_data_parallel_size(size):
+    seen = set()
+    for layout in layouts(size, micro=2, batch=12):
+        batches = micro_batches(evaluation_batches(Numbers(100), layout, eval_iters=2))
+        assert len(batches) == 2 * layout.num_microbatches
+        assert batches == micro_batches(evaluation_batches(Numbers(100), layout, eval_iters=2))
+        seen.update(batches)
+    assert seen == set(
+        micro_batches(evaluation_batches(Numbers(100), BatchLayout(2, 12), eval_iters=2))
+    )
+    assert len({sample for batch in seen for sample in batch}) == 24
+    assert max(sample for batch in seen for sample in batch) > 60  # not the beginning alone
+
+
+def test_evaluation_iterations_end_with_the_set():
+    layout = BatchLayout(2, 4)
+    assert num_evaluation_steps(Numbers(9), layout, 2) == 2
+    assert num_evaluation_steps(Numbers(9), layout, 100) == 3
+    assert len(list(evaluation_batches(Numbers(9), layout, eval_iters=100))) == 6
+
+
+def test_evaluation_covers_every_label_of_a_real_file(make_pool, prefix):
+    num_tokens = prefix.with_suffix(".bin").stat().st_size // 2
+    masks = [
+        batch["loss_mask"].sum().item()
+        for layout in layouts(3, micro=2, batch=12)
+        for batch in evaluation_batches(make_pool(Split.valid), layout, eval_iters=None)
+    ]
+    assert sum(masks) == num_tokens - 1
+
+
+def test_iterating_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    training(BatchLayout(2, 8), 2)
+    list(evaluation_batches(Numbers(9), BatchLayout(2, 4), eval_iters=None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_global_batch_that_cannot_be_cut_evenly_is_refused():
+    message = r"global_batch_size` \(8\).*micro_batch_size` \(2\).*data-parallel size \(3\)"
+    with pytest.raises(ConfigError, match=message):
+        BatchLayout(2, 8, 0, 3)

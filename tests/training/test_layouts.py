@@ -1,0 +1,62 @@
+"""The same losses at every layout, from the same seed."""
+
+import pytest
+
+from megapoly.testing import run_job
+
+# Small batches, but the recipe's own model. Gradient accumulation: 2 micro-batches a step at least.
+SMALL = {
+    "training.train_iters": 20,
+    "training.seq_length": 32,
+    "training.micro_batch_size": 1,
+    "training.global_batch_size": 4,
+    "training.eval_interval": 20,
+    "training.eval_iters": 2,
+    "optimizer.lr_warmup_iters": 5,
+    "checkpoint.save": False,
+    "logging.tensorboard": False,
+    "model.activation_backend": "reference",
+}
+
+
+def train(tmp_path_factory, recipe, overrides, num_ranks):
+    run_dir = tmp_path_factory.mktemp("run")
+    return run_job(recipe, run_dir, SMALL | overrides, num_ranks=num_ranks)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    cache = {}
+
+    def metrics(recipe, **overrides):
+        key = (recipe, *sorted(overrides.items()))
+        if key not in cache:
+            cache[key] = train(tmp_path_factory, recipe, overrides, 1)
+        return cache[key]
+
+    return metrics
+
+
+T, E, ET = (
+    "parallel.tensor_model_parallel_size",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+)
+P = "parallel.pipeline_model_parallel_size"
+DISTRIBUTED_OPTIMIZER = "parallel.use_distributed_optimizer"
+LAYOUTS = [
+    ("moe_tiny", 2, {E: 2}),
+    ("moe_tiny", 2, {T: 2}),
+    ("moe_tiny", 2, {T: 2, E: 2, ET: 1}),
+    ("moe_tiny", 4, {T: 2, E: 2}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "num_ranks", "layout"), LAYOUTS)
+def test_losses_are_those_of_one_process(tmp_path_factory, one_process, recipe, num_ranks, layout):
+    expected = one_process(recipe)
+    actual = train(tmp_path_factory, recipe, layout, num_ranks)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.keys() == b.keys()
+        assert a["lm_loss"] == pytest.approx(b["lm_loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)

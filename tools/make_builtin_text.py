@@ -1,0 +1,108 @@
+"""Make the built-in text and its tokenizer (``megapoly/data/builtin``).
+
+    python tools/make_builtin_text.py books.jsonl
+
+Reads documents ``{"text", "source"}`` of Melville, Shakespeare and Milton, leaves out what is not
+their English text, marks every twentieth document as validation, and trains a byte-level BPE on the
+training documents. Running it again gives the same bytes; with another version of ``tokenizers`` or
+liblzma the tokenizer or the compressed file may differ, the text inside may not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+BUILTIN = Path(__file__).resolve().parents[1] / "megapoly" / "data" / "builtin"
+VOCAB_SIZE = 4096
+END_OF_DOCUMENT = "<|endoftext|>"
+
+# An annotated edition of 1891, and collections of which a good part is Latin, an editor's notes or
+# another edition of poems that the other documents hold.
+LEFT_OUT = ("shksp/comus_gut/", "shksp/poemata_gut/", "shksp/poetical_works_gut/")
+MILTON = ("areopagitica", "lallegro", "paradise")
+
+# Documents are in the order of the works, so that equal distances spread the validation part over
+# the collection. With this offset it is 5 % of the text and holds something of each author.
+VALIDATION_PERIOD = 20
+VALIDATION_OFFSET = 2
+
+
+def clean_source(source: str) -> str:
+    """Author, work and part: ``shksp/hamlet_gut/3`` becomes ``shakespeare/hamlet/3``."""
+    if chapter := re.fullmatch(r"moby/chapter_(\d+)", source):
+        return f"melville/moby_dick/{chapter[1]}"
+    match = re.fullmatch(r"shksp/(.+)_gut/(\d+)", source)
+    if match is None:
+        raise ValueError(f"`source` must be moby/chapter_N or shksp/WORK_gut/N, not {source!r}.")
+    work = match[1].removesuffix("_(no_introduction)")
+    author = "milton" if work.startswith(MILTON) else "shakespeare"
+    return f"{author}/{work}/{match[2]}"
+
+
+def clean_text(text: str) -> str:
+    """Drop line numbers, dots and rules that stand for layout, control characters, outer space."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]", "", text)
+    text = re.sub(r" {4,}\d+$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^\.{4,}", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^_{4,}$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def read_documents(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yield ``{"source", "split", "text"}`` for every document that is kept."""
+    kept = (d for d in map(json.loads, lines) if not d["source"].startswith(LEFT_OUT))
+    for index, document in enumerate(kept):
+        held_out = index % VALIDATION_PERIOD == VALIDATION_OFFSET
+        yield {
+            "source": clean_source(document["source"]),
+            "split": "validation" if held_out else "train",
+            "text": clean_text(document["text"]),
+        }
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Train a byte-level BPE: any text can be encoded and is decoded unchanged."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def main() -> None:
+    """Write ``books.jsonl.xz`` and ``tokenizer.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help='JSONL with the fields "text" and "source"')
+    parser.add_argument("--output", type=Path, default=BUILTIN)
+    arguments = parser.parse_args()
+
+    with arguments.source.open(encoding="utf-8") as lines:
+        documents = list(read_documents(lines))
+    text = "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents)
+    compressed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
+    (arguments.output / "books.jsonl.xz").write_bytes(compressed)
+
+    tokenizer = train_tokenizer([d["text"] for d in documents if d["split"] == "train"])
+    tokenizer.save(str(arguments.output / "tokenizer.json"))
+    for split in ("train", "validation"):
+        sizes = [len(d["text"].encode()) for d in documents if d["split"] == split]
+        print(f"{split}: {len(sizes)} documents, {sum(sizes):,} bytes")
+    print(f"books.jsonl.xz: {len(compressed):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
