@@ -3,12 +3,14 @@
     megapoly-launch --nproc-per-node 2 examples/pretrain_moe.sh --config FILE.yaml
 
 takes torchrun's arguments. A job that was asked to stop (Ctrl-C, SIGTERM) has saved and ends with
-status 0, where torchrun shows a stack trace and ends with 1; a failed worker's status is this
-program's, without torchrun's report of it: the worker has said what was wrong.
+status 0, where torchrun shows a stack trace and ends with 1. A failed worker's status is this
+program's, without torchrun's report of it: the worker, unless it was killed, has said what was
+wrong.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -22,13 +24,18 @@ _SHUTDOWN_TIMEOUT_S = "600"
 
 def main() -> int:
     """Run torchrun on the command line's words; see the module for the status."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
     try:
         torchrun(sys.argv[1:])
     except SignalException:
         return 0
     except ChildFailedError as error:
-        return next(iter(error.failures.values())).exitcode or 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
+            return 128 - failure.exitcode  # as a shell reports it
+        return failure.exitcode
     return 0
 
 

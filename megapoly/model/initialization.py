@@ -20,7 +20,8 @@ from megapoly.config import ModelConfig
 
 # Matrices that write to the residual stream.
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
-# Set where they are made: coefficients by the registry.
+# Set, and marked, where they are made: coefficients by the registry. The experts' are cut over
+# experts, which is no cut over tensor-parallel ranks.
 _SET_ELSEWHERE = ".activation_func."
 _TRUNCATION_STD = 3.0
 
@@ -47,6 +48,8 @@ def initialize_weights(
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
             if missed.pop(id(entry.data), None) is None:
                 continue  # a buffer
+            if _SET_ELSEWHERE in entry.key:
+                continue
             for shard in _shards(entry):
                 _fill(shard, model, seed)
                 if shard.local_shape != shard.global_shape[shard.prepend_axis_num :]:
@@ -68,8 +71,6 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTens
 
 
 def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
-    if _SET_ELSEWHERE in shard.key:
-        return
     axes = shard.prepend_axis_num  # layer and expert
     full_shape = shard.global_shape[axes:]
     target = shard.data

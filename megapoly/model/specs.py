@@ -36,11 +36,11 @@ def decoder_spec(model: ModelConfig, engine: TransformerConfig) -> TransformerBl
     _set_activation(layer, model)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(engine),
-        layer_norm=layer.submodules.pre_mlp_layernorm if model.num_moe_experts else _norm(model),
+        layer_norm=_final_norm(model),
     )
 
 
-def _norm(model: ModelConfig) -> type:
+def _final_norm(model: ModelConfig) -> type:
     if model.transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 

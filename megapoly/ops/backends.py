@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -26,8 +28,10 @@ def compiler_missing(device_type: str) -> str | None:
         except ImportError:
             return "Triton is not installed (`pip install triton`)"
         return None
-    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        return "there is no C++ compiler on PATH (Debian: `apt-get install g++`)"
+    # The one that torch._inductor.config.cpp.cxx takes; it does not look for others.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        return f"there is no C++ compiler {compiler} on PATH (Debian: `apt-get install g++`)"
     return None
 
 

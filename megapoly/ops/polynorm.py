@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import Function
+from torch.autograd.function import Function, once_differentiable
 
 from megapoly.ops.backends import Backend, row_function
 from megapoly.ops.collectives import all_reduce_sum
@@ -105,6 +105,7 @@ class _PolyNorm(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, coefficients, rsqrt, probs, gate, offsets = ctx.saved_tensors
         group, backend = ctx.context.group, ctx.context.backend

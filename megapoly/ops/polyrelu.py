@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapoly.errors import ShapeError
 from megapoly.ops.collectives import sum_gradients
 from megapoly.ops.rows import check_shapes, expert_of_row
 
@@ -43,6 +44,11 @@ def polyrelu(
         ShapeError: the arguments do not fit together.
     """
     check_shapes(x, coefficients, offsets, probs, gate)
+    one_per_set = (*coefficients.shape[:-1], 1)
+    if slope is not None and slope.shape != one_per_set:
+        raise ShapeError(
+            f"`slope` is {one_per_set}, one for each coefficient set, got {tuple(slope.shape)}."
+        )
     compute_dtype = torch.promote_types(x.dtype, torch.float32)
     per_row = coefficients if offsets is None else expert_of_row(offsets, x.shape[0])
 

@@ -33,17 +33,6 @@ class Platform:
         if self.is_cuda:
             torch.cuda.synchronize()
 
-    def rng_state(self) -> torch.Tensor:
-        """State of the device's default generator."""
-        return torch.cuda.get_rng_state() if self.is_cuda else torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Set the state of the device's default generator."""
-        if self.is_cuda:
-            torch.cuda.set_rng_state(state)
-        else:
-            torch.set_rng_state(state)
-
     def describe(self) -> str:
         """Name of the device for logs, such as ``NVIDIA H100`` or ``CPU, 2 threads``."""
         if self.is_cuda:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -86,7 +87,8 @@ def _worker(
         message: tuple[str | None, Any] = (None, function(*args))
     except BaseException:
         message = (traceback.format_exc(), None)
-    sender.send(message)
+    # Not `send`: that shares a tensor's memory with this process, which ends before it is read.
+    sender.send_bytes(pickle.dumps(message))
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

@@ -73,7 +73,8 @@ def save_checkpoint(state: TrainState) -> Path:
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / f".{final.name}.partial"
     if is_rank_zero():
-        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in folder.glob(".iter_*.partial"):
+            shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     dist.barrier()
     with _gathered_parameters(state):

@@ -1,0 +1,41 @@
+"""Count parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from megatron.core.models.gpt import GPTModel
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a model.
+
+    Args:
+        total: all of them.
+        active: those that one token meets: all but the experts that it is not sent to.
+    """
+
+    total: int
+    active: int
+
+
+def count_parameters(model: GPTModel) -> ParameterCount:
+    """Count the parameters of a whole model, which may be on the meta device.
+
+        active = total - (E - topk) / E routed
+
+    Args:
+        model: not cut over ranks. ``routed`` are the parameters that each of its E experts has for
+            itself: its matrices, and its activation's coefficients where those are not shared.
+
+    Note:
+        A weight that embedding and output layer share counts once; padding of the vocabulary
+        counts.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    # What the engine keeps in expert buffers, see GroupedExperts and FFNActivation.
+    routed = sum(p.numel() for p in model.parameters() if not getattr(p, "allreduce", True))
+    if not routed:
+        return ParameterCount(total, total)
+    experts, topk = model.config.num_moe_experts, model.config.moe_router_topk
+    return ParameterCount(total, total - routed * (experts - topk) // experts)

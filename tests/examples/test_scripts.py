@@ -1,0 +1,114 @@
+"""The scripts, called as their users call them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+TINY = """
+    --model.num_layers 2 --model.hidden_size 64 --model.activation_backend reference
+    --training.seq_length 32 --training.micro_batch_size 1 --training.global_batch_size 4
+    --optimizer.lr_warmup_iters 2 --training.eval_interval 0 --logging.tensorboard false
+""".split()
+
+
+def environment(num_processes):
+    scripts = Path(sys.executable).parent  # where torchrun and megapoly-launch are
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": num_processes}
+
+
+def losses(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return {record["iteration"]: record["lm_loss"] for record in map(json.loads, lines)}
+
+
+def start(command, num_processes="2"):
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(num_processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(run_dir, process, steps, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    metrics = run_dir / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {steps} steps: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_stops_on_request_and_goes_on(tmp_path, signal_number):
+    """bash starts it, a signal stops it (saved, status 0), torchrun goes on to the end."""
+    run_dir = tmp_path / "run"
+    options = [*TINY, "--training.train_iters", "400", "--run_dir", str(run_dir)]
+    process = start(["bash", str(EXAMPLES / "pretrain_moe.sh"), *options])
+    wait_for_steps(run_dir, process, 3)
+    if signal_number == signal.SIGINT:
+        os.killpg(process.pid, signal_number)  # Ctrl-C reaches every process of the terminal
+    else:
+        process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    stopped_at = int(checkpoint.name.removeprefix("iter_"))
+    assert max(losses(run_dir)) == stopped_at
+    assert f"asked to stop after step {stopped_at}" in output
+
+    end = str(stopped_at + 2)
+    decay = "--optimizer.lr_decay_iters=400"
+    launch = [
+        "torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(EXAMPLES / "pretrain_moe.sh"),
+    ]
+    process = start([*launch, *options, "--training.train_iters", end, decay])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"at step {stopped_at}" in output
+    assert max(losses(run_dir)) == stopped_at + 2
+
+
+def test_five_mistakes_give_five_messages_and_start_nothing(tmp_path):
+    run_dir = tmp_path / "run"
+    mistakes = [
+        "--model.activation=swiglue",
+        "--training.global_batch_size=7",
+        "--optimizer.min_lr=1.0",
+        "--optimizer.adam_beta2=1.5",
+        "--data.tokenizer=absent.json",
+    ]
+    script = str(EXAMPLES / "pretrain_dense.sh")
+    process = start(["bash", script, *mistakes, "--run_dir", str(run_dir)], num_processes="1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "The configuration has 5 problems:" in output
+    for word in ("(swiglue)", "(7)", "(1.0)", "(1.5)", "absent.json"):
+        assert word in output
+    assert len(output.splitlines()) == 6, output  # and nothing else: no stack trace
+    assert not run_dir.exists()
+
+
+def test_unknown_option_names_the_nearest(tmp_path):
+    script = str(EXAMPLES / "pretrain_dense.sh")
+    process = start(["bash", script, "--model.num_layer", "4"], num_processes="1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "`model.num_layer`" in output and "`model.num_layers`" in output

@@ -1,0 +1,207 @@
+"""Small models at several layouts: weights and gradients, put together from all ranks.
+
+A layout is a number of ranks and options of ``parallel``. One job builds every model of a layout,
+makes one global batch of gradients of each, and returns the parts that a rank holds by their places
+in a checkpoint. Put together they must not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megapoly.config import Config
+from megapoly.config.options import OPTIONS
+from megapoly.config.resolve import resolve
+from megapoly.data.loader import Batch, BatchLayout
+from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.platform import select_platform
+from megapoly.testing import run_on_ranks
+from megapoly.training.distributed import process_groups
+from megapoly.training.state import TrainState, build_state
+from megapoly.training.step import run_microbatches
+
+# Weights are large enough for every power of the activation to matter.
+SMALL = {
+    "model.num_layers": 2,
+    "model.hidden_size": 32,
+    "model.num_attention_heads": 4,
+    "model.ffn_hidden_size": 48,
+    "model.vocab_size": 128,
+    "model.init_method_std": 0.3,
+    "model.activation_backend": "reference",
+    "training.device": "cpu",
+    "training.train_iters": 1,
+    "training.seq_length": 16,
+    "training.micro_batch_size": 1,
+    "training.global_batch_size": 2,
+}
+EXPERTS = {
+    "model.num_moe_experts": 4,
+    "model.moe_router_topk": 2,
+    "model.moe_ffn_hidden_size": 24,
+}
+
+
+def small_config(options: dict[str, Any]) -> Config:
+    """A resolved configuration of a small model with options set by their dotted names."""
+    config = Config()
+    for name, value in (SMALL | options).items():
+        assert name in OPTIONS, name
+        section, _, field = name.rpartition(".")
+        setattr(getattr(config, section), field, value)
+    return resolve(
+        config, tokenizer_vocab_size=128, cuda_available=False, transformer_engine_available=False
+    )
+
+
+@dataclasses.dataclass
+class Part:
+    """What one rank holds of a tensor of the whole model."""
+
+    key: str
+    place: tuple[slice | int, ...]
+    whole_shape: tuple[int, ...]
+    data: Tensor
+
+
+@dataclasses.dataclass
+class RankResult:
+    """Of one model on one rank."""
+
+    weights: list[Part]
+    gradients: list[Part]
+    grad_norm: float
+    decay: dict[str, bool]
+
+
+@dataclasses.dataclass
+class Result:
+    """Of one model, whole."""
+
+    ranks: list[RankResult]
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Initial weights, by their names in a checkpoint."""
+        return _whole([part for rank in self.ranks for part in rank.weights])
+
+    @functools.cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the global batch, by the same names."""
+        return _whole([part for rank in self.ranks for part in rank.gradients])
+
+    @property
+    def norm_of_gradients(self) -> float:
+        """Root of the sum of squares of all gradients, each counted once."""
+        return math.sqrt(sum(g.double().square().sum().item() for g in self.gradients.values()))
+
+    @property
+    def decay(self) -> dict[str, bool]:
+        """Whether weight decay applies, by the parameter's name."""
+        return {name: decays for rank in self.ranks for name, decays in rank.decay.items()}
+
+
+def run_models(
+    models: dict[str, dict[str, Any]], num_ranks: int, layout: dict[str, Any]
+) -> dict[str, Result]:
+    """Weights and gradients of every model at a layout."""
+    configs = {name: small_config(options | layout) for name, options in models.items()}
+    ranks = run_on_ranks(_results_of_rank, num_ranks, configs)
+    return {name: Result([rank[name] for rank in ranks]) for name in configs}
+
+
+def _results_of_rank(configs: dict[str, Config]) -> dict[str, RankResult]:
+    platform = select_platform("cpu")
+    with process_groups(next(iter(configs.values())), platform):
+        return {name: _result_of_model(config, platform) for name, config in configs.items()}
+
+
+def _result_of_model(config: Config, platform: Any) -> RankResult:
+    state = build_state(config, platform, corpus=None)
+    parameters = dict(unwrap(state.model).named_parameters())
+    weights = list(_parts(state, {id(p): p.data.clone() for p in parameters.values()}))
+    state.model.zero_grad_buffer()
+    batches = random_batches(config, state.layout)
+    run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    if config.parallel.use_distributed_optimizer:
+        _gather_gradient_shards(state)
+    gradients = list(_parts(state, {id(p): p.main_grad.clone() for p in parameters.values()}))
+    decay = _decay(state, parameters)
+    _, grad_norm, _ = state.optimizer.step()
+    return RankResult(weights, gradients, float(grad_norm), decay)
+
+
+def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
+    """This rank's micro-batches of the first step; a sample depends on its place alone."""
+    length = config.training.seq_length
+    for places in layout.micro_batches(0):
+        samples = [
+            torch.randint(128, (length + 1,), generator=torch.Generator().manual_seed(place))
+            for place in places
+        ]
+        tokens = torch.stack(samples)
+        yield {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "loss_mask": torch.ones(len(tokens), length),
+            "position_ids": torch.arange(length).expand(len(tokens), -1),
+        }
+
+
+def _parts(state: TrainState, values: dict[int, Tensor]) -> Iterator[Part]:
+    """The values of parameters (by id) with their places in a checkpoint."""
+    entries = unwrap(state.model).sharded_state_dict(metadata=checkpoint_metadata())
+    for entry in entries.values():
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data is None:
+            continue
+        if id(entry.data) not in values:
+            continue  # a buffer
+        entry = dataclasses.replace(entry, data=values[id(entry.data)])
+        for shard in [entry] if isinstance(entry, ShardedTensor) else entry.build():
+            axes = shard.prepend_axis_num  # layer and expert
+            begins = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+            place = (*shard.global_offset[:axes], *(slice(i, i + n) for i, n in begins))
+            yield Part(shard.key, place, shard.global_shape, shard.data)
+
+
+def _whole(parts: list[Part]) -> dict[str, Tensor]:
+    """Tensors of the whole model: no part may be missing, and its holders agree to the bit."""
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        whole = tensors.setdefault(part.key, torch.full(part.whole_shape, math.nan))
+        present = whole[part.place]
+        if not present.isnan().all():
+            assert torch.equal(present, part.data), f"ranks disagree on {part.key}"
+        whole[part.place] = part.data
+    for key, tensor in tensors.items():
+        assert not tensor.isnan().any(), f"not all of {key} is there"
+    return tensors
+
+
+def _gather_gradient_shards(state: TrainState) -> None:
+    """The distributed optimizer leaves a rank only its shard of the sum: fetch the others."""
+    for buffer in [*state.model.buffers, *state.model.expert_parallel_buffers]:
+        for bucket in buffer.buckets:
+            group = buffer.data_parallel_group
+            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def _decay(state: TrainState, parameters: dict[str, Tensor]) -> dict[str, bool]:
+    """Whether weight decay applies, by the parameter's name."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    decay = {}
+    for group in state.optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) in names:
+                decay[names[id(parameter)]] = group["wd_mult"] != 0.0
+    return decay

@@ -1,0 +1,80 @@
+"""Experts that no token goes to, and an activation that is only an entry of the registry."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from layouts import EXPERTS, random_batches, small_config
+
+from megapoly.activations import ACTIVATIONS, Activation, TensorParallelSum
+from megapoly.model.builder import unwrap
+from megapoly.platform import select_platform
+from megapoly.testing import run_on_ranks
+from megapoly.training.distributed import process_groups
+from megapoly.training.state import build_state
+from megapoly.training.step import train_step
+
+IDLE = 1
+
+
+def gradients_with_an_idle_expert(options):
+    """Gradients by name after a batch in which the router sends nothing to expert 1."""
+    config = small_config(EXPERTS | options)
+    platform = select_platform("cpu")
+    with process_groups(config, platform):
+        state = build_state(config, platform, corpus=None)
+        for layer in unwrap(state.model).decoder.layers:
+            router = layer.mlp.router
+            router.gating = lambda x, gating=router.gating: gating(x).index_fill(
+                -1, torch.tensor([IDLE]), -1e4
+            )
+        train_step(state, random_batches(config, state.layout))
+        parameters = unwrap(state.model).named_parameters()
+        return {name: parameter.main_grad.clone() for name, parameter in parameters}
+
+
+@pytest.mark.parametrize("activation", ["polynorm", "gated_polynorm", "polyprelu", "swiglu"])
+def test_idle_expert_has_gradients_of_exactly_zero(activation):
+    options = {"model.activation": activation, "model.activation_coefficients": "per_expert"}
+    if activation == "swiglu":
+        options.pop("model.activation_coefficients")
+    gradients = run_on_ranks(gradients_with_an_idle_expert, 1, options)[0]
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        if ".experts.activation_func." in name:
+            assert not gradient[IDLE].any() and gradient[[0, 2, 3]].any(dim=-1).all()
+        elif ".experts.linear_fc" in name:
+            assert gradient.any() != name.endswith(f"weight{IDLE}"), name
+
+
+def scaled_softsign(x, scale, *, group=None, offsets=None, gate=None, probs=None):
+    """A new activation with one coefficient, which takes one process and shared coefficients."""
+    y = scale * torch.nn.functional.softsign(x)
+    return y if probs is None else y * probs.unsqueeze(-1)
+
+
+def train_with_a_new_activation(options):
+    entry = Activation(
+        scaled_softsign, False, lambda order: {"scale": [2.0]}, TensorParallelSum.GRADIENTS
+    )
+    with patch.dict(ACTIVATIONS, {"scaled_softsign": entry}):
+        config = small_config(options | {"model.activation": "scaled_softsign"})
+        platform = select_platform("cpu")
+        with process_groups(config, platform):
+            state = build_state(config, platform, corpus=None)
+            losses = []
+            for _ in range(3):
+                batches = random_batches(config, state.layout)
+                losses.append(train_step(state, batches).lm_loss)
+            parameters = dict(unwrap(state.model).named_parameters())
+            return losses, {n: p.detach() for n, p in parameters.items() if n.endswith(".scale")}
+
+
+@pytest.mark.parametrize("options", [{}, EXPERTS], ids=["dense", "experts"])
+def test_new_activation_is_one_entry_of_the_registry(options):
+    losses, scales = run_on_ranks(train_with_a_new_activation, 1, options)[0]
+    assert losses[2] < losses[0]
+    assert len(scales) == 2  # layers
+    assert all(scale.shape == (1,) and scale.item() not in (0.0, 2.0) for scale in scales.values())

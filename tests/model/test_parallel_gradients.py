@@ -1,0 +1,107 @@
+"""Weights, gradients and their norm do not depend on the layout."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from layouts import EXPERTS, run_models
+
+MODELS = {
+    "dense polynorm": {"model.num_query_groups": 2},
+    "dense gated_polynorm, tied": {
+        "model.activation": "gated_polynorm",
+        "model.qk_norm": "full",
+        "model.untie_embeddings_and_output_weights": False,
+    },
+    "dense polyprelu": {"model.activation": "polyprelu", "model.qk_norm": "head"},
+    "experts polynorm, shared expert": EXPERTS
+    | {"model.moe_shared_expert_intermediate_size": 24, "model.qk_norm": "head"},
+    "experts polynorm per expert": EXPERTS
+    | {
+        "model.activation_coefficients": "per_expert",
+        "model.num_query_groups": 2,
+        "model.qk_norm": "full",
+    },
+    "experts gated_polynorm per expert": EXPERTS
+    | {"model.activation": "gated_polynorm", "model.activation_coefficients": "per_expert"},
+    "experts polyrelu": EXPERTS | {"model.activation": "polyrelu"},
+    "experts polyprelu per expert": EXPERTS
+    | {"model.activation": "polyprelu", "model.activation_coefficients": "per_expert"},
+}
+DENSE = [name for name in MODELS if name.startswith("dense")]
+ROUTED = [name for name in MODELS if name.startswith("experts")]
+SHARED, GATED = "experts polynorm, shared expert", "experts gated_polynorm per expert"
+TIED, SLOPED = "dense gated_polynorm, tied", "experts polyprelu per expert"
+
+T, E, ET, P = (
+    f"parallel.{kind}_parallel_size"
+    for kind in ("tensor_model", "expert_model", "expert_tensor", "pipeline_model")
+)
+NO_SEQUENCE_PARALLEL = {"parallel.sequence_parallel": False}
+DISTRIBUTED_OPTIMIZER = {"parallel.use_distributed_optimizer": True}
+ALL_GATHER = {"model.moe_token_dispatcher_type": "allgather"}
+LAYOUTS = {
+    "TP 2": (2, {T: 2}, [*DENSE, *ROUTED]),
+    "TP 2 without sequence parallelism": (2, {T: 2} | NO_SEQUENCE_PARALLEL, DENSE[1:]),
+    "TP 2, whole experts": (2, {T: 2, ET: 1}, [SHARED, GATED, SLOPED]),
+    "EP 2": (2, {E: 2}, [SHARED, GATED]),
+    "EP 2, all-gather": (2, {E: 2} | ALL_GATHER, [SHARED]),
+    "TP 2 x EP 2, whole experts": (2, {T: 2, E: 2, ET: 1}, ROUTED),
+    "TP 2 x EP 2": (4, {T: 2, E: 2}, [SHARED, GATED, SLOPED]),
+    "PP 2": (2, {P: 2}, [TIED, GATED]),
+    "DP 2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER, [TIED, GATED]),
+}
+CASES = [(layout, model) for layout, (_, _, models) in LAYOUTS.items() for model in models]
+
+
+@functools.cache
+def one_process():
+    return run_models(MODELS, 1, {})
+
+
+@functools.cache
+def at_layout(layout):
+    num_ranks, options, names = LAYOUTS[layout]
+    return run_models({name: MODELS[name] for name in names}, num_ranks, options)
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_initial_weights_are_equal_to_the_bit(layout, model):
+    expected, actual = one_process()[model].weights, at_layout(layout)[model].weights
+    assert actual.keys() == expected.keys()
+    for key, weight in expected.items():
+        assert torch.equal(actual[key], weight), key
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_gradients_are_those_of_one_process(layout, model):
+    expected, actual = one_process()[model].gradients, at_layout(layout)[model].gradients
+    assert actual.keys() == expected.keys()
+    errors = {
+        key: ((actual[key] - gradient).norm() / gradient.norm()).item()
+        for key, gradient in expected.items()
+    }
+    assert all(expected[key].any() for key in expected)
+    assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize(("layout", "model"), [*CASES, *(("one process", m) for m in MODELS)])
+def test_gradient_norm_counts_every_parameter_once(layout, model):
+    results = one_process() if layout == "one process" else at_layout(layout)
+    for rank in results[model].ranks:
+        assert rank.grad_norm == pytest.approx(results[model].norm_of_gradients, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP 2", "TP 2 x EP 2, whole experts"])
+def test_matrices_decay_and_vectors_and_coefficients_do_not(layout):
+    results = one_process() if layout == "one process" else at_layout(layout)
+    for model, result in results.items():
+        matrices = {
+            name
+            for name in result.decay
+            if not name.endswith("norm.weight") and ".activation_func." not in name
+        }
+        assert {name for name, decays in result.decay.items() if decays} == matrices, model
+        assert any(".activation_func." in name for name in result.decay)

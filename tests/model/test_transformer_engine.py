@@ -1,0 +1,38 @@
+"""Transformer Engine asked for where it is not installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapoly.config import configure
+from megapoly.errors import ConfigError
+from megapoly.platform import transformer_engine_available
+
+RECIPE = Path(__file__).parents[2] / "examples" / "configs" / "moe_tiny.yaml"
+
+pytestmark = pytest.mark.skipif(
+    transformer_engine_available(), reason="Transformer Engine is installed"
+)
+
+
+def problems_of(*words):
+    with pytest.raises(ConfigError) as error:
+        configure(
+            ["--model.transformer_engine", "true", *words], default_recipe=RECIPE, program="test"
+        )
+    return error.value.problems
+
+
+def test_on_cuda_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (problem,) = problems_of("--training.device", "cuda")
+    assert "`pip install megapoly[gpu]`" in problem
+    assert "`model.transformer_engine` (True)" in problem
+
+
+def test_on_cpu_the_error_says_that_it_needs_cuda():
+    (problem,) = problems_of("--training.device", "cpu")
+    assert "needs `training.device` cuda, not cpu" in problem

@@ -1,0 +1,118 @@
+"""Rows that are cut over ranks: the same output and complete gradients as on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from definitions import FORMS, POLYNORM_FORMS, assert_close, make_arguments
+
+from megapoly.ops import polynorm, polyrelu
+from megapoly.ops.collectives import (
+    all_reduce_sum,
+    is_split,
+    scale_gradient,
+    sum_gradients,
+    sum_over_ranks,
+)
+from megapoly.testing import run_on_ranks
+
+OPERATORS = {"polynorm": polynorm, "polyrelu": polyrelu}
+CASES = {
+    **{
+        f"polynorm {norm} {form}": ("polynorm", form, {"norm": norm, "backend": "reference"})
+        for norm in ("rms", "l2")
+        for form in POLYNORM_FORMS
+    },
+    **{f"polyrelu {form}": ("polyrelu", form, {}) for form in FORMS},
+}
+SPLIT = ("output", "x", "gate")
+
+
+def run_case(case, rank=0, num_ranks=1, group=None):
+    operator, form, options = CASES[case]
+    arguments = make_arguments(form).columns(rank, num_ranks)
+    return arguments.run(OPERATORS[operator], group=group, **options)
+
+
+def run_cases():
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    try:
+        return {case: run_case(case, group.rank(), group.size(), group) for case in CASES}
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def on_ranks(request):
+    return run_on_ranks(run_cases, request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_rank(on_ranks, case):
+    expected = run_case(case)
+    results = [result[case] for result in on_ranks]
+    for result in results:
+        joined = {
+            name: torch.cat([r[name] for r in results], dim=-1) if name in SPLIT else tensor
+            for name, tensor in result.items()
+        }
+        assert_close(joined, expected)
+
+
+def no_rows():
+    """An expert-tensor-parallel pair may receive no tokens at all."""
+    dist.init_process_group("gloo")
+    try:
+        x = torch.ones(0, 4, requires_grad=True)
+        coefficients = torch.ones(4, requires_grad=True)
+        for operator in OPERATORS.values():
+            operator(x, coefficients, group=dist.group.WORLD).sum().backward()
+        return x.grad.shape, coefficients.grad.tolist()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_no_rows():
+    assert run_on_ranks(no_rows, 2) == [((0, 4), [0.0] * 4)] * 2
+
+
+def collectives():
+    """Value and gradient of each function; rank r holds r + 1, the gradient that comes is r + 5."""
+    dist.init_process_group("gloo")
+    group, rank = dist.group.WORLD, dist.get_rank()
+    try:
+        results = {}
+        for function in (sum_over_ranks, sum_gradients):
+            x = torch.tensor([rank + 1.0], requires_grad=True)
+            y = function(x, group)
+            y.backward(torch.tensor([rank + 5.0]))
+            results[function.__name__] = (y.item(), x.grad.item(), x.item())
+        in_place = torch.tensor([rank + 1.0])
+        assert all_reduce_sum(in_place, group) is in_place
+        return is_split(group), in_place.item(), results
+    finally:
+        dist.destroy_process_group()
+
+
+def test_collectives():
+    for rank, (split, reduced, results) in enumerate(run_on_ranks(collectives, 2)):
+        assert split and reduced == 3.0
+        assert results["sum_over_ranks"] == (3.0, 11.0, rank + 1.0)
+        assert results["sum_gradients"] == (rank + 1.0, 11.0, rank + 1.0)
+
+
+def test_collectives_without_a_group():
+    x = torch.ones(2, requires_grad=True)
+    assert not is_split(None)
+    assert sum_over_ranks(x, None) is x and sum_gradients(x, None) is x
+    assert all_reduce_sum(x, None) is x
+
+
+def test_scale_gradient():
+    x = torch.ones(2, requires_grad=True)
+    y = scale_gradient(x, 0.25)
+    y.sum().backward()
+    assert torch.equal(y, x) and x.grad.tolist() == [0.25, 0.25]
+    assert scale_gradient(x, 1.0) is x

@@ -1,0 +1,104 @@
+"""What a run writes: metrics.jsonl, TensorBoard, configuration, progress lines."""
+
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megapoly.config import load_yaml
+from megapoly.testing import run_job
+from megapoly.training.reporter import _drop_after
+
+OVERRIDES = {
+    "model.num_layers": 2,
+    "model.hidden_size": 64,
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 96,
+    "model.moe_shared_expert_intermediate_size": 96,
+    "model.activation_coefficients": "per_expert",
+    "model.activation_backend": "reference",
+    "training.train_iters": 6,
+    "training.seq_length": 32,
+    "training.micro_batch_size": 1,
+    "training.global_batch_size": 4,
+    "training.eval_interval": 3,
+    "training.eval_iters": 1,
+    "optimizer.lr_warmup_iters": 2,
+    "logging.log_interval": 1,
+    "logging.detail_interval": 2,
+    "checkpoint.save": False,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.expert_model_parallel_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    return run_dir, run_job("moe_tiny", run_dir, OVERRIDES, num_ranks=2)
+
+
+@pytest.fixture(scope="module")
+def scalars(run):
+    events = EventAccumulator(str(run[0] / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_every_step_has_its_line(run):
+    _, metrics = run
+    assert [line["iteration"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    for line in metrics:
+        assert line["consumed_tokens"] == line["iteration"] * 4 * 32
+        assert line["tokens_per_second"] == pytest.approx(4 * 32 / line["step_time_s"])
+        assert math.isfinite(line["lm_loss"]) and line["grad_norm"] > 0
+        assert line["load_balancing_loss"] > 0.99  # 1 when the experts are balanced
+        assert line["z_loss"] > 0
+        assert ("val/books/loss" in line) == (line["iteration"] in (3, 6))
+    assert metrics[2]["val/books/ppl"] == pytest.approx(math.exp(metrics[2]["val/books/loss"]))
+    assert [line["learning_rate"] for line in metrics[:3]] == [0.0, 0.002, 0.004]
+
+
+def test_tensorboard_has_the_same(run, scalars):
+    for line in run[1]:
+        for name in line.keys() - {"iteration"}:
+            assert scalars[name][line["iteration"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_coefficients_of_every_expert_and_layer(scalars):
+    owners = [f"experts/expert_{expert:02d}" for expert in range(4)] + ["shared_experts"]
+    for layer in range(2):
+        for owner in owners:
+            for power in range(4):
+                values = scalars[f"activation/layer_{layer:02d}/{owner}/a{power}"]
+                assert sorted(values) == [2, 4, 6]
+                start = 0.0 if power == 0 else 1 / 3
+                assert 0 < abs(values[6] - start) < 0.2  # learned, from the paper's initial value
+
+
+def test_expert_load(scalars):
+    for layer in range(2):
+        load = scalars[f"expert_load/layer_{layer:02d}/max_over_mean"]
+        idle = scalars[f"expert_load/layer_{layer:02d}/idle_fraction"]
+        assert sorted(load) == sorted(idle) == [2, 4, 6]
+        assert all(1.0 <= value <= 2.0 for value in load.values())  # top-2 of 4: at most 2
+        assert all(value in (0.0, 0.25, 0.5) for value in idle.values())
+
+
+def test_resolved_configuration_is_saved(run):
+    config = load_yaml(run[0] / "config.yaml")
+    assert config.model.vocab_size == 4096
+    assert config.parallel.expert_model_parallel_size == 2
+    assert config.optimizer.lr_decay_iters == 6
+
+
+def test_lines_after_the_position_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"iteration": i}) for i in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"iterat')
+    _drop_after(path, 3)
+    assert path.read_text().splitlines() == lines[:3]

@@ -1,0 +1,118 @@
+"""Checkpoints: stopping and going on changes nothing."""
+
+import shutil
+
+import pytest
+
+from megapoly.testing import run_job
+
+# Dropout: the random state has to be right too.
+TINY = {
+    "model.num_layers": 2,
+    "model.hidden_size": 64,
+    "model.hidden_dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "model.activation_backend": "reference",
+    "training.train_iters": 8,
+    "training.seq_length": 32,
+    "training.micro_batch_size": 1,
+    "training.global_batch_size": 4,
+    "training.eval_interval": 4,
+    "training.eval_iters": 1,
+    "optimizer.lr_warmup_iters": 2,
+    "logging.tensorboard": False,
+}
+MOE = TINY | {"model.moe_ffn_hidden_size": 96}
+DENSE = TINY | {"model.ffn_hidden_size": 192}
+TIMES = {"step_time_s", "tokens_per_second"}
+
+
+def results(metrics):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in metrics]
+
+
+TENSOR = {"parallel.tensor_model_parallel_size": 2}
+EXPERT = {"parallel.expert_model_parallel_size": 2}
+SHARDED_OPTIMIZER = {"parallel.use_distributed_optimizer": True}
+PER_EXPERT = {"model.activation_coefficients": "per_expert"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "num_ranks"),
+    [
+        ("dense_tiny", DENSE, 1),
+        ("dense_tiny", DENSE | {"training.bf16": True}, 1),
+        ("moe_tiny", MOE | PER_EXPERT, 1),
+        ("moe_tiny", MOE | TENSOR | EXPERT | {"parallel.expert_tensor_parallel_size": 1}, 2),
+        ("moe_tiny", MOE | EXPERT | SHARDED_OPTIMIZER | PER_EXPERT, 2),
+    ],
+    ids=["dense", "dense-bf16", "moe", "moe-tp2-ep2", "moe-ep2-distributed-optimizer"],
+)
+def test_resumed_losses_are_the_same_bits(tmp_path, recipe, overrides, num_ranks):
+    whole = run_job(recipe, tmp_path / "whole", overrides, num_ranks=num_ranks)
+    saving = overrides | {"checkpoint.save_interval": 3, "checkpoint.keep": 0}
+    run_job(recipe, tmp_path / "halves", saving, num_ranks=num_ranks)
+    # As if it had been killed after step 8: metrics of step 8, newest checkpoint of step 6.
+    shutil.rmtree(tmp_path / "halves" / "checkpoints" / "iter_0000008")
+    resumed = run_job(recipe, tmp_path / "halves", saving, num_ranks=num_ranks)
+    assert [line["iteration"] for line in resumed] == list(range(1, 9))
+    assert results(resumed) == results(whole)
+
+
+NO_DROPOUT = {"model.hidden_dropout": 0.0, "model.attention_dropout": 0.0}
+PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "before", "after"),
+    [
+        ("dense_tiny", DENSE, TENSOR, PIPELINE),
+        ("moe_tiny", MOE | PER_EXPERT, {}, EXPERT),
+        ("moe_tiny", MOE | SHARDED_OPTIMIZER, EXPERT, TENSOR),
+    ],
+    ids=["dense-tp2-pp2", "moe-1-ep2", "moe-ep2-tp2-distributed-optimizer"],
+)
+def test_another_layout_goes_on_with_the_same_losses(tmp_path, recipe, overrides, before, after):
+    overrides = overrides | NO_DROPOUT | {"checkpoint.save_interval": 4, "checkpoint.keep": 0}
+    whole = run_job(recipe, tmp_path, overrides | before, num_ranks=2 if before else 1)
+    shutil.rmtree(tmp_path / "checkpoints" / "iter_0000008")
+    resumed = run_job(recipe, tmp_path, overrides | after, num_ranks=2)
+    for line, expected in zip(resumed, whole, strict=True):
+        assert line["iteration"] == expected["iteration"]
+        assert line["lm_loss"] == pytest.approx(expected["lm_loss"], abs=2e-6)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, capfd):
+    unfinished = tmp_path / "checkpoints" / ".iter_0000002.partial"
+    unfinished.mkdir(parents=True)
+    overrides = DENSE | {"training.train_iters": 3, "checkpoint.save_interval": 1}
+    run_job("dense_tiny", tmp_path, overrides)
+    # The newest two (`checkpoint.keep`), and nothing unfinished.
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == [
+        "iter_0000002",
+        "iter_0000003",
+    ]
+    wrong = {
+        "model.num_layers=3": "`model.num_layers` is 3 here and 2 in the checkpoint",
+        "data.seed=7": "was trained on other data",
+        "training.global_batch_size=8": "another `training.global_batch_size` (4, here 8)",
+        "checkpoint.resume=false": "`checkpoint.resume` is false",
+    }
+    for option, message in wrong.items():
+        name, value = option.split("=")
+        with pytest.raises(RuntimeError, match="status 2"):
+            run_job("dense_tiny", tmp_path, overrides | {name: value})
+        assert message in capfd.readouterr().err
+
+
+def test_weights_start_another_run_on_other_data(tmp_path):
+    first = DENSE | NO_DROPOUT | {"training.train_iters": 6}
+    run_job("dense_tiny", tmp_path / "first", first)
+    checkpoint = tmp_path / "first" / "checkpoints" / "iter_0000006"
+    start = {"checkpoint.load": checkpoint, "checkpoint.load_weights_only": True}
+    overrides = (
+        first | start | {"data.seed": 7, "training.train_iters": 1, "checkpoint.save": False}
+    )
+    (metrics,) = run_job("dense_tiny", tmp_path / "second", overrides)
+    assert metrics["iteration"] == 1 and metrics["learning_rate"] == 0.0
+    assert metrics["lm_loss"] < 7.9  # untrained: ln 4096 = 8.3
