@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megapoly.pretrain import main
+from megapoly.config import configure
+from megapoly.pretrain import pretrain
 from megapoly.testing.ranks import run_on_ranks
 
 RECIPES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@functools.cache
+def shared_cache() -> tempfile.TemporaryDirectory[str]:
+    """Folder for tokenized text and sample indices of all jobs of this process."""
+    return tempfile.TemporaryDirectory(prefix="megapoly-test-cache-")
 
 
 def run_job(
@@ -25,16 +34,15 @@ def run_job(
         num_ranks: processes, one thread each.
 
     Raises:
-        RuntimeError: the job failed.
+        RuntimeError: the job failed; with the traceback of a rank.
     """
-    words = [f"--{name}={value}" for name, value in overrides.items()]
-    words.append(f"--run_dir={run_dir}")
+    fixed = {"run_dir": run_dir, "data.cache_dir": shared_cache().name}
+    words = [f"--{name}={value}" for name, value in (fixed | dict(overrides)).items()]
     run_on_ranks(_job, num_ranks, words, str(RECIPES / f"{recipe}.yaml"))
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def _job(words: list[str], recipe: str) -> None:
-    status = main(words, default_recipe=Path(recipe), program="pretrain")
-    if status:
-        raise RuntimeError(f"the job ended with status {status}")
+    """What ``megapoly.pretrain.main`` does, but errors reach the caller."""
+    pretrain(configure(words, default_recipe=Path(recipe), program="pretrain"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
@@ -125,9 +126,13 @@ def _aux_losses(state: TrainState) -> dict[str, float]:
     """Load-balancing and z-loss: mean over layers and micro-batches of all ranks."""
     if not state.config.model.num_moe_experts:
         return {}
+    tracker = get_moe_layer_wise_logging_tracker()
+    for entry in tracker.values():
+        if entry["reduce_group"] is None:
+            # The engine reports a rank's own z-loss (moe/router.py:505).
+            entry["avg_group"] = parallel_state.get_tensor_and_data_parallel_group()
     reduce_aux_losses_tracker_across_ranks()
     scale = 1.0 / (state.layout.num_microbatches * state.config.model.num_layers)
-    tracker = get_moe_layer_wise_logging_tracker()
     losses = {name: entry["values"].sum().item() * scale for name, entry in tracker.items()}
     clear_aux_losses_tracker()
     return losses

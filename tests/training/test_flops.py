@@ -7,6 +7,7 @@ from megapoly.config import Config
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.testing import run_on_ranks
+from megapoly.testing.jobs import shared_cache
 from megapoly.training.flops import peak_tflops, training_flops_per_token
 
 MODEL = {
@@ -37,7 +38,7 @@ def configuration(**model):
     return resolve(config, tokenizer_vocab_size=4096, **facts)
 
 
-def counted_flops_per_token(config, run_dir):
+def counted_flops_per_token(config, cache_dir):
     """Matrix products of one micro-batch; attention's, which torch counts in full, not causal."""
     from megapoly.data.corpus import load_corpus
     from megapoly.data.tokenizer import load_tokenizer
@@ -46,7 +47,7 @@ def counted_flops_per_token(config, run_dir):
     from megapoly.training.state import build_state
     from megapoly.training.step import run_microbatches
 
-    config.run_dir = run_dir
+    config.data.cache_dir = cache_dir
     platform = select_platform("cpu")
     with process_groups(config, platform):
         corpus = load_corpus(config, tokenizer=load_tokenizer(None))
@@ -62,9 +63,9 @@ def counted_flops_per_token(config, run_dir):
 @pytest.mark.parametrize(
     "model", [{}, {"activation": "swiglu"}, MOE], ids=["dense", "gated", "moe"]
 )
-def test_formula_is_what_is_computed(tmp_path, model):
+def test_formula_is_what_is_computed(model):
     config = configuration(**model)
-    (counted,) = run_on_ranks(counted_flops_per_token, 1, config, str(tmp_path))
+    (counted,) = run_on_ranks(counted_flops_per_token, 1, config, shared_cache().name)
     attention = 3 * 2 * config.model.num_layers * 64 * 32  # causal half of QK^T and PV
     assert training_flops_per_token(config) - attention == counted
 

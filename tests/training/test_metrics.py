@@ -60,7 +60,7 @@ def test_every_step_has_its_line(run):
         assert line["z_loss"] > 0
         assert ("val/books/loss" in line) == (line["iteration"] in (3, 6))
     assert metrics[2]["val/books/ppl"] == pytest.approx(math.exp(metrics[2]["val/books/loss"]))
-    assert [line["learning_rate"] for line in metrics[:3]] == [0.0, 0.002, 0.004]
+    assert [line["learning_rate"] for line in metrics[:3]] == [0.0, 0.001, 0.002]
 
 
 def test_tensorboard_has_the_same(run, scalars):

@@ -1,5 +1,6 @@
 """Checkpoints: stopping and going on changes nothing."""
 
+import re
 import shutil
 
 import pytest
@@ -82,7 +83,7 @@ def test_another_layout_goes_on_with_the_same_losses(tmp_path, recipe, overrides
         assert line["lm_loss"] == pytest.approx(expected["lm_loss"], abs=2e-6)
 
 
-def test_checkpoints_that_do_not_fit_are_refused(tmp_path, capfd):
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     unfinished = tmp_path / "checkpoints" / ".iter_0000002.partial"
     unfinished.mkdir(parents=True)
     overrides = DENSE | {"training.train_iters": 3, "checkpoint.save_interval": 1}
@@ -100,15 +101,14 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, capfd):
     }
     for option, message in wrong.items():
         name, value = option.split("=")
-        with pytest.raises(RuntimeError, match="status 2"):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
             run_job("dense_tiny", tmp_path, overrides | {name: value})
-        assert message in capfd.readouterr().err
 
 
 def test_weights_start_another_run_on_other_data(tmp_path):
-    first = DENSE | NO_DROPOUT | {"training.train_iters": 6}
+    first = DENSE | NO_DROPOUT | {"training.train_iters": 20}
     run_job("dense_tiny", tmp_path / "first", first)
-    checkpoint = tmp_path / "first" / "checkpoints" / "iter_0000006"
+    checkpoint = tmp_path / "first" / "checkpoints" / "iter_0000020"
     start = {"checkpoint.load": checkpoint, "checkpoint.load_weights_only": True}
     overrides = (
         first | start | {"data.seed": 7, "training.train_iters": 1, "checkpoint.save": False}
