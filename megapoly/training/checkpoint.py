@@ -6,13 +6,11 @@ Tensors are in the engine's ``torch_dist`` form, which loads at another layout. 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import checkpoint_metadata, unwrap
 from megapoly.training.distributed import is_rank_zero
-from megapoly.training.state import TrainState
+from megapoly.training.state import TrainState, gathered_parameters
 
 _NAME = re.compile(r"iter_(\d{7})")
 
@@ -77,7 +75,7 @@ def save_checkpoint(state: TrainState) -> Path:
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     dist.barrier()
-    with _gathered_parameters(state):
+    with gathered_parameters(state):
         dist_checkpointing.save(_state_dict(state, is_loading=False), str(partial))
     dist.barrier()
     if is_rank_zero():
@@ -263,16 +261,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextlib.contextmanager
-def _gathered_parameters(state: TrainState) -> Iterator[None]:
-    """With `overlap_param_gather` the last step's parameters are gathered in the next forward."""
-    overlaps = state.config.parallel.overlap_param_gather
-    if overlaps:
-        state.model.disable_forward_pre_hook()
-    try:
-        yield
-    finally:
-        if overlaps:
-            state.model.enable_forward_pre_hook()

@@ -11,7 +11,7 @@ import torch
 
 from megapoly.data.loader import evaluation_batches, num_evaluation_steps
 from megapoly.training.distributed import owns_loss, sum_over_all
-from megapoly.training.state import TrainState
+from megapoly.training.state import TrainState, gathered_parameters
 from megapoly.training.step import run_microbatches
 
 
@@ -37,7 +37,7 @@ def evaluate(state: TrainState) -> dict[str, Evaluation]:
     """Evaluate every validation set, each on the same samples every time; collective."""
     eval_iters = state.config.training.eval_iters
     results = {}
-    with _evaluation_mode(state), torch.no_grad():
+    with gathered_parameters(state), _evaluation_mode(state), torch.no_grad():
         for name, pool in state.corpus.validation.items():
             batches = evaluation_batches(
                 pool, state.layout, eval_iters=eval_iters, pin_memory=state.platform.is_cuda
@@ -55,14 +55,9 @@ def evaluate(state: TrainState) -> dict[str, Evaluation]:
 
 @contextlib.contextmanager
 def _evaluation_mode(state: TrainState) -> Iterator[None]:
-    """No dropout, no gradients, and parameters gathered where that overlaps with training."""
-    overlaps = state.config.parallel.overlap_param_gather
-    if overlaps:
-        state.model.disable_forward_pre_hook()
+    """No dropout."""
     state.model.eval()
     try:
         yield
     finally:
         state.model.train()
-        if overlaps:
-            state.model.enable_forward_pre_hook()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,23 @@ class TrainState:
             num_workers=self.config.data.num_workers,
             pin_memory=self.platform.is_cuda,
         )
+
+
+@contextlib.contextmanager
+def gathered_parameters(state: TrainState) -> Iterator[None]:
+    """Within its context every parameter has its newest value.
+
+    With ``overlap_param_gather`` those of the last step are otherwise gathered by the next forward
+    pass of training.
+    """
+    overlaps = state.config.parallel.overlap_param_gather
+    if overlaps:
+        state.model.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        if overlaps:
+            state.model.enable_forward_pre_hook()
 
 
 def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainState:

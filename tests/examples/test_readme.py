@@ -1,0 +1,46 @@
+"""Command lines in the README are ones that the scripts take."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megapoly.config.parsing import parse
+from megapoly.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def command_lines():
+    """Words after the script's name, of every line that starts one; `...` stands for more."""
+    joined = README.replace("\\\n", " ")
+    for match in re.finditer(r"^ +.*(examples/pretrain_\w+\.sh)(.*)$", joined, re.MULTILINE):
+        script, options = match.groups()
+        yield script, [word for word in shlex.split(options) if word not in ("...", "--help")]
+
+
+@pytest.mark.parametrize(("script", "options"), list(command_lines()))
+def test_options_are_known(monkeypatch, script, options):
+    monkeypatch.chdir(ROOT)
+    assert (ROOT / script).is_file()
+    recipe = ROOT / "examples" / "configs" / "moe_tiny.yaml"
+    parse(options, default_recipe=recipe, program=script)
+
+
+def test_there_are_some():
+    assert len(list(command_lines())) >= 5
+    with pytest.raises(ConfigError, match="nearest"):
+        parse(["--model.num_layer=1"], default_recipe=Path("."), program="a wrong line")
+
+
+def test_tree_names_what_exists():
+    tree = README.split("## The tree")[1].split("```")[1]
+    top = ""
+    for line in tree.strip().splitlines():
+        name = line.split()[0].rstrip(",")
+        if not line.startswith(" "):
+            top = name
+        path = ROOT / name if line.startswith(name) else ROOT / top / name
+        assert path.exists(), path
