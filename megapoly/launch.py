@@ -13,10 +13,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from megapoly.pretrain import STATUS_FILE
 
 # Seconds that workers have for saving before they are killed (torchrun's own default: 30).
 _SHUTDOWN_TIMEOUT_S = "600"
@@ -26,10 +30,20 @@ def main() -> int:
     """Run torchrun on the command line's words; see the module for the status."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
+    with tempfile.TemporaryDirectory() as folder:
+        status_file = Path(folder) / "status"
+        os.environ[STATUS_FILE] = str(status_file)
+        return _run(status_file)
+
+
+def _run(status_file: Path) -> int:
     try:
         torchrun(sys.argv[1:])
-    except SignalException:
-        return 0
+    except SignalException as error:
+        if status_file.exists():
+            return 0
+        print(f"stopped before anything was saved: {error}", file=sys.stderr)
+        return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

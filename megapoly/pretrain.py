@@ -12,6 +12,9 @@ from pathlib import Path
 from megapoly.config import Config, configure, to_yaml
 from megapoly.errors import MegapolyError
 
+# Environment variable with the path of a file that rank 0 writes when it ends as it should.
+STATUS_FILE = "MEGAPOLY_STATUS_FILE"
+
 
 def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
     """Train what the command line asks for.
@@ -23,7 +26,8 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
 
     Returns:
         Exit status: 0 when the run is complete or was asked to stop, 2 when the configuration, the
-        data or a checkpoint cannot be used (rank 0 says why).
+        data or a checkpoint cannot be used, or the loss is not finite (one process of each host
+        says why).
     """
     is_first = os.environ.get("RANK", "0") == "0"
     _quieten(is_first)
@@ -31,9 +35,12 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
         config = configure(argv, default_recipe=default_recipe, program=program)
         pretrain(config)
     except MegapolyError as error:
-        if is_first:
+        # Once for each host: a file may be missing on one of them alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)
         return 2
+    if is_first and STATUS_FILE in os.environ:
+        Path(os.environ[STATUS_FILE]).write_text("complete\n")
     return 0
 
 

@@ -7,6 +7,7 @@ So a step's micro-batches are the same at every data-parallel size.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -159,4 +160,10 @@ def _data_loader(
         pin_memory=pin_memory,
         # Every new iterator draws a number; from the global generator it would change dropout.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupt,
     )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches workers too, and the main process needs them until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

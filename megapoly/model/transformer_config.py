@@ -42,7 +42,8 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=bool(model.transformer_engine),
+        # Needs apex's kernels also with Transformer Engine (tensor_parallel/layers.py:924).
+        gradient_accumulation_fusion=False,
         attention_softmax_in_fp32=True,
         # megapoly.model.initialization sets the weights, the same at every layout.
         perform_initialization=False,

@@ -35,7 +35,11 @@ def install_on_cpu() -> None:
     _cuda_literals_mean_cpu()
     _all_gather_takes_uneven_shapes()
     _splits_become_numpy()
-    install_without_transformer_engine()
+    _grouped_gemm_name_is_defined()
+    # On CPU also where Transformer Engine or apex is installed: theirs are CUDA kernels.
+    _adam_keeps_the_fused_state_layout()
+    _gradients_are_scaled_in_torch()
+    _gradient_norm_is_summed_in_fp64()
 
 
 def install_without_transformer_engine() -> None:
@@ -44,8 +48,15 @@ def install_without_transformer_engine() -> None:
         return
     _installed.add("no_te")
     _grouped_gemm_name_is_defined()
-    _adam_keeps_the_fused_state_layout()
-    _gradient_norm_is_summed_in_fp64()
+    import megatron.core.optimizer as engine_optimizer
+
+    if engine_optimizer.USING_PYTORCH_OPTIMIZER:
+        _adam_keeps_the_fused_state_layout()
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        _gradient_norm_is_summed_in_fp64()
 
 
 def _current_device_is_cpu() -> None:
@@ -289,10 +300,18 @@ def _adam_keeps_the_fused_state_layout() -> None:
 
     from megapoly.training.adam import Adam
 
-    if engine_optimizer.USING_PYTORCH_OPTIMIZER:
-        engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
-        distrib_optimizer.Adam = Adam
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    distrib_optimizer.Adam = Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _gradients_are_scaled_in_torch() -> None:
+    """optimizer/clip_grads.py:11-25 takes the CUDA kernels of an installed package."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    clip_grads.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def _gradient_norm_is_summed_in_fp64() -> None:
@@ -302,7 +321,6 @@ def _gradient_norm_is_summed_in_fp64() -> None:
     update: after 20 steps of moe_tiny the losses at TP 1 and 2 were 2.5e-4 apart, and 1e-6 with
     this norm.
     """
-    from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
     def l2_norm(
@@ -315,5 +333,4 @@ def _gradient_norm_is_summed_in_fp64() -> None:
         ]
         return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
 
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = l2_norm
+    clip_grads.l2_norm_impl = l2_norm

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import random
 import re
 import shutil
@@ -25,15 +26,17 @@ import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.platform import Platform
 from megapoly.training.distributed import is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"iter_(\d{7})")
 
 # Fields of the model that may change between a checkpoint and the run that loads it: they change
 # how it is computed or trained, not what its weights mean.
 _MAY_CHANGE = {
-    "transformer_engine",
     "activation_backend",
     "moe_token_dispatcher_type",
     "moe_router_dtype",
@@ -54,8 +57,8 @@ def checkpoints_folder(config: Config) -> Path:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
-    return sorted(found)
+    found = [path.parent for path in folder.glob("iter_*/run.json")]
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def save_checkpoint(state: TrainState) -> Path:
@@ -70,6 +73,9 @@ def save_checkpoint(state: TrainState) -> Path:
     folder = checkpoints_folder(state.config)
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / f".{final.name}.partial"
+    if final in complete_checkpoints(folder):
+        return final  # the run was resumed from it, and nothing has been trained since
+    dist.barrier()
     if is_rank_zero():
         for unfinished in folder.glob(".iter_*.partial"):
             shutil.rmtree(unfinished)
@@ -81,7 +87,6 @@ def save_checkpoint(state: TrainState) -> Path:
     if is_rank_zero():
         (partial / "config.yaml").write_text(to_yaml(state.config))
         (partial / "run.json").write_text(json.dumps(_position(state), indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _delete_old(folder, state.config.checkpoint.keep)
     dist.barrier()
@@ -134,6 +139,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
             unwrap(state.model).load_state_dict(loaded["model"])
             state.optimizer.reload_model_params()
             return
+        _check_optimizer(state.config, path)
         _check_data(state, position, path)
         same_ranks = position["layout"] == _layout(state.config)
         expected = _state_dict(state, is_loading=True, with_random_state=same_ranks)
@@ -142,7 +148,9 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         state.optimizer.load_state_dict(loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
-        _set_random_state(loaded["random_state"])
+        _set_random_state(loaded["random_state"], state.platform)
+    else:
+        logger.info("another layout than the checkpoint's: random state (dropout) starts anew")
     state.iteration = position["iteration"]
 
 
@@ -161,7 +169,7 @@ def _state_dict(
     if with_random_state:
         result["random_state"] = ShardedObject(
             "random_state",
-            _random_state(),
+            _random_state(state.platform),
             global_shape=(dist.get_world_size(),),
             global_offset=(dist.get_rank(),),
         )
@@ -191,6 +199,7 @@ def _layout(config: Config) -> dict[str, int]:
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
         "expert": parallel.expert_model_parallel_size,
+        "expert_tensor": parallel.expert_tensor_parallel_size or 1,
     }
 
 
@@ -219,6 +228,28 @@ def _check_model(config: Config, path: Path) -> None:
         )
 
 
+def _check_optimizer(config: Config, path: Path) -> None:
+    saved = load_yaml(path / "config.yaml")
+    forms = {
+        "parallel.use_distributed_optimizer": (
+            saved.parallel.use_distributed_optimizer,
+            config.parallel.use_distributed_optimizer,
+        ),
+        "training.bf16": (saved.training.bf16, config.training.bf16),
+    }
+    differences = [
+        f"`{name}` is {current} here and {old} in the checkpoint"
+        for name, (old, current) in forms.items()
+        if old != current
+    ]
+    if differences:
+        raise CheckpointError(
+            f"The optimizer state in {path} has another form: {'; '.join(differences)}. Use the "
+            "checkpoint's values, or start another `run_dir` from its weights with "
+            f"`--checkpoint.load {path} --checkpoint.load_weights_only true`."
+        )
+
+
 def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None:
     saved, current = position["data_fingerprint"], state.corpus.fingerprint
     batch = state.config.training.global_batch_size
@@ -239,25 +270,26 @@ def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None
 
 def _delete_old(folder: Path, keep: int) -> None:
     for path in complete_checkpoints(folder)[:-keep] if keep else []:
-        shutil.rmtree(path)
+        # Renamed first: a folder named `iter_*` is whole even while it is being deleted.
+        shutil.rmtree(path.rename(folder / f".{path.name}.partial"))
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(platform: Platform) -> dict[str, Any]:
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    if torch.cuda.is_available():
+    if platform.is_cuda:
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], platform: Platform) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and platform.is_cuda:
         torch.cuda.set_rng_state(state["cuda"])

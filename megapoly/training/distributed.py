@@ -39,7 +39,9 @@ def process_groups(config: Config, platform: Platform) -> Iterator[None]:
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
-        seed_model_parallel_rng(config.training.seed)
+        # Dropout differs between pipeline stages, as it does between layers.
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        seed_model_parallel_rng(config.training.seed + 100 * stage)
         yield
     finally:
         parallel_state.destroy_model_parallel()

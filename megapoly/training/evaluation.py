@@ -29,8 +29,11 @@ class Evaluation:
 
     @property
     def ppl(self) -> float:
-        """Perplexity, exp(loss)."""
-        return math.exp(self.loss)
+        """Perplexity, exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 def evaluate(state: TrainState) -> dict[str, Evaluation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,7 @@ class StepResult:
     """What one step gave.
 
     Args:
-        lm_loss: mean cross-entropy of the step's tokens, nats.
+        lm_loss: mean over micro-batches of the mean cross-entropy of their tokens, nats.
         grad_norm: global norm before clipping.
         learning_rate: that the step was made with.
         stop_requested: some process was asked to stop.
@@ -54,18 +55,22 @@ def train_step(
         stop_requested: whether this process was asked to stop.
 
     Raises:
-        MegapolyError: the optimizer refused the step.
+        MegapolyError: loss or gradient norm is not finite.
     """
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
     losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
     learning_rate = state.learning_rate
-    updated, grad_norm, _ = state.optimizer.step()
-    if not updated:
-        raise MegapolyError(f"Step {state.iteration + 1}: the optimizer found no finite gradient.")
+    _, grad_norm, _ = state.optimizer.step()
     state.scheduler.step(increment=1)
     state.iteration += 1
     lm_loss, stop = _mean_loss(state, losses, stop_requested)
+    if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
+        raise MegapolyError(
+            f"Step {state.iteration}: loss {lm_loss}, gradient norm {grad_norm}; both must be "
+            "finite. Nothing of this step is saved: go on from the newest checkpoint with a lower "
+            "`optimizer.lr` or a longer warm-up."
+        )
     return StepResult(lm_loss, float(grad_norm), learning_rate, stop, _aux_losses(state))
 
 

@@ -1,4 +1,4 @@
-"""Stop when asked to: Ctrl-C and SIGTERM."""
+"""Stop when asked to: Ctrl-C, SIGTERM, a closed terminal."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Within its context SIGINT and SIGTERM set a flag instead of ending the process.
+    """Within its context SIGINT, SIGTERM and SIGHUP set a flag instead of ending the process.
 
     A repeated signal changes nothing: torchrun passes the signals that it gets on to its workers,
     and a terminal sends Ctrl-C to all of them, so one wish to stop may arrive twice.

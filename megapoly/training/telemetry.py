@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megapoly.activations.module import FFNActivation
 from megapoly.model.builder import unwrap
-from megapoly.training.state import TrainState
+from megapoly.training.state import TrainState, gathered_parameters
 
 
 class ExpertLoad:
@@ -65,7 +65,7 @@ def activation_coefficients(state: TrainState) -> dict[str, float]:
         a PolyPReLU is ``slope``.
     """
     local: dict[str, float] = {}
-    if parallel_state.get_tensor_model_parallel_rank() == 0 or state.config.model.num_moe_experts:
+    with gathered_parameters(state):
         for layer in unwrap(state.model).decoder.layers:
             for name, module in layer.named_modules():
                 if isinstance(module, FFNActivation):

@@ -19,7 +19,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="transformer_engine_is_usable",
         wrong={"model.transformer_engine": True, "cuda_available": True},
-        words=["pip install megapoly[gpu]"],
+        words=["pip install '.[gpu]'"],
         right={
             "model.transformer_engine": True,
             "cuda_available": True,

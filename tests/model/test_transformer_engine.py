@@ -29,7 +29,7 @@ def problems_of(*words):
 def test_on_cuda_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     (problem,) = problems_of("--training.device", "cuda")
-    assert "`pip install megapoly[gpu]`" in problem
+    assert "`pip install '.[gpu]'`" in problem
     assert "`model.transformer_engine` (True)" in problem
 
 

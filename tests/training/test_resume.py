@@ -98,11 +98,27 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         "data.seed=7": "was trained on other data",
         "training.global_batch_size=8": "another `training.global_batch_size` (4, here 8)",
         "checkpoint.resume=false": "`checkpoint.resume` is false",
+        "training.bf16=true": "`training.bf16` is True here and False in the checkpoint",
+        "parallel.use_distributed_optimizer=true": "`parallel.use_distributed_optimizer` is True",
     }
     for option, message in wrong.items():
         name, value = option.split("=")
         with pytest.raises(RuntimeError, match=re.escape(message)):
             run_job("dense_tiny", tmp_path, overrides | {name: value})
+
+    newest = unfinished.parent / "iter_0000003"
+    written = newest.stat().st_ino, (newest / "run.json").stat().st_mtime_ns
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    run_job("dense_tiny", tmp_path, overrides)  # a finished run: nothing to do, nothing rewritten
+    assert (newest.stat().st_ino, (newest / "run.json").stat().st_mtime_ns) == written
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    overrides = DENSE | {"optimizer.lr": 1e30, "optimizer.clip_grad": 0.0}
+    with pytest.raises(RuntimeError, match="both must be finite"):
+        run_job("dense_tiny", tmp_path, overrides)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_weights_start_another_run_on_other_data(tmp_path):

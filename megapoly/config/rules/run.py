@@ -27,7 +27,7 @@ def transformer_engine_is_usable(facts: Facts) -> Iterator[str]:
     elif not facts.transformer_engine_available:
         yield (
             "`model.transformer_engine` (True) needs Transformer Engine, which is not installed; "
-            f"`pip install megapoly[gpu]`, or {remedy}"
+            f"`pip install '.[gpu]'`, or {remedy}"
         )
 
 
