@@ -94,7 +94,11 @@ class FFNActivation(MegatronModule):
         self.coefficient_names.append(name)
 
     def forward(
-        self, x: Tensor, probs: Tensor | None = None, tokens_per_expert: Tensor | None = None
+        self,
+        x: Tensor,
+        probs: Tensor | None = None,
+        tokens_per_expert: Tensor | None = None,
+        expert: int | None = None,
     ) -> Tensor:
         """Activate FC1's output.
 
@@ -102,6 +106,7 @@ class FFNActivation(MegatronModule):
             x: [..., d / tp], or [..., 2 d / tp] for a gated activation: first the activated half.
             probs: [rows] router probability, multiplied in; routed experts only.
             tokens_per_expert: [num_local_experts] rows of each expert, for rows sorted by expert.
+            expert: local expert that all rows belong to, instead of ``tokens_per_expert``.
 
         Returns:
             [..., d / tp] in the dtype of ``x``.
@@ -116,7 +121,9 @@ class FFNActivation(MegatronModule):
                 # The operator's gradient of probs is complete on each rank of the row; the engine's
                 # dispatcher adds these ranks up (moe/token_dispatcher.py, gather of probs).
                 arguments["probs"] = scale_gradient(probs, 1.0 / self.row_group.size())
-            if self.per_expert:
+            if self.per_expert and expert is not None:
+                arguments |= {name: arguments[name][expert] for name in self.coefficient_names}
+            elif self.per_expert:
                 arguments["offsets"] = _offsets(tokens_per_expert, x.device)
         if self.activation.normalized:
             settings = self.settings

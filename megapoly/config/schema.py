@@ -61,6 +61,8 @@ class ModelConfig:
         moe_aux_loss_coeff: weight of the load-balancing loss (0: none).
         moe_z_loss_coeff: weight of the router z-loss (0: none).
         moe_token_dispatcher_type: how tokens reach their experts.
+        moe_grouped_gemm: one grouped linear map for all experts of a rank; false: run one expert
+            after another. Weights and checkpoints are the same.
         transformer_engine: build layers from Transformer Engine; null: on CUDA if it is installed.
     """
 
@@ -97,6 +99,7 @@ class ModelConfig:
     moe_aux_loss_coeff: float = 0.01
     moe_z_loss_coeff: float = 0.001
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    moe_grouped_gemm: bool = True
     transformer_engine: bool | None = None
 
 

@@ -1,12 +1,20 @@
-"""The routed experts of a layer, with an activation that knows experts and probabilities."""
+"""The routed experts of a layer, with an activation that knows experts and probabilities.
+
+Both forms have the same weights, initial values and checkpoints: ``linear_fc1.weight`` and
+``linear_fc2.weight`` with a leading expert axis, and the activation's coefficients.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -36,14 +44,10 @@ class GroupedExperts(TEGroupedMLP):
     ) -> None:
         linears = dataclasses.replace(submodules, activation_func=None)
         super().__init__(num_local_experts, config, linears, pg_collection)
+        _mark_expert_weights(self)
         self.activation_func = build_module(
             submodules.activation_func, config=config, num_local_experts=num_local_experts
         )
-        for linear in (self.linear_fc1, self.linear_fc2):
-            for weight in linear.parameters():
-                # Expert buffers, optimizer and data-parallel group at every expert-parallel size:
-                # parameter groups, and with them checkpoints, are then the same at all of them.
-                weight.allreduce = False
 
     def forward(
         self,
@@ -65,3 +69,90 @@ class GroupedExperts(TEGroupedMLP):
         )
         output, _ = self.linear_fc2(intermediate, splits)
         return output, None
+
+
+class SequentialExperts(SequentialMLP):
+    """FC1, activation times router probability, FC2, one expert after another.
+
+    Source: the engine's ``SequentialMLP`` (transformer/moe/experts.py:820), which has an ``MLP``
+    for each expert. Only their linear maps are used: an ``MLP`` has an activation of its own, but
+    all experts of a layer may share one coefficient set, and it multiplies by the router
+    probability after the activation, not in it.
+
+    Args:
+        num_local_experts: experts on this rank.
+        config: the engine's configuration.
+        submodules: linear maps, the engine's or Transformer Engine's, and activation.
+        pg_collection: process groups of the experts.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        linears = dataclasses.replace(submodules, activation_func=None)
+        super().__init__(num_local_experts, config, linears, pg_collection)
+        _mark_expert_weights(self)
+        self.activation_func = build_module(
+            submodules.activation_func, config=config, num_local_experts=num_local_experts
+        )
+
+    def forward(
+        self,
+        permuted_local_hidden_states: Tensor,
+        tokens_per_expert: Tensor,
+        permuted_probs: Tensor,
+    ) -> tuple[Tensor, None]:
+        """[rows, h] -> [rows, h], for rows sorted by expert.
+
+        An expert without rows runs on none: its gradients are zeros, and the ranks that share it
+        stay together in their collectives.
+
+        Args:
+            permuted_local_hidden_states: [rows, h].
+            tokens_per_expert: [num_local_experts] rows of each expert.
+            permuted_probs: [rows] router probability of each row.
+        """
+        splits = tokens_per_expert.tolist()
+        hidden_states = permuted_local_hidden_states.split(splits)
+        probs = permuted_probs.split(splits)
+        outputs = []
+        for i, linears in enumerate(self.local_experts):
+            intermediate, _ = linears.linear_fc1(hidden_states[i])
+            intermediate = self.activation_func(intermediate, probs=probs[i], expert=i)
+            outputs.append(linears.linear_fc2(intermediate)[0])
+        return torch.cat(outputs), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The keys of :class:`GroupedExperts`."""
+        weights = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        activation = self.activation_func.sharded_state_dict(
+            f"{prefix}activation_func.", sharded_offsets, metadata
+        )
+        replace_prefix_for_sharding(activation, prefix, f"{prefix}experts.")
+        return {**_without_empty_objects(weights), **activation}
+
+
+def _mark_expert_weights(experts: torch.nn.Module) -> None:
+    """Set what the engine reads of a parameter to find its gradient's ranks."""
+    for weight in experts.parameters():
+        # Expert buffers, optimizer and data-parallel group at every expert-parallel size:
+        # parameter groups, and with them checkpoints, are then the same at all of them.
+        weight.allreduce = False  # type: ignore[attr-defined]
+        # In the gradient norm every tensor-parallel rank counts its own: either it holds a part of
+        # each expert, or other experts.
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def _without_empty_objects(entries: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the ``_extra_state`` that the engine's linear maps save as None."""
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if not (isinstance(entry, ShardedObject) and entry.data is None)
+    }

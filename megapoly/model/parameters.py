@@ -33,7 +33,7 @@ def count_parameters(model: GPTModel) -> ParameterCount:
         counts.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    # What the engine keeps in expert buffers, see GroupedExperts and FFNActivation.
+    # What the engine keeps in expert buffers, see megapoly.model.experts and FFNActivation.
     routed = sum(p.numel() for p in model.parameters() if not getattr(p, "allreduce", True))
     if not routed:
         return ParameterCount(total, total)

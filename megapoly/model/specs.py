@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megapoly.activations.module import ActivationSettings, FFNActivation
 from megapoly.config import ModelConfig
 from megapoly.model.attention import ScaledDotProductAttention
-from megapoly.model.experts import GroupedExperts
+from megapoly.model.experts import GroupedExperts, SequentialExperts
 from megapoly.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
 
@@ -33,6 +33,7 @@ def decoder_spec(model: ModelConfig, engine: TransformerConfig) -> TransformerBl
     make_layer = _transformer_engine_layer if model.transformer_engine else _local_layer
     layer = make_layer(model)
     _set_qk_norm(layer, model)
+    _set_experts(layer, model)
     _set_activation(layer, model)
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(engine),
@@ -69,28 +70,27 @@ def _local_layer(model: ModelConfig) -> ModuleSpec:
             for key, value in parts.sharded_state_dict_keys_map.items()
             if key != "pre_mlp_layernorm."
         }
-        parts.mlp.submodules.experts = ModuleSpec(
-            module=GroupedExperts,
-            submodules=MLPSubmodules(
+        if model.moe_grouped_gemm:
+            parts.mlp.submodules.experts.submodules = MLPSubmodules(
                 linear_fc1=ColumnParallelGroupedLinear, linear_fc2=RowParallelGroupedLinear
-            ),
-        )
+            )
     return layer
 
 
 def _transformer_engine_layer(model: ModelConfig) -> ModuleSpec:
     """Transformer Engine's fused norm + linear, grouped linear and attention."""
-    layer = get_gpt_layer_with_transformer_engine_spec(
+    return get_gpt_layer_with_transformer_engine_spec(
         num_experts=model.num_moe_experts,
-        moe_grouped_gemm=bool(model.num_moe_experts),
+        moe_grouped_gemm=bool(model.num_moe_experts) and model.moe_grouped_gemm,
         qk_layernorm=model.qk_norm == "head",
     )
+
+
+def _set_experts(layer: ModuleSpec, model: ModelConfig) -> None:
+    """Around the linear maps of the spec, which are one for all experts or one for each."""
     if model.num_moe_experts:
-        experts = layer.submodules.mlp.submodules.experts
-        layer.submodules.mlp.submodules.experts = ModuleSpec(
-            module=GroupedExperts, submodules=experts.submodules
-        )
-    return layer
+        experts = GroupedExperts if model.moe_grouped_gemm else SequentialExperts
+        layer.submodules.mlp.submodules.experts.module = experts
 
 
 def _set_qk_norm(layer: ModuleSpec, model: ModelConfig) -> None:

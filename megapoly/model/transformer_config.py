@@ -83,5 +83,5 @@ def _moe_arguments(config: Config) -> dict[str, object]:
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
         "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
-        "moe_grouped_gemm": True,
+        "moe_grouped_gemm": model.moe_grouped_gemm,
     }

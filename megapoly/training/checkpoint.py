@@ -39,6 +39,7 @@ _NAME = re.compile(r"iter_(\d{7})")
 _MAY_CHANGE = {
     "activation_backend",
     "moe_token_dispatcher_type",
+    "moe_grouped_gemm",
     "moe_router_dtype",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",

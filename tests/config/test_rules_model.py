@@ -66,6 +66,12 @@ CASES: list[dict[str, Any]] = [
         right={"model.num_moe_experts": 8, EP: 2, "world_size": 2},
     ),
     dict(
+        rule="moe_options_are_read",
+        wrong={"model.moe_grouped_gemm": False},
+        words=["`model.moe_grouped_gemm` (False)", "dense"],
+        right=MOE | {"model.moe_grouped_gemm": False},
+    ),
+    dict(
         rule="dense_width_is_read",
         wrong={"model.ffn_hidden_size": 96},
         words=["(96)", "(384)"],

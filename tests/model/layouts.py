@@ -128,7 +128,7 @@ def _results_of_rank(configs: dict[str, Config]) -> dict[str, RankResult]:
 def _result_of_model(config: Config, platform: Any) -> RankResult:
     state = build_state(config, platform, corpus=None)
     parameters = dict(unwrap(state.model).named_parameters())
-    weights = list(_parts(state, {id(p): p.data.clone() for p in parameters.values()}))
+    weights = _weight_parts(state)
     state.model.zero_grad_buffer()
     batches = random_batches(config, state.layout)
     run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
@@ -155,6 +155,16 @@ def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
             "loss_mask": torch.ones(len(tokens), length),
             "position_ids": torch.arange(length).expand(len(tokens), -1),
         }
+
+
+def whole_weights(state: TrainState) -> dict[str, Tensor]:
+    """Weights of a model on a single rank, by their names in a checkpoint."""
+    return _whole(_weight_parts(state))
+
+
+def _weight_parts(state: TrainState) -> list[Part]:
+    parameters = unwrap(state.model).parameters()
+    return list(_parts(state, {id(p): p.data.clone() for p in parameters}))
 
 
 def _parts(state: TrainState, values: dict[int, Tensor]) -> Iterator[Part]:

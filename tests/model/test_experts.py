@@ -1,17 +1,21 @@
-"""Experts that no token goes to, and an activation that is only an entry of the registry."""
+"""Idle experts, checkpoints of both forms of experts, activations that only the registry knows."""
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
-from layouts import EXPERTS, random_batches, small_config
+from layouts import EXPERTS, random_batches, small_config, whole_weights
+from torch.testing import assert_close
 
 from megapoly.activations import ACTIVATIONS, Activation, TensorParallelSum
 from megapoly.model.builder import unwrap
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
+from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import build_state
 from megapoly.training.step import train_step
@@ -35,9 +39,19 @@ def gradients_with_an_idle_expert(options):
         return {name: parameter.main_grad.clone() for name, parameter in parameters}
 
 
-@pytest.mark.parametrize("activation", ["polynorm", "gated_polynorm", "polyprelu", "swiglu"])
-def test_idle_expert_has_gradients_of_exactly_zero(activation):
-    options = {"model.activation": activation, "model.activation_coefficients": "per_expert"}
+@pytest.mark.parametrize(
+    ("activation", "grouped"),
+    [
+        *itertools.product(["polynorm", "gated_polynorm", "polyprelu", "swiglu"], [True]),
+        *itertools.product(["gated_polynorm", "polyprelu"], [False]),
+    ],
+)
+def test_idle_expert_has_gradients_of_exactly_zero(activation, grouped):
+    options = {
+        "model.activation": activation,
+        "model.activation_coefficients": "per_expert",
+        "model.moe_grouped_gemm": grouped,
+    }
     if activation == "swiglu":
         options.pop("model.activation_coefficients")
     gradients = run_on_ranks(gradients_with_an_idle_expert, 1, options)[0]
@@ -45,8 +59,47 @@ def test_idle_expert_has_gradients_of_exactly_zero(activation):
     for name, gradient in gradients.items():
         if ".experts.activation_func." in name:
             assert not gradient[IDLE].any() and gradient[[0, 2, 3]].any(dim=-1).all()
-        elif ".experts.linear_fc" in name:
-            assert gradient.any() != name.endswith(f"weight{IDLE}"), name
+        elif ".experts." in name:
+            is_idle = f"weight{IDLE}" in name or f"local_experts.{IDLE}." in name
+            assert gradient.any() != is_idle, name
+
+
+SEQUENTIAL = {"model.moe_grouped_gemm": False}
+
+
+FORMS = {
+    "grouped, then sequential": ({}, SEQUENTIAL, {"model.activation": "gated_polynorm"}),
+    "sequential, then grouped": (SEQUENTIAL, {}, {"parallel.use_distributed_optimizer": True}),
+}
+
+
+def weights_after_two_steps(folder):
+    """Of each run of one form, and of a run of the other form that goes on after its first step."""
+    platform, result = select_platform("cpu"), {}
+    with process_groups(small_config(EXPERTS), platform):
+        for name, (before, after, options) in FORMS.items():
+            options = EXPERTS | options | {"model.activation_coefficients": "per_expert"}
+            states = []
+            for form in (before, after):
+                config = small_config(options | form | {"training.train_iters": 3})
+                config.run_dir = str(folder / name)
+                states.append(build_state(config, platform, SimpleNamespace(fingerprint="random")))
+            whole, resumed = states
+            train_step(whole, random_batches(whole.config, whole.layout))
+            load_checkpoint(resumed, save_checkpoint(whole))
+            for state in states:
+                train_step(state, random_batches(state.config, state.layout))
+            result[name] = [whole_weights(state) for state in states]
+    return result
+
+
+def test_checkpoint_of_one_form_goes_on_in_the_other(tmp_path):
+    results = run_on_ranks(weights_after_two_steps, 1, tmp_path)[0]
+    assert results.keys() == FORMS.keys()
+    for whole, resumed in results.values():
+        assert resumed.keys() == whole.keys()
+        for key, weight in whole.items():
+            assert_close(resumed[key], weight, rtol=0, atol=1e-6)
 
 
 def scaled_softsign(x, scale, *, group=None, offsets=None, gate=None, probs=None):

@@ -30,10 +30,16 @@ MODELS = {
     "experts polyprelu per expert": EXPERTS
     | {"model.activation": "polyprelu", "model.activation_coefficients": "per_expert"},
 }
-DENSE = [name for name in MODELS if name.startswith("dense")]
-ROUTED = [name for name in MODELS if name.startswith("experts")]
 SHARED, GATED = "experts polynorm, shared expert", "experts gated_polynorm per expert"
 TIED, SLOPED = "dense gated_polynorm, tied", "experts polyprelu per expert"
+# The same models with experts one after another.
+SEQUENTIAL = {f"{name}, sequential": name for name in (SHARED, GATED)}
+MODELS |= {
+    sequential: MODELS[name] | {"model.moe_grouped_gemm": False}
+    for sequential, name in SEQUENTIAL.items()
+}
+DENSE = [name for name in MODELS if name.startswith("dense")]
+ROUTED = [name for name in MODELS if name.startswith("experts")]
 
 T, E, ET, P = (
     f"parallel.{kind}_parallel_size"
@@ -45,11 +51,11 @@ ALL_GATHER = {"model.moe_token_dispatcher_type": "allgather"}
 LAYOUTS = {
     "TP 2": (2, {T: 2}, [*DENSE, *ROUTED]),
     "TP 2 without sequence parallelism": (2, {T: 2} | NO_SEQUENCE_PARALLEL, DENSE[1:]),
-    "TP 2, whole experts": (2, {T: 2, ET: 1}, [SHARED, GATED, SLOPED]),
-    "EP 2": (2, {E: 2}, [SHARED, GATED]),
+    "TP 2, whole experts": (2, {T: 2, ET: 1}, [SHARED, GATED, SLOPED, *SEQUENTIAL]),
+    "EP 2": (2, {E: 2}, [SHARED, GATED, *SEQUENTIAL]),
     "EP 2, all-gather": (2, {E: 2} | ALL_GATHER, [SHARED]),
     "TP 2 x EP 2, whole experts": (2, {T: 2, E: 2, ET: 1}, ROUTED),
-    "TP 2 x EP 2": (4, {T: 2, E: 2}, [SHARED, GATED, SLOPED]),
+    "TP 2 x EP 2": (4, {T: 2, E: 2}, [SHARED, GATED, SLOPED, *SEQUENTIAL]),
     "PP 2": (2, {P: 2}, [TIED, GATED]),
     "DP 2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER, [TIED, GATED]),
 }
@@ -85,6 +91,23 @@ def test_gradients_are_those_of_one_process(layout, model):
     }
     assert all(expected[key].any() for key in expected)
     assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        *(case for case in CASES if case[1] in SEQUENTIAL),
+        *(("one process", model) for model in SEQUENTIAL),
+    ],
+)
+def test_experts_one_after_another_are_the_grouped_ones(layout, model):
+    results = one_process() if layout == "one process" else at_layout(layout)
+    expected, actual = results[SEQUENTIAL[model]], results[model]
+    assert actual.weights.keys() == expected.weights.keys()
+    for key, weight in expected.weights.items():
+        assert torch.equal(actual.weights[key], weight), key
+    for key, gradient in expected.gradients.items():
+        assert (actual.gradients[key] - gradient).norm() < 1e-6 * gradient.norm(), key
 
 
 @pytest.mark.parametrize(("layout", "model"), [*CASES, *(("one process", m) for m in MODELS)])

@@ -17,6 +17,7 @@ MOE_OPTIONS = (
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
     "model.moe_token_dispatcher_type",
+    "model.moe_grouped_gemm",
     "parallel.expert_model_parallel_size",
 )
 COEFFICIENT_OPTIONS = ("model.activation_order", "model.activation_coefficients")
