@@ -20,7 +20,7 @@ setup(
     entry_points={"console_scripts": ["megapoly-launch=megapoly.launch:main"]},
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.6,<2.14",
+        "torch>=2.7,<2.14",
         "megatron-core>=0.16.1,<0.17",
         "jsonargparse[signatures]>=4.40",
         "numpy",
@@ -34,8 +34,19 @@ setup(
     extras_require={
         # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
-        "test": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"],
+        "test": [
+            "matplotlib",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
+            # release that torch 2.13 takes: registers differ between releases.
+            "triton>=3.6,<3.8; sys_platform == 'linux'",
+            "types-PyYAML",
+        ],
         "hf": ["transformers>=4.57", "safetensors"],
         "eval": ["lm-eval"],
+        "bench": ["matplotlib"],  # tools/benchmark_ops.py --plot
     },
 )

@@ -27,6 +27,7 @@ class ActivationSettings:
     norm: Literal["rms", "l2"] = "rms"
     eps: float = 1e-6
     backend: Backend = "auto"
+    deterministic: bool = False
 
 
 class FFNActivation(MegatronModule):
@@ -117,6 +118,8 @@ class FFNActivation(MegatronModule):
         if self.activation.has_coefficients:
             arguments |= {name: getattr(self, name) for name in self.coefficient_names}
             arguments["group"] = self.row_group
+            arguments["backend"] = self.settings.backend
+            arguments["deterministic"] = self.settings.deterministic
             if probs is not None:
                 # The operator's gradient of probs is complete on each rank of the row; the engine's
                 # dispatcher adds these ranks up (moe/token_dispatcher.py, gather of probs).
@@ -126,12 +129,7 @@ class FFNActivation(MegatronModule):
             elif self.per_expert:
                 arguments["offsets"] = _offsets(tokens_per_expert, x.device)
         if self.activation.normalized:
-            settings = self.settings
-            arguments |= {
-                "eps": settings.eps,
-                "norm": settings.norm,
-                "backend": settings.backend,
-            }
+            arguments |= {"eps": self.settings.eps, "norm": self.settings.norm}
         return self.activation.function(x, **arguments)
 
     def sharded_state_dict(

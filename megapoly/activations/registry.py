@@ -40,7 +40,8 @@ class Activation:
 
     Args:
         function: ``function(x, *, gate, probs, **coefficients)``; with coefficients it also takes
-            ``group`` and ``offsets``, and with STATISTICS ``eps`` and ``norm``.
+            ``group``, ``offsets``, ``deterministic`` and ``backend``, and with STATISTICS ``eps``
+            and ``norm``.
         gated: FC1 is twice as wide and its second half multiplies the result.
         coefficients: initial values of every learned vector, by name, for a given order.
         tensor_parallel_sum: see :class:`TensorParallelSum`.

@@ -32,9 +32,11 @@ class ModelConfig:
         activation_norm: what divides a power in the PolyNorm family: its root mean square
             (``rms``) or its L2 norm (``l2``, the paper's Eq. 3 as written).
         activation_eps: added to the mean square (``l2``: to the sum of squares).
-        activation_backend: how the PolyNorm family runs: as plain torch code (``reference``),
-            through torch.compile (``compiled``, needs a C++ compiler on CPU), or compiled where
-            that is possible (``auto``).
+        activation_backend: how activations with coefficients run: as plain torch code
+            (``reference``), through torch.compile (``compiled``, needs a C++ compiler on CPU), by
+            CUDA kernels (``triton``), or by the fastest of these that can run (``auto``).
+        activation_deterministic: add up the rows of activations with coefficients in a fixed order:
+            the same bits at tensor-parallel sizes 1, 2, 4 and 8, for somewhat larger messages.
         normalization_eps: epsilon of every RMSNorm.
         qk_norm: RMSNorm on queries and keys: ``none``, each head by itself (``head``), or over the
             whole projection before the head split (``full``, OLMoE's and the paper's MoE).
@@ -78,7 +80,8 @@ class ModelConfig:
     activation_coefficients: Literal["shared", "per_expert"] = "shared"
     activation_norm: Literal["rms", "l2"] = "rms"
     activation_eps: float = 1e-6
-    activation_backend: Literal["auto", "reference", "compiled"] = "auto"
+    activation_backend: Literal["auto", "reference", "compiled", "triton"] = "auto"
+    activation_deterministic: bool = False
     normalization_eps: float = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"
     rotary_base: int = 10_000

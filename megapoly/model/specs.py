@@ -122,4 +122,5 @@ def activation_settings(model: ModelConfig) -> ActivationSettings:
         norm=model.activation_norm,
         eps=model.activation_eps,
         backend=model.activation_backend,
+        deterministic=model.activation_deterministic,
     )

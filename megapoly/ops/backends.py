@@ -1,33 +1,37 @@
-"""How the operators' row functions run: as written, or compiled."""
+"""Which code computes the rows: plain PyTorch, PyTorch compiled, or Triton kernels."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
-from torch import Tensor
 
 from megapoly.errors import UnavailableError
 
-Backend = Literal["auto", "reference", "compiled"]
+Backend = Literal["auto", "reference", "compiled", "triton"]
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The default of 8 recompilations is fewer than there are combinations of order, dtype and optional
+# arguments. Constants and eps as literals: read from memory they cost a division in inner loops.
+_DYNAMO_OPTIONS = {"recompile_limit": 64, "specialize_float": True}
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def compiler_missing(device_type: str) -> str | None:
     """Why ``compiled`` cannot run on a device, or None if it can."""
     if device_type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "Triton is not installed (`pip install triton`)"
-        return None
+        return None if _triton_is_installed() else "Triton is not installed (`pip install triton`)"
     # The one that torch._inductor.config.cpp.cxx takes; it does not look for others.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
@@ -35,40 +39,76 @@ def compiler_missing(device_type: str) -> str | None:
     return None
 
 
+def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why ``triton`` cannot run on tensors of a device and dtype, or None if it can."""
+    if not _triton_is_installed():
+        return "Triton is not installed (`pip install triton`)"
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (device_type == "cpu" and interprets):
+        return "its kernels need a CUDA device, or on CPU Triton's interpreter: TRITON_INTERPRET=1"
+    if dtype not in _TRITON_DTYPES:
+        return f"its kernels take fp32, fp16 and bf16, not {dtype}"
+    return None
+
+
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 @functools.cache
-def resolve_backend(backend: Backend, device_type: str) -> Literal["reference", "compiled"]:
-    """The backend that runs; ``auto`` takes ``compiled`` where it can and says once which.
+def resolve_backend(
+    backend: Backend, device_type: str, dtype: torch.dtype = torch.float32
+) -> Literal["reference", "compiled", "triton"]:
+    """The backend that runs; ``auto`` takes the fastest that can and says once which.
 
     Raises:
-        UnavailableError: ``compiled`` was asked for and there is no compiler.
+        UnavailableError: one was asked for that cannot run on the device.
+        ValueError: there is no backend of that name.
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"`backend` ({backend}) is one of {', '.join(get_args(Backend))}.")
     if backend == "reference":
         return "reference"
-    missing = compiler_missing(device_type)
-    if backend == "compiled" and missing:
-        raise UnavailableError(
-            f"The `compiled` activation backend cannot run on {device_type}: {missing}; or use "
-            "`--model.activation_backend reference`."
-        )
     if backend == "auto":
-        reason = f": {missing}" if missing else ""
-        logger.info("activation backend: %s%s", "reference" if missing else "compiled", reason)
+        # On CPU Triton only interprets: that is for tests.
+        takes_triton = device_type == "cuda" and triton_missing(device_type, dtype) is None
+        return _fastest(device_type, takes_triton)
+    missing = (
+        triton_missing(device_type, dtype) if backend == "triton" else compiler_missing(device_type)
+    )
+    if missing:
+        raise UnavailableError(
+            f"The `{backend}` activation backend cannot run on {device_type}: {missing}; or use "
+            "`--model.activation_backend auto` (of an operator: `backend`)."
+        )
+    return backend
+
+
+@functools.cache
+def _fastest(device_type: str, takes_triton: bool) -> Literal["reference", "compiled", "triton"]:
+    missing = compiler_missing(device_type)
+    if takes_triton:
+        logger.info("activation backend: triton")
+        return "triton"
+    logger.info("activation backend: %s", f"reference: {missing}" if missing else "compiled")
     return "reference" if missing else "compiled"
 
 
-def row_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make a function of rows run on either backend, by the keyword ``backend``.
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` of rows through ``torch.compile``.
 
-    Compiled with dynamic shapes, so that the number of rows is not part of the code: one
-    compilation serves every number of tokens. Inductor specialises on 0 and 1, so these few rows
-    run as written.
+    Shapes are dynamic, so that the number of rows is not part of the code: one compilation for each
+    combination of order, dtype and optional arguments serves every number of tokens. Inductor
+    specialises on 0 and 1, so these few rows run as written.
     """
-    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+    run_compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
     @functools.wraps(function)
-    def run(x: Tensor, *args: Tensor | None, backend: Backend) -> Tensor:
-        if x.shape[0] > 1 and resolve_backend(backend, x.device.type) == "compiled":
-            return compiled(x, *args)
-        return function(x, *args)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        x: Any = args[0]
+        if x.shape[0] <= 1:
+            return function(*args, **kwargs)
+        with torch._dynamo.config.patch(_DYNAMO_OPTIONS):
+            return run_compiled(*args, **kwargs)
 
     return run

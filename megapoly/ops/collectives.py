@@ -8,39 +8,103 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 
+from megapoly.errors import ShapeError
+
+# A deterministic sum adds this many parts of a row in a fixed order, however many ranks hold them.
+NUM_SEGMENTS = 8
+
 
 def is_split(group: dist.ProcessGroup | None) -> bool:
     """Whether a row is cut over more than one rank."""
     return group is not None and group.size() > 1
 
 
-def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum ``x`` over the group, in place; one rank: nothing to do."""
-    if is_split(group):
-        dist.all_reduce(x, group=group)
-    return x
+def name_of(group: dist.ProcessGroup | None) -> str:
+    """How an operator's schema names a group: "" where rows are whole."""
+    return group.group_name if group is not None and is_split(group) else ""
+
+
+def size_of(group_name: str) -> int:
+    """Ranks of a named group."""
+    return _resolve(group_name).size() if group_name else 1
+
+
+def _resolve(group_name: str) -> dist.ProcessGroup:
+    c10d: Any = dist.distributed_c10d
+    group: dist.ProcessGroup = c10d._resolve_process_group(group_name)
+    return group
+
+
+def check_segments(width: int, num_ranks: int) -> None:
+    """Raise :class:`ShapeError` where a row cannot be cut into the segments of a fixed sum."""
+    if NUM_SEGMENTS % num_ranks or width * num_ranks % NUM_SEGMENTS:
+        raise ShapeError(
+            f"A deterministic sum cuts a row into {NUM_SEGMENTS} equal segments: the ranks that "
+            f"share it ({num_ranks}) must be 1, 2, 4 or 8 and its width ({width * num_ranks}) "
+            f"divisible by {NUM_SEGMENTS}; change these, or do without `deterministic`."
+        )
+
+
+def segments(x: Tensor, num_ranks: int) -> tuple[Tensor, ...]:
+    """A rank's part of a row, [rows, d / tp], as its share of the segments."""
+    return x.chunk(NUM_SEGMENTS // num_ranks, dim=-1)
+
+
+class PendingSum:
+    """A sum over ranks that is under way; :meth:`wait` returns it.
+
+    Args:
+        part: this rank's part; with ``deterministic`` [segments of this rank, ..].
+        group_name: see :func:`name_of`.
+        deterministic: add all segments as a fixed binary tree. The bits of the sum then do not
+            depend on the number of ranks: an all-gather in place of an all-reduce.
+    """
+
+    def __init__(self, part: Tensor, group_name: str, *, deterministic: bool) -> None:
+        self.deterministic = deterministic
+        self.group_name = group_name
+        self._work: dist.Work | None = None
+        if not group_name:
+            self._result = part
+        elif deterministic:
+            group = _resolve(group_name)
+            self._result = part.new_empty(part.shape[0] * group.size(), *part.shape[1:])
+            self._work = dist.all_gather_into_tensor(
+                self._result, part.contiguous(), group=group, async_op=True
+            )
+        else:
+            self._result = part.contiguous()
+            self._work = dist.all_reduce(self._result, group=_resolve(group_name), async_op=True)
+
+    def wait(self) -> Tensor:
+        """The sum, on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        return tree_sum(self._result) if self.deterministic else self._result
+
+
+def tree_sum(parts: Tensor) -> Tensor:
+    """[2^n, ..] -> [..]: pairs, pairs of pairs, ..; every node is one addition."""
+    while len(parts) > 1:
+        parts = parts[0::2] + parts[1::2]
+    return parts[0]
 
 
 class _SumOverRanks(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return all_reduce_sum(x.clone(), group)
+        return _all_reduce_sum(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grads[0].clone(), ctx.group), None
+        return _all_reduce_sum(grads[0], ctx.group), None
 
 
-class _SumGradients(Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grads[0].clone(), ctx.group), None
+def _all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class _ScaleGradient(Function):
@@ -61,11 +125,6 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     too: one all-reduce in each direction.
     """
     return _SumOverRanks.apply(x, group) if is_split(group) else x
-
-
-def sum_gradients(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``x`` itself; its gradient is summed over the ranks that each saw a part of the columns."""
-    return _SumGradients.apply(x, group) if is_split(group) else x
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

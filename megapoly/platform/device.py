@@ -60,6 +60,7 @@ def select_platform(device: str) -> Platform:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     from megapoly.platform import engine_workarounds
 
+    engine_workarounds.install_on_every_device()
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UnavailableError(

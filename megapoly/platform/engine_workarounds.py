@@ -2,7 +2,8 @@
 
 The engine is written for CUDA. :func:`install_on_cpu` lets its training path run on CPU with gloo;
 :func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
-any device. Each function below names the places in ``megatron/core/`` that make it necessary.
+any device; :func:`install_on_every_device` is about PolyNorm under recomputation. Each function
+below names the places in ``megatron/core/`` that make it necessary.
 Nothing of ``install_on_cpu`` touches a CUDA run.
 """
 
@@ -22,6 +23,13 @@ import torch.distributed as dist
 CPU = torch.device("cpu")
 
 _installed: set[str] = set()
+
+
+def install_on_every_device() -> None:
+    """Spare the engine's recomputation PolyNorm's collective; a second call does nothing."""
+    if "every" not in _installed:
+        _installed.add("every")
+        _recomputation_keeps_row_statistics()
 
 
 def install_on_cpu() -> None:
@@ -57,6 +65,31 @@ def install_without_transformer_engine() -> None:
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         _gradient_norm_is_summed_in_fp64()
+
+
+def _recomputation_keeps_row_statistics() -> None:
+    """Recomputing a layer runs its forward pass again, with PolyNorm's all-reduce.
+
+    ``CheckpointFunction`` (tensor_parallel/random.py:496) has no hook for what to keep, so the
+    statistics of its region are kept beside what it saves.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    from megapoly.ops.recomputation import keeping_row_statistics, reusing_row_statistics
+
+    run, recompute = CheckpointFunction.forward, CheckpointFunction.backward
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.row_statistics = []
+        with keeping_row_statistics(ctx.row_statistics):
+            return run(ctx, *args)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with reusing_row_statistics(ctx.row_statistics):
+            return recompute(ctx, *grads)
+
+    CheckpointFunction.forward = staticmethod(forward)
+    CheckpointFunction.backward = staticmethod(backward)
 
 
 def _current_device_is_cpu() -> None:

@@ -38,6 +38,7 @@ _NAME = re.compile(r"iter_(\d{7})")
 # how it is computed or trained, not what its weights mean.
 _MAY_CHANGE = {
     "activation_backend",
+    "activation_deterministic",
     "moe_token_dispatcher_type",
     "moe_grouped_gemm",
     "moe_router_dtype",

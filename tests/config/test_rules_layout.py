@@ -163,6 +163,23 @@ CASES: list[dict[str, Any]] = [
         right=FULL | {COUNT: 2, METHOD: "block", PP: 2, "world_size": 2},
     ),
     dict(
+        rule="deterministic_rows_divide",
+        wrong={"model.activation_deterministic": True, "model.ffn_hidden_size": 1060},
+        words=["`model.ffn_hidden_size` gives (1060)", "(8)", "1056 and 1064"],
+        right={"model.activation_deterministic": True},
+    ),
+    dict(
+        rule="deterministic_rows_divide",
+        wrong={TP: 3, "world_size": 3, "model.activation_deterministic": True},
+        words=["(3)", "1, 2, 4 or 8", "false"],
+        base={
+            "model.num_attention_heads": 3,
+            "model.hidden_size": 384,
+            "model.make_vocab_size_divisible_by": 384,
+            "training.seq_length": 384,
+        },
+    ),
+    dict(
         rule="recomputation_options_are_read",
         wrong={METHOD: "block"},
         words=["(block)", "(null)", "full"],

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import Config
+from megapoly.ops import polynorm
 from megapoly.platform import engine_workarounds, select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
@@ -33,6 +34,49 @@ def test_all_gather_takes_uneven_first_dimensions(lengths):
     for received in run_on_ranks(gather, 2, lengths):
         for rank, rows in enumerate(received):
             assert torch.equal(rows, torch.full((lengths[rank], 2), rank + 1.0))
+
+
+def recompute_polynorm():
+    """The engine's checkpoint of a PolyNorm on rows that two ranks share, and without it."""
+    platform = select_platform("cpu")
+    config = Config()
+    config.training.train_iters = 1
+    config = resolve(
+        config, tokenizer_vocab_size=8, cuda_available=False, transformer_engine_available=False
+    )
+    calls = []
+    with process_groups(config, platform):
+        all_reduce = dist.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            calls.append(tuple(tensor.shape))
+            return all_reduce(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        x = torch.randn(5, 8, generator=generator)
+        a = torch.tensor([0.5, 1.0, -2.0, 0.25])
+        results = []
+        for recomputes in (True, False):
+            calls.clear()
+            leaf = x.clone().requires_grad_()
+
+            def two_layers(x):
+                for _ in range(2):
+                    x = polynorm(x, a, group=dist.group.WORLD, backend="reference")
+                return x
+
+            y = checkpoint(two_layers, False, leaf) if recomputes else two_layers(leaf)
+            y.square().sum().backward()
+            results.append((leaf.grad, list(calls)))
+        dist.all_reduce = all_reduce
+    return results
+
+
+def test_recomputation_does_not_repeat_the_all_reduce_of_polynorm():
+    for (recomputed, calls), (plain, expected_calls) in run_on_ranks(recompute_polynorm, 2):
+        assert torch.equal(recomputed, plain)
+        assert calls == expected_calls == [(5, 3), (5, 3), (5, 4), (5, 4)]
 
 
 def uneven_gather_without_waiting():

@@ -89,6 +89,27 @@ def _ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
     return widths
 
 
+def deterministic_rows_divide(facts: Facts) -> Iterator[str]:
+    """A row that is added up in a fixed order is cut into equal segments, ranks hold whole ones."""
+    if not facts.config.model.activation_deterministic or facts.activation is None:
+        return
+    from megapoly.ops.collectives import NUM_SEGMENTS
+
+    for name, size, ranks, num_ranks in _ffn_widths(facts):
+        width = resolve.ffn_width(facts.config.model, size)
+        if num_ranks > 0 and NUM_SEGMENTS % num_ranks:
+            yield (
+                f"`model.activation_deterministic` needs {ranks} ({num_ranks}) to be 1, 2, 4 or "
+                f"{NUM_SEGMENTS}; or set it to false"
+            )
+        yield from must_be_multiple(
+            f"with `model.activation_deterministic`, the width that `model.{name}` gives",
+            width,
+            NUM_SEGMENTS,
+            "the segments of a row",
+        )
+
+
 def vocabulary_divides(facts: Facts) -> Iterator[str]:
     """The padded vocabulary is cut evenly; it is never padded further for the layout's sake."""
     model, size = facts.config.model, facts.config.parallel.tensor_model_parallel_size
@@ -214,6 +235,7 @@ RULES: tuple[Rule, ...] = (
     experts_divide,
     heads_divide,
     ffn_widths_divide,
+    deterministic_rows_divide,
     vocabulary_divides,
     layers_divide,
     sequence_parallel_fits,

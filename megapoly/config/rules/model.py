@@ -20,8 +20,13 @@ MOE_OPTIONS = (
     "model.moe_grouped_gemm",
     "parallel.expert_model_parallel_size",
 )
-COEFFICIENT_OPTIONS = ("model.activation_order", "model.activation_coefficients")
-NORM_OPTIONS = ("model.activation_norm", "model.activation_eps", "model.activation_backend")
+COEFFICIENT_OPTIONS = (
+    "model.activation_order",
+    "model.activation_coefficients",
+    "model.activation_backend",
+    "model.activation_deterministic",
+)
+NORM_OPTIONS = ("model.activation_norm", "model.activation_eps")
 
 
 def heads_fit_hidden_size(facts: Facts) -> Iterator[str]:

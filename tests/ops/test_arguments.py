@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megapoly.ops.rows import expert_of_row
+from megapoly.ops.arguments import expert_of_row
 
 
 def test_expert_of_row_skips_experts_without_rows():

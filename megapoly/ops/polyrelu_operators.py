@@ -1,0 +1,151 @@
+"""PolyReLU's operators in ``torch.ops.megapoly``: forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.ops.arguments import row_major
+from megapoly.ops.backends import Backend
+from megapoly.ops.collectives import PendingSum, check_segments, segments, size_of
+from megapoly.ops.library import (
+    absent,
+    differentiate,
+    operator,
+    or_absent,
+    present,
+    refuse_second_derivative,
+)
+from megapoly.ops.polyrelu_backends import rows_of
+
+_ROWS = "Tensor coefficients, Tensor? slope, Tensor? probs, Tensor? gate, Tensor? offsets"
+_LAYOUT = "str group, bool deterministic, str backend"
+_NUM_LAYOUT = 3
+
+
+def _fake_forward(x: Tensor, *others: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@operator(f"polyrelu_forward(Tensor x, {_ROWS}, {_LAYOUT}) -> Tensor", fake=_fake_forward)
+def polyrelu_forward(
+    x: Tensor,
+    coefficients: Tensor,
+    slope: Tensor | None,
+    probs: Tensor | None,
+    gate: Tensor | None,
+    offsets: Tensor | None,
+    group: str,
+    deterministic: bool,
+    backend: Backend,
+) -> Tensor:
+    """Output, pointwise; the layout is for the backward pass."""
+    return rows_of(backend, x).forward(x, coefficients, slope, probs, gate, offsets)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    slope: Tensor | None,
+    probs: Tensor | None,
+    gate: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    optional = (
+        absent(x) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (slope, probs, gate)
+    )
+    return x.new_empty(x.shape), torch.empty_like(coefficients), *optional
+
+
+@operator(
+    f"polyrelu_backward(Tensor grad_output, Tensor x, {_ROWS}, {_LAYOUT})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+def polyrelu_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    slope: Tensor | None,
+    probs: Tensor | None,
+    gate: Tensor | None,
+    offsets: Tensor | None,
+    group: str,
+    deterministic: bool,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, coefficients, slope, probs and gate.
+
+    Those of coefficients, slope and probs are sums over the row: one all-reduce of all three.
+    """
+    num_ranks = size_of(group)
+    if deterministic:
+        check_segments(x.shape[-1], num_ranks)
+    num_segments = len(segments(x, num_ranks)) if deterministic else 1
+    grads_x, grads_gate = list[Tensor](), list[Tensor]()
+    partial_sums = list[Tensor]()
+    for x_part, grad_part, gate_part in zip(
+        x.chunk(num_segments, -1),
+        row_major(grad_output).chunk(num_segments, -1),
+        [None] * num_segments if gate is None else gate.chunk(num_segments, -1),
+        strict=True,
+    ):
+        grad_x, *row_sums, grad_gate = rows_of(backend, x).backward(
+            x_part, grad_part, coefficients, slope, probs, gate_part, offsets
+        )
+        grads_x.append(grad_x)
+        if grad_gate is not None:
+            grads_gate.append(grad_gate)
+        partial_sums.append(
+            torch.cat([sums.double().flatten() for sums in row_sums if sums is not None])
+        )
+    sums = torch.stack(partial_sums) if deterministic else partial_sums[0]
+    sums = PendingSum(sums, group, deterministic=deterministic).wait()
+    return (
+        _joined(grads_x),
+        *_cut(sums, coefficients, slope, probs, x),
+        absent(x) if gate is None else _joined(grads_gate),
+    )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _cut(
+    sums: Tensor, coefficients: Tensor, slope: Tensor | None, probs: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The flat sums as gradients of coefficients, slope and probs."""
+    likes = [tensor for tensor in (coefficients, slope, probs) if tensor is not None]
+    parts = iter(sums.split([tensor.numel() for tensor in likes]))
+    grads = [
+        None if like is None else next(parts).view(like.shape).to(like.dtype, copy=True)
+        for like in (coefficients, slope, probs)
+    ]
+    grad_coefficients, grad_slope, grad_probs = (or_absent(grad, x) for grad in grads)
+    return grad_coefficients, grad_slope, grad_probs
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:-_NUM_LAYOUT])
+    ctx.layout = inputs[-_NUM_LAYOUT:]
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x, grad_coefficients, *others = polyrelu_backward(
+        grad_output, *ctx.saved_tensors, *ctx.layout
+    )
+    return (
+        grad_x,
+        grad_coefficients,
+        *(present(grad) for grad in others),
+        *(None,) * (1 + _NUM_LAYOUT),
+    )
+
+
+refuse_second_derivative(polyrelu_backward)
+differentiate(polyrelu_forward, save=_save, backward=_gradients)

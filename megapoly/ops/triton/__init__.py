@@ -1,0 +1,1 @@
+"""Triton kernels of the operators; imported only where they run."""

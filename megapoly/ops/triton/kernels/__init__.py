@@ -1,0 +1,1 @@
+"""Device code: one file for each family, and what they share."""
