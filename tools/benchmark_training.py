@@ -25,13 +25,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from plain_model import PlainModel, check_is_plain
 from rich.console import Console
 from rich.table import Table
+from spread import Spread
 
 from megapoly.config import Config, configure
 from megapoly.errors import MegapolyError
@@ -70,20 +70,6 @@ class Candidate:
         for _ in range(num_steps):
             self.loss = self.train_step()
         return time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, lowest and highest of the rounds."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise values."""
-        return cls(median(values), min(values), max(values))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,26 @@
+"""What a benchmark says of repeated measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest of the rounds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise values."""
+        return cls(median(values), min(values), max(values))
+
+
+def digits(value: float) -> str:
+    """At least three digits that count, never an exponent."""
+    return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
