@@ -110,7 +110,7 @@ def evaluate(
     factor: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """P (a_0 + a_1 n(x) + .. + a_r n(x^r)) factor, in the dtype of ``x``; 0 in padding rows."""
+    """Output p (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
     a = of_each_row(coefficients, expert, rsqrt.dtype)
     inverse, roots = _scale_and_roots(rsqrt)
@@ -145,7 +145,7 @@ def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | 
 
 
 def gated(grad_output: Tensor, gate: Tensor | None) -> Tensor:
-    """G u in the dtype that is computed in."""
+    """The product g u in the dtype that is computed in."""
     g = wide(grad_output)
     return g if gate is None else g * wide(gate)
 

@@ -20,7 +20,7 @@ def forward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """P (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
+    """Output p (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
     value = wide(x)
     a = of_each_row(coefficients, expert, value.dtype)

@@ -167,7 +167,7 @@ def evaluate(
     factor: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """P (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``."""
+    """Output p (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``."""
     num_rows, width = x.shape
     y = x.new_empty(x.shape)
     if num_rows:

@@ -26,7 +26,7 @@ def forward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """P (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
+    """Output p (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
     num_rows, width = x.shape
     y = x.new_empty(x.shape)
     if num_rows:

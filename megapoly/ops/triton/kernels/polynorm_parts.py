@@ -85,7 +85,7 @@ def part_square_sums(
 def largest_element(
     x_row, width, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Max |x| over this part of the row."""
+    """Largest |x| over this part of the row."""
     columns = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     for i in range(NUM_BLOCKS):
@@ -184,7 +184,7 @@ def evaluate_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """P (a_0 + a_1 n(x) + ..) factor."""
+    """Output p (a_0 + a_1 n(x) + ..) factor."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     factor_stride = aligned(factor_stride, ALIGN)

@@ -59,7 +59,7 @@ def forward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """P (a_0 + a_1 n(x) + ..) u, and the reciprocal roots of the row."""
+    """Output p (a_0 + a_1 n(x) + ..) u, and the reciprocal roots of the row."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

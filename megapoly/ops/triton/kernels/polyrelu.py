@@ -60,7 +60,7 @@ def forward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """P (a_0 + a_1 h + ..) u."""
+    """Output p (a_0 + a_1 h + ..) u."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)
