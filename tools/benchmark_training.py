@@ -176,7 +176,7 @@ def megapoly_candidate(state: TrainState) -> Candidate:
     batches = state.training_batches()
     return Candidate(
         f"megapoly, {state.config.model.activation}",
-        sum(p.numel() for p in state.model.parameters()),
+        sum(p.numel() for p in state.chunks[0].parameters()),
         lambda: train_step(state, batches).lm_loss,
     )
 
@@ -187,7 +187,7 @@ def plain_candidate(state: TrainState) -> Candidate:
 
     config, name = state.config, "plain, swiglu"
     model = PlainModel(config)
-    model.copy_weights(unwrap(state.model))
+    model.copy_weights(unwrap(state.chunks[0]))
     optimizer = model.optimizer(config)
     batches, num_microbatches = state.training_batches(), state.layout.num_microbatches
 

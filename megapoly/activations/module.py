@@ -46,9 +46,9 @@ class FFNActivation(MegatronModule):
         [num_local_experts, n]. A row is shared by the tensor-parallel group (routed experts: the
         expert-tensor-parallel group), and the operators complete the gradients over that group.
         A set that a layer's experts share is a dense parameter: its gradient is the sum over all
-        ranks' tokens. Where a tensor-parallel group holds several experts (expert tensor parallel
-        size 1), the engine adds the ranks' parts as it does for layer norms
-        (``param.sequence_parallel``).
+        ranks' tokens. The ranks of one row have the same sum, so each gives its share of it, and
+        the engine adds the shares over the tensor-parallel group as it does for layer norms
+        (``param.sequence_parallel``), then over the data-parallel one.
     """
 
     def __init__(
@@ -83,14 +83,11 @@ class FFNActivation(MegatronModule):
             assert num_local_experts is not None
             value = value.repeat(num_local_experts, 1)
         parameter = torch.nn.Parameter(value)
-        experts_differ_in_tp = self.is_expert and self.row_group.size() < self.tp_group.size()
         if self.per_expert:
             # Expert buffers, optimizer and data-parallel group, at every expert-parallel size.
             parameter.allreduce = False  # type: ignore[attr-defined]
-            # Counted on every tensor-parallel rank in the gradient norm, where experts differ.
-            parameter.tensor_model_parallel = experts_differ_in_tp  # type: ignore[attr-defined]
         else:
-            parameter.sequence_parallel = experts_differ_in_tp  # type: ignore[attr-defined]
+            parameter.sequence_parallel = self.is_expert  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
         self.coefficient_names.append(name)
 
@@ -116,7 +113,7 @@ class FFNActivation(MegatronModule):
         if self.activation.gated:
             x, arguments["gate"] = x.chunk(2, dim=-1)
         if self.activation.has_coefficients:
-            arguments |= {name: getattr(self, name) for name in self.coefficient_names}
+            arguments |= self._coefficients()
             arguments["group"] = self.row_group
             arguments["backend"] = self.settings.backend
             arguments["deterministic"] = self.settings.deterministic
@@ -131,6 +128,13 @@ class FFNActivation(MegatronModule):
         if self.activation.normalized:
             arguments |= {"eps": self.settings.eps, "norm": self.settings.norm}
         return self.activation.function(x, **arguments)
+
+    def _coefficients(self) -> dict[str, Tensor]:
+        values = {name: getattr(self, name) for name in self.coefficient_names}
+        if self.is_expert and not self.per_expert:
+            share = 1.0 / self.row_group.size()
+            values = {name: scale_gradient(value, share) for name, value in values.items()}
+        return values
 
     def sharded_state_dict(
         self,

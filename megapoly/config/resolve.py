@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Literal
 
 from megapoly.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 
@@ -44,6 +45,7 @@ def resolve(
     if resolved.model.transformer_engine is None:
         on_cuda = resolved.training.device == "cuda"
         resolved.model.transformer_engine = on_cuda and transformer_engine_available
+    parallel.cp_comm_type = cp_comm_type(resolved)
     if resolved.data.cache_dir is None:
         resolved.data.cache_dir = str(Path(resolved.run_dir) / "cache")
     return resolved
@@ -131,11 +133,24 @@ def uses_sequence_parallel(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel
 
 
+CPCommType = Literal["p2p", "all_gather", "a2a"]
+
+
+def cp_comm_type(config: Config) -> CPCommType | None:
+    """How ranks that share a sequence attend to all of it; None where none share one."""
+    if config.parallel.context_parallel_size == 1:
+        return None
+    default: CPCommType = "p2p" if config.model.transformer_engine else "all_gather"
+    return config.parallel.cp_comm_type or default
+
+
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Model replicas that share a global batch."""
     parallel = config.parallel
     return world_size // (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
     )
 
 

@@ -113,9 +113,16 @@ class ParallelConfig:
     Args:
         tensor_model_parallel_size: ranks that share every matrix of attention and dense FFN.
         pipeline_model_parallel_size: ranks that share the layers.
+        virtual_pipeline_model_parallel_size: cut the layers of a pipeline stage into so many chunks
+            and interleave these, which shortens the pipeline's idle time; null: one chunk.
+        context_parallel_size: ranks that share every sequence.
+        cp_comm_type: how ranks that share a sequence attend to all of it: each gathers the others'
+            keys and values (``all_gather``), they exchange heads for tokens (``a2a``), or pass keys
+            and values around a ring (``p2p``, Transformer Engine); null: ``p2p`` with Transformer
+            Engine, else ``all_gather``.
         expert_model_parallel_size: ranks that share the experts.
-        expert_tensor_parallel_size: ranks that share one expert's matrices, 1 or
-            ``tensor_model_parallel_size``; null: ``tensor_model_parallel_size``.
+        expert_tensor_parallel_size: ranks that share one expert's matrices; null:
+            ``tensor_model_parallel_size``.
         sequence_parallel: keep activations outside the matrix products cut along the sequence;
             null: on when ``tensor_model_parallel_size`` > 1.
         use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
@@ -133,6 +140,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] | None = None
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool | None = None

@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from megapoly.model.context_parallel import (
+    gather_sequence,
+    heads_for_sequence,
+    pieces_of_rank,
+    sequence_for_heads,
+)
 
 
 class ScaledDotProductAttention(MegatronModule):
@@ -26,8 +35,9 @@ class ScaledDotProductAttention(MegatronModule):
         attention_type: not used.
         attention_dropout: overrides the configuration's.
         softmax_scale: overrides 1 / sqrt(d).
-        cp_comm_type: not used.
-        pg_collection: not used: heads are independent of each other.
+        cp_comm_type: how ranks that share a sequence attend to all of it: ``all_gather`` (each
+            gathers all keys and values) or ``a2a`` (each gets whole sequences of some heads).
+        pg_collection: its context-parallel group is used; heads are independent of each other.
     """
 
     def __init__(
@@ -44,6 +54,14 @@ class ScaledDotProductAttention(MegatronModule):
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
             raise ValueError(f"only a causal mask is supported, got {attn_mask_type}")
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if cp_comm_type not in ("all_gather", "a2a"):
+                raise ValueError(
+                    f"context parallelism is all_gather or a2a here, not {cp_comm_type}"
+                )
+            self.cp_group = pg_collection.cp
+        self.cp_comm_type = cp_comm_type
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -59,24 +77,43 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
 
-        The mask is causal whatever ``attention_mask`` holds.
+        The mask is causal whatever ``attention_mask`` holds. With context parallelism s is what
+        this rank holds of the sequence, see :mod:`megapoly.model.context_parallel`.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences are not supported")
-        seq_length, batch = query.shape[:2]
+        if self.cp_group is None:
+            output = self._attend(query, key, value)
+        elif self.cp_comm_type == "a2a":
+            exchanged = (heads_for_sequence(t, self.cp_group) for t in (query, key, value))
+            output = sequence_for_heads(self._attend(*exchanged), self.cp_group)
+        else:
+            key, value = (gather_sequence(t, self.cp_group) for t in (key, value))
+            output = torch.cat(
+                [
+                    self._attend(piece, *(t[: len(piece) * (i + 1)] for t in (key, value)))
+                    for i, piece in zip(pieces_of_rank(self.cp_group), query.chunk(2), strict=True)
+                ]
+            )
+        return output.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[q, b, heads, d] over [k, b, groups, d], the last query at the place of the last key."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
+        square = query.shape[2] == key.shape[2]
         dropout = self.dropout if self.training else 0.0
         with self._random_state(dropout):
             output = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                is_causal=True,
+                attn_mask=None if square else causal_lower_right(query.shape[2], key.shape[2]),
+                is_causal=square,
                 dropout_p=dropout,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
-        return output.permute(2, 0, 1, 3).reshape(seq_length, batch, -1)
+        return output.permute(2, 0, 1, 3)
 
     def _random_state(self, dropout: float) -> Any:
         """Heads differ between tensor-parallel ranks, so their dropout does too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,38 +19,64 @@ from megapoly.model.transformer_config import transformer_config
 from megapoly.platform import Platform
 
 
-def gpt_model(config: Config, engine: TransformerConfig) -> GPTModel:
+def gpt_model(
+    config: Config, engine: TransformerConfig, *, vp_stage: int | None = None
+) -> GPTModel:
     """The engine's GPT model of this pipeline stage, its weights not yet set.
 
     Under ``torch.device("meta")`` and an ``engine`` made with ``on_cpu=True`` it takes no memory.
+
+    Args:
+        config: resolved.
+        engine: its translation for the engine.
+        vp_stage: which chunk of an interleaved stage; None without interleaving.
     """
     model = config.model
+    place: dict[str, Any] = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     return GPTModel(
         config=engine,
-        transformer_layer_spec=decoder_spec(model, engine),
+        transformer_layer_spec=decoder_spec(model, engine, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(model),
         max_sequence_length=config.training.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
     )
 
 
-def build_model(config: Config, platform: Platform) -> DistributedDataParallel:
+def build_model(config: Config, platform: Platform) -> list[DistributedDataParallel]:
     """The model of this rank on its device, with initial weights, wrapped for data parallelism.
 
     Args:
         config: resolved; the engine's process groups must exist.
         platform: where to put it.
+
+    Returns:
+        The chunks of an interleaved pipeline stage in the order of their layers; one otherwise.
     """
     engine = transformer_config(config, on_cpu=not platform.is_cuda)
-    model = gpt_model(config, engine).to(platform.device)
-    initialize_weights(model, config.model, config.training.seed, checkpoint_metadata())
+    num_chunks = config.parallel.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
+    return [_build_chunk(config, engine, platform, stage) for stage in stages]
+
+
+def _build_chunk(
+    config: Config, engine: TransformerConfig, platform: Platform, vp_stage: int | None
+) -> DistributedDataParallel:
+    chunk: torch.nn.Module = gpt_model(config, engine, vp_stage=vp_stage).to(platform.device)
+    initialize_weights(chunk, config.model, config.training.seed, checkpoint_metadata())
     if config.training.bf16:
-        model = Float16Module(engine, model)
-    return DistributedDataParallel(engine, _data_parallel_config(config), model)
+        chunk = Float16Module(engine, chunk)
+    return DistributedDataParallel(
+        engine,
+        _data_parallel_config(config),
+        chunk,
+        # Only the first chunk's gradients can be reduced while others are still computed.
+        disable_bucketing=bool(vp_stage),
+    )
 
 
 def _data_parallel_config(config: Config) -> DistributedDataParallelConfig:
@@ -76,9 +103,15 @@ def checkpoint_metadata() -> dict[str, Any]:
     }
 
 
-def unwrap(model: torch.nn.Module) -> GPTModel:
+def decoder_layers(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
+    """Yield the transformer layers of this rank."""
+    for chunk in chunks:
+        yield from unwrap(chunk).decoder.layers
+
+
+def unwrap(chunk: torch.nn.Module) -> GPTModel:
     """The engine's GPT model inside its wrappers."""
-    inner: Any = model
+    inner: Any = chunk
     while not isinstance(inner, GPTModel):
         inner = inner.module
     return inner

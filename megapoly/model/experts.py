@@ -144,8 +144,7 @@ def _mark_expert_weights(experts: torch.nn.Module) -> None:
         # Expert buffers, optimizer and data-parallel group at every expert-parallel size:
         # parameter groups, and with them checkpoints, are then the same at all of them.
         weight.allreduce = False  # type: ignore[attr-defined]
-        # In the gradient norm every tensor-parallel rank counts its own: either it holds a part of
-        # each expert, or other experts.
+        # In the gradient norm every rank counts its own: a part of an expert, or other experts.
         weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 

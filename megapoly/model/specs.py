@@ -22,13 +22,16 @@ from megapoly.model.grouped_linear import ColumnParallelGroupedLinear, RowParall
 from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
 
 
-def decoder_spec(model: ModelConfig, engine: TransformerConfig) -> TransformerBlockSubmodules:
+def decoder_spec(
+    model: ModelConfig, engine: TransformerConfig, *, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Specs of the layers of this pipeline stage.
 
     Args:
         model: the resolved configuration of the model; ``transformer_engine`` chooses the family of
             linear, norm and attention modules.
         engine: its translation for the engine.
+        vp_stage: which chunk of an interleaved stage; None without interleaving.
     """
     make_layer = _transformer_engine_layer if model.transformer_engine else _local_layer
     layer = make_layer(model)
@@ -36,7 +39,7 @@ def decoder_spec(model: ModelConfig, engine: TransformerConfig) -> TransformerBl
     _set_experts(layer, model)
     _set_activation(layer, model)
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(engine),
+        layer_specs=[layer] * get_num_layers_to_build(engine, vp_stage),
         layer_norm=_final_norm(model),
     )
 

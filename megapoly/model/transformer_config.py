@@ -19,6 +19,7 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
             ``torch.device("meta")``) and not on the current GPU.
     """
     model, parallel = config.model, config.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -53,6 +54,9 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         bf16=config.training.bf16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         sequence_parallel=bool(parallel.sequence_parallel),
@@ -61,7 +65,9 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=list(parallel.recompute_modules),
         # Batches of sends and receives are nccl's; gloo sends one by one (p2p_communication.py).
-        batch_p2p_comm=not on_cpu,
+        # An interleaved schedule without overlap gives a wrong loss on gloo, and no error.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not (on_cpu or interleaved),
         **_moe_arguments(config),
     )
 

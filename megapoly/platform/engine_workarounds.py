@@ -204,6 +204,7 @@ _MODULES_WITH_CUDA_LITERALS = (
     "transformer.utils",  # :35, :40
     "tensor_parallel.data",  # :37, :84
     "utils",  # :898, :1207
+    "models.common.embeddings.rope_utils",  # :63, pinned memory
     "dist_checkpointing.strategies.state_dict_saver",  # :204
     "dist_checkpointing.exchange_utils",  # :98-110, :326
     "rerun_state_machine",  # :261
@@ -234,6 +235,7 @@ class _TorchWithoutCuda(types.ModuleType):
         def make(*args: Any, **kwargs: Any) -> torch.Tensor:
             if _is_cuda(kwargs.get("device")):
                 kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)  # page-locked memory needs a GPU's driver
             return factory(*args, **kwargs)
 
         return make

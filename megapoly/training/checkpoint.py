@@ -27,6 +27,7 @@ from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import checkpoint_metadata, unwrap
 from megapoly.platform import Platform
+from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
 
@@ -84,7 +85,7 @@ def save_checkpoint(state: TrainState) -> Path:
         partial.mkdir(parents=True)
     dist.barrier()
     with gathered_parameters(state):
-        dist_checkpointing.save(_state_dict(state, is_loading=False), str(partial))
+        dist_checkpointing.save(_state_to_save(state), str(partial))
     dist.barrier()
     if is_rank_zero():
         (partial / "config.yaml").write_text(to_yaml(state.config))
@@ -136,18 +137,19 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     _check_model(state.config, path)
     with torch.no_grad():
         if weights_only:
-            expected: dict[str, Any] = {"model": _model_state(state)}
-            loaded = dist_checkpointing.load(expected, str(path))
-            unwrap(state.model).load_state_dict(loaded["model"])
+            loaded = dist_checkpointing.load({"model": _model_state(state)}, str(path))
+            _load_model_state(state, loaded["model"])
             state.optimizer.reload_model_params()
             return
-        _check_optimizer(state.config, path)
         _check_data(state, position, path)
         same_ranks = position["layout"] == _layout(state.config)
-        expected = _state_dict(state, is_loading=True, with_random_state=same_ranks)
+        saved_in_bf16 = load_yaml(path / "config.yaml").training.bf16
+        expected = _state_to_load(state, saved_in_bf16=saved_in_bf16)
+        if same_ranks:
+            expected["random_state"] = _random_state_entry(state)
         loaded = dist_checkpointing.load(expected, str(path))
-        unwrap(state.model).load_state_dict(loaded["model"])
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        _load_model_state(state, loaded["model"])
+        optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         _set_random_state(loaded["random_state"], state.platform)
@@ -156,30 +158,53 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     state.iteration = position["iteration"]
 
 
-def _state_dict(
-    state: TrainState, *, is_loading: bool, with_random_state: bool = True
-) -> dict[str, Any]:
+def _state_to_save(state: TrainState) -> dict[str, Any]:
     model = _model_state(state)
-    metadata = checkpoint_metadata()
-    result = {
+    return {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(
-            {"model": model}, is_loading=is_loading, metadata=metadata
+        "optimizer": optimizer_state.state_to_save(state.optimizer, model, checkpoint_metadata()),
+        "scheduler": state.scheduler.state_dict(),
+        "random_state": _random_state_entry(state),
+    }
+
+
+def _state_to_load(state: TrainState, *, saved_in_bf16: bool) -> dict[str, Any]:
+    """Parameters are read with the optimizer's state, in fp32."""
+    model = _model_state(state)
+    return {
+        "model": {
+            chunk: optimizer_state.without_parameters(entries, state.optimizer)
+            for chunk, entries in model.items()
+        },
+        "optimizer": optimizer_state.state_to_load(
+            state.optimizer, model, saved_in_bf16=saved_in_bf16
         ),
         "scheduler": state.scheduler.state_dict(),
     }
-    if with_random_state:
-        result["random_state"] = ShardedObject(
-            "random_state",
-            _random_state(state.platform),
-            global_shape=(dist.get_world_size(),),
-            global_offset=(dist.get_rank(),),
-        )
-    return result
 
 
 def _model_state(state: TrainState) -> dict[str, Any]:
-    return unwrap(state.model).sharded_state_dict(metadata=checkpoint_metadata())
+    """Entries of each chunk of an interleaved stage, whose layers are numbered from 0."""
+    metadata = checkpoint_metadata()
+    return {
+        str(i): unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(state.chunks)
+    }
+
+
+def _load_model_state(state: TrainState, loaded: dict[str, Any]) -> None:
+    for i, chunk in enumerate(state.chunks):
+        # What is not here is a parameter that the optimizer's state brings.
+        unwrap(chunk).load_state_dict(loaded.get(str(i), {}), strict=False)
+
+
+def _random_state_entry(state: TrainState) -> ShardedObject:
+    return ShardedObject(
+        "random_state",
+        _random_state(state.platform),
+        global_shape=(dist.get_world_size(),),
+        global_offset=(dist.get_rank(),),
+    )
 
 
 def _position(state: TrainState) -> dict[str, Any]:
@@ -200,6 +225,8 @@ def _layout(config: Config) -> dict[str, int]:
         "world_size": dist.get_world_size(),
         "tensor": parallel.tensor_model_parallel_size,
         "pipeline": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size or 1,
+        "context": parallel.context_parallel_size,
         "expert": parallel.expert_model_parallel_size,
         "expert_tensor": parallel.expert_tensor_parallel_size or 1,
     }
@@ -227,28 +254,6 @@ def _check_model(config: Config, path: Path) -> None:
         raise CheckpointError(
             f"{path} is of another model: {'; '.join(differences)}. Use the checkpoint's values, "
             "or another `run_dir`."
-        )
-
-
-def _check_optimizer(config: Config, path: Path) -> None:
-    saved = load_yaml(path / "config.yaml")
-    forms = {
-        "parallel.use_distributed_optimizer": (
-            saved.parallel.use_distributed_optimizer,
-            config.parallel.use_distributed_optimizer,
-        ),
-        "training.bf16": (saved.training.bf16, config.training.bf16),
-    }
-    differences = [
-        f"`{name}` is {current} here and {old} in the checkpoint"
-        for name, (old, current) in forms.items()
-        if old != current
-    ]
-    if differences:
-        raise CheckpointError(
-            f"The optimizer state in {path} has another form: {'; '.join(differences)}. Use the "
-            "checkpoint's values, or start another `run_dir` from its weights with "
-            f"`--checkpoint.load {path} --checkpoint.load_weights_only true`."
         )
 
 

@@ -35,6 +35,8 @@ def process_groups(config: Config, platform: Platform) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
@@ -67,10 +69,14 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def owns_loss() -> bool:
-    """Whether this rank's losses count: the last pipeline stage, one tensor-parallel rank."""
+    """Whether this rank's losses count: the last pipeline stage, one rank of those that share it.
+
+    Ranks of tensor and context parallelism know the loss of the same whole samples.
+    """
     return (
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
     )
 
 

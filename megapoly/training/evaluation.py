@@ -59,8 +59,10 @@ def evaluate(state: TrainState) -> dict[str, Evaluation]:
 @contextlib.contextmanager
 def _evaluation_mode(state: TrainState) -> Iterator[None]:
     """No dropout."""
-    state.model.eval()
+    for chunk in state.chunks:
+        chunk.eval()
     try:
         yield
     finally:
-        state.model.train()
+        for chunk in state.chunks:
+            chunk.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -16,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megapoly.config import Config
 
 
-def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
     """AdamW over the parameters of this rank; vectors and activation coefficients do not decay."""
     optimizer = config.optimizer
     engine = OptimizerConfig(
@@ -35,9 +36,23 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
     )
     is_vector = ParamPredicate(name="is_vector", fn=lambda parameter: parameter.dim() == 1)
     undecayed = ParamKey(name="*.activation_func.*", predicate=is_vector)
-    return get_megatron_optimizer(
-        engine, [model], config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)}
+    result = get_megatron_optimizer(
+        engine, chunks, config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)}
     )
+    _count_expert_gradients_once(result)
+    return result
+
+
+def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
+    """Tell the optimizers of experts which ranks hold the same parameter.
+
+    The gradient norm counts a parameter that is not cut on the first rank of ``tp_group`` alone
+    (tensor_parallel/layers.py:89). For experts that is the expert-tensor-parallel group, but
+    optimizer/__init__.py:469 sets the tensor-parallel one, whose ranks may hold other experts.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if any(group["is_expert_parallel"] for group in part.param_groups):
+            part.tp_group = parallel_state.get_expert_tensor_parallel_group()
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -28,7 +28,8 @@ class TrainState:
         config: resolved.
         platform: device of this rank.
         corpus: training and validation samples.
-        model: this rank's part, wrapped for data parallelism.
+        chunks: this rank's part of the model, wrapped for data parallelism: one chunk, or several
+            in an interleaved pipeline.
         optimizer: of the engine.
         scheduler: of the engine; counts steps.
         layout: how a global batch is cut.
@@ -38,7 +39,7 @@ class TrainState:
     config: Config
     platform: Platform
     corpus: Corpus
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     layout: BatchLayout
@@ -79,20 +80,20 @@ def gathered_parameters(state: TrainState) -> Iterator[None]:
     pass of training.
     """
     overlaps = state.config.parallel.overlap_param_gather
-    if overlaps:
-        state.model.disable_forward_pre_hook()
+    for chunk in state.chunks if overlaps else []:
+        chunk.disable_forward_pre_hook()
     try:
         yield
     finally:
-        if overlaps:
-            state.model.enable_forward_pre_hook()
+        for chunk in state.chunks if overlaps else []:
+            chunk.enable_forward_pre_hook()
 
 
 def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainState:
     """Build model, optimizer and schedule at step 0; process groups must exist."""
-    model = build_model(config, platform)
-    optimizer = build_optimizer(config, model)
-    _connect(model, optimizer, config)
+    chunks = build_model(config, platform)
+    optimizer = build_optimizer(config, chunks)
+    _connect(chunks, optimizer, config)
     layout = BatchLayout(
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
@@ -100,13 +101,16 @@ def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainStat
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
     scheduler = build_scheduler(config, optimizer)
-    return TrainState(config, platform, corpus, model, optimizer, scheduler, layout)
+    return TrainState(config, platform, corpus, chunks, optimizer, scheduler, layout)
 
 
-def _connect(model: DistributedDataParallel, optimizer: MegatronOptimizer, config: Config) -> None:
+def _connect(
+    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: Config
+) -> None:
     """Tell the engine's pipeline schedules how to scale, synchronise and finish gradients."""
-    engine: TransformerConfig = model.config
+    engine: TransformerConfig = chunks[0].config
     engine.grad_scale_func = optimizer.scale_loss
     engine.finalize_model_grads_func = finalize_model_grads
     if config.parallel.overlap_grad_reduce:
-        engine.no_sync_func = model.no_sync
+        no_sync = [chunk.no_sync for chunk in chunks]
+        engine.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import (
@@ -15,6 +17,7 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
     reduce_aux_losses_tracker_across_ranks,
 )
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from megapoly.data.loader import Batch
@@ -57,7 +60,8 @@ def train_step(
     Raises:
         MegapolyError: loss or gradient norm is not finite.
     """
-    state.model.zero_grad_buffer()
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
     learning_rate = state.learning_rate
@@ -78,11 +82,12 @@ def run_microbatches(
     state: TrainState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[Losses]:
     """Run the engine's pipeline schedule; losses are those of the last stage, empty elsewhere."""
-    training = state.config.training
+    training, num_chunks = state.config.training, len(state.chunks)
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, state.platform.device),
-        data_iterator=batches,
-        model=state.model,
+        # In an interleaved pipeline every chunk runs each micro-batch.
+        data_iterator=batches if num_chunks == 1 else list(itertools.tee(batches, num_chunks)),
+        model=state.chunks if num_chunks > 1 else state.chunks[0],
         num_microbatches=num_microbatches,
         seq_length=training.seq_length,
         micro_batch_size=training.micro_batch_size,
@@ -95,6 +100,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Losses]]]:
     """What the engine's schedules call for each micro-batch."""
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    batch = get_batch_on_this_cp_rank(batch)
     token_losses = model(
         batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
     )
@@ -102,19 +108,19 @@ def _forward_step(
 
 
 def _masked_mean(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Losses]:
-    """Mean of [b, s] losses over the tokens that count.
+    """Mean of [b, s / cp] losses over the tokens that count, of the whole sequences.
 
-    The engine divides the returned loss in place by the number of micro-batches, so what is logged
-    is a copy.
+    The returned loss is this rank's share of the mean: the engine multiplies it by the
+    context-parallel size, divides it by the number of micro-batches and averages the gradients over
+    the ranks (pipeline_parallel/schedules.py:268). What is logged is the whole mean.
     """
     loss_sum = (token_losses.float() * loss_mask).sum()
-    num_tokens = loss_mask.sum()
-    loss = loss_sum / num_tokens.clamp_min(1.0)
-    return loss, {
-        "mean": loss.detach().clone(),
-        "sum": loss_sum.detach(),
-        "num_tokens": num_tokens.detach(),
-    }
+    sums = torch.stack([loss_sum.detach(), loss_mask.sum()])
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+    total, num_tokens = sums.unbind()
+    divisor = num_tokens.clamp_min(1.0)
+    return loss_sum / divisor, {"mean": total / divisor, "sum": total, "num_tokens": num_tokens}
 
 
 def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) -> tuple[float, bool]:
@@ -135,7 +141,9 @@ def _aux_losses(state: TrainState) -> dict[str, float]:
     for entry in tracker.values():
         if entry["reduce_group"] is None:
             # The engine reports a rank's own z-loss (moe/router.py:505).
-            entry["avg_group"] = parallel_state.get_tensor_and_data_parallel_group()
+            entry["avg_group"] = parallel_state.get_tensor_and_data_parallel_group(
+                with_context_parallel=True
+            )
     reduce_aux_losses_tracker_across_ranks()
     scale = 1.0 / (state.layout.num_microbatches * state.config.model.num_layers)
     losses = {name: entry["values"].sum().item() * scale for name, entry in tracker.items()}

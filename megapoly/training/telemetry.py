@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megapoly.activations.module import FFNActivation
-from megapoly.model.builder import unwrap
+from megapoly.model.builder import decoder_layers
 from megapoly.training.state import TrainState, gathered_parameters
 
 
@@ -28,7 +28,7 @@ class ExpertLoad:
             model.num_layers, self._num_experts, dtype=torch.int64, device=state.platform.device
         )
         if self._num_experts:
-            for layer in unwrap(state.model).decoder.layers:
+            for layer in decoder_layers(state.chunks):
                 layer.mlp.router.register_forward_hook(self._count)
 
     def _count(self, router: Any, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
@@ -66,7 +66,7 @@ def activation_coefficients(state: TrainState) -> dict[str, float]:
     """
     local: dict[str, float] = {}
     with gathered_parameters(state):
-        for layer in unwrap(state.model).decoder.layers:
+        for layer in decoder_layers(state.chunks):
             for name, module in layer.named_modules():
                 if isinstance(module, FFNActivation):
                     local |= _coefficients(

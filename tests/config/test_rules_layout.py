@@ -11,6 +11,8 @@ from megapoly.config.rules import layout
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 EP, ETP = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
+CP, COMM = "parallel.context_parallel_size", "parallel.cp_comm_type"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
 SP = "parallel.sequence_parallel"
 GRANULARITY, MODULES = "parallel.recompute_granularity", "parallel.recompute_modules"
 METHOD, COUNT = "parallel.recompute_method", "parallel.recompute_num_layers"
@@ -41,10 +43,16 @@ CASES: list[dict[str, Any]] = [
         base=MOE,
     ),
     dict(
-        rule="expert_tensor_size_is_one_or_tensor_size",
-        wrong={TP: 4, ETP: 2, "world_size": 4},
-        words=["(2)", "must be 1", "(4)"],
-        right={TP: 4, ETP: 1, "world_size": 4},
+        rule="world_fits_layout",
+        wrong={CP: 2, PP: 2, "world_size": 6},
+        words=["processes (6)", option(TP), option(PP), option(CP), "(4)", "4 and 8"],
+        right={CP: 2, PP: 2, "world_size": 4},
+    ),
+    dict(
+        rule="world_fits_layout",
+        wrong={ETP: 4, TP: 2, "world_size": 2},
+        words=["processes (2)", option(ETP), "(4)"],
+        right={ETP: 4, TP: 2, "world_size": 4},
         base=MOE,
     ),
     dict(
@@ -111,6 +119,60 @@ CASES: list[dict[str, Any]] = [
         right={PP: 2, "world_size": 2},
     ),
     dict(
+        rule="layers_divide",
+        wrong={PP: 2, VPP: 3, "world_size": 2},
+        words=[option(VPP), "(6)", "`model.num_layers` (4)", "4 is the nearest"],
+        right={PP: 2, VPP: 2, "world_size": 2},
+    ),
+    dict(
+        rule="interleaving_fits",
+        wrong={VPP: 2},
+        words=["(2)", option(PP), "(1)", "null"],
+    ),
+    dict(
+        rule="interleaving_fits",
+        wrong={PP: 2, VPP: 1, "world_size": 2},
+        words=["(1)", option(PP), "(2)", "null"],
+    ),
+    dict(
+        rule="interleaving_fits",
+        wrong={PP: 2, VPP: 2, "world_size": 4, "training.micro_batch_size": 4},
+        words=["micro-batches of a replica (1)", option(PP), "(2)", "2 is the nearest"],
+        right={PP: 2, VPP: 2, "world_size": 4, "training.micro_batch_size": 2},
+    ),
+    dict(
+        rule="context_parallel_fits",
+        wrong={CP: 2, "training.seq_length": 254, "world_size": 2},
+        words=["`training.seq_length` (254)", option(CP), "(4)", "252 and 256"],
+        right={CP: 2, "training.seq_length": 252, "world_size": 2},
+    ),
+    dict(
+        rule="context_parallel_fits",
+        wrong={CP: 2, TP: 2, "training.seq_length": 252, "world_size": 4},
+        words=["`training.seq_length` (252)", option(CP), option(TP), "(8)", "248 and 256"],
+        right={CP: 2, TP: 2, "training.seq_length": 252, SP: False, "world_size": 4},
+    ),
+    dict(
+        rule="context_parallel_fits",
+        wrong={COMM: "a2a"},
+        words=["(a2a)", option(CP), "(1)", "null"],
+        right={COMM: "a2a", CP: 2, "world_size": 2},
+    ),
+    dict(
+        rule="context_parallel_attention_exists",
+        wrong={COMM: "p2p"},
+        words=["(p2p)", "Transformer Engine", "all_gather", "a2a"],
+        right={COMM: "p2p", "cuda_available": True, "transformer_engine_available": True},
+        base={CP: 2, "world_size": 2},
+    ),
+    dict(
+        rule="context_parallel_attention_exists",
+        wrong={COMM: "a2a", "model.num_query_groups": 2},
+        words=[option(CP), option(TP), "(4)", "`model.num_query_groups` (2)", "2 is the nearest"],
+        right={COMM: "a2a"},
+        base={CP: 2, TP: 2, "world_size": 4},
+    ),
+    dict(
         rule="sequence_parallel_fits",
         wrong={SP: True},
         words=["(True)", option(TP), "leave it null"],
@@ -161,6 +223,12 @@ CASES: list[dict[str, Any]] = [
         wrong=FULL | {COUNT: 3, METHOD: "block", PP: 2, "world_size": 2},
         words=["(3)", "(2)"],
         right=FULL | {COUNT: 2, METHOD: "block", PP: 2, "world_size": 2},
+    ),
+    dict(
+        rule="recomputation_of_layers_is_complete",
+        wrong=FULL | {COUNT: 2, METHOD: "block", PP: 2, VPP: 2, "world_size": 2},
+        words=["(2)", "chunk of a pipeline stage", "(1)"],
+        right=FULL | {COUNT: 1, METHOD: "block", PP: 2, VPP: 2, "world_size": 2},
     ),
     dict(
         rule="deterministic_rows_divide",

@@ -127,9 +127,14 @@ def _results_of_rank(configs: dict[str, Config]) -> dict[str, RankResult]:
 
 def _result_of_model(config: Config, platform: Any) -> RankResult:
     state = build_state(config, platform, corpus=None)
-    parameters = dict(unwrap(state.model).named_parameters())
+    parameters = {
+        f"{i}.{name}": parameter
+        for i, chunk in enumerate(state.chunks)
+        for name, parameter in unwrap(chunk).named_parameters()
+    }
     weights = _weight_parts(state)
-    state.model.zero_grad_buffer()
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
     batches = random_batches(config, state.layout)
     run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
     if config.parallel.use_distributed_optimizer:
@@ -163,14 +168,18 @@ def whole_weights(state: TrainState) -> dict[str, Tensor]:
 
 
 def _weight_parts(state: TrainState) -> list[Part]:
-    parameters = unwrap(state.model).parameters()
-    return list(_parts(state, {id(p): p.data.clone() for p in parameters}))
+    values = {id(p): p.data.clone() for chunk in state.chunks for p in chunk.parameters()}
+    return list(_parts(state, values))
 
 
 def _parts(state: TrainState, values: dict[int, Tensor]) -> Iterator[Part]:
     """The values of parameters (by id) with their places in a checkpoint."""
-    entries = unwrap(state.model).sharded_state_dict(metadata=checkpoint_metadata())
-    for entry in entries.values():
+    entries = [
+        entry
+        for chunk in state.chunks
+        for entry in unwrap(chunk).sharded_state_dict(metadata=checkpoint_metadata()).values()
+    ]
+    for entry in entries:
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data is None:
             continue
         if id(entry.data) not in values:
@@ -199,7 +208,8 @@ def _whole(parts: list[Part]) -> dict[str, Tensor]:
 
 def _gather_gradient_shards(state: TrainState) -> None:
     """The distributed optimizer leaves a rank only its shard of the sum: fetch the others."""
-    for buffer in [*state.model.buffers, *state.model.expert_parallel_buffers]:
+    chunks = state.chunks
+    for buffer in [b for c in chunks for b in [*c.buffers, *c.expert_parallel_buffers]]:
         for bucket in buffer.buckets:
             group = buffer.data_parallel_group
             shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()

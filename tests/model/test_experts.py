@@ -29,13 +29,13 @@ def gradients_with_an_idle_expert(options):
     platform = select_platform("cpu")
     with process_groups(config, platform):
         state = build_state(config, platform, corpus=None)
-        for layer in unwrap(state.model).decoder.layers:
+        for layer in unwrap(state.chunks[0]).decoder.layers:
             router = layer.mlp.router
             router.gating = lambda x, gating=router.gating: gating(x).index_fill(
                 -1, torch.tensor([IDLE]), -1e4
             )
         train_step(state, random_batches(config, state.layout))
-        parameters = unwrap(state.model).named_parameters()
+        parameters = unwrap(state.chunks[0]).named_parameters()
         return {name: parameter.main_grad.clone() for name, parameter in parameters}
 
 
@@ -121,7 +121,7 @@ def train_with_a_new_activation(options):
             for _ in range(3):
                 batches = random_batches(config, state.layout)
                 losses.append(train_step(state, batches).lm_loss)
-            parameters = dict(unwrap(state.model).named_parameters())
+            parameters = dict(unwrap(state.chunks[0]).named_parameters())
             return losses, {n: p.detach() for n, p in parameters.items() if n.endswith(".scale")}
 
 

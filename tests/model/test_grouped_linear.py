@@ -152,10 +152,10 @@ def gradients_and_views(options, obstacle):
         patch.object(grouped_linear, "_log_once", functools.cache(lambda *m: messages.append(m))),
     ):
         state = build_state(config, platform, corpus=None)
-        state.model.zero_grad_buffer()
+        state.chunks[0].zero_grad_buffer()
         number = state.layout.num_microbatches
         run_microbatches(state, random_batches(config, state.layout), number, forward_only=False)
-        model = unwrap(state.model)
+        model = unwrap(state.chunks[0])
         gradients = {name: p.main_grad.clone() for name, p in model.named_parameters()}
         linears = [module for module in model.modules() if isinstance(module, GroupedLinear)]
         views = [

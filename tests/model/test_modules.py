@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from layouts import small_config
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
 from megapoly.model.attention import ScaledDotProductAttention
@@ -105,6 +106,43 @@ def test_attention(groups, scale):
     expected.backward(grad_output)
     for a, b in zip(*leaves, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+CONTEXT_PARALLEL = {"parallel.context_parallel_size": 2, "training.seq_length": 16}
+
+
+def context_parallel_attention(kind, groups):
+    """Output and gradients of one rank's half of the sequence, and which half it is."""
+    config = small_config(CONTEXT_PARALLEL | {"parallel.cp_comm_type": kind})
+    with process_groups(config, select_platform("cpu")):
+        groups_of_engine = ProcessGroupCollection.use_mpu_process_groups()
+        core = ScaledDotProductAttention(
+            transformer_config(config, on_cpu=True),
+            1,
+            AttnMaskType.causal,
+            "self",
+            cp_comm_type=kind,
+            pg_collection=groups_of_engine,
+        )
+        rank = parallel_state.get_context_parallel_rank()
+        mine = torch.cat([torch.arange(16).chunk(4)[piece] for piece in (rank, 3 - rank)])
+        inputs = [normal(16, 2, heads, 8, seed=heads)[mine] for heads in (4, groups, groups)]
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = core(*leaves, attention_mask=None)
+        output.backward(normal(16, 2, 32, seed=9)[mine])
+        return mine, [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("kind", ["all_gather", "a2a"])
+def test_attention_over_shared_sequences(kind, groups):
+    leaves = [normal(16, 2, n, 8, seed=n).requires_grad_() for n in (4, groups, groups)]
+    output = plain_attention(*leaves, 8**-0.5)
+    output.backward(normal(16, 2, 32, seed=9))
+    expected = [output.detach(), *(leaf.grad for leaf in leaves)]
+    for mine, actual in run_on_ranks(context_parallel_attention, 2, kind, groups):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e[mine])
 
 
 def test_attention_refuses_what_it_would_ignore():

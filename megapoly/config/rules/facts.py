@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,23 @@ class Facts:
         return wanted if wanted != "auto" else "cuda" if self.cuda_available else "cpu"
 
     @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether layers would come from Transformer Engine."""
+        wanted = self.config.model.transformer_engine
+        if wanted is None:
+            return self.device == "cuda" and self.transformer_engine_available
+        return wanted
+
+    @property
     def data_parallel_size(self) -> int | None:
         """Model replicas; None if the sizes do not divide the job, which has a rule of its own."""
         parallel = self.config.parallel
-        sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-        if min(sizes) < 1 or self.world_size % (sizes[0] * sizes[1]):
+        sizes = (
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.context_parallel_size,
+        )
+        if min(sizes) < 1 or self.world_size % math.prod(sizes):
             return None
         return resolve.data_parallel_size(self.config, self.world_size)
 

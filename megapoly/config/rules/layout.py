@@ -12,32 +12,24 @@ TP = "`parallel.tensor_model_parallel_size`"
 PP = "`parallel.pipeline_model_parallel_size`"
 EP = "`parallel.expert_model_parallel_size`"
 ETP = "`parallel.expert_tensor_parallel_size`"
+CP = "`parallel.context_parallel_size`"
+VPP = "`parallel.virtual_pipeline_model_parallel_size`"
 
 
 def world_fits_layout(facts: Facts) -> Iterator[str]:
     """The job is a whole number of model replicas, and of replicas of the experts."""
     parallel = facts.config.parallel
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    replica = tensor * pipeline * parallel.context_parallel_size
     yield from must_be_multiple(
-        "the number of processes", facts.world_size, tensor * pipeline, f"{TP} * {PP}"
+        "the number of processes", facts.world_size, replica, f"{TP} * {PP} * {CP}"
     )
-    expert = parallel.expert_model_parallel_size
     expert_tensor = resolve.expert_tensor_parallel_size(parallel)
-    if facts.is_moe and expert * expert_tensor != tensor:
+    experts = expert_tensor * parallel.expert_model_parallel_size * pipeline
+    if facts.is_moe and experts >= 1 and replica % experts:  # otherwise it follows
         yield from must_be_multiple(
-            "the number of processes",
-            facts.world_size,
-            expert_tensor * expert * pipeline,
-            f"{ETP} * {EP} * {PP}",
+            "the number of processes", facts.world_size, experts, f"{ETP} * {EP} * {PP}"
         )
-
-
-def expert_tensor_size_is_one_or_tensor_size(facts: Facts) -> Iterator[str]:
-    """Experts are whole, or cut as the rest of the model."""
-    parallel = facts.config.parallel
-    size, tensor = parallel.expert_tensor_parallel_size, parallel.tensor_model_parallel_size
-    if size is not None and size >= 1 and size not in (1, tensor):
-        yield f"{ETP} ({size}) must be 1 or {TP} ({tensor}); null takes the latter"
 
 
 def experts_divide(facts: Facts) -> Iterator[str]:
@@ -126,9 +118,80 @@ def vocabulary_divides(facts: Facts) -> Iterator[str]:
 
 
 def layers_divide(facts: Facts) -> Iterator[str]:
-    """Every pipeline stage holds the same number of layers."""
-    size = facts.config.parallel.pipeline_model_parallel_size
-    yield from must_divide(PP, size, facts.config.model.num_layers, "`model.num_layers`")
+    """Every pipeline stage, or chunk of one, holds the same number of layers."""
+    parallel = facts.config.parallel
+    size, what = parallel.pipeline_model_parallel_size, PP
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        size, what = size * parallel.virtual_pipeline_model_parallel_size, f"{PP} * {VPP}"
+    yield from must_divide(what, size, facts.config.model.num_layers, "`model.num_layers`")
+
+
+def interleaving_fits(facts: Facts) -> Iterator[str]:
+    """Interleaving needs a pipeline, chunks to interleave, and rounds of micro-batches."""
+    parallel = facts.config.parallel
+    chunks, stages = (
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+    )
+    if chunks is None:
+        return
+    if stages == 1 or chunks == 1:
+        yield (
+            f"{VPP} ({chunks}) and {PP} ({stages}) must both be above 1 to interleave; leave the "
+            "former null"
+        )
+    elif facts.data_parallel_size is not None:
+        # pipeline_parallel/schedules.py:1007 of Megatron-Core 0.16.1.
+        yield from must_be_multiple(
+            "for an interleaved pipeline, the micro-batches of a replica",
+            resolve.num_microbatches(facts.config, facts.world_size),
+            stages,
+            PP,
+        )
+
+
+def context_parallel_fits(facts: Facts) -> Iterator[str]:
+    """Every rank gets an early and a late piece of the sequence, which balances causal work."""
+    parallel, size = facts.config.parallel, facts.config.parallel.context_parallel_size
+    if size == 1:
+        if parallel.cp_comm_type is not None:
+            yield (
+                f"`parallel.cp_comm_type` ({parallel.cp_comm_type}): nothing reads this with {CP} "
+                f"({size}); leave it null"
+            )
+        return
+    tensor = parallel.tensor_model_parallel_size
+    pieces, what = 2 * size, f"2 * {CP}"
+    if resolve.uses_sequence_parallel(parallel):
+        pieces, what = pieces * tensor, f"{what} * {TP}"
+    yield from must_be_multiple(
+        "with context parallelism, `training.seq_length`",
+        facts.config.training.seq_length,
+        pieces,
+        what,
+    )
+
+
+def context_parallel_attention_exists(facts: Facts) -> Iterator[str]:
+    """Rings are Transformer Engine's; exchanging heads needs whole ones for every rank."""
+    config, size = facts.config, facts.config.parallel.context_parallel_size
+    kind = config.parallel.cp_comm_type
+    if size == 1:
+        return
+    if kind == "p2p" and not facts.uses_transformer_engine:
+        yield (
+            "`parallel.cp_comm_type` (p2p) is ring attention, which only Transformer Engine's "
+            "attention has, and this run does not use it; take all_gather or a2a"
+        )
+    if kind == "a2a":
+        heads = resolve.num_query_groups(config.model)
+        name = "num_query_groups" if config.model.num_query_groups else "num_attention_heads"
+        yield from must_divide(
+            f"with `parallel.cp_comm_type` a2a, {CP} * {TP}",
+            size * config.parallel.tensor_model_parallel_size,
+            heads,
+            f"`model.{name}`",
+        )
 
 
 def sequence_parallel_fits(facts: Facts) -> Iterator[str]:
@@ -178,19 +241,21 @@ def recomputation_of_layers_is_complete(facts: Facts) -> Iterator[str]:
             f"and `parallel.recompute_num_layers` ({count}); uniform and 1 recompute every layer"
         )
         return
-    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * (chunks or 1)
+    part = "pipeline stage" if chunks is None else "chunk of a pipeline stage"
     if stages < 1 or model.num_layers < 1 or model.num_layers % stages:
         return
     layers = model.num_layers // stages
     if method == "uniform":
         # transformer_block.py of Megatron-Core 0.16.1 runs past the last layer otherwise.
         yield from must_divide(
-            "`parallel.recompute_num_layers`", count, layers, "the layers of a pipeline stage"
+            "`parallel.recompute_num_layers`", count, layers, f"the layers of a {part}"
         )
     elif count > layers:
         yield (
-            f"`parallel.recompute_num_layers` ({count}) must not exceed the layers of a pipeline "
-            f"stage ({layers}); {layers} recomputes all"
+            f"`parallel.recompute_num_layers` ({count}) must not exceed the layers of a {part} "
+            f"({layers}); {layers} recomputes all"
         )
 
 
@@ -231,13 +296,15 @@ def recomputed_modules_exist(facts: Facts) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     world_fits_layout,
-    expert_tensor_size_is_one_or_tensor_size,
     experts_divide,
     heads_divide,
     ffn_widths_divide,
     deterministic_rows_divide,
     vocabulary_divides,
     layers_divide,
+    interleaving_fits,
+    context_parallel_fits,
+    context_parallel_attention_exists,
     sequence_parallel_fits,
     overlap_has_what_it_needs,
     recomputation_of_layers_is_complete,

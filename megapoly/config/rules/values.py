@@ -22,6 +22,8 @@ AT_LEAST_ONE = (
     "model.moe_router_topk",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
     "parallel.expert_model_parallel_size",
     "parallel.expert_tensor_parallel_size",
     "parallel.recompute_num_layers",
