@@ -60,10 +60,22 @@ def train_step(
     Raises:
         MegapolyError: loss or gradient norm is not finite.
     """
+    losses = compute_gradients(state, batches)
+    return update_parameters(state, losses, stop_requested=stop_requested)
+
+
+def compute_gradients(state: TrainState, batches: Iterator[Batch]) -> list[Losses]:
+    """Accumulate the gradient of one global batch, reduced over the ranks, in ``main_grad``."""
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    return run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+
+
+def update_parameters(
+    state: TrainState, losses: list[Losses], *, stop_requested: bool = False
+) -> StepResult:
+    """Clip the gradients, update the parameters and move to the next step."""
     learning_rate = state.learning_rate
     _, grad_norm, _ = state.optimizer.step()
     state.scheduler.step(increment=1)

@@ -1,0 +1,90 @@
+"""Train a few steps at a layout and keep everything that must not depend on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megapoly.config import Config
+from megapoly.data.corpus import load_corpus
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.parallel_check.whole import Part, gradient_parts, whole
+from megapoly.platform import select_platform
+from megapoly.testing import run_on_ranks
+from megapoly.training.distributed import process_groups, rank_zero_first
+from megapoly.training.state import build_state
+from megapoly.training.step import compute_gradients, update_parameters
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of training.
+
+    Args:
+        losses: cross-entropy (``lm_loss``) and the router's losses.
+        grad_norm: global norm before clipping.
+        gradients: of the whole model, by the parameters' names in a checkpoint; fp32.
+        disagreements: how much ranks differ that should hold the same gradient, by the same names.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    disagreements: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _RankStep:
+    losses: dict[str, float]
+    grad_norm: float
+    parts: list[Part]
+
+
+def train(config: Config, num_ranks: int, *, cache_dir: Path, timeout_s: float) -> list[Step]:
+    """Train on CPU processes, one thread each, with gloo.
+
+    Args:
+        config: resolved.
+        num_ranks: processes.
+        cache_dir: for the tokenized text.
+        timeout_s: for the whole job.
+
+    Raises:
+        RuntimeError: a rank failed; with its traceback.
+        TimeoutError: some rank did not end.
+    """
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, cache_dir=str(cache_dir))
+    )
+    ranks = run_on_ranks(steps_of_rank, num_ranks, config, timeout_s=timeout_s)
+    return [_whole_step(steps) for steps in zip(*ranks, strict=True)]
+
+
+def _whole_step(ranks: Sequence[_RankStep]) -> Step:
+    gradients = whole(part for rank in ranks for part in rank.parts)
+    first = ranks[0]
+    return Step(first.losses, first.grad_norm, gradients.tensors, gradients.disagreements)
+
+
+def steps_of_rank(config: Config) -> list[_RankStep]:
+    """What every process does."""
+    warnings.filterwarnings("ignore")  # the engine's, on optional packages and names of torch
+    platform = select_platform("cpu")
+    with process_groups(config, platform):
+        corpus = load_corpus(config, tokenizer=load_tokenizer(None), builder_first=rank_zero_first)
+        state = build_state(config, platform, corpus)
+        batches = state.training_batches()
+        steps = []
+        for _ in itertools.repeat(None, config.training.train_iters or 0):
+            losses = compute_gradients(state, batches)
+            parts = gradient_parts(state.chunks)
+            result = update_parameters(state, losses)
+            steps.append(
+                _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, parts)
+            )
+        return steps
