@@ -23,8 +23,8 @@ from megapoly.training.step import train_step
 IDLE = 1
 
 
-def gradients_with_an_idle_expert(options):
-    """Gradients by name after a batch in which the router sends nothing to expert 1."""
+def gradients_with_idle_experts(options, idle=(IDLE,)):
+    """Gradients by name after a batch in which the router sends nothing to some experts."""
     config = small_config(EXPERTS | options)
     platform = select_platform("cpu")
     with process_groups(config, platform):
@@ -32,7 +32,7 @@ def gradients_with_an_idle_expert(options):
         for layer in unwrap(state.chunks[0]).decoder.layers:
             router = layer.mlp.router
             router.gating = lambda x, gating=router.gating: gating(x).index_fill(
-                -1, torch.tensor([IDLE]), -1e4
+                -1, torch.tensor(idle), -1e4
             )
         train_step(state, random_batches(config, state.layout))
         parameters = unwrap(state.chunks[0]).named_parameters()
@@ -54,7 +54,7 @@ def test_idle_expert_has_gradients_of_exactly_zero(activation, grouped):
     }
     if activation == "swiglu":
         options.pop("model.activation_coefficients")
-    gradients = run_on_ranks(gradients_with_an_idle_expert, 1, options)[0]
+    gradients = run_on_ranks(gradients_with_idle_experts, 1, options)[0]
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     for name, gradient in gradients.items():
         if ".experts.activation_func." in name:
@@ -62,6 +62,36 @@ def test_idle_expert_has_gradients_of_exactly_zero(activation, grouped):
         elif ".experts." in name:
             is_idle = f"weight{IDLE}" in name or f"local_experts.{IDLE}." in name
             assert gradient.any() != is_idle, name
+
+
+E, ET = (f"parallel.expert_{kind}_parallel_size" for kind in ("model", "tensor"))
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("coefficients", ["shared", "per_expert"])
+@pytest.mark.parametrize("layout", [{E: 2}, {E: 2, ET: 2}], ids=["ep2", "ep2-etp2"])
+def test_a_rank_whose_experts_are_all_idle(layout, coefficients, dispatcher):
+    """Of 4 experts on 2 expert-parallel ranks, the second rank's get no token."""
+    options = {
+        "model.activation": "gated_polynorm",
+        "model.activation_coefficients": coefficients,
+        "model.moe_token_dispatcher_type": dispatcher,
+        "training.global_batch_size": 4,
+    }
+    num_ranks = 2 * layout.get(ET, 1)
+    ranks = run_on_ranks(gradients_with_idle_experts, num_ranks, options | layout, (2, 3))
+    (expected,) = run_on_ranks(gradients_with_idle_experts, 1, options, (2, 3))
+    for rank, gradients in enumerate(ranks):
+        is_idle = rank >= num_ranks // 2
+        for name, gradient in gradients.items():
+            assert gradient.isfinite().all(), name
+            if ".experts." not in name:
+                assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+            elif coefficients == "shared" and ".activation_func." in name:
+                # All ranks have the sum of all tokens.
+                assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+            else:
+                assert gradient.any() != is_idle, name
 
 
 SEQUENTIAL = {"model.moe_grouped_gemm": False}
