@@ -42,7 +42,7 @@ def _run(status_file: Path) -> int:
     except SignalException as error:
         if status_file.exists():
             return 0
-        print(f"stopped before anything was saved: {error}", file=sys.stderr)
+        print(f"stopped before the workers had saved and ended: {error}", file=sys.stderr)
         return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

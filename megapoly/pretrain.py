@@ -12,7 +12,8 @@ from pathlib import Path
 from megapoly.config import Config, configure, to_yaml
 from megapoly.errors import MegapolyError
 
-# Environment variable with the path of a file that rank 0 writes when it ends as it should.
+# Environment variable with the path of a file that a host's first process writes when it ends as it
+# should. Each host has a launcher that looks for it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
 
 
@@ -29,17 +30,17 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
         data or a checkpoint cannot be used, or the loss is not finite (one process of each host
         says why).
     """
-    is_first = os.environ.get("RANK", "0") == "0"
-    _quieten(is_first)
+    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    _quieten(is_first=os.environ.get("RANK", "0") == "0")
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         pretrain(config)
     except MegapolyError as error:
         # Once for each host: a file may be missing on one of them alone.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if is_first_of_host:
             print(error, file=sys.stderr)
         return 2
-    if is_first and STATUS_FILE in os.environ:
+    if is_first_of_host and STATUS_FILE in os.environ:
         Path(os.environ[STATUS_FILE]).write_text("complete\n")
     return 0
 

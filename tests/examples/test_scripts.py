@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from megapoly import launch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -112,3 +115,19 @@ def test_unknown_option_names_the_nearest(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "`model.num_layer`" in output and "`model.num_layers`" in output
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_launcher_says_whether_a_stopped_job_ended_as_it_should(
+    tmp_path, monkeypatch, capsys, ended
+):
+    def stop(words):
+        raise SignalException("signal 15", sigval=signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "torchrun", stop)
+    status_file = tmp_path / "status"
+    if ended:
+        status_file.touch()
+    assert launch._run(status_file) == (0 if ended else 1)
+    message = "" if ended else "stopped before the workers had saved and ended: signal 15\n"
+    assert capsys.readouterr().err == message
