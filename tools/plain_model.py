@@ -83,15 +83,15 @@ class PlainModel(nn.Module):
         check_is_plain(config)
         model, hidden_size = config.model, config.model.hidden_size
         self.num_heads = model.num_attention_heads
-        vocab_size = padded_vocab_size(model)
+        self.vocab_size, padded_size = model.vocab_size, padded_vocab_size(config)
         ffn_size = ffn_width(model, model.ffn_hidden_size)
-        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.embedding = nn.Embedding(padded_size, hidden_size)
         self.layers = nn.ModuleList(
             Layer(hidden_size, self.num_heads, ffn_size, model.normalization_eps)
             for _ in range(model.num_layers)
         )
         self.norm = nn.RMSNorm(hidden_size, model.normalization_eps)
-        self.output = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.output = nn.Linear(hidden_size, padded_size, bias=False)
 
         half = hidden_size // self.num_heads // 2
         frequencies = model.rotary_base ** (-torch.arange(half) / half)
@@ -104,7 +104,7 @@ class PlainModel(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        logits = self.output(self.norm(x))
+        logits = self.output(self.norm(x))[..., : self.vocab_size]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     @torch.no_grad()

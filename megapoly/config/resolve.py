@@ -6,6 +6,7 @@ Everything here expects a configuration that :mod:`megapoly.config.rules` has no
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -110,15 +111,18 @@ def ffn_width(model: ModelConfig, size: int) -> int:
     return size * 2 // 3 if takes_two_thirds(model) else size
 
 
-def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding: ``vocab_size`` up to a multiple of ``make_vocab_size_divisible_by``.
+def padded_vocab_size(config: Config) -> int:
+    """Rows of the embedding: ``vocab_size`` up to the next size that divides as it has to.
 
-    The padding does not depend on the layout, so a checkpoint fits every tensor-parallel size.
+    That is a multiple of ``make_vocab_size_divisible_by`` and of the tensor-parallel size. The rows
+    from ``vocab_size`` on are no part of the model: a checkpoint fits every other padding.
     """
+    model = config.model
     assert model.vocab_size is not None, "resolve first"
-    return -(-model.vocab_size // model.make_vocab_size_divisible_by) * (
-        model.make_vocab_size_divisible_by
+    multiple = math.lcm(
+        model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
     )
+    return -(-model.vocab_size // multiple) * multiple
 
 
 def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:

@@ -43,8 +43,8 @@ class ModelConfig:
         rotary_base: theta of the rotary position embedding.
         untie_embeddings_and_output_weights: separate input and output embeddings.
         vocab_size: token ids the model knows; null: the tokenizer's.
-        make_vocab_size_divisible_by: the embedding is padded to a multiple of this, at every
-            tensor-parallel size the same.
+        make_vocab_size_divisible_by: embedding and output layer are padded to a multiple of this
+            and of ``tensor_model_parallel_size``. Padding changes neither losses nor weights.
         hidden_dropout: dropout on the outputs of attention and FFN.
         attention_dropout: dropout on attention probabilities.
         init_method: distribution of the initial weights; ``truncated_normal`` is cut at 3 std.

@@ -16,6 +16,7 @@ from megapoly.config import Config, padded_vocab_size
 from megapoly.model.initialization import initialize_weights
 from megapoly.model.specs import decoder_spec
 from megapoly.model.transformer_config import transformer_config
+from megapoly.model.vocabulary import exclude_padding
 from megapoly.platform import Platform
 
 
@@ -32,11 +33,12 @@ def gpt_model(
         vp_stage: which chunk of an interleaved stage; None without interleaving.
     """
     model = config.model
+    assert model.vocab_size is not None
     place: dict[str, Any] = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
-    return GPTModel(
+    gpt = GPTModel(
         config=engine,
         transformer_layer_spec=decoder_spec(model, engine, vp_stage=vp_stage),
-        vocab_size=padded_vocab_size(model),
+        vocab_size=padded_vocab_size(config),
         max_sequence_length=config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
@@ -45,6 +47,9 @@ def gpt_model(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    if gpt.post_process:
+        exclude_padding(gpt.output_layer, model.vocab_size)
+    return gpt
 
 
 def build_model(config: Config, platform: Platform) -> list[DistributedDataParallel]:

@@ -34,7 +34,8 @@ def initialize_weights(
 
     Matrices are normal with ``init_method_std`` (``truncated_normal``: cut at 3 std); those that
     write to the residual stream, with it divided by sqrt(2 num_layers) if ``scale_residual_init``.
-    Norm weights are one. Activation coefficients keep the registry's values.
+    Norm weights are one, rows that pad the vocabulary zero. Activation coefficients keep the
+    registry's values.
 
     Args:
         chunk: the model, or its part on this pipeline stage.
@@ -81,7 +82,11 @@ def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
     if model.scale_residual_init and shard.key.endswith(_RESIDUAL_OUTPUTS):
         std /= (2.0 * model.num_layers) ** 0.5
     identity = f"{seed}/{shard.key}/{shard.global_offset[:axes]}"
-    full = _draw(full_shape, std, model.init_method, identity)
+    full = torch.zeros(full_shape)
+    # The engine marks so what it pads along the vocabulary. A token's row must not depend on how
+    # many rows follow the last one.
+    num_rows = model.vocab_size if shard.allow_shape_mismatch else full_shape[0]
+    _draw(full[:num_rows], std, model.init_method, identity)
     for axis, (start, length) in enumerate(
         zip(shard.global_offset[axes:], target.shape, strict=True)
     ):
@@ -89,12 +94,12 @@ def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
     target.copy_(full)
 
 
-def _draw(shape: tuple[int, ...], std: float, method: str, identity: str) -> Tensor:
-    """A whole weight, fp32 on CPU, from a generator of its own."""
+def _draw(weight: Tensor, std: float, method: str, identity: str) -> None:
+    """Fill a whole weight, fp32 on CPU, from a generator of its own."""
     digest = hashlib.sha256(identity.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    weight = torch.empty(shape)
     if method == "truncated_normal":
         bound = _TRUNCATION_STD * std
-        return torch.nn.init.trunc_normal_(weight, 0.0, std, -bound, bound, generator=generator)
-    return weight.normal_(0.0, std, generator=generator)
+        torch.nn.init.trunc_normal_(weight, 0.0, std, -bound, bound, generator=generator)
+    else:
+        weight.normal_(0.0, std, generator=generator)

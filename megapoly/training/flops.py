@@ -29,7 +29,7 @@ def training_flops_per_token(config: Config) -> int:
     projections = model.hidden_size * (2 * query + key_value)
     attention = query * config.training.seq_length  # QK^T and PV, half of each
     layer = projections + attention + _ffn_multiply_adds(config)
-    output = model.hidden_size * padded_vocab_size(model)
+    output = model.hidden_size * padded_vocab_size(config)
     return 3 * 2 * (model.num_layers * layer + output)
 
 

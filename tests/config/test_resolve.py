@@ -160,12 +160,27 @@ def test_ffn_width_of_unknown_activation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "multiple", "padded"),
-    [(50_280, 128, 50_304), (32_000, 128, 32_000), (50_304, 128, 50_304), (1, 128, 128), (5, 1, 5)],
+    ("vocab", "multiple", "tensor", "padded"),
+    [
+        (50_280, 128, 1, 50_304),
+        (32_000, 128, 1, 32_000),
+        (50_304, 128, 1, 50_304),
+        (1, 128, 1, 128),
+        (5, 1, 1, 5),
+        (50_280, 128, 8, 50_304),
+        (50_280, 1, 8, 50_280),
+        (50_280, 1, 16, 50_288),
+        (50_280, 128, 3, 50_304),
+        (32_000, 128, 3, 32_256),
+        (509, 1, 4, 512),
+        (509, 6, 4, 516),
+    ],
 )
-def test_padded_vocab_size(vocab: int, multiple: int, padded: int) -> None:
-    model = ModelConfig(vocab_size=vocab, make_vocab_size_divisible_by=multiple)
-    assert sizes.padded_vocab_size(model) == padded
+def test_padded_vocab_size(vocab: int, multiple: int, tensor: int, padded: int) -> None:
+    config = Config()
+    config.model.vocab_size, config.model.make_vocab_size_divisible_by = vocab, multiple
+    config.parallel.tensor_model_parallel_size = tensor
+    assert sizes.padded_vocab_size(config) == padded
 
 
 def test_sizes_of_a_layout() -> None:

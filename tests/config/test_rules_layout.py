@@ -19,8 +19,7 @@ METHOD, COUNT = "parallel.recompute_method", "parallel.recompute_num_layers"
 MOE = {"model.num_moe_experts": 8, "model.moe_ffn_hidden_size": 384}
 TP2 = {TP: 2, "world_size": 2}
 TP3 = {TP: 3, "world_size": 3, "model.num_attention_heads": 6, "model.kv_channels": 32}
-TP3 |= {"training.seq_length": 255, "model.make_vocab_size_divisible_by": 96}
-TP3_VOCAB = TP3 | {"model.make_vocab_size_divisible_by": 128}
+TP3 |= {"training.seq_length": 255}
 FULL = {GRANULARITY: "full", METHOD: "uniform", COUNT: 1}
 
 
@@ -105,12 +104,6 @@ CASES: list[dict[str, Any]] = [
         words=["`model.moe_shared_expert_intermediate_size` (385)", option(TP)],
         right={"model.moe_shared_expert_intermediate_size": 386, ETP: 1, **TP2},
         base=MOE,
-    ),
-    dict(
-        rule="vocabulary_divides",
-        wrong=TP3_VOCAB,
-        words=["(4096)", option(TP), "(3)", "to 384"],
-        right=TP3,
     ),
     dict(
         rule="layers_divide",
@@ -243,7 +236,6 @@ CASES: list[dict[str, Any]] = [
         base={
             "model.num_attention_heads": 3,
             "model.hidden_size": 384,
-            "model.make_vocab_size_divisible_by": 384,
             "training.seq_length": 384,
         },
     ),

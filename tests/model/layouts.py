@@ -79,6 +79,7 @@ class RankResult:
 
     weights: list[Part]
     gradients: list[Part]
+    losses: list[float]  # of its micro-batches
     grad_norm: float
     decay: dict[str, bool]
 
@@ -122,10 +123,11 @@ def run_models(
 def _results_of_rank(configs: dict[str, Config]) -> dict[str, RankResult]:
     platform = select_platform("cpu")
     with process_groups(next(iter(configs.values())), platform):
-        return {name: _result_of_model(config, platform) for name, config in configs.items()}
+        return {name: result_of_model(config, platform) for name, config in configs.items()}
 
 
-def _result_of_model(config: Config, platform: Any) -> RankResult:
+def result_of_model(config: Config, platform: Any) -> RankResult:
+    """What this rank has of a model's first step; process groups must exist."""
     state = build_state(config, platform, corpus=None)
     parameters = {
         f"{i}.{name}": parameter
@@ -136,21 +138,22 @@ def _result_of_model(config: Config, platform: Any) -> RankResult:
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     batches = random_batches(config, state.layout)
-    run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
     if config.parallel.use_distributed_optimizer:
         _gather_gradient_shards(state)
     gradients = list(_parts(state, {id(p): p.main_grad.clone() for p in parameters.values()}))
     decay = _decay(state, parameters)
     _, grad_norm, _ = state.optimizer.step()
-    return RankResult(weights, gradients, float(grad_norm), decay)
+    means = [loss["mean"].item() for loss in losses]
+    return RankResult(weights, gradients, means, float(grad_norm), decay)
 
 
 def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
     """This rank's micro-batches of the first step; a sample depends on its place alone."""
-    length = config.training.seq_length
+    length, vocab_size = config.training.seq_length, config.model.vocab_size
     for places in layout.micro_batches(0):
         samples = [
-            torch.randint(128, (length + 1,), generator=torch.Generator().manual_seed(place))
+            torch.randint(vocab_size, (length + 1,), generator=torch.Generator().manual_seed(place))
             for place in places
         ]
         tokens = torch.stack(samples)

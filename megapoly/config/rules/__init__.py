@@ -37,7 +37,7 @@ def find_problems(
         cuda_available: whether this process sees a CUDA device.
         transformer_engine_available: whether Transformer Engine is installed.
         tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
-            rules about it.
+            rule about it.
     """
     facts = Facts(
         config, world_size, cuda_available, transformer_engine_available, tokenizer_vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from megapoly.config import resolve
@@ -99,21 +98,6 @@ def deterministic_rows_divide(facts: Facts) -> Iterator[str]:
             width,
             NUM_SEGMENTS,
             "the segments of a row",
-        )
-
-
-def vocabulary_divides(facts: Facts) -> Iterator[str]:
-    """The padded vocabulary is cut evenly; it is never padded further for the layout's sake."""
-    model, size = facts.config.model, facts.config.parallel.tensor_model_parallel_size
-    multiple = model.make_vocab_size_divisible_by
-    vocab_size = model.vocab_size or facts.tokenizer_vocab_size
-    if vocab_size is None or min(vocab_size, multiple, size) < 1:
-        return
-    padded = -(-vocab_size // multiple) * multiple
-    if padded % size:
-        yield (
-            f"the padded vocabulary ({padded}) must be divisible by {TP} ({size}); set "
-            f"`model.make_vocab_size_divisible_by` ({multiple}) to {math.lcm(multiple, size)}"
         )
 
 
@@ -300,7 +284,6 @@ RULES: tuple[Rule, ...] = (
     heads_divide,
     ffn_widths_divide,
     deterministic_rows_divide,
-    vocabulary_divides,
     layers_divide,
     interleaving_fits,
     context_parallel_fits,
