@@ -40,6 +40,7 @@ _NAME = re.compile(r"iter_(\d{7})")
 _MAY_CHANGE = {
     "activation_backend",
     "activation_deterministic",
+    "make_vocab_size_divisible_by",
     "moe_token_dispatcher_type",
     "moe_grouped_gemm",
     "moe_router_dtype",

@@ -4,6 +4,9 @@ import re
 import shutil
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 
 from megapoly.testing import run_job
 
@@ -81,6 +84,46 @@ def test_another_layout_goes_on_with_the_same_losses(tmp_path, recipe, overrides
     for line, expected in zip(resumed, whole, strict=True):
         assert line["iteration"] == expected["iteration"]
         assert line["lm_loss"] == pytest.approx(expected["lm_loss"], abs=2e-6)
+
+
+PRIME = {"model.vocab_size": 4099, "model.make_vocab_size_divisible_by": 1}
+TIED = {"model.untie_embeddings_and_output_weights": False}
+
+
+@pytest.mark.parametrize(
+    "options", [SHARDED_OPTIMIZER, TIED], ids=["distributed-optimizer", "tied"]
+)
+def test_another_padding_goes_on_with_the_same_losses(tmp_path, options):
+    """4099 rows on one process, 4100 on two, 4224 on one again."""
+    overrides = DENSE | NO_DROPOUT | PRIME | options | {"training.train_iters": 9}
+    overrides |= {"checkpoint.save_interval": 3, "checkpoint.keep": 0}
+    whole = run_job("dense_tiny", tmp_path, overrides)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(checkpoints / "iter_0000006")
+    for num_ranks, layout in ((2, TENSOR), (1, {"model.make_vocab_size_divisible_by": 128})):
+        shutil.rmtree(checkpoints / "iter_0000009")
+        resumed = run_job("dense_tiny", tmp_path, overrides | layout, num_ranks=num_ranks)
+        assert [line["iteration"] for line in resumed] == list(range(1, 10))
+        for line, expected in zip(resumed, whole, strict=True):
+            assert line["lm_loss"] == pytest.approx(expected["lm_loss"], abs=2e-6)
+    saved = vocabulary_tensors(checkpoints / "iter_0000009")
+    weights = {name for name in saved if not name.startswith("optimizer.")}
+    assert len(weights) == (1 if options == TIED else 2)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        assert {f"optimizer.state.{moment}.{name}" for name in weights} < saved.keys()
+    for name, tensor in saved.items():
+        assert tensor[:4099].any(), name
+        assert len(tensor) == 4224 and not tensor[4099:].any(), name
+
+
+def vocabulary_tensors(checkpoint):
+    """What it holds of embedding and output layer: weights and optimizer state."""
+    reader = FileSystemReader(checkpoint)
+    entries = reader.read_metadata().state_dict_metadata
+    names = [name for name in entries if "word_embeddings" in name or "output_layer" in name]
+    tensors = {name: torch.empty(entries[name].size) for name in names}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
