@@ -13,7 +13,7 @@ from torch import Tensor
 from megapoly.config import Config
 from megapoly.data.corpus import load_corpus
 from megapoly.data.tokenizer import load_tokenizer
-from megapoly.parallel_check.whole import Part, gradient_parts, whole
+from megapoly.parallel_check.whole import Part, gradient_parts, whole, without_padding
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups, rank_zero_first
@@ -62,13 +62,14 @@ def train(config: Config, num_ranks: int, *, cache_dir: Path, timeout_s: float) 
         config, data=dataclasses.replace(config.data, cache_dir=str(cache_dir))
     )
     ranks = run_on_ranks(steps_of_rank, num_ranks, config, timeout_s=timeout_s)
-    return [_whole_step(steps) for steps in zip(*ranks, strict=True)]
+    assert config.model.vocab_size is not None
+    return [_whole_step(steps, config.model.vocab_size) for steps in zip(*ranks, strict=True)]
 
 
-def _whole_step(ranks: Sequence[_RankStep]) -> Step:
+def _whole_step(ranks: Sequence[_RankStep], vocab_size: int) -> Step:
     gradients = whole(part for rank in ranks for part in rank.parts)
-    first = ranks[0]
-    return Step(first.losses, first.grad_norm, gradients.tensors, gradients.disagreements)
+    tensors = without_padding(gradients.tensors, vocab_size)
+    return Step(ranks[0].losses, ranks[0].grad_norm, tensors, gradients.disagreements)
 
 
 def steps_of_rank(config: Config) -> list[_RankStep]:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megapoly.model.builder import checkpoint_metadata, unwrap
 
+_VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
 
 @dataclasses.dataclass
 class Part:
@@ -79,6 +81,14 @@ def whole(parts: Iterable[Part]) -> Whole:
             known = result.disagreements.get(part.name, 0.0)
             result.disagreements[part.name] = max(known, difference)
     return result
+
+
+def without_padding(tensors: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Cut embedding and output layer to the rows that stand for tokens; padding may differ."""
+    return {
+        name: tensor[:vocab_size] if name in _VOCABULARY_ROWS else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _parts(chunks: Iterable[DistributedDataParallel], values: dict[int, Tensor]) -> Iterator[Part]:

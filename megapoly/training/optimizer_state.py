@@ -65,8 +65,9 @@ def state_to_load(
     entries = _entries(model_state)
 
     def place(parameter: Tensor, prefix: str) -> Entry:
-        empty = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-        entry = make_sharded_optimizer_tensor(entries[id(parameter)], empty, prefix)
+        # Zeros: rows that pad the vocabulary further than the checkpoint's are not read.
+        zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        entry = make_sharded_optimizer_tensor(entries[id(parameter)], zeros, prefix)
         if not prefix:
             entry.key = entries[id(parameter)].key
         return entry

@@ -10,19 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from megapoly.config import Config
 from megapoly.config.options import OPTIONS
 from megapoly.config.resolve import resolve
 from megapoly.data.loader import Batch, BatchLayout
-from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.model.builder import unwrap
+from megapoly.parallel_check.whole import Part, gradient_parts, weight_parts, whole
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
@@ -64,16 +63,6 @@ def small_config(options: dict[str, Any]) -> Config:
 
 
 @dataclasses.dataclass
-class Part:
-    """What one rank holds of a tensor of the whole model."""
-
-    key: str
-    place: tuple[slice | int, ...]
-    whole_shape: tuple[int, ...]
-    data: Tensor
-
-
-@dataclasses.dataclass
 class RankResult:
     """Of one model on one rank."""
 
@@ -93,12 +82,12 @@ class Result:
     @functools.cached_property
     def weights(self) -> dict[str, Tensor]:
         """Initial weights, by their names in a checkpoint."""
-        return _whole([part for rank in self.ranks for part in rank.weights])
+        return _agreed(part for rank in self.ranks for part in rank.weights)
 
     @functools.cached_property
     def gradients(self) -> dict[str, Tensor]:
         """Gradients of the global batch, by the same names."""
-        return _whole([part for rank in self.ranks for part in rank.gradients])
+        return _agreed(part for rank in self.ranks for part in rank.gradients)
 
     @property
     def norm_of_gradients(self) -> float:
@@ -134,14 +123,12 @@ def result_of_model(config: Config, platform: Any) -> RankResult:
         for i, chunk in enumerate(state.chunks)
         for name, parameter in unwrap(chunk).named_parameters()
     }
-    weights = _weight_parts(state)
+    weights = weight_parts(state.chunks)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     batches = random_batches(config, state.layout)
     losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
-    if config.parallel.use_distributed_optimizer:
-        _gather_gradient_shards(state)
-    gradients = list(_parts(state, {id(p): p.main_grad.clone() for p in parameters.values()}))
+    gradients = gradient_parts(state.chunks)
     decay = _decay(state, parameters)
     _, grad_norm, _ = state.optimizer.step()
     means = [loss["mean"].item() for loss in losses]
@@ -167,56 +154,16 @@ def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
 
 def whole_weights(state: TrainState) -> dict[str, Tensor]:
     """Weights of a model on a single rank, by their names in a checkpoint."""
-    return _whole(_weight_parts(state))
+    return _agreed(weight_parts(state.chunks))
 
 
-def _weight_parts(state: TrainState) -> list[Part]:
-    values = {id(p): p.data.clone() for chunk in state.chunks for p in chunk.parameters()}
-    return list(_parts(state, values))
-
-
-def _parts(state: TrainState, values: dict[int, Tensor]) -> Iterator[Part]:
-    """The values of parameters (by id) with their places in a checkpoint."""
-    entries = [
-        entry
-        for chunk in state.chunks
-        for entry in unwrap(chunk).sharded_state_dict(metadata=checkpoint_metadata()).values()
-    ]
-    for entry in entries:
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data is None:
-            continue
-        if id(entry.data) not in values:
-            continue  # a buffer
-        entry = dataclasses.replace(entry, data=values[id(entry.data)])
-        for shard in [entry] if isinstance(entry, ShardedTensor) else entry.build():
-            axes = shard.prepend_axis_num  # layer and expert
-            begins = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
-            place = (*shard.global_offset[:axes], *(slice(i, i + n) for i, n in begins))
-            yield Part(shard.key, place, shard.global_shape, shard.data)
-
-
-def _whole(parts: list[Part]) -> dict[str, Tensor]:
+def _agreed(parts: Iterable[Part]) -> dict[str, Tensor]:
     """Tensors of the whole model: no part may be missing, and its holders agree to the bit."""
-    tensors: dict[str, Tensor] = {}
-    for part in parts:
-        whole = tensors.setdefault(part.key, torch.full(part.whole_shape, math.nan))
-        present = whole[part.place]
-        if not present.isnan().all():
-            assert torch.equal(present, part.data), f"ranks disagree on {part.key}"
-        whole[part.place] = part.data
-    for key, tensor in tensors.items():
-        assert not tensor.isnan().any(), f"not all of {key} is there"
-    return tensors
-
-
-def _gather_gradient_shards(state: TrainState) -> None:
-    """The distributed optimizer leaves a rank only its shard of the sum: fetch the others."""
-    chunks = state.chunks
-    for buffer in [b for c in chunks for b in [*c.buffers, *c.expert_parallel_buffers]]:
-        for bucket in buffer.buckets:
-            group = buffer.data_parallel_group
-            shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+    result = whole(parts)
+    assert not result.disagreements
+    for name, tensor in result.tensors.items():
+        assert not tensor.isnan().any(), f"not all of {name} is there"
+    return result.tensors
 
 
 def _decay(state: TrainState, parameters: dict[str, Tensor]) -> dict[str, bool]:

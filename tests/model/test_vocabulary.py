@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from megapoly.config import padded_vocab_size
 from megapoly.model.builder import unwrap
+from megapoly.parallel_check.whole import without_padding
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
@@ -88,8 +89,8 @@ def _logits(config, platform) -> dict[str, Any] | None:
     arguments = [(batch["tokens"], batch["position_ids"], None) for batch in batches]
     with torch.no_grad():
         return {
-            "own": [unwrap(state.model)(*each) for each in arguments],
-            "gathered": unwrap(state.model)(*arguments[0], runtime_gather_output=True),
+            "own": [unwrap(state.chunks[0])(*each) for each in arguments],
+            "gathered": unwrap(state.chunks[0])(*arguments[0], runtime_gather_output=True),
             "labels": [batch["labels"] for batch in batches],
         }
 
@@ -102,13 +103,6 @@ def not_padded(model):
 def losses(result):
     """Of each micro-batch; on the last pipeline stage."""
     return result.ranks[-1].losses
-
-
-def without_padding(tensors, vocab_size):
-    return {
-        key: tensor[:vocab_size] if key in VOCABULARY_KEYS else tensor
-        for key, tensor in tensors.items()
-    }
 
 
 @pytest.mark.parametrize(("layout", "model"), CASES)
