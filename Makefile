@@ -1,5 +1,6 @@
 # make pretrain   train the tiny mixture-of-experts model, tensor and expert parallel, 2 processes
 # make test       the CPU test suite
+# make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
 # make check      lint, format and type checks
 # Each sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
 
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: pretrain test check format clean
+.PHONY: pretrain test test-parallel check format clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
@@ -18,6 +19,9 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-parallel: $(INSTALLED)
+	$(BIN)/python -m pytest -m parallel
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
