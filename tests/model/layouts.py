@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import Tensor
 
 from megapoly.config import Config
@@ -117,6 +118,7 @@ def _results_of_rank(configs: dict[str, Config]) -> dict[str, RankResult]:
 
 def result_of_model(config: Config, platform: Any) -> RankResult:
     """What this rank has of a model's first step; process groups must exist."""
+    get_moe_layer_wise_logging_tracker().clear()  # as long as the last model's layers
     state = build_state(config, platform, corpus=None)
     parameters = {
         f"{i}.{name}": parameter

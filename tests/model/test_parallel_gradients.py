@@ -38,13 +38,19 @@ MODELS |= {
     sequential: MODELS[name] | {"model.moe_grouped_gemm": False}
     for sequential, name in SEQUENTIAL.items()
 }
-DENSE = [name for name in MODELS if name.startswith("dense")]
-ROUTED = [name for name in MODELS if name.startswith("experts")]
+# Enough layers for two chunks on each of two pipeline stages.
+DEEP, DEEP_TIED = (f"{name}, 4 layers" for name in (SHARED, TIED))
+MODELS |= {f"{name}, 4 layers": MODELS[name] | {"model.num_layers": 4} for name in (SHARED, TIED)}
+DENSE = [name for name in MODELS if name.startswith("dense") and name != DEEP_TIED]
+ROUTED = [name for name in MODELS if name.startswith("experts") and name != DEEP]
 
 T, E, ET, P = (
     f"parallel.{kind}_parallel_size"
     for kind in ("tensor_model", "expert_model", "expert_tensor", "pipeline_model")
 )
+V, C = "parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"
+EXCHANGED_HEADS = {C: 2, "parallel.cp_comm_type": "a2a"}
+GATHERED_SEQUENCE = {C: 2, "parallel.cp_comm_type": "all_gather"}
 NO_SEQUENCE_PARALLEL = {"parallel.sequence_parallel": False}
 DISTRIBUTED_OPTIMIZER = {"parallel.use_distributed_optimizer": True}
 ALL_GATHER = {"model.moe_token_dispatcher_type": "allgather"}
@@ -57,6 +63,12 @@ LAYOUTS = {
     "TP 2 x EP 2, whole experts": (2, {T: 2, E: 2, ET: 1}, ROUTED),
     "TP 2 x EP 2": (4, {T: 2, E: 2}, [SHARED, GATED, SLOPED, *SEQUENTIAL]),
     "PP 2": (2, {P: 2}, [TIED, GATED]),
+    "PP 2, interleaved": (2, {P: 2, V: 2}, [DEEP, DEEP_TIED]),
+    "CP 2": (2, GATHERED_SEQUENCE, [DENSE[0], TIED, SHARED, GATED]),
+    "CP 2, exchanged heads": (2, EXCHANGED_HEADS, [DENSE[0], SHARED]),
+    "CP 2 x EP 2": (2, GATHERED_SEQUENCE | {E: 2}, [SHARED, GATED]),
+    "experts cut over DP 2": (2, {ET: 2}, [SHARED, GATED, SLOPED]),
+    "TP 4, experts cut in 2": (4, {T: 4, ET: 2}, [SHARED, GATED]),
     "DP 2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER, [TIED, GATED]),
 }
 CASES = [(layout, model) for layout, (_, _, models) in LAYOUTS.items() for model in models]
