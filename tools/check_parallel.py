@@ -96,6 +96,8 @@ def _check(options: argparse.Namespace, config: Config) -> int:
 
     bf16 = options.precision == "bf16"
     small = scaled_down(config, steps=options.steps, bf16=bf16)
+    if problems := _problems(Layout(), small):
+        raise ConfigError(problems)
     layouts = _layouts(options, small)
     report = Report(small, BF16 if bf16 else FP32, [])
     with tempfile.TemporaryDirectory(prefix="check-parallel-") as cache_dir:
@@ -152,7 +154,10 @@ def _train_all(report: object, layouts: list[Layout], cache_dir: Path, timeout_s
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("one process", total=len(layouts) + 1)
-        expected = train(report.config, 1, cache_dir=cache_dir, timeout_s=timeout_s)
+        try:
+            expected = train(report.config, 1, cache_dir=cache_dir, timeout_s=timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise MegapolyError(f"The configuration fails on one process: {error}") from error
         bar.advance(task)
         for layout in layouts:
             processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"

@@ -65,8 +65,8 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
 
 
 def _like(size: int, smallest: int, divisor: int) -> int:
-    """The least number from ``smallest`` on with the remainder that ``size`` has."""
-    return smallest + (size - smallest) % divisor
+    """The least number from ``smallest`` on with the remainder of ``size``, or that itself."""
+    return min(size, smallest + (size - smallest) % divisor)
 
 
 def _scale_model(model: ModelConfig, builtin_vocab_size: int) -> None:
@@ -84,7 +84,7 @@ def _scale_model(model: ModelConfig, builtin_vocab_size: int) -> None:
         model.ffn_hidden_size = _like(model.ffn_hidden_size, 48, 24)
     model.vocab_size = _like(model.vocab_size or builtin_vocab_size, builtin_vocab_size, 8)
     if model.num_moe_experts is not None:
-        experts = min(model.num_moe_experts, _like(model.num_moe_experts, 8, 8))
+        experts = _like(model.num_moe_experts, 8, 8)
         model.moe_router_topk = min(model.moe_router_topk, max(1, experts // 4))
         model.num_moe_experts = experts
     for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):

@@ -103,12 +103,19 @@ def _parts(chunks: Iterable[DistributedDataParallel], values: dict[int, Tensor])
             continue
         if entry.data is None or id(entry.data) not in values:
             continue  # a buffer
-        entry = dataclasses.replace(entry, data=values[id(entry.data)])
-        for shard in [entry] if isinstance(entry, ShardedTensor) else entry.build():
+        value = values[id(entry.data)]
+        for shard in _shards(entry, value):
             axes = shard.prepend_axis_num  # layer and expert
             begins = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
             place = (*shard.global_offset[:axes], *(slice(i, i + n) for i, n in begins))
             yield Part(shard.key, place, shard.global_shape, shard.data)
+
+
+def _shards(entry: ShardedTensor | ShardedTensorFactory, value: Tensor) -> list[ShardedTensor]:
+    """The value in the place of a parameter, or of the parts that are saved by themselves."""
+    if isinstance(entry, ShardedTensor):
+        return [dataclasses.replace(entry, data=value, dtype=value.dtype)]
+    return list(dataclasses.replace(entry, data=value).build())
 
 
 def _gather_shards(chunks: Iterable[DistributedDataParallel]) -> None:
