@@ -2,8 +2,8 @@
 
 The engine is written for CUDA. :func:`install_on_cpu` lets its training path run on CPU with gloo;
 :func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
-any device; :func:`install_on_every_device` is about PolyNorm under recomputation. Each function
-below names the places in ``megatron/core/`` that make it necessary.
+any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving. Each
+function below names the places in ``megatron/core/`` that make it necessary.
 Nothing of ``install_on_cpu`` touches a CUDA run.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import queue
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -26,10 +27,11 @@ _installed: set[str] = set()
 
 
 def install_on_every_device() -> None:
-    """Spare the engine's recomputation PolyNorm's collective; a second call does nothing."""
+    """Spare recomputation PolyNorm's collective, and saving a process; once is enough."""
     if "every" not in _installed:
         _installed.add("every")
         _recomputation_keeps_row_statistics()
+        _saving_starts_no_manager()
 
 
 def install_on_cpu() -> None:
@@ -90,6 +92,17 @@ def _recomputation_keeps_row_statistics() -> None:
 
     CheckpointFunction.forward = staticmethod(forward)
     CheckpointFunction.backward = staticmethod(backward)
+
+
+def _saving_starts_no_manager() -> None:
+    """dist_checkpointing/strategies/filesystem_async.py:51 makes a process to hold a queue.
+
+    It imports torch in every rank's manager, 2.4 s of a first save with 2 ranks on 2 cores. Only a
+    save in the background needs it; here the rank that fills the queue empties it itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
 
 
 def _current_device_is_cpu() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -153,3 +155,12 @@ def install_again():
 
 def test_installing_again_changes_nothing():
     assert run_on_ranks(install_again, 1) == [(torch.device("cpu"), "torch.FloatTensor")]
+
+
+def test_saving_starts_no_process_to_hold_a_queue():
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    select_platform("cpu")
+    results = filesystem_async._get_write_results_queue()
+    assert type(results) is queue.Queue
+    assert filesystem_async._get_write_results_queue() is results
