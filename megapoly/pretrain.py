@@ -91,10 +91,13 @@ def pretrain(config: Config) -> None:
 def _summary(config: Config, device: str, num_processes: int) -> str:
     model, parallel = config.model, config.parallel
     kind = f"MoE, {model.num_moe_experts} experts" if model.num_moe_experts else "dense"
+    chunks = parallel.virtual_pipeline_model_parallel_size
     layout = (
         f"tensor {parallel.tensor_model_parallel_size}, "
-        f"pipeline {parallel.pipeline_model_parallel_size}, "
-        f"expert {parallel.expert_model_parallel_size}"
+        f"pipeline {parallel.pipeline_model_parallel_size}"
+        + (f" in {chunks} chunks, " if chunks else ", ")
+        + f"expert {parallel.expert_model_parallel_size}"
+        + (f", context {parallel.context_parallel_size}" if parallel.cp_comm_type else "")
     )
     return (
         f"{kind}, {model.num_layers} layers, {model.activation}; {num_processes} x {device}; "

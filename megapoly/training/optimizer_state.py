@@ -65,8 +65,9 @@ def state_to_load(
     entries = _entries(model_state)
 
     def place(parameter: Tensor, prefix: str) -> Entry:
-        # Zeros: rows that pad the vocabulary further than the checkpoint's are not read.
-        zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        # Rows that pad the vocabulary further than the checkpoint's are not read, and stay zero. On
+        # CPU: a rank may use a shard only of what it reads.
+        zeros = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
         entry = make_sharded_optimizer_tensor(entries[id(parameter)], zeros, prefix)
         if not prefix:
             entry.key = entries[id(parameter)].key
@@ -97,7 +98,9 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
         else:
             for master, state in zip(_masters(part), states, strict=True):
                 master.copy_(state[_MASTER])
-                part.optimizer.state[master] = {name: state[name] for name in _MOMENTS}
+                part.optimizer.state[master] = {
+                    name: state[name].to(master.device) for name in _MOMENTS
+                }
         for group in part.param_groups:
             group["step"] = loaded["step"]
 
