@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -33,6 +34,9 @@ from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.parallel_check.layouts import Layout, all_layouts, covering
 from megapoly.parallel_check.layouts import parse as parse_layout
+
+if TYPE_CHECKING:
+    from megapoly.parallel_check.report import Report
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "configs" / "moe_tiny.yaml"
 WORLD_SIZES = [1, 2, 4, 8]
@@ -122,6 +126,10 @@ def _layouts(options: argparse.Namespace, small: Config) -> list[Layout]:
                 num_experts=small.model.num_moe_experts,
                 is_allowed=lambda layout: not _problems(layout, small),
             )
+            if not every:
+                raise ConfigError(
+                    [f"the configuration has no layout for {world_size} processes; take 1, 2, 4, 8"]
+                )
             chosen += every if options.layouts else covering(every)
         return chosen
     named = [parse_layout(name) for name in options.layouts]
@@ -145,12 +153,11 @@ def _problems(layout: Layout, small: Config) -> list[str]:
     )
 
 
-def _train_all(report: object, layouts: list[Layout], cache_dir: Path, timeout_s: float) -> None:
+def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s: float) -> None:
     from megapoly.parallel_check.comparison import compare
     from megapoly.parallel_check.job import train
-    from megapoly.parallel_check.report import Report, Row
+    from megapoly.parallel_check.report import Row
 
-    assert isinstance(report, Report)
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("one process", total=len(layouts) + 1)
