@@ -162,7 +162,7 @@ def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("one process", total=len(layouts) + 1)
         try:
-            expected = train(report.config, 1, cache_dir=cache_dir, timeout_s=timeout_s)
+            expected = train(report.config, Layout(), cache_dir=cache_dir, timeout_s=timeout_s)
         except (RuntimeError, TimeoutError) as error:
             raise MegapolyError(f"The configuration fails on one process: {error}") from error
         bar.advance(task)
@@ -171,8 +171,7 @@ def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s
             bar.update(task, description=f"{layout.name}, {processes}")
             row, start = Row(layout, 0.0), time.perf_counter()
             try:
-                config = layout.applied_to(report.config)
-                steps = train(config, layout.world_size, cache_dir=cache_dir, timeout_s=timeout_s)
+                steps = train(report.config, layout, cache_dir=cache_dir, timeout_s=timeout_s)
                 row.comparison = compare(steps, expected)
             except (RuntimeError, TimeoutError) as error:
                 row.failure = str(error)

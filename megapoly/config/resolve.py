@@ -43,9 +43,9 @@ def resolve(
     _resolve_schedule(resolved)
     if resolved.training.device == "auto":
         resolved.training.device = "cuda" if cuda_available else "cpu"
-    if resolved.model.transformer_engine is None:
-        on_cuda = resolved.training.device == "cuda"
-        resolved.model.transformer_engine = on_cuda and transformer_engine_available
+    resolved.model.transformer_engine = uses_transformer_engine(
+        resolved.model, resolved.training.device, transformer_engine_available
+    )
     parallel.cp_comm_type = cp_comm_type(resolved)
     if resolved.data.cache_dir is None:
         resolved.data.cache_dir = str(Path(resolved.run_dir) / "cache")
@@ -135,6 +135,13 @@ def uses_sequence_parallel(parallel: ParallelConfig) -> bool:
     if parallel.sequence_parallel is None:
         return parallel.tensor_model_parallel_size > 1
     return parallel.sequence_parallel
+
+
+def uses_transformer_engine(model: ModelConfig, device: str, available: bool) -> bool:
+    """Whether layers come from Transformer Engine: as set, or on CUDA where it is installed."""
+    if model.transformer_engine is None:
+        return device == "cuda" and available
+    return model.transformer_engine
 
 
 CPCommType = Literal["p2p", "all_gather", "a2a"]

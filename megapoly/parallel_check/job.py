@@ -13,6 +13,7 @@ from torch import Tensor
 from megapoly.config import Config
 from megapoly.data.corpus import load_corpus
 from megapoly.data.tokenizer import load_tokenizer
+from megapoly.parallel_check.layouts import Layout
 from megapoly.parallel_check.whole import Part, gradient_parts, whole, without_padding
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
@@ -45,12 +46,12 @@ class _RankStep:
     parts: list[Part]
 
 
-def train(config: Config, num_ranks: int, *, cache_dir: Path, timeout_s: float) -> list[Step]:
+def train(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) -> list[Step]:
     """Train on CPU processes, one thread each, with gloo.
 
     Args:
-        config: resolved.
-        num_ranks: processes.
+        config: resolved, of one process.
+        layout: to train it at.
         cache_dir: for the tokenized text.
         timeout_s: for the whole job.
 
@@ -58,10 +59,9 @@ def train(config: Config, num_ranks: int, *, cache_dir: Path, timeout_s: float) 
         RuntimeError: a rank failed; with its traceback.
         TimeoutError: some rank did not end.
     """
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, cache_dir=str(cache_dir))
-    )
-    ranks = run_on_ranks(steps_of_rank, num_ranks, config, timeout_s=timeout_s)
+    config = layout.applied_to(config)
+    config.data.cache_dir = str(cache_dir)
+    ranks = run_on_ranks(steps_of_rank, layout.world_size, config, timeout_s=timeout_s)
     assert config.model.vocab_size is not None
     return [_whole_step(steps, config.model.vocab_size) for steps in zip(*ranks, strict=True)]
 

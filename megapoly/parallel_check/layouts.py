@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from megapoly.config import Config
 from megapoly.errors import ConfigError
@@ -93,6 +94,16 @@ class Layout:
         if world_size % self.ranks_of_replica:
             return None
         return dataclasses.replace(self, data_parallel_size=world_size // self.ranks_of_replica)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, by dotted names, that make this layout where none is set."""
+        default, parallel = Config().parallel, self.applied_to(Config()).parallel
+        return {
+            f"parallel.{name}": value
+            for name, value in vars(parallel).items()
+            if value != getattr(default, name)
+        }
 
     def applied_to(self, config: Config) -> Config:
         """A copy of a configuration with this layout."""

@@ -11,7 +11,7 @@ import functools
 import pytest
 from layouts import run_models, small_config
 
-from megapoly.config import Config, ModelConfig
+from megapoly.config import ModelConfig
 from megapoly.config.rules import find_problems
 from megapoly.parallel_check.layouts import all_layouts, covering, parse
 
@@ -79,20 +79,10 @@ MODELS = {"dense": DENSE, "moe": MOE}
 STRENGTH = {1: 3, 2: 3, 4: 3, 8: 2}
 
 
-def options_of(layout):
-    """What the layout changes in a configuration that has none."""
-    default, parallel = Config().parallel, layout.applied_to(Config()).parallel
-    return {
-        f"parallel.{name}": value
-        for name, value in vars(parallel).items()
-        if value != getattr(default, name)
-    }
-
-
 def runs(options, layout):
     """Whether the rules let a model run at a layout."""
     return not find_problems(
-        small_config(options | options_of(layout)),
+        small_config(options | layout.options),
         world_size=layout.world_size,
         cuda_available=False,
         transformer_engine_available=False,
@@ -129,7 +119,7 @@ def one_process(kind):
 @pytest.mark.parametrize(("kind", "name"), [*cases("dense"), *cases("moe")])
 def test_gradients_are_those_of_one_process(kind, name):
     layout = parse(name)
-    results = run_models(models_at(kind, layout), layout.world_size, options_of(layout))
+    results = run_models(models_at(kind, layout), layout.world_size, layout.options)
     assert results
     for model, actual in results.items():
         expected = one_process(kind)[model]

@@ -125,12 +125,7 @@ def small(recipe, options):
 
 
 def train(config, layout):
-    return job.train(
-        layout.applied_to(config),
-        layout.world_size,
-        cache_dir=Path(shared_cache().name),
-        timeout_s=120,
-    )
+    return job.train(config, layout, cache_dir=Path(shared_cache().name), timeout_s=120)
 
 
 @pytest.mark.parametrize("break_it", CASES, ids=lambda break_it: break_it.__name__)

@@ -12,12 +12,7 @@ from megapoly.testing.jobs import RECIPES, shared_cache
 
 
 def losses(config, layout):
-    steps = job.train(
-        layout.applied_to(config),
-        layout.world_size,
-        cache_dir=Path(shared_cache().name),
-        timeout_s=300,
-    )
+    steps = job.train(config, layout, cache_dir=Path(shared_cache().name), timeout_s=300)
     return [step.losses for step in steps]
 
 

@@ -11,8 +11,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megapoly.config import Config
-from megapoly.config.options import OPTIONS
 from megapoly.parallel_check.layouts import parse
 from megapoly.testing import run_job
 
@@ -77,14 +75,7 @@ LONG_CHAINS = {
 def options_of(name):
     """Options of the command line that make a layout, and its processes."""
     layout = parse(name)
-    parallel = layout.applied_to(Config()).parallel
-    options = {
-        key: getattr(parallel, key.removeprefix("parallel."))
-        for key in OPTIONS
-        if key.startswith("parallel.")
-    }
-    changed = {key: value for key, value in options.items() if value != OPTIONS[key].default}
-    return changed, layout.world_size
+    return layout.options, layout.world_size
 
 
 @pytest.mark.parametrize(

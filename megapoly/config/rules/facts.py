@@ -46,10 +46,9 @@ class Facts:
     @property
     def uses_transformer_engine(self) -> bool:
         """Whether layers would come from Transformer Engine."""
-        wanted = self.config.model.transformer_engine
-        if wanted is None:
-            return self.device == "cuda" and self.transformer_engine_available
-        return wanted
+        return resolve.uses_transformer_engine(
+            self.config.model, self.device, self.transformer_engine_available
+        )
 
     @property
     def data_parallel_size(self) -> int | None:
