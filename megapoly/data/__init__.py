@@ -1,5 +1,5 @@
 """Text to batches: tokenizer, token files, order and loaders.
 
-``tokenizer`` and ``order`` need neither torch nor the engine; the other modules import
-Megatron-Core's datasets.
+``samples``, ``loader`` and ``corpus`` import Megatron-Core's datasets; the other modules need
+neither torch nor the engine.
 """

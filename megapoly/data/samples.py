@@ -15,7 +15,8 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megapoly.data.token_files import TokenFile, open_token_file, save_arrays
+from megapoly.data.files import save_arrays
+from megapoly.data.token_files import TokenFile, open_token_file
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 

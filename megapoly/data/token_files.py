@@ -1,31 +1,24 @@
 """Megatron ``.bin``/``.idx`` pairs: writing, checking and counting.
 
-``PREFIX.bin`` holds the token ids of all documents, ``PREFIX.idx`` their type and lengths.
+``PREFIX.bin`` holds the token ids of all documents, ``PREFIX.idx`` their type and lengths. Needs
+neither torch nor the engine.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import struct
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from megapoly.data.files import renamed_when_complete
+from megapoly.data.index_file import read_index, token_dtype, write_index
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 
-# Layout of an index: magic, version, type code, number of sequences, number of document bounds;
-# then lengths (int32), byte offsets (int64), document bounds (int64).
-# Source: megatron/core/datasets/indexed_dataset.py, _IndexWriter.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
 _ENCODE_AT_ONCE = 64
 _SAMPLED_BYTES = 1 << 20
 _COUNT_AT_ONCE = 1 << 24
@@ -40,6 +33,7 @@ class TokenFile:
         dtype: type of one token.
         num_sequences: sequences in the index, for our own files one for each document.
         num_tokens: tokens in all of them.
+        idx_sha256: SHA-256 of the index.
         fingerprint: SHA-256 of the index, the size of ``.bin`` and its first and last mebibyte (a
             terabyte cannot be read at every start).
     """
@@ -48,6 +42,7 @@ class TokenFile:
     dtype: np.dtype
     num_sequences: int
     num_tokens: int
+    idx_sha256: str
     fingerprint: str
 
 
@@ -57,50 +52,71 @@ def open_token_file(prefix: str | Path) -> TokenFile:
     Raises:
         DataError: a file is missing or damaged, or their sizes do not agree.
     """
-    bin_path, idx_path = _paths(prefix)
+    bin_path, idx_path = pair_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise DataError(
                 f"`{prefix}` must be the prefix of a .bin and an .idx file, without the ending; "
                 f"`{path}` does not exist."
             )
-    dtype, lengths = _read_index(idx_path)
-    num_tokens = int(lengths.sum(dtype=np.int64))
-    expected, actual = num_tokens * dtype.itemsize, bin_path.stat().st_size
+    index = read_index(idx_path)
+    num_tokens = index.num_tokens
+    expected, actual = num_tokens * index.dtype.itemsize, bin_path.stat().st_size
     if expected != actual:
         raise DataError(
             f"`{bin_path}` has {actual} bytes, but `{idx_path}` describes {expected} ({num_tokens} "
-            f"tokens of {dtype.itemsize} bytes). One of them is truncated or belongs to another "
-            f"pair: copy or make both again."
+            f"tokens of {index.dtype.itemsize} bytes). One of them is truncated or belongs to "
+            f"another pair: copy or make both again."
         )
-    return TokenFile(str(prefix), dtype, len(lengths), num_tokens, _fingerprint(bin_path, idx_path))
+    idx_sha256 = sha256_of(idx_path)
+    return TokenFile(
+        str(prefix),
+        index.dtype,
+        index.num_sequences,
+        num_tokens,
+        idx_sha256,
+        _fingerprint(bin_path, idx_sha256),
+    )
 
 
 def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
     """Tokenize documents into a ``.bin``/``.idx`` pair, each ended by ``tokenizer.eod``.
 
-    Nothing stands under the final names before everything is written; the ``.idx`` comes last.
+    For text of moderate size: lengths are kept in memory, one process does all the work. Nothing
+    stands under the final names before everything is written; the ``.idx`` comes last.
     """
     remaining = iter(texts)
-    with _renamed_when_complete(*_paths(prefix)) as (bin_path, idx_path):
-        builder = IndexedDatasetBuilder(
-            str(bin_path), dtype=DType.optimal_dtype(tokenizer.vocab_size)
-        )
-        try:
+    dtype = token_dtype(tokenizer.vocab_size)
+    lengths: list[int] = []
+    with renamed_when_complete(*pair_paths(prefix)) as (bin_path, idx_path):
+        with bin_path.open("wb") as stream:
             while batch := list(islice(remaining, _ENCODE_AT_ONCE)):
                 for ids in tokenizer.encode_batch(batch):
-                    builder.add_document(np.array([*ids, tokenizer.eod]), [len(ids) + 1])
-            builder.finalize(str(idx_path))
-        finally:
-            builder.data_file.close()
+                    stream.write(np.array([*ids, tokenizer.eod], dtype).tobytes())
+                    lengths.append(len(ids) + 1)
+        with idx_path.open("wb") as stream:
+            write_index(
+                stream,
+                dtype,
+                num_sequences=len(lengths),
+                num_documents=len(lengths),
+                lengths=lambda: [np.array(lengths, np.int64)],
+                sequences_per_document=lambda: [np.ones(len(lengths), np.int64)],
+            )
 
 
-def save_arrays(arrays: dict[Path, np.ndarray]) -> None:
-    """Write ``.npy`` files, all under temporary names before the first gets its own."""
-    with _renamed_when_complete(*arrays) as temporary:
-        for path, array in zip(temporary, arrays.values(), strict=True):
-            with path.open("wb") as stream:
-                np.save(stream, array)
+def pair_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """``PREFIX.bin`` and ``PREFIX.idx``."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_SAMPLED_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def unigram_entropy(prefix: str | Path) -> float:
@@ -124,53 +140,12 @@ def unigram_entropy(prefix: str | Path) -> float:
     return float(-(probabilities * np.log(probabilities)).sum())
 
 
-def _paths(prefix: str | Path) -> tuple[Path, Path]:
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """Type of a token and length of every sequence."""
-    content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-    if len(content) < _HEADER.size or bytes(content[:9]) != _MAGIC:
-        raise DataError(
-            f"`{path}` is not a Megatron index: it must begin with a header of "
-            f"{_HEADER.size} bytes, the first of them {_MAGIC!r}."
-        )
-    _, version, code, num_sequences, num_bounds = _HEADER.unpack(content[: _HEADER.size].tobytes())
-    if version != 1 or code not in {member.value for member in DType}:
-        raise DataError(f"`{path}` must have version 1 and a known type; it has {version}, {code}.")
-    expected = _HEADER.size + 12 * num_sequences + 8 * num_bounds
-    if len(content) not in (expected, expected + num_sequences):  # with a mode for each sequence
-        raise DataError(
-            f"`{path}` has {len(content)} bytes, but its header describes {expected}. It is "
-            f"truncated: copy or make it and its .bin again."
-        )
-    lengths = np.frombuffer(content, np.int32, count=num_sequences, offset=_HEADER.size)
-    return np.dtype(DType.dtype_from_code(code)), lengths
-
-
-def _fingerprint(bin_path: Path, idx_path: Path) -> str:
+def _fingerprint(bin_path: Path, idx_sha256: str) -> str:
     size = bin_path.stat().st_size
-    digest = hashlib.sha256(idx_path.read_bytes())
+    digest = hashlib.sha256(idx_sha256.encode())
     digest.update(str(size).encode())
     with bin_path.open("rb") as stream:
         digest.update(stream.read(_SAMPLED_BYTES))
         stream.seek(max(0, size - _SAMPLED_BYTES))
         digest.update(stream.read())
     return digest.hexdigest()
-
-
-@contextmanager
-def _renamed_when_complete(*paths: Path) -> Iterator[list[Path]]:
-    """Yield temporary names beside ``paths``; rename them, in order, if the body succeeds."""
-    suffix = f".{uuid.uuid4().hex[:8]}.tmp"
-    temporary = [path.with_name(f".{path.name}{suffix}") for path in paths]
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        for source, target in zip(temporary, paths, strict=True):
-            os.replace(source, target)
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)

@@ -1,3 +1,4 @@
+import errno
 import math
 
 import numpy as np
@@ -66,12 +67,12 @@ def test_interrupted_writing_leaves_nothing(tmp_path, texts, tokenizer, monkeypa
         write_token_file(tmp_path / "text", interrupted(), tokenizer)
     assert list(tmp_path.iterdir()) == []
 
-    def no_index(self, path):
+    def no_index(stream, dtype, **counts):
         assert not list(tmp_path.glob("text*")), "a final name before the end"
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(IndexedDatasetBuilder, "finalize", no_index)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="No space.*bytes are free"):
+        patch.setattr("megapoly.data.token_files.write_index", no_index)
         write_token_file(tmp_path / "text", texts, tokenizer)
     assert list(tmp_path.iterdir()) == []
 
