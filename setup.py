@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").read_text()).group(1)
 
+DATA = ["gigatoken>=0.10", "matplotlib", "orjson", "pyarrow", "zstandard"]
+
 setup(
     name="megapoly",
     version=VERSION,
@@ -35,6 +37,7 @@ setup(
         # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         "test": [
+            *DATA,
             "matplotlib",
             "mypy",
             "pytest",
@@ -44,7 +47,10 @@ setup(
             # release that torch 2.13 takes: registers differ between releases.
             "triton>=3.6,<3.8; sys_platform == 'linux'",
             "types-PyYAML",
+            "types-psutil",
         ],
+        # tools/preprocess_data.py
+        "data": DATA,
         "hf": ["transformers>=4.57", "safetensors"],
         "eval": ["lm-eval"],
         "bench": ["matplotlib"],  # tools/benchmark_ops.py --plot

@@ -52,7 +52,7 @@ class PairRecord:
         tokens: tokens, ends of documents included.
         highest_token_id: largest id; -1 without a token.
         eod_inside: ends of document that stand inside documents, because their text names the
-            token.
+            token; -1: not known.
         tokens_per_document: ``min``, ``p01``, ``p10``, ``p25``, ``p50``, ``p75``, ``p90``, ``p99``,
             ``max`` (lower nearest rank) and ``mean``.
         bin_bytes: size of ``.bin``.
@@ -126,7 +126,7 @@ class Manifest:
     Args:
         format_version: of this file.
         megapoly_version: that wrote it.
-        tokenizer: what turned text into ids.
+        tokenizer: what turned text into ids; null if that is not known of a merged pair.
         arguments: of the command.
         sources: input files, in order.
         pairs: what was written.
@@ -135,7 +135,7 @@ class Manifest:
 
     format_version: int
     megapoly_version: str
-    tokenizer: TokenizerRecord
+    tokenizer: TokenizerRecord | None
     arguments: dict[str, Any]
     sources: list[SourceRecord]
     pairs: list[PairRecord]
@@ -202,10 +202,11 @@ def find_manifest(prefix: str | Path) -> Path | None:
 
 
 def _from_json(content: Mapping[str, Any]) -> Manifest:
+    tokenizer = content["tokenizer"]
     return Manifest(
         **dict(content)
         | {
-            "tokenizer": TokenizerRecord(**content["tokenizer"]),
+            "tokenizer": tokenizer and TokenizerRecord(**tokenizer),
             "sources": [SourceRecord(**source) for source in content["sources"]],
             "pairs": [PairRecord(**pair) for pair in content["pairs"]],
             "rejected": RejectedRecord(**content["rejected"]),

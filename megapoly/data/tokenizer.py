@@ -30,16 +30,45 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.fingerprint = hashlib.sha256(_read_bytes(path)).hexdigest()
+        self._read(path, _read_bytes(path))
+
+    @classmethod
+    def from_gpt2_files(cls, vocab_file: Path, merge_file: Path) -> Tokenizer:
+        """The byte-level BPE of a ``vocab.json`` and a ``merges.txt``, as GPT-2 came with.
+
+        Raises:
+            DataError: a file cannot be read, or the vocabulary lacks ``<|endoftext|>``.
+        """
+        for path in (vocab_file, merge_file):
+            _read_bytes(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            model = tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(
+                f"`{vocab_file}` and `{merge_file}` are not the vocabulary and merges of a BPE: "
+                f"{error}"
+            ) from error
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        tokenizer.add_special_tokens([END_OF_DOCUMENT_NAMES[0]])
+        made = cls.__new__(cls)
+        made._read(vocab_file, tokenizer.to_str().encode())
+        return made
+
+    def _read(self, path: Path, content: bytes) -> None:
+        self.path = path
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        try:
+            self.json = content.decode("utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises plain Exception
             raise DataError(
                 f"`{path}` is not a tokenizer.json that can be read: {error}"
             ) from error
         # A document that mentions "<|endoftext|>" must not end there.
         self._tokenizer.encode_special_tokens = True
+        self.num_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
         # Ids may have holes, so the count of tokens is not the size that an embedding needs.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._find_eod()
@@ -47,6 +76,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the ids of one text with what the post-processor adds, such as a beginning."""
+        return self._tokenizer.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of several texts; uses all cores."""
@@ -83,7 +116,8 @@ def load_tokenizer(path: str | Path | None) -> Tokenizer:
     else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
 
     Args:
-        path: a ``tokenizer.json``, or a folder that holds one; null: the built-in one.
+        path: a ``tokenizer.json``, or a folder that holds one or GPT-2's ``vocab.json`` and
+            ``merges.txt``; null: the built-in one.
 
     Raises:
         DataError: there is no such file, it cannot be read, or its end-of-document token is
@@ -92,7 +126,12 @@ def load_tokenizer(path: str | Path | None) -> Tokenizer:
     if path is None:
         return Tokenizer(BUILTIN_TOKENIZER)
     path = Path(path)
-    return Tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    if not path.is_dir():
+        return Tokenizer(path)
+    gpt2_files = path / "vocab.json", path / "merges.txt"
+    if not (path / "tokenizer.json").is_file() and all(file.is_file() for file in gpt2_files):
+        return Tokenizer.from_gpt2_files(*gpt2_files)
+    return Tokenizer(path / "tokenizer.json")
 
 
 def _read_bytes(path: Path) -> bytes:

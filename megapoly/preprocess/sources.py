@@ -1,0 +1,139 @@
+"""The input files: which there are, and in which form."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapoly.errors import DataError
+
+# Ending and form; the longest ending that fits counts.
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".json.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".json.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "txt",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file.
+
+    Args:
+        path: of the file.
+        format: one of the values of ``FORMATS``.
+        size_bytes: on disk.
+        modified_ns: time of its last change.
+    """
+
+    path: Path
+    format: str
+    size_bytes: int
+    modified_ns: int
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The files that ``--input`` names, in the order of reading.
+
+    Args:
+        inputs: files, patterns such as ``data/*.jsonl`` (matches in sorted order), folders (every
+            file below with a known ending, sorted by path; hidden ones are left out) and folders of
+            ``datasets.Dataset.save_to_disk``.
+
+    Raises:
+        DataError: something does not exist, has an unknown ending, holds no input, or a file is
+            named twice.
+    """
+    paths = [path for name in inputs for path in _paths_of(name)]
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        first = seen.setdefault(path.resolve(), path)
+        if first is not path:
+            raise DataError(
+                f"`--input` must name every file once; `{path}` is named twice"
+                + (f", also as `{first}`" if first != path else "")
+                + ". To see a text more often, give it more weight in the blend."
+            )
+    return [_source(path) for path in paths]
+
+
+def _paths_of(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        return _paths_in(path)
+    if path.exists():
+        return [path]
+    matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
+    if not matches:
+        raise DataError(f"`--input` must name files, folders or patterns; `{name}` matches none.")
+    return [
+        inner for match in matches for inner in (_paths_in(match) if match.is_dir() else [match])
+    ]
+
+
+def _paths_in(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        raise DataError(
+            f"`{folder}` holds several splits; name those that are wanted: "
+            f"{', '.join(str(folder / split) for split in splits)}."
+        )
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return _saved_dataset(folder)
+    found = sorted(path for path in _files_below(folder) if _format(path) is not None)
+    if not found:
+        raise DataError(
+            f"`{folder}` holds no file that ends with one of {', '.join(FORMATS)}; name the files "
+            "themselves."
+        )
+    return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
+
+
+def _saved_dataset(folder: Path) -> list[Path]:
+    """Arrow files of a saved ``datasets.Dataset``, in its order."""
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("_indices_files"):
+        raise DataError(
+            f"`{folder}` is a selection of its rows (it has an indices mapping), which Arrow files "
+            "alone do not tell; save it again after `dataset.flatten_indices()`."
+        )
+    return [folder / entry["filename"] for entry in state["_data_files"]]
+
+
+def _format(path: Path) -> str | None:
+    fitting = [ending for ending in FORMATS if path.name.lower().endswith(ending)]
+    return FORMATS[max(fitting, key=len)] if fitting else None
+
+
+def _source(path: Path) -> Source:
+    format_ = _format(path)
+    if format_ is None:
+        raise DataError(
+            f"`{path}` must end with one of {', '.join(FORMATS)}, which tells its form; rename it, "
+            "or link to it by such a name."
+        )
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"`{path}` cannot be read ({error.strerror}).") from error
+    return Source(path, format_, status.st_size, status.st_mtime_ns)
