@@ -22,8 +22,11 @@ from __future__ import annotations
 
 import os
 
-# Nothing here multiplies matrices, and a process of one thread can be forked.
+# A process of one thread can be forked, and its workers then share the loaded tokenizer. Both
+# libraries would start threads when they are imported: numpy's for matrices, of which there are
+# none here, and pyarrow's to give memory back.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 import argparse
 import logging

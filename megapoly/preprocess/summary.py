@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megapoly.data.manifest import manifest_path
 from megapoly.preprocess.options import PreprocessOptions
 from megapoly.preprocess.run import Result
 
 _MAX_ROWS = 20
+_COUNTS = ("MB", "documents", "tokens", "rejected")
 
 
 def show_summary(options: PreprocessOptions, result: Result, console: Console) -> None:
@@ -44,15 +48,18 @@ def show_summary(options: PreprocessOptions, result: Result, console: Console) -
 
 
 def _sources_table(result: Result) -> Table:
-    table = Table("file", *("MB", "documents", "tokens", "rejected"))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    paths = [Path(source.path) for source in result.manifest.sources]
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    table = Table(
+        Column(f"file in {folder}", overflow="fold"),
+        *(Column(name, justify="right", no_wrap=True) for name in _COUNTS),
+    )
     rows = list(zip(result.manifest.sources, result.tokens, strict=True))
     shown = rows if len(rows) <= _MAX_ROWS else rows[: _MAX_ROWS - 1]
     rest = rows[len(shown) :]
     for source, tokens in shown:
         table.add_row(
-            source.path,
+            str(Path(source.path).relative_to(folder)),
             f"{source.size_bytes / 1e6:,.1f}",
             f"{source.documents:,}",
             f"{tokens:,}",
@@ -75,7 +82,7 @@ def _show_rejected(options: PreprocessOptions, result: Result, console: Console)
     rejected = result.manifest.rejected
     if not rejected.total:
         return
-    table = Table("rejected", "reason", "first")
+    table = Table("rejected", "reason", Column("first", overflow="fold"))
     for reason, count in rejected.by_reason.items():
         first = next((e for e in rejected.examples if e["reason"].startswith(reason)), None)
         where = f"{first['source']}, {first['line']:,}" if first else ""
