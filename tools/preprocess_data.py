@@ -123,8 +123,7 @@ def _options(arguments: argparse.Namespace) -> PreprocessOptions:
         check_every=arguments.check_every,
         on_bad_line=arguments.on_bad_line,
         max_document_mib=arguments.max_document_mib,
-        part_bytes=round(arguments.part_mib * 2**20),
-        chunk_bytes=round(4 * arguments.part_mib * 2**20),
+        part_bytes=round(arguments.part_mib * 2**20) if arguments.part_mib else None,
         restart=arguments.restart,
         overwrite=arguments.overwrite,
     )
@@ -258,9 +257,9 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add(
         "--part-mib",
         type=_positive(float),
-        default=64.0,
         metavar="MIB",
-        help="what a worker does at a time, and an interruption can cost it (64)",
+        help="what a worker does at a time, and an interruption can cost it (1 to 64, by the "
+        "size of the input; a compressed file: 256 of its text)",
     )
     add("--dry-run", action="store_true", help="read a sample, print expected size and time")
     add("--restart", action="store_true", help="drop what an interrupted run has finished")

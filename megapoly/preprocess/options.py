@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Text of a part of work; what an interruption can cost each worker.
-PART_BYTES = 64 << 20
+# Bytes of a part: what an interruption can cost each worker, and what small inputs are cut into so
+# that every worker has something to do. A function of the input alone: another number of workers
+# goes on with the same parts.
+MAX_PART_BYTES = 64 << 20
+MIN_PART_BYTES = 1 << 20
+PARTS_OF_SMALL_INPUT = 16
 CHUNK_BYTES = 256 << 20
 
 
@@ -33,7 +37,7 @@ class PreprocessOptions:
         check_every: every so many documents of a worker are compared with ``tokenizers``.
         on_bad_line: ``fail``, ``skip`` or ``quarantine``.
         max_document_mib: longest line of JSON, or text of a table's row or a text file.
-        part_bytes: bytes of the input that a worker does at a time.
+        part_bytes: bytes of the input that a worker does at a time; null: by the input's size.
         chunk_bytes: text of a compressed file that makes one shard.
         restart: drop finished shards of an interrupted run.
         overwrite: replace token files that exist.
@@ -55,7 +59,7 @@ class PreprocessOptions:
     check_every: int = 500
     on_bad_line: Literal["fail", "skip", "quarantine"] = "fail"
     max_document_mib: float = 16.0
-    part_bytes: int = PART_BYTES
+    part_bytes: int | None = None
     chunk_bytes: int = CHUNK_BYTES
     restart: bool = False
     overwrite: bool = False
@@ -73,6 +77,11 @@ class PreprocessOptions:
     def quarantine_path(self) -> Path:
         """The file of rejected lines."""
         return Path(f"{self.output_prefix}.quarantine.jsonl")
+
+    def part_bytes_of(self, input_bytes: int) -> int:
+        """Bytes of a part, for an input of some size."""
+        wanted = input_bytes // PARTS_OF_SMALL_INPUT
+        return self.part_bytes or min(max(wanted, MIN_PART_BYTES), MAX_PART_BYTES)
 
     def arguments(self) -> dict[str, Any]:
         """What decides about the bytes that are written, for the manifest and the plan."""

@@ -29,7 +29,7 @@ _PROBE = "a"
 _REFERENCE_BATCH_CHARS = 1 << 20
 # gigatoken remembers every word that it has seen; without a limit a worker grows by about a
 # gigabyte for 25 million distinct words. Measured with gigatoken 0.10.
-MAX_CACHE_BYTES = 160 << 20
+MAX_CACHE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def plan_of(
         "arguments": options.arguments(),
         "tokenizer": settings.sha256,
         "tokenizer_backend": backend,
-        "part_bytes": options.part_bytes,
+        "part_bytes": options.part_bytes_of(sum(source.size_bytes for source in sources)),
         "chunk_bytes": options.chunk_bytes,
         "sources": [[str(s.path), s.size_bytes, s.modified_ns] for s in sources],
     }
