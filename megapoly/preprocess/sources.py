@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # Ending and form; the longest ending that fits counts.
 FORMATS = {
@@ -46,9 +49,9 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """The files that ``--input`` names, in the order of reading.
 
     Args:
-        inputs: files, patterns such as ``data/*.jsonl`` (matches in sorted order), folders (every
-            file below with a known ending, sorted by path; hidden ones are left out) and folders of
-            ``datasets.Dataset.save_to_disk``.
+        inputs: files; patterns such as ``data/*.jsonl`` (matches in sorted order); folders (every
+            file below with a known ending but ``.json``, sorted by path, hidden ones left out); and
+            folders of ``datasets.Dataset.save_to_disk``.
 
     Raises:
         DataError: something does not exist, has an unknown ending, holds no input, or a file is
@@ -90,10 +93,19 @@ def _paths_in(folder: Path) -> list[Path]:
         )
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_dataset(folder)
-    found = sorted(path for path in _files_below(folder) if _format(path) is not None)
+    known = sorted(path for path in _files_below(folder) if _format(path) is not None)
+    # Beside text such a file is mostly a tokenizer's or a dataset's settings.
+    settings = [path for path in known if path.name.lower().endswith(".json")]
+    found = [path for path in known if path not in set(settings)]
+    if settings:
+        logger.warning(
+            "`%s`: %d files that end with .json are left out (%s, ..); if they are text, name them "
+            "by a pattern.", folder, len(settings), settings[0].name,
+        )  # fmt: skip
     if not found:
         raise DataError(
-            f"`{folder}` holds no file that ends with one of {', '.join(FORMATS)}; name the files "
+            f"`{folder}` holds no file that ends with one of "
+            f"{', '.join(ending for ending in FORMATS if ending != '.json')}; name the files "
             "themselves."
         )
     return found

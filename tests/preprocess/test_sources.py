@@ -42,6 +42,14 @@ def test_folders_patterns_and_files_in_the_order_named(folder):
     ]
 
 
+def test_settings_beside_text_are_left_out_of_a_folder(folder, caplog):
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" not in [s.path.name for s in find_sources([str(folder)])]
+    assert "1 files that end with .json are left out (tokenizer.json" in caplog.text
+    found = find_sources([f"{folder}/*.json"])
+    assert names(found, folder) == [("tokenizer.json", "jsonl", 2)]
+
+
 def test_a_saved_dataset_is_its_arrow_files_in_its_order(folder):
     (folder / "dataset_info.json").write_text("{}")
     entries = [{"filename": f"data-{i}.arrow"} for i in (2, 10, 1)]
@@ -69,5 +77,7 @@ def test_what_cannot_be_input_is_refused(folder):
         (folder / "link.jsonl").symlink_to(folder / "b.jsonl")
         find_sources([str(folder / "link.jsonl"), str(folder / "b.jsonl")])
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match="empty` holds no file that ends with"):
+    with pytest.raises(
+        DataError, match="empty` holds no file that ends with one of .jsonl, .ndjson"
+    ):
         find_sources([str(folder / "empty")])
