@@ -43,6 +43,7 @@ from megapoly.preprocess import commands
 from megapoly.preprocess.options import PreprocessOptions
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer")
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # Of Megatron's tool: what they are for happens here without them.
 NOT_NEEDED = {
     "--partitions": "workers share the files, and large ones are cut",
@@ -80,7 +81,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _preprocess(words: Sequence[str]) -> int:
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    if arguments.tokenizer_type in SENTENCEPIECE_TYPES:
+        parser.error(
+            f"--tokenizer-type {arguments.tokenizer_type} is not offered: a SentencePiece model is "
+            "read from the tokenizer.json that Hugging Face has of the same model, with "
+            "`--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json`"
+        )
     for flag, reason in NOT_NEEDED.items():
         if getattr(arguments, flag.removeprefix("--").replace("-", "_")) is not None:
             print(f"{flag} is not needed: {reason}", file=sys.stderr)
@@ -196,7 +204,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--tokenizer-type",
-        choices=TOKENIZER_TYPES,
+        choices=(*TOKENIZER_TYPES, *SENTENCEPIECE_TYPES),
         default=TOKENIZER_TYPES[0],
         metavar="TYPE",
         help=f"{' or '.join(TOKENIZER_TYPES)} (the first); for a SentencePiece model take the "

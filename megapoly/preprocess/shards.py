@@ -185,7 +185,7 @@ class ShardWriter:
         counts.documents += len(batches[0][0].lengths)
         counts.rejected += len(rejected)
         counts.tokens += sum(len(batch.ids) for batch, _ in batches)
-        with full_disk_explained(self._folder.folder / "shards"):
+        with full_disk_explained(self._folder.path(self._part, self.chunk, "0.bin")):
             for i, (batch, eod_inside) in enumerate(batches):
                 self._stream(f"{i}.bin").write(batch.ids.tobytes())
                 self._stream(f"{i}.len").write(batch.lengths.astype(LENGTH_DTYPE).tobytes())
@@ -215,7 +215,7 @@ class ShardWriter:
         Raises:
             DataError: the disk is full.
         """
-        with full_disk_explained(self._folder.folder / "shards"):
+        with full_disk_explained(self._folder.path(self._part, self.chunk, "0.bin")):
             for i in range(len(self._keys)):
                 self._stream(f"{i}.bin")
                 self._stream(f"{i}.len")

@@ -36,12 +36,15 @@ def show_summary(options: PreprocessOptions, result: Result, console: Console) -
                 soft_wrap=True,
             )
     _show_rejected(options, result, console)
+    console.print(
+        f"described by {manifest_path(options.output_prefix)}", highlight=False, soft_wrap=True
+    )
     totals, seconds = result.totals, max(result.seconds, 1e-9)
     console.print(
-        f"{seconds:.1f} s: {totals.documents / seconds:,.0f} documents/s, "
+        f"{totals.documents:,} documents in this run of {seconds:.1f} s: "
+        f"{totals.documents / seconds:,.0f} documents/s, "
         f"{totals.source_bytes / 1e6 / seconds:.1f} MB/s; {result.cpu_seconds:.1f} CPU-seconds: "
-        f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents each; "
-        f"{manifest_path(options.output_prefix)}",
+        f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents each",
         highlight=False,
         soft_wrap=True,
     )

@@ -212,6 +212,8 @@ def test_flags_of_megatrons_tool(corpus, tmp_path):
     assert "--partitions is not needed: " in errors and "--log-interval is not needed" in errors
     for key in ("text", "title"):
         assert (tmp_path / f"out_{key}_document.bin").is_file()
+    status, _, errors = run([*words, "--tokenizer-type", "Llama2Tokenizer"])
+    assert status == 2 and "read from the tokenizer.json" in errors
     status, _, errors = run([*words, "--split-sentences"])
     assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
 
