@@ -34,7 +34,7 @@ def num_rows_before(path: Path, group: int) -> int:
 def read_parquet(
     path: Path, first_group: int, end_group: int, rules: RecordRules
 ) -> Iterator[Block]:
-    """Blocks of the rows of some row groups; ``Block.position`` is the next row group.
+    """Blocks of the rows of some row groups.
 
     Raises:
         DataError: a column is missing or not of text.
@@ -51,13 +51,14 @@ def read_parquet(
         for batch in file.iter_batches(_ROWS_AT_ONCE, [group], list(rules.keys)):
             block = _rows_of(batch, row, rules)
             block.source_bytes = group_bytes * batch.num_rows // max(1, num_rows)
-            block.position = group + 1
             row += batch.num_rows
             yield block
 
 
 def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]:
-    """Blocks of the record batches of an Arrow stream or file, from a position (a batch) on.
+    """Blocks of the record batches of an Arrow stream or file, from a position on.
+
+    ``Block.position`` is the number of batches so far, and stands at the end of each.
 
     Raises:
         DataError: it is neither, or a column is missing or not of text.
@@ -78,7 +79,8 @@ def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]
                     block.source_bytes = batch.nbytes * part.num_rows // max(1, batch.num_rows)
                     block.source_bytes = min(block.source_bytes, size - consumed)
                     consumed += block.source_bytes
-                    block.position = number
+                    if start + part.num_rows == batch.num_rows:
+                        block.position = number
                     row += part.num_rows
                     yield block
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -88,7 +90,7 @@ def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]
 def read_text(path: Path, rules: RecordRules) -> Iterator[Block]:
     """A text file as one document."""
     size = path.stat().st_size
-    block = Block([[] for _ in rules.keys], [], 1, size, 1)
+    block = Block([[] for _ in rules.keys], num_rows=1, source_bytes=size)
     content = None
     try:
         if size > rules.max_document_bytes:

@@ -82,7 +82,7 @@ def read_range(path: Path, start: int, end: int, rules: RecordRules) -> Iterator
     """Blocks of the lines that begin at a byte from ``start`` to ``end``.
 
     Ranges that follow one another give every line of the file once. The last line may go on behind
-    ``end``. ``Block.position`` has no meaning here.
+    ``end``.
     """
     splitter = LineSplitter(rules.max_document_bytes)
     row = 0

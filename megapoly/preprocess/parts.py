@@ -127,8 +127,7 @@ def read_piece(source: Source, piece: Piece, position: int, rules: RecordRules) 
     Args:
         source: the file of the piece.
         piece: which part of it.
-        position: where to go on in a stream, ``Block.position`` of the block before; 0: at the
-            beginning.
+        position: where to go on in a stream, a ``Block.position``; 0: at the beginning.
         rules: what makes a record good.
 
     Raises:

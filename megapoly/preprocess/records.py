@@ -53,14 +53,14 @@ class Block:
         rejected: what gave no text.
         num_rows: lines or rows, rejected and blank ones included.
         source_bytes: bytes of the file on disk that were consumed for it.
-        position: where reading can go on after it; see the reader.
+        position: where a stream can be gone on with after it, see the reader; null: not here.
     """
 
     texts: list[list[str]]
     rejected: list[Rejected] = field(default_factory=list)
     num_rows: int = 0
     source_bytes: int = 0
-    position: int = 0
+    position: int | None = None
 
 
 class BadRecord(Exception):

@@ -84,7 +84,7 @@ class Shard:
         part: of the input.
         chunk: a stream's part has several shards, numbered from 0; else 0.
         is_last: whether the part ends with it.
-        position: where the stream goes on.
+        position: where the stream goes on; 0 for the last one.
         keys: counts for each JSON key.
         sources: counts for each file, in order.
         reasons: rejected lines for each reason.

@@ -118,22 +118,25 @@ class Worker:
         if finished and finished[-1].is_last:
             return
         position = finished[-1].position if finished else 0
+        finished_rows = sum(counts.rows for shard in finished for counts in shard.sources)
         writer = self._new_writer(part, len(finished))
         try:
             for piece in part.pieces:
                 source = self._job.sources[piece.source]
                 text_bytes = rows = first_row = 0
                 for block in read_piece(source, piece, position, self._job.rules):
-                    if text_bytes >= self._job.chunk_bytes and part.is_stream:
-                        writer.finish(is_last=False, position=position)
-                        writer = self._new_writer(part, writer.chunk + 1)
-                        text_bytes, first_row = 0, rows
+                    if block.rejected and self._job.on_bad_line == "fail":
+                        self._fail(piece, block.rejected[0], finished_rows)
                     report(self._write(writer, piece, block, first_row))
                     text_bytes += sum(len(text) for column in block.texts for text in column)
-                    rows, position = rows + block.num_rows, block.position
+                    rows += block.num_rows
+                    if block.position is not None and text_bytes >= self._job.chunk_bytes:
+                        writer.finish(is_last=False, position=block.position)
+                        writer = self._new_writer(part, writer.chunk + 1)
+                        text_bytes, first_row = 0, rows
                 if piece.source in part.whole_sources:
                     writer.end_source(piece.source, sha256_of(source.path))
-            writer.finish(is_last=True, position=position)
+            writer.finish(is_last=True, position=0)
         finally:
             with contextlib.suppress(OSError):  # a full disk, which has been said
                 writer.close()
@@ -149,8 +152,6 @@ class Worker:
         return ShardWriter(self._folder, part.index, chunk, keep_rejected=keep)
 
     def _write(self, writer: ShardWriter, piece: Piece, block: Block, first_row: int) -> Progress:
-        if block.rejected and self._job.on_bad_line == "fail":
-            self._fail(piece, block.rejected[0])
         rejected = [replace(record, row=record.row - first_row) for record in block.rejected]
         batches = [self._ids_of(column) for column in block.texts]
         writer.add(piece.source, batches, rejected)
@@ -180,9 +181,10 @@ class Worker:
             place += self._job.check_every
         self._until_check = place - len(texts) + 1
 
-    def _fail(self, piece: Piece, record: Rejected) -> None:
+    def _fail(self, piece: Piece, record: Rejected, finished_rows: int) -> None:
+        """Name the line; a stream that is gone on with has rows in finished shards."""
         source = self._job.sources[piece.source]
-        row = rows_before(source, piece) + record.row + 1
+        row = rows_before(source, piece) + finished_rows + record.row + 1
         what = {"parquet": "row", "arrow": "row", "txt": "document"}.get(source.format, "line")
         raise DataError(
             f"{source.path}, {what} {row:,}: {record.explanation}. Mend it, or leave such lines "

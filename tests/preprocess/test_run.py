@@ -13,7 +13,8 @@ from token_data import pair_bytes, read_documents, usual_loop, write_jsonl
 from megapoly.data.manifest import read_manifest
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 from megapoly.errors import DataError
-from megapoly.preprocess import jsonl
+from megapoly.preprocess import columnar, jsonl
+from megapoly.preprocess.shards import ShardWriter
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,8 @@ def write_inputs(folder, texts, format_):
         else:
             content = write_jsonl(folder / "plain", part).read_bytes()
             compress = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}
-            path.write_bytes(compress.get(format_, bytes)(content))
+            pieces = [content[i : i + 3000] for i in range(0, len(content), 3000)]
+            path.write_bytes(b"".join(map(compress.get(format_, bytes), pieces)))
     return folder / f"part-*.{format_}"
 
 
@@ -253,3 +255,46 @@ def test_finished_shards_are_not_made_again(run, tmp_path, texts):
     with pytest.raises(DataError):
         run(*inputs, part_bytes=5000)
     assert times == {path: path.stat().st_mtime_ns for path in finished}
+
+
+@pytest.mark.parametrize("format_", ["jsonl.gz", "jsonl.zst", "arrow"])
+def test_streams_go_on_inside_a_file(run, tmp_path, texts, monkeypatch, format_):
+    """Stopped after every few shards, of which one file gives many."""
+    monkeypatch.setattr(columnar, "_ROWS_AT_ONCE", 3)
+    usual_loop(texts * 3, tmp_path / "usual")
+    write_inputs(tmp_path, texts * 3, format_)
+
+    class Stopped(Exception):
+        pass
+
+    finish, left = ShardWriter.finish, [0]
+
+    def finish_some(self, **values):
+        shard = finish(self, **values)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stopped
+        return shard
+
+    stops = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "finish", finish_some)
+        while True:
+            left[0] = 3
+            try:
+                run(tmp_path / f"part-*.{format_}", chunk_bytes=5_000)
+                break
+            except Stopped:
+                stops += 1
+    assert stops > 4
+    assert pair_bytes(tmp_path / "out_text_document") == pair_bytes(tmp_path / "usual")
+
+
+def test_lines_of_a_stream_that_is_gone_on_with_have_their_numbers(run, tmp_path, texts):
+    lines = write_jsonl(tmp_path / "lines", texts * 3).read_bytes().splitlines(keepends=True)
+    lines[200] = b"bad\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+    for _ in range(2):  # the second time shards before it are finished
+        with pytest.raises(DataError, match="a.jsonl.gz, line 201: not JSON"):
+            run(tmp_path / "a.jsonl.gz", chunk_bytes=5_000)
+    assert len(list(tmp_path.glob("out.shards/000000-*.json"))) > 3

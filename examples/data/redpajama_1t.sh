@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Tokenize RedPajama-1T and the paper's validation sets for the dense model; see README.md for the folders.
+#
+#     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of tools/preprocess_data.py]
+set -euo pipefail
+here="$(dirname "$0")"
+raw=${RAW:?the folder with redpajama, validation and tokenizers} tokens=${TOKENS:-data}
+tokenizer="$raw/tokenizers/llama"
+
+bash "$here/tokenize_domains.sh" "$raw/redpajama" "$tokens/redpajama" "$tokenizer" \
+    "common_crawl c4 github arxiv books wikipedia stackexchange" "$@"
+bash "$here/tokenize_domains.sh" "$raw/validation" "$tokens/validation-llama" "$tokenizer" \
+    "c4 books cc pes2o reddit stack wiki ice m2d2 pile wikitext" "$@"
