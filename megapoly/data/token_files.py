@@ -127,16 +127,35 @@ def unigram_entropy(prefix: str | Path) -> float:
     Raises:
         DataError: as :func:`open_token_file`, or the file has no token.
     """
-    token_file = open_token_file(prefix)
-    if token_file.num_tokens == 0:
+    counts = token_counts(prefix)
+    if not counts.any():
         raise DataError(f"`{prefix}` must have at least one token; it has none.")
-    tokens = np.memmap(f"{prefix}.bin", dtype=token_file.dtype, mode="r")
+    return entropy_of(counts)
+
+
+def token_counts(prefix: str | Path) -> np.ndarray:
+    """How often each id occurs, [highest id + 1] int64.
+
+    Raises:
+        DataError: as :func:`open_token_file`.
+    """
+    token_file = open_token_file(prefix)
     counts = np.zeros(0, dtype=np.int64)
+    if token_file.num_tokens == 0:
+        return counts
+    tokens = np.memmap(f"{prefix}.bin", dtype=token_file.dtype, mode="r")
     for start in range(0, len(tokens), _COUNT_AT_ONCE):
         part = np.bincount(tokens[start : start + _COUNT_AT_ONCE], minlength=len(counts))
         part[: len(counts)] += counts
         counts = part
-    probabilities = counts[counts > 0] / token_file.num_tokens
+    return counts
+
+
+def entropy_of(counts: np.ndarray) -> float:
+    """Entropy of frequencies, in nats; 0 without a count."""
+    if not counts.any():
+        return 0.0
+    probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())
 
 

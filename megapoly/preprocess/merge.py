@@ -31,6 +31,7 @@ from megapoly.data.token_files import open_token_file, pair_paths
 from megapoly.errors import DataError
 from megapoly.preprocess.document_lengths import LengthStatistics
 from megapoly.preprocess.join import PairContent, PairHashes, write_pair
+from megapoly.preprocess.pairs import document_lengths
 from megapoly.preprocess.work_folder import locked, remove
 
 _AT_ONCE = 1 << 20
@@ -195,22 +196,12 @@ def _sequences_per_document(index: Index) -> Iterator[np.ndarray]:
         yield np.diff(bounds[start : start + _AT_ONCE + 1])
 
 
-def _document_lengths(index: Index) -> Iterator[np.ndarray]:
-    """Tokens of each document: all of its sequences together."""
-    for start in range(0, index.num_documents, _AT_ONCE):
-        bounds = index.document_bounds[start : start + _AT_ONCE + 1]
-        ends = np.concatenate(
-            [[0], np.cumsum(index.lengths[bounds[0] : bounds[-1]], dtype=np.int64)]
-        )
-        yield np.diff(ends[bounds - bounds[0]])
-
-
 def _manifest(
     pieces: Sequence[_Piece], output_prefix: Path, content: PairContent, hashes: PairHashes
 ) -> Manifest:
     statistics = LengthStatistics()
     for piece in pieces:
-        for lengths in _document_lengths(piece.index):
+        for lengths in document_lengths(piece.index):
             statistics.add(lengths)
     inside = [piece.record.eod_inside if piece.record else -1 for piece in pieces]
     pair = PairRecord(
