@@ -31,6 +31,10 @@ class CheckpointError(MegapolyError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
+class PeerError(MegapolyError):
+    """Another process of the job failed, or did not come in time."""
+
+
 class ShapeError(MegapolyError, ValueError):
     """A tensor has a shape that the operator cannot take."""
 

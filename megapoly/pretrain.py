@@ -8,9 +8,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megapoly.config import Config, configure, to_yaml
+from megapoly.config.resolve import tokens_per_step
 from megapoly.errors import MegapolyError
+
+if TYPE_CHECKING:
+    from megapoly.data.corpus import Corpus
 
 # Environment variable with the path of a file that a host's first process writes when it ends as it
 # should. Each host has a launcher that looks for it.
@@ -67,25 +72,39 @@ def pretrain(config: Config) -> None:
     from megapoly.data.corpus import load_corpus
     from megapoly.data.tokenizer import load_tokenizer
     from megapoly.training.checkpoint import restore
-    from megapoly.training.distributed import is_rank_zero, process_groups, rank_zero_first
+    from megapoly.training.distributed import is_rank_zero, model_groups, process_group
     from megapoly.training.loop import train
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import build_state
+    from megapoly.training.turns import Turns
 
-    with process_groups(config, platform):
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        corpus = load_corpus(config, tokenizer=tokenizer, builder_first=rank_zero_first)
-        state = build_state(config, platform, corpus)
-        loaded = restore(state)
-        if is_rank_zero():
-            run_dir = Path(config.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(to_yaml(config))
-        with Reporter(state, num_devices=dist.get_world_size(), enabled=is_rank_zero()) as reporter:
-            reporter.message(_summary(config, platform.describe(), dist.get_world_size()))
-            if loaded is not None:
-                reporter.message(f"loaded {loaded}, at step {state.iteration}")
-            train(state, reporter)
+    with process_group(config, platform) as store:
+        with Turns.of_job(store, config) as turns:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            corpus = load_corpus(config, tokenizer=tokenizer, first=turns.first)
+            turns.same("training data", corpus.fingerprint)
+        with model_groups(config):
+            state = build_state(config, platform, corpus)
+            loaded = restore(state)
+            if is_rank_zero():
+                run_dir = Path(config.run_dir)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "config.yaml").write_text(to_yaml(config))
+            num_devices = dist.get_world_size()
+            with Reporter(state, num_devices=num_devices, enabled=is_rank_zero()) as reporter:
+                reporter.message(_summary(config, platform.describe(), num_devices))
+                for line in _data_lines(config, corpus):
+                    reporter.message(line)
+                if loaded is not None:
+                    reporter.message(f"loaded {loaded}, at step {state.iteration}")
+                train(state, reporter)
+
+
+def _data_lines(config: Config, corpus: Corpus) -> list[str]:
+    """Sources of the run, and what is to be known about their files."""
+    assert config.training.train_iters is not None, "resolved"
+    run_tokens = config.training.train_iters * tokens_per_step(config)
+    return corpus.train.summary(run_tokens) + [f"note: {text}" for text in corpus.warnings]
 
 
 def _summary(config: Config, device: str, num_processes: int) -> str:

@@ -10,19 +10,13 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from megapoly.config.options import (
-    OPTIONS,
-    SECTIONS,
-    convert,
-    convert_text,
-    read_yaml,
-    unknown,
-)
+from megapoly.config.conversion import convert, convert_text, read_yaml
+from megapoly.config.options import OPTIONS, SECTIONS, Option, options_of, unknown
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
 
@@ -96,8 +90,23 @@ def load_yaml(path: Path) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested dictionaries of plain values, in the schema's order."""
-    return asdict(config)
+    """The configuration as nested dictionaries of plain values, in the schema's order.
+
+    Of sources and validation sets what is null is left out: it is there to be one of three.
+    """
+    plain = asdict(config)
+    data = plain["data"]
+    if data["blend"] is not None:
+        data["blend"] = [_without_nulls(source) for source in data["blend"]]
+    if data["validation"] is not None:
+        data["validation"] = {k: _without_nulls(item) for k, item in data["validation"].items()}
+    return plain
+
+
+def _without_nulls(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    return {key: value for key, value in entry.items() if value is not None}
 
 
 def to_yaml(config: Config) -> str:
@@ -128,12 +137,24 @@ def help_text(program: str, default_recipe: Path) -> str:
         group = groups.get(key.rpartition(".")[0], parser)
         group.add_argument(
             f"--{key}",
-            type=option.type,
+            # A dataclass in the type would become options of its own.
+            type=option.type if option.entry is None else get_origin(option.base),
             default=option.default,
             metavar="VALUE",
-            help=option.description.replace("``", "`").replace("%", "%%"),
+            help=_description(option).replace("``", "`").replace("%", "%%"),
         )
     return parser.format_help()
+
+
+def _description(option: Option) -> str:
+    """What an option means; with the keys of a mapping that it may hold."""
+    if option.entry is None:
+        return option.description
+    keys = "; ".join(
+        f"``{name}``: {field.description.rstrip('.')}"
+        for name, field in options_of(option.entry).items()
+    )
+    return f"{option.description} Keys of a mapping are {keys}."
 
 
 @dataclass
@@ -186,8 +207,8 @@ def _read_overrides(
         else:
             try:
                 values[key] = convert_text(option, text)
-            except ValueError as error:
-                problems.append(str(error))
+            except ConfigError as error:
+                problems += error.problems
     return values
 
 
@@ -214,8 +235,8 @@ def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
             continue
         try:
             values[key] = convert(option, value)
-        except ValueError as error:
-            problems.append(f"{error} ({path})")
+        except ConfigError as error:
+            problems += [f"{problem} ({path})" for problem in error.problems]
     return values
 
 
@@ -230,6 +251,9 @@ def _flatten(document: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 def _repeated_keys(node: yaml.Node | None, path: Path) -> Iterator[str]:
     """Problems with keys that stand twice in one mapping, of which YAML would drop the first."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item, path)
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[str, int] = {}

@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from megapoly.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megapoly.config.data_sources import blend_sources
+from megapoly.config.schema import BlendSource, Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 
 def resolve(
@@ -47,9 +48,15 @@ def resolve(
         resolved.model, resolved.training.device, transformer_engine_available
     )
     parallel.cp_comm_type = cp_comm_type(resolved)
+    resolved.data.blend = _with_names(resolved)
     if resolved.data.cache_dir is None:
         resolved.data.cache_dir = str(Path(resolved.run_dir) / "cache")
     return resolved
+
+
+def _with_names(config: Config) -> list[str | BlendSource] | None:
+    sources = blend_sources(config.data)
+    return None if sources is None else [*sources]
 
 
 def _resolve_model(model: ModelConfig, tokenizer_vocab_size: int) -> None:

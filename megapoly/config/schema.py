@@ -159,16 +159,65 @@ class ParallelConfig:
 
 
 @dataclass
+class BlendSource:
+    """One source of training text; exactly one of ``weight``, ``tokens`` and ``epochs``.
+
+    All sources of a blend use the same one of the three, which decides the share p_i of source i:
+
+        weight: p_i = weight_i / sum of weight_j
+        tokens: p_i = tokens_i / sum of tokens_j
+        epochs: p_i = epochs_i * T_i / sum of epochs_j * T_j,  T_j = tokens in the files of j
+
+    These are proportions; how long the run is, ``training`` says alone. A run of as many tokens as
+    the sum of ``tokens_j`` reads ``tokens_i`` of source i, a run of the sum of ``epochs_j * T_j``
+    passes ``epochs_i`` times over it (to a block of the order, :mod:`megapoly.data.order`), and a
+    longer run goes on in the same mix.
+
+    Args:
+        path: prefix of a Megatron ``.bin``/``.idx`` pair, or a pattern of prefixes such as
+            ``data/cc/*_text_document``, whose files are one source, in sorted order.
+        weight: share in the training samples, relative to the other sources.
+        tokens: tokens to train on, relative to the other sources; may be written ``250e9``.
+        epochs: passes over the source, relative to the other sources.
+        name: shown at the start and in messages; null: the last part of ``path``.
+    """
+
+    path: str
+    weight: float | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    name: str | None = None
+
+
+@dataclass
+class ValidationSet:
+    """Token files that are evaluated together, under one name.
+
+    Args:
+        path: prefix or pattern of prefixes, as in ``data.blend``, or a list of these.
+        weight: weight of the set's loss in ``val/mean``; null: the number of tokens that counted in
+            the evaluation. All sets have a weight, or none.
+    """
+
+    path: str | list[str]
+    weight: float | None = None
+
+
+@dataclass
 class DataConfig:
     """What is read, and in which order.
 
-    The order is a function of ``seed`` and the sample index alone: an epoch visits every sample
-    once, and sample i is the same at every parallel layout and every length of training.
+    The order and the mix are a function of ``seed`` and the sample index alone: an epoch of a
+    source visits each of its samples once, and sample i is the same at every parallel layout and
+    every length of training.
 
     Args:
-        train_data_path: prefixes of Megatron ``.bin``/``.idx`` pairs; null: the built-in books.
-        valid_data_path: named validation sets, each a list of prefixes; null: the built-in books'
-            validation part, or none when ``train_data_path`` is given.
+        blend: sources of training text, each a prefix of a Megatron ``.bin``/``.idx`` pair (read as
+            ``epochs: 1``) or a mapping such as ``{path: data/cc/*_text_document, weight: 2}``;
+            null: the built-in books.
+        validation: validation sets by name, each a prefix, a list of prefixes or a mapping such as
+            ``{path: data/wiki, weight: 2}``; null: the built-in books' validation part, or none
+            when ``blend`` is given.
         tokenizer: a ``tokenizer.json``, or a folder that holds one; null: the built-in one.
         cache_dir: where token files of the built-in text and sample indices are kept; null:
             ``RUN_DIR/cache``.
@@ -177,8 +226,8 @@ class DataConfig:
         eod_mask_loss: leave the token that follows an end of document out of the loss.
     """
 
-    train_data_path: list[str] | None = None
-    valid_data_path: dict[str, list[str]] | None = None
+    blend: list[str | BlendSource] | None = None
+    validation: dict[str, str | list[str] | ValidationSet] | None = None
     tokenizer: str | None = None
     cache_dir: str | None = None
     seed: int = 1234
@@ -272,6 +321,8 @@ class CheckpointConfig:
         load: checkpoint to start from when ``run_dir`` has none.
         load_weights_only: from ``load`` take the weights only, not optimizer, schedule and data
             position.
+        accept_other_data: go on from a checkpoint of other training data (sources, shares, seed,
+            tokenizer or ``seq_length``), at its step; false: refuse, and say what differs.
     """
 
     save: bool = True
@@ -280,6 +331,7 @@ class CheckpointConfig:
     resume: bool = True
     load: str | None = None
     load_weights_only: bool = False
+    accept_other_data: bool = False
 
 
 @dataclass

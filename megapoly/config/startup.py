@@ -9,7 +9,7 @@ from pathlib import Path
 from megapoly.config.parsing import parse, to_yaml
 from megapoly.config.resolve import resolve
 from megapoly.config.rules import check
-from megapoly.config.rules.run import tokenizer_file
+from megapoly.config.rules.data import tokenizer_file
 from megapoly.config.schema import Config
 
 

@@ -1,5 +1,5 @@
-"""Text to batches: tokenizer, token files, order and loaders.
+"""Text to batches: tokenizer, token files, blends, order and loaders.
 
-``samples``, ``loader`` and ``corpus`` import Megatron-Core's datasets; the other modules need
-neither torch nor the engine.
+``samples``, ``blend``, ``loader`` and ``corpus`` import Megatron-Core's datasets; the other modules
+need neither torch nor the engine.
 """

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from megatron.core.datasets.utils import Split
 
-from megapoly.config.schema import Config
+from megapoly.config.data_sources import (
+    SMALLEST_SHARE,
+    blend_sources,
+    shares,
+    tiny_share,
+    token_file_prefixes,
+    validation_sets,
+)
+from megapoly.config.schema import BlendSource, Config, ValidationSet
+from megapoly.data.blend import Blend, Source
 from megapoly.data.builtin import prepare_builtin_text
+from megapoly.data.checks import check_token_files
+from megapoly.data.fingerprint import Description, describe, fingerprint
 from megapoly.data.samples import SamplePool, open_pool
+from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 
 BUILTIN_VALIDATION_SET = "books"
+T = TypeVar("T")
+
+
+class Turns(Protocol):
+    """Calls a function that builds files on one process before the others, which find them."""
+
+    def __call__(self, what: str, build: Callable[[], T]) -> T:
+        """Return what the function does here.
+
+        Args:
+            what: what it does, after "waits for rank 0 to".
+            build: builds files that are not there, and opens them.
+        """
+
+
+def alone(what: str, build: Callable[[], T]) -> T:
+    """The turns of a single process."""
+    return build()
 
 
 @dataclass(frozen=True)
@@ -26,74 +55,146 @@ class Corpus:
     """What a run reads.
 
     Args:
-        train: training samples of one epoch.
+        train: sources of training samples.
         validation: samples of each validation set.
         tokenizer: what turns text into ids.
-        fingerprint: changes when the training samples do: with the token files, the tokenizer,
-            ``seq_length`` or the seed. 16 hexadecimal digits.
+        description: what the training samples are, see :mod:`megapoly.data.fingerprint`.
+        warnings: what the user should know about the files.
     """
 
-    train: SamplePool
+    train: Blend
     validation: dict[str, SamplePool]
     tokenizer: Tokenizer
-    fingerprint: str
+    description: Description
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the training samples do: with files, shares, tokenizer, length or seed."""
+        return fingerprint(self.description)
 
 
-def load_corpus(
-    config: Config,
-    *,
-    tokenizer: Tokenizer,
-    builder_first: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Corpus:
-    """Open the data that ``config.data`` names; tokenize the built-in text if it is needed.
+def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -> Corpus:
+    """Check and open the data that ``config.data`` names; tokenize the built-in text if needed.
 
     Args:
         config: the run.
         tokenizer: of :func:`megapoly.data.tokenizer.load_tokenizer`.
-        builder_first: returns a context in which one process for each ``cache_dir`` (rank 0, or
-            local rank 0 on hosts without a common disk) runs the body before the others enter it.
-            The first writes token files and sample indices, the others find them.
+        first: runs each step that writes files (token files of the built-in text, sample indices)
+            on one process for each disk before the others come.
 
     Raises:
-        DataError: a file is missing, damaged or too short, or a list of files is empty.
+        DataError: a file is missing, damaged, too short or not what its manifest says, a token id
+            is beyond the vocabulary, or a list of files is empty.
     """
     cache_dir = Path(config.data.cache_dir or Path(config.run_dir) / "cache")
-    with builder_first():
-        train, validation = _prefixes(config, cache_dir, tokenizer)
-        open_split = partial(
-            open_pool,
-            seq_length=config.training.seq_length,
-            seed=config.data.seed,
-            tokenizer=tokenizer,
-            vocab_size=config.model.vocab_size or tokenizer.vocab_size,
-            eod_mask_loss=config.data.eod_mask_loss,
-            cache_dir=cache_dir,
+    sources, validation = _named_files(config, cache_dir, tokenizer, first)
+    files = _named(sources, Split.train) + _named(validation, Split.valid)
+    # All files before the first index, which may take minutes.
+    checked = [_checked(entry, config, cache_dir, tokenizer, first) for entry in files]
+    num_tokens = [sum(f.num_tokens for f in found) for found, _ in checked[: len(sources)]]
+    exact = _exact_shares(sources, num_tokens)
+    pools = [
+        _pool(entry, found, config, cache_dir, tokenizer, first)
+        for entry, (found, _) in zip(files, checked, strict=True)
+    ]
+    blend = Blend(
+        [
+            Source(str(source.name), source.path, share, pool)
+            for source, share, pool in zip(sources, exact, pools[: len(sources)], strict=True)
+        ]
+    )
+    sets = dict(zip(validation, pools[len(sources) :], strict=True))
+    # A file may be in several sets.
+    warnings = list(dict.fromkeys(warning for _, said in checked for warning in said))
+    description = describe(
+        blend,
+        tokenizer=tokenizer.fingerprint,
+        seq_length=config.training.seq_length,
+        seed=config.data.seed,
+    )
+    return Corpus(blend, sets, tokenizer, description, warnings)
+
+
+def _named_files(
+    config: Config, cache_dir: Path, tokenizer: Tokenizer, first: Turns
+) -> tuple[list[BlendSource], dict[str, ValidationSet]]:
+    """Sources and validation sets; the built-in text where the configuration names none."""
+    sources, validation = blend_sources(config.data), validation_sets(config.data)
+    if sources is None:
+        builtin = first(
+            "tokenize the built-in text", lambda: prepare_builtin_text(cache_dir, tokenizer)
         )
-        train_pool = open_split(train, Split.train)
-        pools = {name: open_split(paths, Split.valid) for name, paths in validation.items()}
-    return Corpus(train_pool, pools, tokenizer, _fingerprint(train_pool, config, tokenizer))
+        name = BUILTIN_VALIDATION_SET
+        sources = [BlendSource(str(builtin["train"]), epochs=1.0, name=name)]
+        if config.data.validation is None:
+            validation = {name: ValidationSet([str(builtin["validation"])])}
+    if not sources:
+        raise DataError("`data.blend` must name at least one source; it is an empty list.")
+    return sources, validation
 
 
-def _prefixes(
-    config: Config, cache_dir: Path, tokenizer: Tokenizer
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Token files of training and of each validation set."""
-    train, validation = config.data.train_data_path, config.data.valid_data_path
-    if train is None:
-        builtin = prepare_builtin_text(cache_dir, tokenizer)
-        train = [str(builtin["train"])]
-        if validation is None:
-            validation = {BUILTIN_VALIDATION_SET: [str(builtin["validation"])]}
-    validation = validation or {}
-    named = {"data.train_data_path": train}
-    named |= {f"data.valid_data_path.{name}": paths for name, paths in validation.items()}
-    for name, paths in named.items():
-        if not paths:
-            raise DataError(f"`{name}` must name at least one token file; it is an empty list.")
-    return train, validation
+@dataclass(frozen=True)
+class _Files:
+    """What is read together: a source, or a validation set."""
+
+    name: str
+    paths: list[str]
+    split: Split
 
 
-def _fingerprint(pool: SamplePool, config: Config, tokenizer: Tokenizer) -> str:
-    files = [token_file.fingerprint for token_file in pool.token_files]
-    parts = [files, config.training.seq_length, config.data.seed, tokenizer.fingerprint]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def _named(entries: list[BlendSource] | dict[str, ValidationSet], split: Split) -> list[_Files]:
+    if isinstance(entries, dict):
+        return [_Files(f"validation set `{k}`", list(s.path), split) for k, s in entries.items()]
+    return [_Files(f"`{source.name}`", [source.path], split) for source in entries]
+
+
+def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
+    return config.model.vocab_size or tokenizer.vocab_size
+
+
+def _checked(
+    files: _Files, config: Config, cache_dir: Path, tokenizer: Tokenizer, first: Turns
+) -> tuple[list[TokenFile], list[str]]:
+    prefixes = [prefix for path in files.paths for prefix in token_file_prefixes(path)]
+    if not prefixes:
+        raise DataError(f"{files.name} must name at least one token file; {files.paths} are none.")
+    check = partial(
+        check_token_files,
+        prefixes,
+        min_tokens=config.training.seq_length + 1 if files.split == Split.train else 2,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=_vocab_size(config, tokenizer),
+        cache_dir=cache_dir,
+    )
+    return first(f"check the token files of {files.name}", check)
+
+
+def _pool(
+    files: _Files,
+    token_files: list[TokenFile],
+    config: Config,
+    cache_dir: Path,
+    tokenizer: Tokenizer,
+    first: Turns,
+) -> SamplePool:
+    build = partial(
+        open_pool,
+        token_files,
+        files.split,
+        seq_length=config.training.seq_length,
+        seed=config.data.seed,
+        tokenizer=tokenizer,
+        vocab_size=_vocab_size(config, tokenizer),
+        eod_mask_loss=config.data.eod_mask_loss,
+        cache_dir=cache_dir,
+    )
+    return first(f"build the sample indices of {files.name}", build)
+
+
+def _exact_shares(sources: list[BlendSource], num_tokens: list[int]) -> list[Fraction]:
+    exact = shares(sources, num_tokens)
+    for source, share in zip(sources, exact, strict=True):
+        if share < SMALLEST_SHARE:
+            raise DataError(tiny_share(source.name, float(share)))
+    return exact

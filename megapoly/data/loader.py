@@ -11,12 +11,13 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from megapoly.data.order import EpochOrder
+from megapoly.data.order import EpochOrder, Order
 from megapoly.data.samples import SamplePool
 from megapoly.errors import ConfigError
 
@@ -71,10 +72,10 @@ class BatchLayout:
 
 
 def training_batches(
-    pool: SamplePool,
+    samples: Dataset[dict[str, Tensor]],
+    order: Order,
     layout: BatchLayout,
     *,
-    seed: int,
     consumed_samples: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
@@ -82,9 +83,9 @@ def training_batches(
     """Return micro-batches without end.
 
     Args:
-        pool: training samples.
+        samples: for training, such as a blend.
+        order: the endless sequence of what ``samples`` are known by.
         layout: how a step is cut.
-        seed: of the order.
         consumed_samples: samples that all ranks together have trained on; where to go on.
         num_workers: processes that read ahead.
         pin_memory: copy batches into page-locked memory (CUDA only).
@@ -93,9 +94,8 @@ def training_batches(
         ``tokens``, ``labels``, ``position_ids``: [micro_batch_size, seq_length] int64;
         ``loss_mask``: the same shape, fp32.
     """
-    order = EpochOrder(len(pool), seed)
     batches = _TrainingBatches(order, layout, consumed_samples)
-    return iter(_data_loader(pool, batches, num_workers, pin_memory))
+    return iter(_data_loader(samples, batches, num_workers, pin_memory))
 
 
 def num_evaluation_steps(pool: SamplePool, layout: BatchLayout, eval_iters: int | None) -> int:
@@ -134,27 +134,27 @@ def evaluation_batches(
 
 
 class _TrainingBatches:
-    """Sample indices of this rank's micro-batches, without end."""
+    """What the samples of this rank's micro-batches are known by, without end."""
 
-    def __init__(self, order: EpochOrder, layout: BatchLayout, consumed_samples: int):
+    def __init__(self, order: Order, layout: BatchLayout, consumed_samples: int):
         self.order = order
         self.layout = layout
         self.consumed_samples = consumed_samples
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for first in count(self.consumed_samples, self.layout.global_batch_size):
             for places in self.layout.micro_batches(first):
                 yield [self.order[place] for place in places]
 
 
 def _data_loader(
-    pool: SamplePool,
-    batches: Iterable[list[int]] | Iterable[list[int | None]],
+    samples: Dataset[dict[str, Tensor]],
+    batches: Iterable[list[Any]],
     num_workers: int,
     pin_memory: bool,
 ) -> DataLoader[Batch]:
     return DataLoader(
-        pool,
+        samples,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,

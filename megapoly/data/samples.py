@@ -15,8 +15,9 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megapoly.data.checks import beyond_vocabulary
 from megapoly.data.files import save_arrays
-from megapoly.data.token_files import TokenFile, open_token_file
+from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 
@@ -87,6 +88,11 @@ class SamplePool(Dataset[dict[str, Tensor]]):
         """Samples in one epoch."""
         return self._starts[-1]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all files."""
+        return sum(token_file.num_tokens for token_file in self.token_files)
+
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         """Return one sample.
 
@@ -108,16 +114,12 @@ class SamplePool(Dataset[dict[str, Tensor]]):
         sample = self.parts[part][index - self._starts[part]]
         highest = int(torch.maximum(sample["tokens"].max(), sample["labels"].max()))
         if highest >= self.vocab_size:
-            raise DataError(
-                f"Token ids must be below the size of the vocabulary ({self.vocab_size}); "
-                f"`{self.token_files[part].prefix}.bin` holds {highest}. Name the tokenizer that "
-                f"made the file as `data.tokenizer`, or raise `model.vocab_size`."
-            )
+            raise DataError(beyond_vocabulary(self.token_files[part], highest, self.vocab_size))
         return sample
 
 
 def open_pool(
-    prefixes: Sequence[str | Path],
+    token_files: Sequence[TokenFile],
     split: Split,
     *,
     seq_length: int,
@@ -127,10 +129,10 @@ def open_pool(
     eod_mask_loss: bool,
     cache_dir: str | Path,
 ) -> SamplePool:
-    """Open token files for training or validation; see :class:`PackedDataset`.
+    """Cut token files into samples for training or validation; see :class:`PackedDataset`.
 
     Args:
-        prefixes: token files without ``.bin`` and ``.idx``.
+        token_files: that :func:`megapoly.data.checks.check_token_files` found right.
         split: ``Split.train`` or ``Split.valid``.
         seq_length: tokens in a sample.
         seed: of the order of the documents, for training.
@@ -138,19 +140,7 @@ def open_pool(
         vocab_size: token ids that the model knows.
         eod_mask_loss: leave labels that follow an end-of-document token out of the loss.
         cache_dir: where sample indices are kept.
-
-    Raises:
-        DataError: a file is missing, damaged or too short for one sample.
     """
-    token_files = [open_token_file(prefix) for prefix in prefixes]
-    needed = seq_length + 1 if split == Split.train else 2
-    for token_file in token_files:
-        if token_file.num_tokens < needed:
-            raise DataError(
-                f"A token file must have at least {needed} tokens, `seq_length` and one label more "
-                f"(2 for validation); `{token_file.prefix}` has {token_file.num_tokens}. Use more "
-                f"text or a smaller `training.seq_length` ({seq_length})."
-            )
     # Without a blend the engine calls the configuration a mock; nothing that is used here reads it.
     config = GPTDatasetConfig(
         random_seed=seed,

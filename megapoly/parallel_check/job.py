@@ -17,9 +17,10 @@ from megapoly.parallel_check.layouts import Layout
 from megapoly.parallel_check.whole import Part, gradient_parts, whole, without_padding
 from megapoly.platform import select_platform
 from megapoly.testing import run_on_ranks
-from megapoly.training.distributed import process_groups, rank_zero_first
-from megapoly.training.state import build_state
+from megapoly.training.distributed import model_groups, process_group
+from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, update_parameters
+from megapoly.training.turns import Turns
 
 
 @dataclasses.dataclass
@@ -76,16 +77,21 @@ def steps_of_rank(config: Config) -> list[_RankStep]:
     """What every process does."""
     warnings.filterwarnings("ignore")  # the engine's, on optional packages and names of torch
     platform = select_platform("cpu")
-    with process_groups(config, platform):
-        corpus = load_corpus(config, tokenizer=load_tokenizer(None), builder_first=rank_zero_first)
-        state = build_state(config, platform, corpus)
-        batches = state.training_batches()
-        steps = []
-        for _ in itertools.repeat(None, config.training.train_iters or 0):
-            losses = compute_gradients(state, batches)
-            parts = gradient_parts(state.chunks)
-            result = update_parameters(state, losses)
-            steps.append(
-                _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, parts)
-            )
-        return steps
+    with process_group(config, platform) as store:
+        with Turns.of_job(store, config) as turns:
+            corpus = load_corpus(config, tokenizer=load_tokenizer(None), first=turns.first)
+        with model_groups(config):
+            return _steps(build_state(config, platform, corpus))
+
+
+def _steps(state: TrainState) -> list[_RankStep]:
+    batches = state.training_batches()
+    steps = []
+    for _ in itertools.repeat(None, state.config.training.train_iters or 0):
+        losses = compute_gradients(state, batches)
+        parts = gradient_parts(state.chunks)
+        result = update_parameters(state, losses)
+        steps.append(
+            _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, parts)
+        )
+    return steps

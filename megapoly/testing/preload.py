@@ -10,4 +10,5 @@ with warnings.catch_warnings():
     import megapoly.data.corpus
     import megapoly.training.checkpoint
     import megapoly.training.loop
-    import megapoly.training.reporter  # noqa: F401
+    import megapoly.training.reporter
+    import megapoly.training.turns  # noqa: F401

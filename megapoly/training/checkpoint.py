@@ -1,7 +1,7 @@
 """Checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, complete or not there at all.
 
 Tensors are in the engine's ``torch_dist`` form, which loads at another layout. Beside them are
-``config.yaml`` (resolved) and ``run.json`` (position, data fingerprint, version).
+``config.yaml`` (resolved) and ``run.json`` (position, data, version).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
+from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import checkpoint_metadata, unwrap
 from megapoly.platform import Platform
@@ -214,6 +215,7 @@ def _position(state: TrainState) -> dict[str, Any]:
         "consumed_samples": state.consumed_samples,
         "consumed_tokens": state.consumed_tokens,
         "data_fingerprint": state.corpus.fingerprint,
+        "data": state.corpus.description,
         "layout": _layout(state.config),
         "megapoly_version": megapoly.__version__,
     }
@@ -259,14 +261,21 @@ def _check_model(config: Config, path: Path) -> None:
 
 
 def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None:
-    saved, current = position["data_fingerprint"], state.corpus.fingerprint
     batch = state.config.training.global_batch_size
-    if saved != current:
-        raise CheckpointError(
-            f"{path} was trained on other data (fingerprint {saved}, here {current}): files, "
-            "tokenizer, `training.seq_length` or `data.seed` differ. To train its weights on this "
-            f"data, use another `run_dir` with `--checkpoint.load {path} "
-            "--checkpoint.load_weights_only true`."
+    if position["data_fingerprint"] != state.corpus.fingerprint:
+        saved = position.get("data")
+        found = "it does not say which"
+        if saved is not None:
+            found = "; ".join(differences(saved, state.corpus.description))
+        if not state.config.checkpoint.accept_other_data:
+            raise CheckpointError(
+                f"{path} was trained on other data: {found}. To go on at its step with this data, "
+                "add `--checkpoint.accept_other_data true`; to train its weights from step 0, use "
+                f"another `run_dir` with `--checkpoint.load {path} "
+                "--checkpoint.load_weights_only true`."
+            )
+        logger.info(
+            "other data than the checkpoint's from step %d on: %s", position["iteration"], found
         )
     if position["consumed_samples"] != position["iteration"] * batch:
         raise CheckpointError(

@@ -17,21 +17,34 @@ from megapoly.platform.engine_workarounds import seed_model_parallel_rng
 
 
 @contextlib.contextmanager
-def process_groups(config: Config, platform: Platform) -> Iterator[None]:
-    """Create torch's and the engine's process groups and seed the generators; destroy them after.
+def process_group(config: Config, platform: Platform) -> Iterator[dist.Store]:
+    """Create torch's own process group; destroy it after. Yields the job's key-value store.
 
     Rank and size come from torchrun's environment; without it the job is one process.
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        dist.init_process_group(platform.backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(
-            platform.backend, timeout=timeout, store=store, rank=0, world_size=1
-        )
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+    dist.init_process_group(
+        platform.backend,
+        timeout=timeout,
+        store=dist.PrefixStore("torch", store),
+        rank=rank,
+        world_size=world_size,
+    )
     try:
-        parallel = config.parallel
+        yield dist.PrefixStore("megapoly", store)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def model_groups(config: Config) -> Iterator[None]:
+    """Create the engine's process groups and seed the generators; destroy the groups after."""
+    parallel = config.parallel
+    try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -47,25 +60,18 @@ def process_groups(config: Config, platform: Platform) -> Iterator[None]:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_groups(config: Config, platform: Platform) -> Iterator[None]:
+    """Both of :func:`process_group` and :func:`model_groups`, where nothing comes between."""
+    with process_group(config, platform), model_groups(config):
+        yield
 
 
 def is_rank_zero() -> bool:
     """Whether this is the process that reports and writes."""
     return dist.get_rank() == 0
-
-
-@contextlib.contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """Rank 0 runs the body before the others enter it."""
-    if not is_rank_zero():
-        dist.barrier()
-    try:
-        yield
-    finally:
-        # Also when the body fails on rank 0: the others then meet the same error, not a time-out.
-        if is_rank_zero():
-            dist.barrier()
 
 
 def owns_loss() -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from megapoly.config.data_sources import MEAN, validation_sets
 from megapoly.data.loader import evaluation_batches, num_evaluation_steps
 from megapoly.training.distributed import owns_loss, sum_over_all
 from megapoly.training.state import TrainState, gathered_parameters
@@ -37,7 +38,11 @@ class Evaluation:
 
 
 def evaluate(state: TrainState) -> dict[str, Evaluation]:
-    """Evaluate every validation set, each on the same samples every time; collective."""
+    """Evaluate every validation set, each on the same samples every time; collective.
+
+    Returns:
+        Results by name; of several sets also their ``mean``, which comes last.
+    """
     eval_iters = state.config.training.eval_iters
     results = {}
     with gathered_parameters(state), _evaluation_mode(state), torch.no_grad():
@@ -53,7 +58,33 @@ def evaluate(state: TrainState) -> dict[str, Evaluation]:
             local = [sum(float(loss[key]) for loss in counted) for key in ("sum", "num_tokens")]
             loss_sum, num_tokens = sum_over_all(local, state.platform)
             results[name] = Evaluation(loss_sum / num_tokens, int(num_tokens))
+    if len(results) > 1:
+        sets = validation_sets(state.config.data)
+        results[MEAN] = weighted_mean(results, {name: sets[name].weight for name in results})
     return results
+
+
+def weighted_mean(
+    results: Mapping[str, Evaluation], weights: Mapping[str, float | None]
+) -> Evaluation:
+    """The mean of several sets.
+
+        loss = sum_i w_i loss_i / sum_i w_i
+
+    Its perplexity is exp(loss), the weighted geometric mean of the perplexities.
+
+    Args:
+        results: by name.
+        weights: w_i by name; null: the number of tokens that counted.
+    """
+    used = {name: _weight(result, weights[name]) for name, result in results.items()}
+    total = sum(used[name] * result.loss for name, result in results.items())
+    num_tokens = sum(result.num_tokens for result in results.values())
+    return Evaluation(total / sum(used.values()), num_tokens)
+
+
+def _weight(result: Evaluation, weight: float | None) -> float:
+    return result.num_tokens if weight is None else weight
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from megapoly.config.data_sources import MEAN
 from megapoly.training.evaluation import Evaluation
 from megapoly.training.flops import peak_tflops, training_flops_per_token
 from megapoly.training.state import TrainState
@@ -20,6 +22,9 @@ from megapoly.training.step import StepResult
 
 # Weight of the newest step in the smoothed speed that the ETA is made from.
 _SMOOTHING = 0.1
+# Validation sets whose losses stand in the line of a step; of more it shows the mean alone, and the
+# line of an evaluation is followed by one with all.
+_INLINE_SETS = 3
 
 
 class Reporter:
@@ -159,7 +164,13 @@ class Reporter:
         due = state.iteration % state.config.logging.log_interval == 0
         last = state.iteration == total
         if evaluated or (self._progress is None and (due or last or state.iteration == 1)):
-            self.message(f"step {state.iteration:>{len(str(total))}}/{total} | {status}")
+            step = f"step {state.iteration:>{len(str(total))}}/{total}"
+            self.message(f"{step} | {status}")
+            if evaluated and self._has_many_sets():
+                self.message(f"{step} | {' | '.join(_losses(self._last_loss))}")
+
+    def _has_many_sets(self) -> bool:
+        return len(self._last_loss) > _INLINE_SETS + 1  # and their mean
 
     def _update_speed(self, step_time_s: float) -> None:
         if self._seconds_per_step is None or self._state.iteration <= 2:
@@ -171,7 +182,8 @@ class Reporter:
         total = self._state.config.training.train_iters
         assert total is not None and self._seconds_per_step is not None
         parts = [f"loss {record['lm_loss']:.4f}"]
-        parts += [f"val/{name} {result.loss:.4f}" for name, result in self._last_loss.items()]
+        only = {MEAN: self._last_loss[MEAN]} if self._has_many_sets() else self._last_loss
+        parts += _losses(only)
         parts += [
             f"lr {record['learning_rate']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
@@ -182,6 +194,10 @@ class Reporter:
         seconds = round((total - self._state.iteration) * self._seconds_per_step)
         parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
         return " | ".join(parts)
+
+
+def _losses(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    return [f"val/{name} {result.loss:.4f}" for name, result in evaluations.items()]
 
 
 def _drop_after(path: Path, iteration: int) -> None:

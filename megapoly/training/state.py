@@ -64,8 +64,8 @@ class TrainState:
         """This rank's micro-batches from the current position on, without end."""
         return training_batches(
             self.corpus.train,
+            self.corpus.train.order(self.config.data.seed),
             self.layout,
-            seed=self.config.data.seed,
             consumed_samples=self.consumed_samples,
             num_workers=self.config.data.num_workers,
             pin_memory=self.platform.is_cuda,

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ def broken(facts: Facts) -> dict[str, list[str]]:
 
 def _placed(value: Any, here: Path) -> Any:
     """The value with HERE in its paths replaced."""
+    if is_dataclass(value):
+        return replace(value, **_placed(vars(value), here))
     if isinstance(value, dict):
         return {key: _placed(item, here) for key, item in value.items()}
     if isinstance(value, list):

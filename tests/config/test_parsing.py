@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megapoly.config.options import OPTIONS
+from megapoly.config.options import OPTIONS, options_of
 from megapoly.config.parsing import Arguments, help_text, load_yaml, parse, to_dict, to_yaml
-from megapoly.config.schema import Config
+from megapoly.config.schema import BlendSource, Config, ValidationSet
 from megapoly.errors import ConfigError
 
 
@@ -80,8 +80,16 @@ def test_overrides_in_both_forms_and_any_order(recipe: Path) -> None:
         ("run_dir", "null", "null"),
         ("data.tokenizer", "1e3", "1e3"),
         ("data.tokenizer", "null", None),
-        ("data.train_data_path", "[a, b]", ["a", "b"]),
-        ("data.valid_data_path", "{c4: [a], wiki: [b]}", {"c4": ["a"], "wiki": ["b"]}),
+        ("data.blend", "[a, b]", ["a", "b"]),
+        ("data.blend", "[{path: a, weight: 1}, b]", [BlendSource("a", weight=1.0), "b"]),
+        ("data.blend", "[{path: a, tokens: 250e9}]", [BlendSource("a", tokens=250_000_000_000)]),
+        ("data.blend", "[{path: a, epochs: 2, name: n}]", [BlendSource("a", epochs=2.0, name="n")]),
+        ("data.blend", "null", None),
+        (
+            "data.validation",
+            "{books: a, wiki: {path: [b, c], weight: 2}, c4: [d]}",
+            {"books": "a", "wiki": ValidationSet(["b", "c"], 2.0), "c4": ["d"]},
+        ),
         ("parallel.recompute_modules", "[core_attn, mlp]", ["core_attn", "mlp"]),
     ],
 )
@@ -114,9 +122,18 @@ def test_floats_of_yaml(tmp_path: Path, number: str) -> None:
         ("training.bf16", "3", ["3", "true or false"]),
         ("model.qk_norm", "ful", ["'ful'", "one of none, head, full"]),
         ("model.moe_router_dtype", "fp8", ["'fp8'", "one of fp32, fp64, or null"]),
-        ("data.train_data_path", "a", ["'a'", "a list such as [a, b]"]),
-        ("data.train_data_path", "[1]", ["[1]", "a list such as [a, b]"]),
-        ("data.valid_data_path", "[a]", ["['a']", "named lists such as {name: [a, b]}"]),
+        ("data.blend", "a", ["'a'", "a list of prefixes and sources such as [a, {path: b"]),
+        ("data.blend", "[1]", ["entry `1`", "is 1", "a prefix or a mapping with a `path`"]),
+        ("data.blend", "[a, null]", ["entry `2`", "is null", "a mapping with a `path`"]),
+        ("data.blend", "[{weight: 1}]", ["entry `1`", "has no `path`", "prefix"]),
+        ("data.blend", "[{path: a, weigth: 1}]", ["`weigth`", "entry `a`", "nearest is `weight`"]),
+        ("data.blend", "[{path: a, name: n, weight: x}]", ["`weight` is 'x'", "number", "`n`"]),
+        ("data.blend", "[{path: a, tokens: 1.5}]", ["`tokens` is 1.5", "a whole number"]),
+        ("data.blend", "[{path: [a]}]", ["`path` is ['a']", "must be text"]),
+        ("data.validation", "[a]", ["['a']", "named sets such as {name: a,"]),
+        ("data.validation", "{b: {path: [1]}}", ["`path` is [1]", "`b`", "or a list such as"]),
+        ("data.validation", "{b: 3}", ["`b`", "is 3", "a list of prefixes"]),
+        ("data.validation", "{2024: a}", ["2024", "quote"]),
         ("parallel.recompute_modules", "[ffn]", ["['ffn']", "a list of core_attn, mlp, moe"]),
     ],
 )
@@ -126,6 +143,20 @@ def test_wrong_type_names_field_value_and_expected(
     (problem,) = problems(recipe, f"--{key}", text)
     for word in [f"`{key}`", *words]:
         assert word in problem
+
+
+def test_every_mistake_in_a_blend_is_reported(tmp_path: Path) -> None:
+    text = "data: {blend: [{path: a, wieght: 2, tokens: x}, 3], validation: {v: {weight: 1}}}"
+    found = problems(write(tmp_path / "a.yaml", text))
+    assert len(found) == 4
+    assert all("a.yaml" in problem for problem in found)
+    for word in (
+        "`wieght`",
+        "`tokens` is 'x'",
+        "entry `2`",
+        "entry `v` of `data.validation` has no",
+    ):
+        assert word in "\n".join(found)
 
 
 @pytest.mark.parametrize("text", ["123", "on", "1e3", "null"])
@@ -202,6 +233,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
     [
         ("model: {num_layers: 3}\nrun_dir: x\nmodel: {num_layers: 4}", "model"),
         ("model:\n  num_layers: 3\n\n  num_layers: 4", "num_layers"),
+        ("data: {blend: [{path: a,\n weight: 1,\n path: b}]}", "path"),
     ],
 )
 def test_repeated_key_is_refused(tmp_path: Path, text: str, key: str) -> None:
@@ -233,10 +265,14 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     config.optimizer.lr, config.optimizer.adam_eps = 3e-4, 1e-15
     config.training.train_tokens = 5_000_000_000_000
     config.data.tokenizer, config.data.cache_dir = "null", "it's: x # y"
-    config.data.train_data_path = ["on", "3e-4", "", "a\nb", "é", "2024-01-01", "[a]", "1_0", " x "]
-    config.data.valid_data_path = {"1": ["a"], "no": [], "3e4": ["~"]}
+    texts = ["on", "3e-4", "", "a\nb", "é", "2024-01-01", "[a]", "1_0", " x "]
+    mapping = BlendSource("data/*_text", tokens=250_000_000_000, name="on")
+    config.data.blend = [*texts, mapping, BlendSource("3e-4", weight=0.1), BlendSource("null")]
+    config.data.validation = {"1": ["a"], "no": [], "3e4": ["~"], "x": "1e3"}
+    config.data.validation |= {"y": ValidationSet("2"), "z": ValidationSet(["a", "3"], 0.5)}
     path = write(tmp_path / "a.yaml", to_yaml(config))
     assert load_yaml(path) == config
+    assert "epochs" not in path.read_text()  # of a source, what is null is left out
 
 
 def test_dictionary_holds_plain_values() -> None:
@@ -251,6 +287,9 @@ def test_help_has_every_option_with_its_description(recipe: Path) -> None:
         assert f"--{key}" in text
         assert len(option.description) > 10, key
         assert " ".join(option.description.replace("``", "`").split()) in words, key
+    for entry in (BlendSource, ValidationSet):
+        for name in options_of(entry):
+            assert f"`{name}`:" in words
     assert "--config FILE.yaml" in text and "--print_config" in text
 
 

@@ -29,12 +29,12 @@ def test_all_recipes_are_here() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_breaks_no_rule_where_its_data_is(path: Path, tmp_path: Path) -> None:
     config = load_yaml(path)
-    if config.data.train_data_path is not None:
+    if config.data.blend is not None:
         for suffix in (".bin", ".idx"):
             (tmp_path / f"tokens{suffix}").touch()
         (tmp_path / "tokenizer.json").touch()
-        config.data.train_data_path = [str(tmp_path / "tokens")]
-        config.data.valid_data_path = {"valid": [str(tmp_path / "tokens")]}
+        config.data.blend = [str(tmp_path / "tokens")]
+        config.data.validation = {"valid": str(tmp_path / "tokens")}
         config.data.tokenizer = str(tmp_path)
     problems = find_problems(
         config,
@@ -62,7 +62,7 @@ def test_missing_data_is_one_error_an_option(name: str) -> None:
         cuda_available=True,
         transformer_engine_available=True,
     )
-    options = ("data.train_data_path", "data.valid_data_path", "data.tokenizer")
+    options = ("data.blend", "data.validation", "data.tokenizer")
     assert len(problems) == 3
     for option, problem in zip(options, problems, strict=True):
         assert option in problem

@@ -9,7 +9,7 @@ import pytest
 from megapoly.config import resolve as sizes
 from megapoly.config.parsing import load_yaml, to_yaml
 from megapoly.config.rules import find_problems
-from megapoly.config.schema import Config, ModelConfig, TrainingConfig
+from megapoly.config.schema import BlendSource, Config, ModelConfig, TrainingConfig
 from megapoly.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
@@ -127,7 +127,7 @@ def test_argument_is_left_as_it_is() -> None:
 def test_resolved_recipe_resolves_to_itself(path: Path, tmp_path: Path) -> None:
     facts = {"cuda_available": True, "transformer_engine_available": True}
     config = load_yaml(path)
-    config.data.train_data_path = config.data.valid_data_path = config.data.tokenizer = None
+    config.data.blend = config.data.validation = config.data.tokenizer = None
     resolved = resolve(config, **facts)
     assert resolve(resolved, **facts) == resolved
     (tmp_path / "resolved.yaml").write_text(to_yaml(resolved), encoding="utf-8")
@@ -198,3 +198,19 @@ def test_a_run_that_ends_within_its_warmup_decays_after_it() -> None:
     assert resolve(config).optimizer.lr_decay_iters == 11
     config.training.train_iters = 50
     assert resolve(config).optimizer.lr_decay_iters == 50
+
+
+def test_sources_get_their_names_and_a_prefix_is_one_epoch() -> None:
+    config = make()
+    config.data.blend = [
+        "data/wiki",
+        BlendSource("cc/*_text", epochs=2.0),
+        BlendSource("b", 1.0, name="x"),
+    ]
+    resolved = resolve(config)
+    assert resolved.data.blend == [
+        BlendSource("data/wiki", epochs=1.0, name="wiki"),
+        BlendSource("cc/*_text", epochs=2.0, name="*_text"),
+        BlendSource("b", weight=1.0, name="x"),
+    ]
+    assert resolve(resolved) == resolved

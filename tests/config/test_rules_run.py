@@ -33,42 +33,6 @@ CASES: list[dict[str, Any]] = [
         right={"model.transformer_engine": False},
     ),
     dict(
-        rule="token_files_exist",
-        wrong={"data.train_data_path": ["HERE/tokens", "HERE/absent"]},
-        words=["`data.train_data_path`", "absent.bin", "absent.idx"],
-        right={"data.train_data_path": ["HERE/tokens"]},
-    ),
-    dict(
-        rule="token_files_exist",
-        wrong={"data.valid_data_path": {"wiki": ["HERE/half"]}},
-        words=["`data.valid_data_path` `wiki`", "half.idx"],
-        right={"data.valid_data_path": {"wiki": ["HERE/tokens"]}},
-    ),
-    dict(rule="token_files_exist", wrong={"data.train_data_path": []}, words=["([])", "prefix"]),
-    dict(rule="token_files_exist", wrong={"data.valid_data_path": {}}, words=["({})", "null"]),
-    dict(
-        rule="tokenizer_exists",
-        wrong={"data.tokenizer": "HERE/absent.json"},
-        words=["absent.json", "built-in"],
-        right={"data.tokenizer": "HERE/tokenizer.json"},
-    ),
-    dict(
-        rule="tokenizer_exists",
-        wrong={"data.tokenizer": "HERE/empty"},
-        words=["empty/tokenizer.json"],
-        right={"data.tokenizer": "HERE"},
-    ),
-    dict(
-        rule="evaluation_has_data",
-        wrong={"data.train_data_path": ["HERE/tokens"], "training.eval_interval": 5},
-        words=["(5)", "`data.valid_data_path` (null)"],
-        right={
-            "data.train_data_path": ["HERE/tokens"],
-            "data.valid_data_path": {"a": ["HERE/tokens"]},
-            "training.eval_interval": 5,
-        },
-    ),
-    dict(
         rule="loading_is_possible",
         wrong={"checkpoint.load_weights_only": True},
         words=["(True)", "`checkpoint.load` (null)"],
@@ -78,6 +42,12 @@ CASES: list[dict[str, Any]] = [
         rule="loading_is_possible",
         wrong={"checkpoint.load": "HERE/absent"},
         words=["absent", "does not exist"],
+    ),
+    dict(
+        rule="loading_is_possible",
+        wrong={"checkpoint.accept_other_data": True, "checkpoint.resume": False},
+        words=["`checkpoint.accept_other_data` (True)", "nothing reads this", "(False)", "leave"],
+        right={"checkpoint.accept_other_data": True},
     ),
 ]
 

@@ -5,7 +5,7 @@ from megatron.core.datasets.utils import Split
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.samples import SamplePool, open_pool
-from megapoly.data.token_files import write_token_file
+from megapoly.data.token_files import open_token_file, write_token_file
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 
 SEQ_LENGTH = 32
@@ -44,6 +44,8 @@ def make_pool(prefix, tokenizer, tmp_path):
             "eod_mask_loss": False,
             "cache_dir": tmp_path / "cache",
         }
-        return open_pool(split=split, **(arguments | changes))
+        arguments |= changes
+        token_files = [open_token_file(prefix) for prefix in arguments.pop("prefixes")]
+        return open_pool(token_files, split=split, **arguments)
 
     return make

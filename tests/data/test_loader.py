@@ -1,4 +1,5 @@
 from collections import Counter
+from fractions import Fraction
 from itertools import islice
 
 import pytest
@@ -12,6 +13,7 @@ from megapoly.data.loader import (
     num_evaluation_steps,
     training_batches,
 )
+from megapoly.data.order import BlendOrder, EpochOrder
 from megapoly.errors import ConfigError
 
 
@@ -38,7 +40,8 @@ def micro_batches(batches, count: int | None = None) -> list[tuple[int, ...]]:
 
 
 def training(layout: BatchLayout, steps: int, consumed: int = 0, **options):
-    batches = training_batches(Numbers(27), layout, seed=5, consumed_samples=consumed, **options)
+    order = EpochOrder(27, seed=5)
+    batches = training_batches(Numbers(27), order, layout, consumed_samples=consumed, **options)
     return micro_batches(batches, steps * layout.num_microbatches)
 
 
@@ -59,6 +62,37 @@ def test_micro_batches_of_a_step_are_the_same_at_every_data_parallel_size(size):
         assert all(len(part) == each for part in parts)
         # Round robin: micro-batch k is on rank k % size.
         assert [part[j] for j in range(each) for part in parts] == whole[4 * step : 4 * step + 4]
+
+
+class Pairs(Dataset):
+    """A blend whose samples are 1000 times their source, and their number in it."""
+
+    def __getitem__(self, key):
+        return {"tokens": torch.tensor([1000 * key[0] + key[1]])}
+
+
+def blended(layout: BatchLayout, steps: int, consumed: int = 0, **options):
+    order = BlendOrder([27, 5, 40], [Fraction(2, 7), Fraction(1, 7), Fraction(4, 7)], seed=5)
+    batches = training_batches(Pairs(), order, layout, consumed_samples=consumed, **options)
+    return micro_batches(batches, steps * layout.num_microbatches)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("step", [0, 1, 127, 150])
+def test_a_blend_is_the_same_at_every_size_and_goes_on_where_it_was(size, step):
+    """Steps of 8: a block of 1024 samples ends with step 128."""
+    whole = sum(blended(BatchLayout(2, 8), 160), ())
+    sources = Counter(sample // 1000 for sample in whole[:1024])
+    assert [sources[i] for i in range(3)] == [293, 146, 585]  # 1024 times 2/7, 1/7 and 4/7
+    each = 4 // size
+    ranks = [blended(layout, 160 - step, consumed=8 * step) for layout in layouts(size)]
+    merged = [rank[each * s + k] for s in range(160 - step) for k in range(each) for rank in ranks]
+    assert sum(merged, ()) == whole[8 * step :]
+
+
+def test_reading_a_blend_ahead_changes_nothing():
+    layout = BatchLayout(2, 8)
+    assert blended(layout, 4, consumed=1008, num_workers=2) == blended(layout, 4, consumed=1008)
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 11])
@@ -84,7 +118,7 @@ def test_reading_ahead_changes_nothing(capfd):
 
 def test_batches_are_stacked_samples(make_pool):
     pool = make_pool()
-    batch = next(training_batches(pool, BatchLayout(3, 6), seed=0))
+    batch = next(training_batches(pool, EpochOrder(len(pool), 0), BatchLayout(3, 6)))
     assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
     for name, tensor in batch.items():
         assert tensor.shape == (3, 32)

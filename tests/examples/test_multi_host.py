@@ -157,14 +157,18 @@ def results(run_dir):
     return [{name: line[name] for name in names} for line in map(json.loads, lines)]
 
 
-def start(hosts, launcher, run_dir, options, **of_host):
-    """Start the README's line for a cluster on every host, for 2 of them with one process each."""
+def start(hosts, launcher, run_dir, options, *, caches=None, **of_host):
+    """Start the README's line for a cluster on every host, for 2 of them with one process each.
+
+    With `caches`, a folder, each host has a cache of its own in it, as on disks of their own.
+    """
     line = re.search(r"^ *torchrun (--nnodes 8 .*)\\$", README, re.MULTILINE).group(1)
     line = line.replace("--nnodes 8", "--nnodes 2").replace("node 8", "node 1")
     words = line.replace("$FIRST_NODE", hosts[0].name).split()
-    settings = options | {"run_dir": run_dir, "data.cache_dir": shared_cache().name}
-    script = ["examples/pretrain_moe.sh", *(f"--{key}={settings[key]}" for key in settings)]
     for host in hosts:
+        cache = caches / host.name if caches else shared_cache().name
+        settings = options | {"run_dir": run_dir, "data.cache_dir": cache}
+        script = ["examples/pretrain_moe.sh", *(f"--{key}={settings[key]}" for key in settings)]
         host.start([launcher, *words, *script], **of_host)
 
 
@@ -197,9 +201,12 @@ def least_bytes_of_attention():
 def test_two_hosts_compute_what_one_does(tmp_path, hosts, one_host):
     run_dir = tmp_path / "run"
     sent_before = [host.sent_bytes() for host in hosts]
-    start(hosts, "torchrun", run_dir, OPTIONS | LAYOUT)
+    start(hosts, "torchrun", run_dir, OPTIONS | LAYOUT, caches=tmp_path / "caches")
     wait_for_the_end(hosts)
     assert results(run_dir) == one_host
+    for host in hosts:  # each built its own
+        files = [path.suffix for path in (tmp_path / "caches" / host.name).rglob("*.*")]
+        assert files.count(".bin") == 2 and files.count(".npy") == 4
     for host, before in zip(hosts, sent_before, strict=True):
         assert host.sent_bytes() - before > least_bytes_of_attention()
 

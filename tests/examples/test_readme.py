@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from megapoly.config.parsing import parse
+from megapoly.config.data_sources import blend_sources, shares, validation_sets
+from megapoly.config.parsing import load_yaml, parse
 from megapoly.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,21 @@ def test_options_are_known(monkeypatch, script, options):
     assert (ROOT / script).is_file()
     recipe = ROOT / "examples" / "configs" / "moe_tiny.yaml"
     parse(options, default_recipe=recipe, program=script)
+
+
+def test_the_blend_is_one_that_a_recipe_takes(tmp_path):
+    (block,) = re.findall(r"^```yaml\n(data:\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(block)
+    data = load_yaml(recipe).data
+    sources = blend_sources(data)
+    assert [source.name for source in sources] == [
+        "web",
+        "wiki_text_document",
+        "code_text_document",
+    ]
+    assert shares(sources, [0, 0, 0]) == [Fraction(7, 10), Fraction(2, 10), Fraction(1, 10)]
+    assert list(validation_sets(data)) == ["wiki", "code"]
 
 
 def test_there_are_some():

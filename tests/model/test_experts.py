@@ -106,6 +106,7 @@ FORMS = {
 def weights_after_two_steps(folder):
     """Of each run of one form, and of a run of the other form that goes on after its first step."""
     platform, result = select_platform("cpu"), {}
+    corpus = SimpleNamespace(fingerprint="random", description={})
     with process_groups(small_config(EXPERTS), platform):
         for name, (before, after, options) in FORMS.items():
             options = EXPERTS | options | {"model.activation_coefficients": "per_expert"}
@@ -113,7 +114,7 @@ def weights_after_two_steps(folder):
             for form in (before, after):
                 config = small_config(options | form | {"training.train_iters": 3})
                 config.run_dir = str(folder / name)
-                states.append(build_state(config, platform, SimpleNamespace(fingerprint="random")))
+                states.append(build_state(config, platform, corpus))
             whole, resumed = states
             train_step(whole, random_batches(whole.config, whole.layout))
             load_checkpoint(resumed, save_checkpoint(whole))

@@ -1,14 +1,19 @@
 """What a run writes: metrics.jsonl, TensorBoard, configuration, progress lines."""
 
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megapoly.config import load_yaml
+from megapoly.config import Config, load_yaml
+from megapoly.config.schema import TrainingConfig
 from megapoly.testing import run_job
-from megapoly.training.reporter import _drop_after
+from megapoly.training.evaluation import Evaluation, weighted_mean
+from megapoly.training.reporter import Reporter, _drop_after
+from megapoly.training.step import StepResult
 
 OVERRIDES = {
     "model.num_layers": 2,
@@ -102,3 +107,56 @@ def test_lines_after_the_position_and_half_lines_are_dropped(tmp_path):
     path.write_text("\n".join(lines) + '\n{"iterat')
     _drop_after(path, 3)
     assert path.read_text().splitlines() == lines[:3]
+
+
+SETS = {"a": Evaluation(2.0, 100), "b": Evaluation(3.0, 300), "c": Evaluation(5.0, 100)}
+
+
+def test_mean_over_sets_by_hand():
+    by_tokens = weighted_mean(SETS, dict.fromkeys(SETS))
+    assert by_tokens.loss == pytest.approx((200 + 900 + 500) / 500)
+    assert by_tokens.num_tokens == 500
+    assert by_tokens.ppl == pytest.approx(math.exp(3.2))
+    weighted = weighted_mean(SETS, {"a": 1.0, "b": 1.0, "c": 0.5})
+    assert weighted.loss == pytest.approx((2 + 3 + 2.5) / 2.5)
+
+
+def shown(capsys, num_sets: int) -> list[str]:
+    """What a step without and one with an evaluation shows."""
+    evaluations = {f"s{i}": Evaluation(i, 10) for i in range(num_sets)}
+    if num_sets > 1:
+        evaluations["mean"] = Evaluation(9.0, 10 * num_sets)
+    state = SimpleNamespace(
+        config=Config(training=TrainingConfig(train_iters=20, eval_interval=1)),
+        platform=SimpleNamespace(is_cuda=False),
+        iteration=10,
+        consumed_tokens=0,
+    )
+    reporter = Reporter(state, num_devices=1, enabled=True)
+    reporter._metrics = io.StringIO()
+    result = StepResult(4.0, 1.0, 0.1)
+    reporter.step(result, 1.0, evaluations, {})
+    state.iteration = 20
+    reporter.step(result, 1.0, {}, {})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_few_sets_stand_in_the_line_of_a_step(capsys):
+    one, three = shown(capsys, 1), shown(capsys, 3)
+    assert [line.split(" | lr")[0] for line in one] == [
+        "step 10/20 | loss 4.0000 | val/s0 0.0000",
+        "step 20/20 | loss 4.0000 | val/s0 0.0000",
+    ]
+    sets = "val/s0 0.0000 | val/s1 1.0000 | val/s2 2.0000 | val/mean 9.0000"
+    assert [line.split(" | lr")[0] for line in three] == [
+        f"step 10/20 | loss 4.0000 | {sets}",
+        f"step 20/20 | loss 4.0000 | {sets}",
+    ]
+
+
+def test_of_many_sets_the_line_has_the_mean_and_another_line_has_all(capsys):
+    evaluated, all_sets, later = shown(capsys, 6)
+    assert evaluated.startswith("step 10/20 | loss 4.0000 | val/mean 9.0000 | lr")
+    assert later.startswith("step 20/20 | loss 4.0000 | val/mean 9.0000 | lr")
+    numbers = " | ".join(f"val/s{i} {i}.0000" for i in range(6))
+    assert all_sets == f"step 10/20 | {numbers} | val/mean 9.0000"

@@ -7,7 +7,7 @@ exists, and on configurations that are resolved or not.
 
 from __future__ import annotations
 
-from megapoly.config.rules import layout, model, run, schedule, values
+from megapoly.config.rules import data, layout, model, run, schedule, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     *layout.RULES,
     *schedule.RULES,
     *run.RULES,
+    *data.RULES,
 )
 
 

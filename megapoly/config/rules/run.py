@@ -1,8 +1,8 @@
-"""Rules on the machine and on the files that a run reads."""
+"""Rules on the machine and on what a run goes on from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from megapoly.config.rules.facts import Facts, Rule
@@ -31,59 +31,6 @@ def transformer_engine_is_usable(facts: Facts) -> Iterator[str]:
         )
 
 
-def token_files_exist(facts: Facts) -> Iterator[str]:
-    """Every prefix has its ``.bin`` and ``.idx``."""
-    data = facts.config.data
-    named: dict[str, list[str] | None] = {"data.train_data_path": data.train_data_path}
-    for name, files in (data.valid_data_path or {}).items():
-        named[f"data.valid_data_path` `{name}"] = files
-    for option, prefixes in named.items():
-        yield from _missing_token_files(option, prefixes)
-    if data.valid_data_path == {}:
-        yield "`data.valid_data_path` ({}) names no set; name one, or leave it null"
-
-
-def _missing_token_files(option: str, prefixes: Sequence[str] | None) -> Iterator[str]:
-    if prefixes == []:
-        yield f"`{option}` ([]) is empty; give the prefix of a .bin/.idx pair"
-    files = [Path(f"{prefix}{suffix}") for prefix in prefixes or () for suffix in (".bin", ".idx")]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        yield (
-            f"`{option}` needs files that do not exist: {', '.join(missing)}; give prefixes of "
-            ".bin/.idx pairs that do"
-        )
-
-
-def tokenizer_exists(facts: Facts) -> Iterator[str]:
-    """The tokenizer is a file, or a folder that holds ``tokenizer.json``."""
-    tokenizer = facts.config.data.tokenizer
-    if tokenizer is None:
-        return
-    file = tokenizer_file(tokenizer)
-    if not file.is_file():
-        yield (
-            f"`data.tokenizer` ({tokenizer}) needs a file that does not exist: {file}; give a "
-            "tokenizer.json or its folder, or null for the built-in one"
-        )
-
-
-def tokenizer_file(tokenizer: str) -> Path:
-    """The file that ``data.tokenizer`` names, itself or by its folder."""
-    path = Path(tokenizer)
-    return path / "tokenizer.json" if path.is_dir() else path
-
-
-def evaluation_has_data(facts: Facts) -> Iterator[str]:
-    """Own training text brings its own validation text."""
-    data, interval = facts.config.data, facts.config.training.eval_interval
-    if interval > 0 and data.train_data_path is not None and data.valid_data_path is None:
-        yield (
-            f"`training.eval_interval` ({interval}) needs `data.valid_data_path` (null) beside "
-            "`data.train_data_path`; name a validation set, or set the interval to 0"
-        )
-
-
 def loading_is_possible(facts: Facts) -> Iterator[str]:
     """What to take from a checkpoint needs a checkpoint."""
     checkpoint = facts.config.checkpoint
@@ -91,6 +38,11 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
         yield (
             "`checkpoint.load_weights_only` (True) needs `checkpoint.load` (null); name a "
             "checkpoint, or set it to false"
+        )
+    if checkpoint.accept_other_data and checkpoint.load is None and not checkpoint.resume:
+        yield (
+            "`checkpoint.accept_other_data` (True): nothing reads this with `checkpoint.resume` "
+            "(False) and `checkpoint.load` (null), which begin anew; leave it out"
         )
     if checkpoint.load is not None and not Path(checkpoint.load).exists():
         yield (
@@ -102,8 +54,5 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     device_exists,
     transformer_engine_is_usable,
-    token_files_exist,
-    tokenizer_exists,
-    evaluation_has_data,
     loading_is_possible,
 )

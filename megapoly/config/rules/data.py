@@ -1,0 +1,192 @@
+"""Rules on the blend, the validation sets and the tokenizer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megapoly.config.data_sources import (
+    MEAN,
+    SMALLEST_SHARE,
+    UNITS,
+    blend_sources,
+    shares,
+    tiny_share,
+    token_file_prefixes,
+    unit_of,
+    validation_sets,
+)
+from megapoly.config.rules.facts import Facts, Rule
+from megapoly.config.schema import BlendSource
+
+_ENDINGS = (".bin", ".idx")
+
+
+def blend_has_sources(facts: Facts) -> Iterator[str]:
+    """An empty list is no way to ask for the built-in text."""
+    if facts.config.data.blend == []:
+        yield "`data.blend` ([]) names no source; name one, or leave it null for the built-in books"
+
+
+def sources_have_one_amount(facts: Facts) -> Iterator[str]:
+    """One of weight, tokens and epochs says how much of a source is read."""
+    for source in blend_sources(facts.config.data) or []:
+        units = unit_of(source)
+        if len(units) != 1:
+            found = " and ".join(units) or "none"
+            yield (
+                f"`data.blend` `{source.name}` must have exactly one of {', '.join(UNITS)}, not "
+                f"{found}; `epochs: 1` takes it as often as its size"
+            )
+
+
+def sources_have_the_same_unit(facts: Facts) -> Iterator[str]:
+    """Weights, tokens and epochs of different sources cannot be compared."""
+    by_unit: dict[str, list[str]] = {}
+    for source in blend_sources(facts.config.data) or []:
+        units = unit_of(source)
+        if len(units) == 1:
+            by_unit.setdefault(units[0], []).append(f"`{source.name}`")
+    if len(by_unit) > 1:
+        found = ", ".join(f"{unit} ({' '.join(names)})" for unit, names in by_unit.items())
+        yield (
+            f"`data.blend` must use one of {', '.join(UNITS)} for all sources, not {found}; a mere "
+            "prefix has `epochs: 1`; give all of them in one unit"
+        )
+
+
+def amounts_are_above_zero(facts: Facts) -> Iterator[str]:
+    """A source of which nothing is read is not part of the blend."""
+    for source in blend_sources(facts.config.data) or []:
+        for unit in unit_of(source):
+            amount = getattr(source, unit)
+            if amount <= 0:
+                yield (
+                    f"`data.blend` `{source.name}` has {unit} {amount}; it must be above 0: leave "
+                    "the source out if it is not to be read"
+                )
+
+
+def shares_are_not_tiny(facts: Facts) -> Iterator[str]:
+    """A block of the order holds every source; shares by epochs are known with the files."""
+    sources = blend_sources(facts.config.data) or []
+    units = {tuple(unit_of(source)) for source in sources}
+    if units not in ({("weight",)}, {("tokens",)}) or _not_positive(sources):
+        return
+    for source, share in zip(sources, shares(sources, []), strict=True):
+        if share < SMALLEST_SHARE:
+            yield tiny_share(source.name, float(share))
+
+
+def _not_positive(sources: Iterable[BlendSource]) -> bool:
+    return any(getattr(source, unit) <= 0 for source in sources for unit in unit_of(source))
+
+
+def source_names_differ(facts: Facts) -> Iterator[str]:
+    """Names tell sources apart in messages."""
+    counts = Counter(source.name for source in blend_sources(facts.config.data) or [])
+    for name, count in counts.items():
+        if count > 1:
+            yield (
+                f"`data.blend` has {count} sources of the name `{name}` (which is the last part of "
+                "`path` unless set); give each a `name` of its own"
+            )
+
+
+def validation_has_sets(facts: Facts) -> Iterator[str]:
+    """An empty mapping is no way to ask for none."""
+    if facts.config.data.validation == {}:
+        yield "`data.validation` ({}) names no set; name one, or leave it null"
+
+
+def validation_names_are_free(facts: Facts) -> Iterator[str]:
+    """``val/mean`` is the mean over the sets."""
+    if MEAN in (facts.config.data.validation or {}):
+        yield (
+            f"`data.validation` names a set `{MEAN}`, which is the name of the mean over all sets; "
+            "choose another"
+        )
+
+
+def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
+    """A mean is over weights or over numbers of tokens."""
+    weights = {name: s.weight for name, s in validation_sets(facts.config.data).items()}
+    without = [f"`{name}`" for name, weight in weights.items() if weight is None]
+    if 0 < len(without) < len(weights):
+        yield (
+            "`data.validation` must give all sets a weight or none (which weighs by tokens); "
+            f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} none"
+        )
+    for name, weight in weights.items():
+        if weight is not None and weight <= 0:
+            yield f"`data.validation` `{name}` has weight {weight}; it must be above 0"
+
+
+def token_files_exist(facts: Facts) -> Iterator[str]:
+    """Every prefix has its ``.bin`` and ``.idx``, every pattern matches some."""
+    for source in blend_sources(facts.config.data) or []:
+        yield from _missing_token_files(f"`data.blend` `{source.name}`", [source.path])
+    for name, validation_set in validation_sets(facts.config.data).items():
+        yield from _missing_token_files(f"`data.validation` `{name}`", validation_set.path)
+
+
+def _missing_token_files(option: str, paths: Iterable[str]) -> Iterator[str]:
+    paths = list(paths)
+    if not paths:
+        yield f"{option} ([]) is empty; give the prefix of a .bin/.idx pair"
+    prefixes = {path: token_file_prefixes(path) for path in paths}
+    for pattern in (path for path, found in prefixes.items() if not found):
+        yield f"{option}: no file matches the pattern {pattern}.idx; give one that matches some"
+    files = [Path(f"{p}{end}") for found in prefixes.values() for p in found for end in _ENDINGS]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        yield (
+            f"{option} needs files that do not exist: {', '.join(missing)}; give prefixes of "
+            ".bin/.idx pairs that do"
+        )
+
+
+def tokenizer_exists(facts: Facts) -> Iterator[str]:
+    """The tokenizer is a file, or a folder that holds ``tokenizer.json``."""
+    tokenizer = facts.config.data.tokenizer
+    if tokenizer is None:
+        return
+    file = tokenizer_file(tokenizer)
+    if not file.is_file():
+        yield (
+            f"`data.tokenizer` ({tokenizer}) needs a file that does not exist: {file}; give a "
+            "tokenizer.json or its folder, or null for the built-in one"
+        )
+
+
+def tokenizer_file(tokenizer: str) -> Path:
+    """The file that ``data.tokenizer`` names, itself or by its folder."""
+    path = Path(tokenizer)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
+def evaluation_has_data(facts: Facts) -> Iterator[str]:
+    """Own training text brings its own validation text."""
+    data, interval = facts.config.data, facts.config.training.eval_interval
+    if interval > 0 and data.blend is not None and data.validation is None:
+        yield (
+            f"`training.eval_interval` ({interval}) needs `data.validation` (null) beside "
+            "`data.blend`; name a validation set, or set the interval to 0"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    blend_has_sources,
+    sources_have_one_amount,
+    sources_have_the_same_unit,
+    amounts_are_above_zero,
+    shares_are_not_tiny,
+    source_names_differ,
+    validation_has_sets,
+    validation_names_are_free,
+    validation_weights_are_complete,
+    token_files_exist,
+    tokenizer_exists,
+    evaluation_has_data,
+)

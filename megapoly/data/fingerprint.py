@@ -1,0 +1,103 @@
+"""What a checkpoint says about its training data, and how two such descriptions differ.
+
+The description holds everything that the sequence of samples depends on, and what a reader knows it
+by: names and paths. These may change; validation data is no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megapoly.data.blend import Blend
+
+Description = dict[str, Any]
+
+
+def describe(blend: Blend, *, tokenizer: str, seq_length: int, seed: int) -> Description:
+    """Describe training data.
+
+    Args:
+        blend: sources.
+        tokenizer: its fingerprint.
+        seq_length: tokens in a sample.
+        seed: of the order.
+
+    Returns:
+        Plain values, for JSON.
+    """
+    sources = [
+        {
+            "name": source.name,
+            "path": source.path,
+            "share": float(source.share),
+            "tokens": source.num_tokens,
+            "fingerprint": source.fingerprint,
+        }
+        for source in blend.sources
+    ]
+    return {"sources": sources, "tokenizer": tokenizer, "seq_length": seq_length, "seed": seed}
+
+
+def fingerprint(description: Description) -> str:
+    """16 hexadecimal digits that change when the sequence of samples does."""
+    sources = [(source["fingerprint"], source["share"]) for source in description["sources"]]
+    parts = [sources, *(description[key] for key in ("seq_length", "seed", "tokenizer"))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def differences(saved: Description, current: Description) -> list[str]:
+    """What makes the samples of two descriptions differ, one sentence for each; empty if nothing.
+
+    Args:
+        saved: of a checkpoint.
+        current: of this run.
+    """
+    named = {"seq_length": "`training.seq_length`", "seed": "`data.seed`"}
+    found = list(_source_differences(saved["sources"], current["sources"]))
+    found += [
+        f"{option} is {current[key]} here and {saved[key]} in the checkpoint"
+        for key, option in named.items()
+        if current[key] != saved[key]
+    ]
+    if current["tokenizer"] != saved["tokenizer"]:
+        found.append(
+            f"the tokenizer is another one (SHA-256 {current['tokenizer'][:12]}.. here, "
+            f"{saved['tokenizer'][:12]}.. in the checkpoint)"
+        )
+    return found
+
+
+def _source_differences(saved: list[Any], current: list[Any]) -> Iterator[str]:
+    """First sources of the same content are paired, then what is left by their names."""
+    pairs, left = [], list(saved)
+    for source in current:
+        match = next((s for s in left if s["fingerprint"] == source["fingerprint"]), None)
+        if match is not None:
+            left.remove(match)
+            pairs.append((match, source))
+    unpaired = [source for source in current if all(source is not mine for _, mine in pairs)]
+    for source in unpaired:
+        match = next((s for s in left if s["name"] == source["name"]), None)
+        if match is None:
+            yield f"source `{source['name']}` ({source['path']}) was added"
+        else:
+            left.remove(match)
+            yield (
+                f"the files of source `{source['name']}` changed ({match['tokens']:,} tokens in "
+                f"the checkpoint at {match['path']}, {source['tokens']:,} here at {source['path']})"
+            )
+    for source in left:
+        yield f"source `{source['name']}` ({source['path']}) was removed"
+    for theirs, mine in pairs:
+        if theirs["share"] != mine["share"]:
+            yield (
+                f"the share of source `{mine['name']}` is {mine['share']:.6g} here and "
+                f"{theirs['share']:.6g} in the checkpoint"
+            )
+    if len(pairs) == len(saved) == len(current) and [theirs for theirs, _ in pairs] != saved:
+        names = [", ".join(f"`{s['name']}`" for s in sources) for sources in (current, saved)]
+        yield f"the sources stand in another order ({names[0]} here, {names[1]} in the checkpoint)"
