@@ -218,7 +218,8 @@ class DataConfig:
         validation: validation sets by name, each a prefix, a list of prefixes or a mapping such as
             ``{path: data/wiki, weight: 2}``; null: the built-in books' validation part, or none
             when ``blend`` is given.
-        tokenizer: a ``tokenizer.json``, or a folder that holds one; null: the built-in one.
+        tokenizer: a ``tokenizer.json``, or a folder that holds one or GPT-2's ``vocab.json`` and
+            ``merges.txt``; null: the built-in one.
         cache_dir: where token files of the built-in text and sample indices are kept; null:
             ``RUN_DIR/cache``.
         seed: seed of the order.

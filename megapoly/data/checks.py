@@ -77,7 +77,9 @@ def _highest_id(
     record = manifest.pair(Path(token_file.prefix).name)
     assert record is not None, "find_manifest looked"
     _check_record(token_file, record, path)
-    warnings = _tokenizer_warnings(token_file, manifest.tokenizer.sha256, tokenizer)
+    warnings = []
+    if manifest.tokenizer is not None:
+        warnings = _tokenizer_warnings(token_file, manifest.tokenizer.sha256, tokenizer)
     return record.highest_token_id, f"(by its manifest {path}) holds", warnings
 
 

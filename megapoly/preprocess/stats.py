@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,11 +70,11 @@ def run(options: argparse.Namespace) -> int:
     """Show and write; 0."""
     pairs = [pair for prefix in options.prefixes for pair in find_pairs(prefix)]
     found = [statistics_of(pair, options.tokenizer_model) for pair in pairs]
-    console = Console()
-    console.print(_table([statistics for statistics, _ in found]))
-    for statistics, lengths in found if len(found) == 1 else []:
-        print("\n".join(histogram_lines(lengths)))
-        print("most frequent:", ", ".join(map(_named, statistics.most_frequent)))
+    if len(found) == 1:
+        print("\n".join(_lines(*found[0])))
+    else:
+        width = None if sys.stdout.isatty() else 100
+        Console(width=width).print(_table([statistics for statistics, _ in found]))
     if options.json:
         content = [asdict(statistics) for statistics, _ in found]
         options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -125,9 +126,25 @@ def statistics_of(
     return statistics, lengths
 
 
+def _lines(statistics: PairStatistics, lengths: LengthStatistics) -> list[str]:
+    """Everything about one pair."""
+    quantiles = statistics.tokens_per_document
+    values = {
+        "documents": f"{statistics.documents:,}",
+        "sequences": f"{statistics.sequences:,}",
+        "tokens": f"{statistics.tokens:,} of {statistics.dtype}, {statistics.bin_bytes:,} bytes",
+        "a document": ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items()),
+        "ids": f"{statistics.distinct_ids:,} occur, unigram entropy "
+        f"{statistics.unigram_entropy:.3f} nats",
+        "most frequent": ", ".join(map(_named, statistics.most_frequent)),
+    }
+    head = [f"{name:<14} {value}" for name, value in values.items()]
+    return [statistics.prefix, *head, "", *histogram_lines(lengths)]
+
+
 def _table(found: Sequence[PairStatistics]) -> Table:
-    table = Table(Column("pair", overflow="fold"))
-    names = ("documents", "tokens", "of all", "MB", "p10", "median", "p90", "max", "ids", "nats")
+    table = Table(Column("pair", overflow="fold", min_width=12))
+    names = ("documents", "tokens", "of all", "median", "longest", "ids", "nats")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     total = sum(each.tokens for each in found)
@@ -138,20 +155,12 @@ def _table(found: Sequence[PairStatistics]) -> Table:
             f"{each.documents:,}",
             f"{each.tokens:,}",
             f"{each.tokens / max(1, total):.1%}",
-            f"{each.bin_bytes / 1e6:,.1f}",
-            *(f"{quantiles[name]:,.0f}" for name in ("p10", "p50", "p90", "max")),
+            *(f"{quantiles[name]:,.0f}" for name in ("p50", "max")),
             f"{each.distinct_ids:,}",
             f"{each.unigram_entropy:.2f}",
         )
-    if len(found) > 1:
-        table.add_row(
-            "total",
-            f"{sum(each.documents for each in found):,}",
-            f"{total:,}",
-            "",
-            f"{sum(each.bin_bytes for each in found) / 1e6:,.1f}",
-            style="bold",
-        )
+    documents = sum(each.documents for each in found)
+    table.add_row("total", f"{documents:,}", f"{total:,}", style="bold")
     return table
 
 

@@ -178,10 +178,10 @@ def _index_problems(path: Path, index: Index) -> Iterator[str]:
         total = int(ends[-1])
     bounds = index.document_bounds
     if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != index.num_sequences:
-        ends_of_bounds = [int(bound) for bound in (bounds[:1], bounds[-1:]) if len(bound)]
+        reach = bounds[[0, -1]].tolist() if len(bounds) else []
         yield (
             f"`{path}`: documents must reach from sequence 0 to {index.num_sequences}; they reach "
-            f"from {ends_of_bounds}. {remedy}"
+            f"from {reach}. {remedy}"
         )
         return
     for start in range(0, index.num_documents, _AT_ONCE):

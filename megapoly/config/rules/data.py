@@ -148,7 +148,7 @@ def _missing_token_files(option: str, paths: Iterable[str]) -> Iterator[str]:
 
 
 def tokenizer_exists(facts: Facts) -> Iterator[str]:
-    """The tokenizer is a file, or a folder that holds ``tokenizer.json``."""
+    """The tokenizer is a file, or a folder that holds one."""
     tokenizer = facts.config.data.tokenizer
     if tokenizer is None:
         return
@@ -163,7 +163,10 @@ def tokenizer_exists(facts: Facts) -> Iterator[str]:
 def tokenizer_file(tokenizer: str) -> Path:
     """The file that ``data.tokenizer`` names, itself or by its folder."""
     path = Path(tokenizer)
-    return path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    file, gpt2_file = path / "tokenizer.json", path / "vocab.json"
+    return gpt2_file if gpt2_file.is_file() and not file.is_file() else file
 
 
 def evaluation_has_data(facts: Facts) -> Iterator[str]:
