@@ -4,8 +4,8 @@
 #     RAW=/data/raw TOKENS=data bash examples/data/olmoe_mix_0924.sh [options of tools/preprocess_data.py]
 set -euo pipefail
 here="$(dirname "$0")"
-raw=${RAW:?the folder with olmoe-mix, validation and tokenizers} tokens=${TOKENS:-data}
-tokenizer="$raw/tokenizers/olmo"
+raw=${RAW:?the folder with olmoe-mix and validation} tokens=${TOKENS:-data}
+tokenizer="$tokens/tokenizers/olmo"
 
 bash "$here/tokenize_domains.sh" "$raw/olmoe-mix" "$tokens/olmoe-mix" "$tokenizer" \
     "dclm starcoder pes2o arxiv open-web-math algebraic-stack wiki" "$@"

@@ -4,8 +4,8 @@
 #     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of tools/preprocess_data.py]
 set -euo pipefail
 here="$(dirname "$0")"
-raw=${RAW:?the folder with redpajama, validation and tokenizers} tokens=${TOKENS:-data}
-tokenizer="$raw/tokenizers/llama"
+raw=${RAW:?the folder with redpajama and validation} tokens=${TOKENS:-data}
+tokenizer="$tokens/tokenizers/llama"
 
 bash "$here/tokenize_domains.sh" "$raw/redpajama" "$tokens/redpajama" "$tokenizer" \
     "common_crawl c4 github arxiv books wikipedia stackexchange" "$@"

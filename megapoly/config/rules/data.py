@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megapoly.config.data_sources import (
@@ -20,6 +20,7 @@ from megapoly.config.data_sources import (
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import BlendSource
 
+_SHOWN = 4
 _ENDINGS = (".bin", ".idx")
 
 
@@ -125,26 +126,40 @@ def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
 
 def token_files_exist(facts: Facts) -> Iterator[str]:
     """Every prefix has its ``.bin`` and ``.idx``, every pattern matches some."""
-    for source in blend_sources(facts.config.data) or []:
-        yield from _missing_token_files(f"`data.blend` `{source.name}`", [source.path])
-    for name, validation_set in validation_sets(facts.config.data).items():
-        yield from _missing_token_files(f"`data.validation` `{name}`", validation_set.path)
+    data = facts.config.data
+    blend = {source.name or "": [source.path] for source in blend_sources(data) or []}
+    validation = {name: list(each.path) for name, each in validation_sets(data).items()}
+    for option, entries in (("data.blend", blend), ("data.validation", validation)):
+        for name, paths in entries.items():
+            yield from _empty_entries(f"`{option}` `{name}`", paths)
+        missing = {name: _missing_token_files(paths) for name, paths in entries.items()}
+        files = [str(file) for each in missing.values() for file in each]
+        if files:
+            names = [f"`{name}`" for name, each in missing.items() if each]
+            yield (
+                f"`{option}` {_first(names)} needs files that do not exist: {_first(files)}; give "
+                "prefixes of .bin/.idx pairs that do"
+            )
 
 
-def _missing_token_files(option: str, paths: Iterable[str]) -> Iterator[str]:
-    paths = list(paths)
+def _empty_entries(entry: str, paths: Sequence[str]) -> Iterator[str]:
     if not paths:
-        yield f"{option} ([]) is empty; give the prefix of a .bin/.idx pair"
-    prefixes = {path: token_file_prefixes(path) for path in paths}
-    for pattern in (path for path, found in prefixes.items() if not found):
-        yield f"{option}: no file matches the pattern {pattern}.idx; give one that matches some"
-    files = [Path(f"{p}{end}") for found in prefixes.values() for p in found for end in _ENDINGS]
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        yield (
-            f"{option} needs files that do not exist: {', '.join(missing)}; give prefixes of "
-            ".bin/.idx pairs that do"
-        )
+        yield f"{entry} ([]) is empty; give the prefix of a .bin/.idx pair"
+    for path in paths:
+        if not token_file_prefixes(path):
+            yield f"{entry}: no file matches the pattern {path}.idx; give one that matches some"
+
+
+def _missing_token_files(paths: Sequence[str]) -> list[Path]:
+    prefixes = [prefix for path in paths for prefix in token_file_prefixes(path)]
+    files = [Path(f"{prefix}{ending}") for prefix in prefixes for ending in _ENDINGS]
+    return [file for file in files if not file.is_file()]
+
+
+def _first(words: Sequence[str]) -> str:
+    """The first few of a list."""
+    more = len(words) - _SHOWN
+    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def tokenizer_exists(facts: Facts) -> Iterator[str]:
