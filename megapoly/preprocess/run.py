@@ -25,7 +25,13 @@ from megapoly.preprocess.sources import Source, find_sources
 from megapoly.preprocess.tokenization import Backend, ReferenceBackend, TokenizerSettings
 from megapoly.preprocess.tokenization import load_settings as load_tokenizer_settings
 from megapoly.preprocess.trust import choose_backend
-from megapoly.preprocess.work_folder import locked, open_work_folder, plan_of, remove
+from megapoly.preprocess.work_folder import (
+    locked,
+    open_work_folder,
+    plan_of,
+    plan_path,
+    remove,
+)
 from megapoly.preprocess.worker import Job, Task, Worker
 
 
@@ -67,8 +73,13 @@ def read_inputs(options: PreprocessOptions) -> Inputs:
     """Find the files and load the tokenizer.
 
     Raises:
-        DataError: there are no such files, or the tokenizer cannot be used.
+        DataError: there are no such files, the tokenizer cannot be used, or a key is named twice.
     """
+    if len(set(options.json_keys)) < len(options.json_keys):
+        raise DataError(
+            f"`--json-keys` ({' '.join(options.json_keys)}) must name every key once: each has a "
+            "pair of files of its own."
+        )
     sources = find_sources(options.input)
     settings = load_tokenizer_settings(
         options.tokenizer_model,
@@ -192,7 +203,7 @@ def _bytes_by_source(sources: Sequence[Source], parts: Sequence[Part]) -> list[i
 def _is_complete(options: PreprocessOptions, inputs: Inputs) -> bool:
     """Whether the token files are those that this command would write."""
     path = manifest_path(options.output_prefix)
-    if not path.is_file() or options.shard_folder.is_dir():
+    if not path.is_file() or plan_path(options.shard_folder).is_file():
         return False
     manifest = read_manifest(path)
     sources = [(record.path, record.size_bytes) for record in manifest.sources]
@@ -213,7 +224,7 @@ def _has_size(options: PreprocessOptions, record: PairRecord) -> bool:
 
 def _check_outputs(options: PreprocessOptions) -> None:
     """Refuse to replace the token files of another command."""
-    if options.overwrite or options.shard_folder.is_dir():
+    if options.overwrite or plan_path(options.shard_folder).is_file():
         return
     paths = [manifest_path(options.output_prefix)]
     paths += [path for key in options.json_keys for path in pair_paths(options.pair_prefix(key))]

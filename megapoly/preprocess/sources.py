@@ -74,7 +74,7 @@ def _paths_of(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         return _paths_in(path)
-    if path.exists():
+    if path.exists() or path.is_symlink():
         return [path]
     matches = sorted(Path(match) for match in glob.glob(name, recursive=True))
     if not matches:
@@ -144,8 +144,7 @@ def _source(path: Path) -> Source:
             f"`{path}` must end with one of {', '.join(FORMATS)}, which tells its form; rename it, "
             "or link to it by such a name."
         )
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"`{path}` cannot be read ({error.strerror}).") from error
+    if not path.is_file():
+        raise DataError(f"`{path}` must be a file; it is something else, or a link to nothing.")
+    status = path.stat()
     return Source(path, format_, status.st_size, status.st_mtime_ns)

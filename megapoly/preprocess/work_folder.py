@@ -56,9 +56,10 @@ def open_work_folder(folder: Path, plan: Mapping[str, Any], *, restart: bool) ->
     Raises:
         DataError: it is of a run with another plan.
     """
-    path = folder / "plan.json"
+    path = plan_path(folder)
     plan = json.loads(json.dumps(plan))
-    if restart:
+    if restart or not path.is_file():
+        # Without a plan: what a finished run could not delete any more.
         for old in folder.iterdir():
             if old.name != "lock":
                 old.unlink()
@@ -129,7 +130,12 @@ def _lock(descriptor: int, folder: Path) -> None:
             return
 
 
+def plan_path(folder: Path) -> Path:
+    """The file that tells which run a folder is of; while it is there, the run is unfinished."""
+    return folder / "plan.json"
+
+
 def remove(folder: Path) -> None:
     """Delete the folder of a finished run, its plan first: half a folder is not gone on from."""
-    (folder / "plan.json").unlink(missing_ok=True)
+    plan_path(folder).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -108,10 +108,20 @@ class Worker:
             DataError: a bad line with ``on_bad_line`` ``fail``, a file that cannot be read, a full
                 disk, or ids that are not those of the reference.
         """
-        if isinstance(task, Part):
-            self._write_shards(task, report)
-        else:
-            self._hash_source(task)
+        try:
+            if isinstance(task, Part):
+                self._write_shards(task, report)
+            else:
+                self._hash_source(task)
+        except ConnectionError:  # the parent is gone
+            raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise DataError(
+                f"`{error.filename}` cannot be read or written: {error.strerror}. Finished shards "
+                "stay: the same command goes on from them."
+            ) from error
 
     def _write_shards(self, part: Part, report: Callable[[Progress], None]) -> None:
         finished = self._folder.finished(part.index)

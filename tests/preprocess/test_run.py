@@ -298,3 +298,27 @@ def test_lines_of_a_stream_that_is_gone_on_with_have_their_numbers(run, tmp_path
         with pytest.raises(DataError, match="a.jsonl.gz, line 201: not JSON"):
             run(tmp_path / "a.jsonl.gz", chunk_bytes=5_000)
     assert len(list(tmp_path.glob("out.shards/000000-*.json"))) > 3
+
+
+def test_shards_that_a_finished_run_left_are_no_shards_of_another(
+    run, tmp_path, texts, monkeypatch
+):
+    """Killed while it deleted its folder, of which the plan goes first."""
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    with monkeypatch.context() as patch:
+        patch.setattr("megapoly.preprocess.work_folder.shutil.rmtree", lambda folder: None)
+        assert run(tmp_path / "a.jsonl") is not None
+    assert list((tmp_path / "out.shards").glob("*.bin"))
+    assert run(tmp_path / "a.jsonl") is None
+    usual_loop(texts, tmp_path / "usual", append_eod=False)
+    run(tmp_path / "a.jsonl", append_eod=False, overwrite=True)
+    assert pair_bytes(tmp_path / "out_text_document") == pair_bytes(tmp_path / "usual")
+
+
+def test_a_key_named_twice_and_a_file_that_goes_away(run, tmp_path, texts, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    with pytest.raises(DataError, match="text text.*every key once"):
+        run(path, json_keys=("text", "text"))
+    monkeypatch.setattr("megapoly.preprocess.run.sample_texts", lambda *args: path.unlink() or [])
+    with pytest.raises(DataError, match="a.jsonl` cannot be read or written: No such file"):
+        run(path)

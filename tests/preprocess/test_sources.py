@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -76,6 +77,11 @@ def test_what_cannot_be_input_is_refused(folder):
     with pytest.raises(DataError, match="b.jsonl` is named twice, also as `"):
         (folder / "link.jsonl").symlink_to(folder / "b.jsonl")
         find_sources([str(folder / "link.jsonl"), str(folder / "b.jsonl")])
+    (folder / "dangling.jsonl").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.jsonl")
+    for name in ("dangling.jsonl", "pipe.jsonl"):
+        with pytest.raises(DataError, match=f"{name}` must be a file"):
+            find_sources([str(folder / name)])
     (folder / "empty").mkdir()
     with pytest.raises(
         DataError, match="empty` holds no file that ends with one of .jsonl, .ndjson"
