@@ -57,8 +57,9 @@ def _quieten(is_first: bool) -> None:
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     # Missing optional packages, once for each module that would use them.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # The engine's collectives go by the names of torch before 2.13.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # The engine calls collectives, and loads checkpoints, by the names of torch before 2.13.
+    for module in (r"torch\.distributed", r"megatron\.core"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def pretrain(config: Config) -> None:

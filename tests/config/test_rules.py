@@ -16,6 +16,7 @@ from megapoly.config.rules.values import (
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
     FRACTIONS,
+    SEEDS,
     numbers_are_in_range,
 )
 from megapoly.errors import ConfigError
@@ -27,6 +28,8 @@ BOUNDS = [
     *((key, 0.0, "above 0", 1e-9) for key in ABOVE_ZERO),
     *((key, 1.0, "below 1", 0.0) for key in FRACTIONS),
     *((key, -0.1, "at least 0", 0.5) for key in FRACTIONS),
+    *((key, -1, "at least 0", 0) for key in SEEDS),
+    *((key, 2**32, "below 4294967296", 2**32 - 1) for key in SEEDS),
 ]
 BASES = {
     "dense": {},
@@ -58,7 +61,7 @@ def test_numbers_are_in_range(
 
 def test_every_number_has_a_range() -> None:
     numbers = {key for key, option in OPTIONS.items() if option.base in (int, float)}
-    ranged = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS}
+    ranged = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *SEEDS}
     assert numbers - ranged == {"model.activation_order"}
 
 

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.manifest import read_manifest
+from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -216,6 +219,37 @@ def test_flags_of_megatrons_tool(corpus, tmp_path):
     assert status == 2 and "read from the tokenizer.json" in errors
     status, _, errors = run([*words, "--split-sentences"])
     assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
+
+
+def readme_commands(path: str) -> list[list[str]]:
+    """Words after the tool's name in the lines that start it."""
+    text = (TOOL.parents[1] / path).read_text().replace("\\\n", " ")
+    return [
+        shlex.split(m, comments=True)
+        for m in re.findall(r"^ +python tools/preprocess_data.py(.*)$", text, re.M)
+    ]
+
+
+def test_commands_of_the_readmes_run(corpus, tmp_path):
+    """In the order of the page, on files of the names that it uses."""
+    (tmp_path / "raw" / "more").mkdir(parents=True)
+    shutil.copy(corpus / "a.jsonl", tmp_path / "raw" / "a.jsonl")
+    shutil.copy(corpus / "b.jsonl", tmp_path / "raw" / "more" / "b.jsonl")
+    shutil.copy(BUILTIN_TOKENIZER, tmp_path / "tokenizer.json")
+    commands = readme_commands("README.md") + readme_commands("megapoly/preprocess/README.md")
+    assert len(commands) >= 6
+    for words in commands:
+        if words[0] == "merge":
+            for name in ("a", "b"):
+                for ending in (".bin", ".idx"):
+                    shutil.copy(
+                        tmp_path / f"tokens/books_text_document{ending}",
+                        tmp_path / f"{name}_text_document{ending}",
+                    )
+        status, output, errors = run([sys.executable, str(TOOL), *words], cwd=tmp_path)
+        assert status == 0, (words, errors)
+        assert output
+    assert (tmp_path / "ab_text_document.bin").is_file() and (tmp_path / "lengths.png").is_file()
 
 
 def test_help_names_every_option():

@@ -42,7 +42,6 @@ AT_LEAST_ONE = (
 AT_LEAST_ZERO = (
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
-    "data.seed",
     "data.num_workers",
     "optimizer.min_lr",
     "optimizer.lr_warmup_iters",
@@ -70,11 +69,13 @@ FRACTIONS = (
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
 )
+SEEDS = ("data.seed",)  # words of numpy's RandomState
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
     (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
     (ABOVE_ZERO, lambda value: value > 0, "above 0"),
     (FRACTIONS, lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    (SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and below 4294967296"),
 )
 ACTIVATION_ORDERS = (2, 3, 4)
 
