@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,20 @@ class Work:
     parts: Sequence[Part]
 
 
-def assemble(work: Work) -> tuple[Manifest, list[int]]:
+def bin_bytes(work: Work) -> int:
+    """Size of all ``.bin`` files together."""
+    folder = ShardFolder(work.options.shard_folder, work.options.json_keys)
+    shards = [shard for part in work.parts for shard in folder.finished(part.index)]
+    tokens = sum(counts.tokens for shard in shards for counts in shard.keys)
+    return tokens * work.settings.dtype.itemsize
+
+
+def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, list[int]]:
     """Write everything that carries the final names; the manifest last.
 
     Args:
         work: finished.
+        advance: called with the bytes of ``.bin`` that were written.
 
     Returns:
         The manifest, and the tokens of each source.
@@ -71,7 +80,8 @@ def assemble(work: Work) -> tuple[Manifest, list[int]]:
     folder = ShardFolder(work.options.shard_folder, work.options.json_keys)
     shards = [shard for part in work.parts for shard in folder.finished(part.index)]
     pairs = [
-        _write_pair(work, folder, shards, i, key) for i, key in enumerate(work.options.json_keys)
+        _write_pair(work, folder, shards, i, key, advance)
+        for i, key in enumerate(work.options.json_keys)
     ]
     rows_before = _rows_before(shards, len(work.sources))
     if work.options.on_bad_line == "quarantine":
@@ -96,6 +106,7 @@ def _write_pair(
     shards: Sequence[Shard],
     number: int,
     key: str,
+    advance: Callable[[int], None],
 ) -> PairRecord:
     counts, statistics = KeyCounts(), LengthStatistics()
     for shard in shards:
@@ -111,7 +122,9 @@ def _write_pair(
     )
     prefix = work.options.pair_prefix(key)
     sizes = content.bin_bytes, content.idx_bytes
-    hashes = write_pair(prefix, content, folder.folder)
+    hashes = write_pair(
+        prefix, content, folder.folder, on_block=lambda piece, block: advance(len(block))
+    )
     return PairRecord(
         name=prefix.name,
         dtype=work.settings.dtype.name,

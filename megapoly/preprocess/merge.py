@@ -172,7 +172,10 @@ def _write_with_progress(
     prefix: Path, content: PairContent, folder: Path, pieces: Sequence[_Piece]
 ) -> PairHashes:
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("", total=content.bin_bytes)
 
         def on_block(number: int, block: bytes) -> None:

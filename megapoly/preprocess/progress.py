@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -157,3 +158,19 @@ class ProgressDisplay:
             + (f" | {totals.rejected:,} rejected" if totals.rejected else "")
             + (f" | {files}" if files else "")
         )
+
+
+@contextmanager
+def joining_bar(total_bytes: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar for joining shards; yields what is called with the bytes written."""
+    console.print(f"joining shards to {total_bytes / 1e6:,.1f} MB", highlight=False)
+    columns = (TextColumn("joining"), BarColumn(bar_width=20), DownloadColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda size: bar.advance(task, size)

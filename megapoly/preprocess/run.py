@@ -13,11 +13,11 @@ from rich.console import Console
 from megapoly.data.manifest import Manifest, PairRecord, manifest_path, read_manifest
 from megapoly.data.token_files import pair_paths
 from megapoly.errors import DataError
-from megapoly.preprocess.assemble import Work, assemble
+from megapoly.preprocess.assemble import Work, assemble, bin_bytes
 from megapoly.preprocess.options import PreprocessOptions
 from megapoly.preprocess.parts import Part, cut
 from megapoly.preprocess.pool import WorkerPool
-from megapoly.preprocess.progress import ProgressDisplay, Totals
+from megapoly.preprocess.progress import ProgressDisplay, Totals, joining_bar
 from megapoly.preprocess.records import RecordRules
 from megapoly.preprocess.sample import sample_texts
 from megapoly.preprocess.shards import ShardFolder
@@ -128,9 +128,9 @@ def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
         input_bytes = sum(source.size_bytes for source in inputs.sources)
         parts = cut(inputs.sources, options.part_bytes_of(input_bytes))
         totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
-        console.print("joining shards", highlight=False)
         work = Work(options, inputs.sources, inputs.settings, backend.name, parts)
-        manifest, tokens = assemble(work)
+        with joining_bar(bin_bytes(work), console) as advance:
+            manifest, tokens = assemble(work, advance=advance)
         remove(options.shard_folder)
     return Result(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
 

@@ -106,8 +106,13 @@ class Report:
 def verify_with_progress(pair: Described, expected: Expectations, *, quick: bool) -> Report:
     """As :func:`verify`, with a bar on the error output."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
     with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         path = pair_paths(pair.prefix)[0]
         task = bar.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
