@@ -22,6 +22,8 @@ from megapoly.errors import DataError
 _ENCODE_AT_ONCE = 64
 _SAMPLED_BYTES = 1 << 20
 _COUNT_AT_ONCE = 1 << 24
+# No vocabulary is as large: an id beyond it is damage, and counting it would take gigabytes.
+_MOST_IDS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def token_counts(prefix: str | Path) -> np.ndarray:
     """How often each id occurs, [highest id + 1] int64.
 
     Raises:
-        DataError: as :func:`open_token_file`.
+        DataError: as :func:`open_token_file`, or an id is none of a vocabulary.
     """
     token_file = open_token_file(prefix)
     counts = np.zeros(0, dtype=np.int64)
@@ -145,6 +147,12 @@ def token_counts(prefix: str | Path) -> np.ndarray:
         return counts
     tokens = np.memmap(f"{prefix}.bin", dtype=token_file.dtype, mode="r")
     for start in range(0, len(tokens), _COUNT_AT_ONCE):
+        lowest, highest = (f(tokens[start : start + _COUNT_AT_ONCE]) for f in (np.min, np.max))
+        if lowest < 0 or highest >= _MOST_IDS:
+            raise DataError(
+                f"`{prefix}.bin` must hold ids from 0 to {_MOST_IDS - 1}; it has "
+                f"{lowest if lowest < 0 else highest}. It is damaged: copy or make it again."
+            )
         part = np.bincount(tokens[start : start + _COUNT_AT_ONCE], minlength=len(counts))
         part[: len(counts)] += counts
         counts = part

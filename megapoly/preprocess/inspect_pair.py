@@ -32,12 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-model", metavar="PATH", help="to decode with (the manifest's)")
     add("--max-tokens", type=int, default=200, metavar="N", help="to show of a document (200)")
     add("--ids", action="store_true", help="show ids, too")
-    add("--histogram", type=Path, metavar="FILE.png", help="draw lengths; no document is shown")
+    add("--random", type=int, metavar="SEED", help="of the choice of a document at random")
+    add(
+        "--histogram",
+        metavar="FILE.png",
+        help="draw lengths in place of a document; - draws in the terminal alone",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Show; 0."""
-    (pair,) = find_pairs(options.prefix)[:1]
+    pairs = find_pairs(options.prefix)
+    if len(pairs) > 1:
+        names = ", ".join(str(pair.prefix) for pair in pairs)
+        raise DataError(f"`{options.prefix}` has several pairs; name one of {names}.")
+    (pair,) = pairs
     open_token_file(pair.prefix)
     index = read_index(pair_paths(pair.prefix)[1])
     if options.histogram is not None:
@@ -49,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
             f"`{pair.prefix}` has no manifest with a tokenizer that is still where it was and the "
             "same; name the tokenizer that made it with --tokenizer-model."
         )
-    numbers = options.document or [random.randrange(max(1, index.num_documents))]
+    at_random = random.Random(options.random).randrange(max(1, index.num_documents))
+    numbers = options.document or [at_random]
     for document in read_documents(pair.prefix, index, numbers, options.max_tokens):
         shown = (
             "" if len(document.ids) == document.num_tokens else f", the first {len(document.ids)}"
@@ -64,13 +74,15 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(prefix: Path, index: Index, path: Path) -> None:
+def _draw(prefix: Path, index: Index, file: str) -> None:
     statistics = LengthStatistics()
     for lengths in document_lengths(index):
         statistics.add(lengths)
     title = f"{prefix.name}: {statistics.sum:,} tokens in {statistics.count:,} documents"
-    write_histogram(statistics, title, path)
-    print("\n".join([title, *histogram_lines(statistics), f"wrote {path}"]))
+    print("\n".join([title, *histogram_lines(statistics)]))
+    if file != "-":
+        write_histogram(statistics, title, Path(file))
+        print(f"wrote {file}")
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ def read_documents(
         DataError: there is no such document.
     """
     count = index.num_documents
+    if count == 0:
+        raise DataError(f"`{prefix}` has no document.")
     documents = []
     for number in numbers:
         if not -count <= number < count:

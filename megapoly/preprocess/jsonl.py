@@ -117,7 +117,7 @@ def _range_chunks(
 
 
 def _first_line(stream: io.FileIO, start: int, end: int) -> int | None:
-    """Where the first line begins that begins at ``start`` or later; None if not before ``end``."""
+    """Where the first line begins that begins at ``start`` or later; None: nowhere to ``end``."""
     if start == 0:
         return 0
     position = start - 1
@@ -125,8 +125,7 @@ def _first_line(stream: io.FileIO, start: int, end: int) -> int | None:
     while position < end and (data := stream.read(READ_BYTES)):
         line_end = data.find(b"\n")
         if line_end >= 0:
-            first = position + line_end + 1
-            return first if first < end else None
+            return position + line_end + 1
         position += len(data)
     return None
 

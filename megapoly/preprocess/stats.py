@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from megapoly.data.files import write_text
 from megapoly.data.index_file import read_index
 from megapoly.data.token_files import (
     entropy_of,
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         Console(width=width).print(_table([statistics for statistics, _ in found]))
     if options.json:
         content = [asdict(statistics) for statistics, _ in found]
-        options.json.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 

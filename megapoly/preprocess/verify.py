@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
     pairs = [pair for prefix in options.prefixes for pair in find_pairs(prefix)]
     tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     problems: list[str] = []
+    is_missing = False
     for pair in pairs:
         expectations = Expectations.of(pair)
         if tokenizer is not None:
@@ -56,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
         for problem in report.problems:
             print(problem)
         problems += report.problems
+        is_missing |= report.is_missing
+    if is_missing:
+        return 2
     print("all right" if not problems else f"problems: {len(problems)}")
     return 1 if problems else 0
 
@@ -90,10 +94,12 @@ class Report:
     Args:
         found: for each check what was found, in words.
         problems: what is not right: rule, values, remedy.
+        is_missing: whether there is no pair to check.
     """
 
     found: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    is_missing: bool = False
 
     def add(self, check: str, found: str, problems: Iterator[str] | list[str]) -> bool:
         """Note a check; whether it is right."""
@@ -126,7 +132,7 @@ def verify(
     quick: bool = False,
     advance: Callable[[int], None] = lambda size: None,
 ) -> Report:
-    """Check everything about a pair; what later checks need and is wrong ends it.
+    """Check everything about a pair; ids are only looked at where index and sizes are right.
 
     Args:
         pair: the pair and its manifest.
@@ -139,6 +145,7 @@ def verify(
     for path in (bin_path, idx_path):
         if not path.is_file():
             report.add("files", f"no {path.name}", [f"`{path}` is missing: copy or make it again."])
+            report.is_missing = True
             return report
     try:
         index = read_index(idx_path)
@@ -146,10 +153,10 @@ def verify(
         report.add("index", "damaged", [str(error)])
         return report
     found = f"{index.num_documents:,} documents, {index.num_sequences:,} sequences"
-    if not report.add("index", found, _index_problems(idx_path, index)):
-        return report
+    report.add("index", found, _index_problems(idx_path, index))
     sizes = f"{bin_path.stat().st_size:,} and {idx_path.stat().st_size:,} bytes"
-    if not report.add("sizes", sizes, _size_problems(pair, index)):
+    report.add("sizes", sizes, _size_problems(pair, index))
+    if report.problems:
         return report
     if pair.record is None:
         report.found["manifest"] = "none: content cannot be compared with a hash"
@@ -162,38 +169,48 @@ def verify(
 
 def _index_problems(path: Path, index: Index) -> Iterator[str]:
     """Lengths above 0, offsets their running sum, document bounds from 0 to all sequences."""
-    remedy = "The index is damaged: copy or make the pair again."
+    for problems in (_length_problems, _offset_problems, _bound_problems):
+        for problem in problems(index):
+            yield f"`{path}`: {problem}. The index is damaged: copy or make the pair again."
+
+
+def _length_problems(index: Index) -> Iterator[str]:
+    for start in range(0, index.num_sequences, _AT_ONCE):
+        is_wrong = index.lengths[start : start + _AT_ONCE] <= 0
+        if is_wrong.any():
+            place = start + int(np.argmax(is_wrong))
+            yield f"sequence {place} has {index.lengths[place]} tokens"
+            return
+
+
+def _offset_problems(index: Index) -> Iterator[str]:
     total = 0
     for start in range(0, index.num_sequences, _AT_ONCE):
-        lengths = index.lengths[start : start + _AT_ONCE].astype(np.int64)
-        if (lengths <= 0).any():
-            place = start + int(np.argmax(lengths <= 0))
-            yield f"`{path}`: sequence {place} has {index.lengths[place]} tokens. {remedy}"
-            return
-        ends = total + np.cumsum(lengths) * index.dtype.itemsize
-        wrong = index.offsets[start : start + _AT_ONCE] != ends - lengths * index.dtype.itemsize
-        if wrong.any():
-            place = start + int(np.argmax(wrong))
+        sizes = index.lengths[start : start + _AT_ONCE].astype(np.int64) * index.dtype.itemsize
+        expected = total + np.cumsum(sizes) - sizes
+        is_wrong = index.offsets[start : start + _AT_ONCE] != expected
+        if is_wrong.any():
+            place = start + int(np.argmax(is_wrong))
             yield (
-                f"`{path}`: sequence {place} must begin at byte "
-                f"{int((ends - lengths * index.dtype.itemsize)[place - start])}, behind those "
-                f"before it; it begins at {index.offsets[place]}. {remedy}"
+                f"sequence {place} must begin at byte {expected[place - start]}, behind those "
+                f"before it; it begins at {index.offsets[place]}"
             )
             return
-        total = int(ends[-1])
+        total += int(sizes.sum())
+
+
+def _bound_problems(index: Index) -> Iterator[str]:
     bounds = index.document_bounds
-    if len(bounds) == 0 or bounds[0] != 0 or bounds[-1] != index.num_sequences:
-        reach = bounds[[0, -1]].tolist() if len(bounds) else []
+    reach = bounds[[0, -1]].tolist() if len(bounds) else []
+    if reach != [0, index.num_sequences]:
         yield (
-            f"`{path}`: documents must reach from sequence 0 to {index.num_sequences}; they reach "
-            f"from {reach}. {remedy}"
+            f"documents must reach from sequence 0 to {index.num_sequences}; they reach from "
+            f"{reach}"
         )
-        return
     for start in range(0, index.num_documents, _AT_ONCE):
         falls = np.diff(bounds[start : start + _AT_ONCE + 1]) < 0
         if falls.any():
-            place = start + int(np.argmax(falls))
-            yield f"`{path}`: document {place} ends before it begins. {remedy}"
+            yield f"document {start + int(np.argmax(falls))} ends before it begins"
             return
 
 
@@ -236,6 +253,7 @@ class _Content:
 
     sha256: str = ""
     highest: int = -1
+    lowest: int = 0
     num_eod: int = 0
     num_ended: int = 0
     not_ended: int | None = None
@@ -255,15 +273,18 @@ def _check_content(
     bin_path, record = pair_paths(pair.prefix)[0], pair.record
     if record is not None:
         report.add("hash of .bin", content.sha256, _hash_problems(bin_path, pair, content))
+    limit = "no vocabulary to compare with"
     if expected.vocab_size is not None:
-        text = f"up to {content.highest}, the vocabulary has {expected.vocab_size}"
-        report.add("token ids", text, _id_problems(bin_path, expected, content))
-    else:
-        report.found["token ids"] = f"up to {content.highest}; no vocabulary to compare with"
+        limit = f"the vocabulary has {expected.vocab_size}"
+    text = f"{content.lowest} to {content.highest}; {limit}"
+    report.add("token ids", text, _id_problems(bin_path, expected, content))
     if expected.eod is not None:
         inside = content.num_eod - content.num_ended
         text = f"{content.num_ended:,} end with {expected.eod}; {inside:,} of these ids are inside"
-        report.add("documents", text, _boundary_problems(bin_path, pair, expected, content))
+        report.add("ends", text, _end_problems(bin_path, pair, expected, content))
+    if expected.prefix:
+        text = f"documents begin with {expected.prefix}"
+        report.add("beginnings", text, _beginning_problems(bin_path, expected, content))
 
 
 def _hash_problems(path: Path, pair: Described, content: _Content) -> Iterator[str]:
@@ -285,12 +306,14 @@ def _id_problems(path: Path, expected: Expectations, content: _Content) -> Itera
     if content.beyond is not None:
         document, place, token = content.beyond
         yield (
-            f"`{path}`: ids must be below {expected.vocab_size}; document {document} has {token} "
-            f"at token {place}. It is damaged or of another tokenizer."
+            f"`{path}`: ids must be 0 or more"
+            + (f" and below {expected.vocab_size}" if expected.vocab_size is not None else "")
+            + f"; document {document} has {token} at token {place}. It is damaged or of another "
+            "tokenizer."
         )
 
 
-def _boundary_problems(
+def _end_problems(
     path: Path, pair: Described, expected: Expectations, content: _Content
 ) -> Iterator[str]:
     if content.not_ended is not None:
@@ -299,17 +322,20 @@ def _boundary_problems(
             f"the first is document {content.not_ended}. They were made without --append-eod, or "
             "the pair is damaged."
         )
-    if content.not_begun is not None:
-        yield (
-            f"`{path}`: documents must begin with {expected.prefix}; document {content.not_begun} "
-            "does not. The pair is damaged."
-        )
     record = pair.record
     inside = content.num_eod - content.num_ended
     if record is not None and record.eod_inside >= 0 and inside != record.eod_inside:
         yield (
             f"`{path}` must have {record.eod_inside} ends of document inside documents, as its "
             f"manifest says; it has {inside}. The pair is damaged."
+        )
+
+
+def _beginning_problems(path: Path, expected: Expectations, content: _Content) -> Iterator[str]:
+    if content.not_begun is not None:
+        yield (
+            f"`{path}`: documents must begin with {expected.prefix}; document {content.not_begun} "
+            "does not. The pair is damaged."
         )
 
 
@@ -357,23 +383,23 @@ def _see(
         expected: what the ids have to be.
     """
     stop = start + len(ids)
-    content.highest = max(content.highest, int(ids.max()))
-    limit = expected.vocab_size
-    if limit is not None and content.beyond is None and content.highest >= limit:
-        place = start + int(np.argmax(ids >= limit))
+    highest, lowest = int(ids.max()), int(ids.min())
+    content.highest, content.lowest = max(content.highest, highest), min(content.lowest, lowest)
+    limit = expected.vocab_size if expected.vocab_size is not None else highest + 1
+    if content.beyond is None and (highest >= limit or lowest < 0):
+        place = start + int(np.argmax((ids >= limit) | (ids < 0)))
         document = int(np.searchsorted(ends, place, side="right"))
         inside = place - int(ends[document] - lengths[document])
         content.beyond = (first_document + document, inside, int(ids[place - start]))
-    if expected.eod is None:
-        return
-    content.num_eod += int(np.count_nonzero(ids == expected.eod))
     has_tokens = lengths > 0
-    ending = np.flatnonzero(has_tokens & (ends > start) & (ends <= stop))
-    is_ended = ids[ends[ending] - 1 - start] == expected.eod
-    content.num_ended += int(is_ended.sum())
-    content.num_not_ended += int((~is_ended).sum())
-    if content.not_ended is None and not is_ended.all():
-        content.not_ended = first_document + int(ending[np.argmin(is_ended)])
+    if expected.eod is not None:
+        content.num_eod += int(np.count_nonzero(ids == expected.eod))
+        ending = np.flatnonzero(has_tokens & (ends > start) & (ends <= stop))
+        is_ended = ids[ends[ending] - 1 - start] == expected.eod
+        content.num_ended += int(is_ended.sum())
+        content.num_not_ended += int((~is_ended).sum())
+        if content.not_ended is None and not is_ended.all():
+            content.not_ended = first_document + int(ending[np.argmin(is_ended)])
     for i, token in enumerate(expected.prefix):
         places = ends - lengths + i
         here = np.flatnonzero(has_tokens & (places >= start) & (places < stop))

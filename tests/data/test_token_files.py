@@ -85,3 +85,10 @@ def test_unigram_entropy(tmp_path, monkeypatch):
     write_ids(tmp_path / "text", [[0, 0, 0, 0], [7, 7], [2, 5]])
     expected = 0.5 * math.log(2) + 0.25 * math.log(4) + 2 * 0.125 * math.log(8)
     assert unigram_entropy(tmp_path / "text") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("token", [-3, 1 << 26])
+def test_ids_that_cannot_be_are_no_counts(tmp_path, token):
+    write_ids(tmp_path / "text", [[0, 5, token]], dtype=np.int32)
+    with pytest.raises(DataError, match=f"ids from 0 to .* it has {token}"):
+        unigram_entropy(tmp_path / "text")

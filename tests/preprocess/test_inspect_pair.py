@@ -55,9 +55,27 @@ def test_the_command_decodes(pair, texts, capsys):
     assert texts[0][:20] in output
 
 
+def test_a_document_at_random_can_be_asked_for_again(pair, capsys):
+    shown = [run_command(capsys, pair, "--random", seed) for seed in (3, 3, *range(9))]
+    assert shown[0] == shown[1] == shown[5]
+    assert len(set(shown)) > 5
+
+
+def test_what_has_no_document_or_several_pairs(run, tmp_path, capsys):
+    write_jsonl(tmp_path / "e.jsonl", [])
+    run(tmp_path / "e.jsonl", prefix="empty", tokenizer_backend="tokenizers")
+    with pytest.raises(DataError, match="empty_text_document` has no document"):
+        run_command(capsys, tmp_path / "empty")
+    write_jsonl(tmp_path / "k.jsonl", ["a"], title="b")
+    run(tmp_path / "k.jsonl", prefix="keys", json_keys=("text", "title"))
+    with pytest.raises(DataError, match="several pairs; name one of .*text.*title"):
+        run_command(capsys, tmp_path / "keys")
+
+
 def test_the_picture(pair, tmp_path, capsys):
     output = run_command(capsys, pair, "--histogram", tmp_path / "lengths.png")
     assert "wrote " in output and "of the tokens" in output
+    assert run_command(capsys, pair, "--histogram", "-") == output[: output.index("wrote ")]
     picture = matplotlib.image.imread(tmp_path / "lengths.png")
     assert (
         picture.shape[0] > 400 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 9

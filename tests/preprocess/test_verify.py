@@ -52,7 +52,7 @@ def test_a_pair_as_it_was_written_is_right(pair, texts):
     report = verify_pair(described, Expectations.of(described))
     assert report.problems == []
     assert report.found["index"] == "40 documents, 40 sequences"
-    assert report.found["documents"].startswith("40 end with 0; ")
+    assert report.found["ends"].startswith("40 end with 0; ")
     assert described.record.bin_sha256 == report.found["hash of .bin"]
     # Also by the prefix of the manifest.
     assert [p.prefix for p in find_pairs(pair.with_name("out"))] == [pair]
@@ -85,11 +85,13 @@ def test_each_damage_of_the_index_is_named(pair):
         (bounds + 8 * 20, 3, np.int64, "document 19 ends before it begins"),
     ):
         change(path, place, value, dtype)
-        (problem,) = problems_of(pair)
-        assert re.search(message, problem), problem
+        problems = problems_of(pair)
+        assert any(re.search(message, problem) for problem in problems), problems
         path.write_bytes(intact)
     change(path, HEADER + 4 * 39, 5, np.int32)
-    (problem,) = problems_of(pair)
+    change(path, bounds + 8 * 20, 3, np.int64)
+    other, problem = problems_of(pair)  # all that is wrong, not the first of it
+    assert "document 19 ends" in other
     assert "as `" in problem and "truncated or belongs to another pair" in problem
     path.write_bytes(intact[:-8])
     (problem,) = problems_of(pair)
@@ -114,8 +116,8 @@ def test_counts_are_compared_with_the_manifest(pair):
     assert "ends of document inside documents, as its manifest says" in problem
 
 
-def write_pair(prefix: Path, documents: list[list[list[int]]]) -> None:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+def write_pair(prefix: Path, documents: list[list[list[int]]], dtype=np.uint16) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for sequences in documents:
         builder.add_document(sum(sequences, []), [len(sequence) for sequence in sequences])
     builder.finalize(f"{prefix}.idx")
@@ -128,7 +130,7 @@ def test_ids_and_boundaries_of_a_foreign_pair(tmp_path):
     expected = {"vocab_size": 10, "eod": 0, "prefix": [7, 1]}
     assert problems_of(tmp_path / "x", **expected) == []
     (problem,) = problems_of(tmp_path / "x", **expected | {"vocab_size": 9})
-    assert "must be below 9; document 2 has 9 at token 3" in problem
+    assert "0 or more and below 9; document 2 has 9 at token 3" in problem
     (problem,) = problems_of(tmp_path / "x", **expected | {"prefix": [7, 1, 5]})
     assert "must begin with [7, 1, 5]; document 2 does not" in problem
 
@@ -136,6 +138,17 @@ def test_ids_and_boundaries_of_a_foreign_pair(tmp_path):
     write_pair(tmp_path / "x", documents)
     (problem,) = problems_of(tmp_path / "x", **expected)
     assert "must end with 0; 2 do not, the first is document 2" in problem
+    (problem,) = problems_of(tmp_path / "x", vocab_size=10, eod=None, prefix=[7, 2])
+    assert "must begin with [7, 2]" in problem
+
+    documents = [[[7, 1, 0]]] * 8 + [[[7, 1, 3]], [[9, -3, 0]]]
+    write_pair(tmp_path / "y", documents, np.int32)
+    for vocab_size in (10, None):
+        found = problems_of(tmp_path / "y", **expected | {"vocab_size": vocab_size})
+        assert [word in problem for word, problem in zip(
+            ("document 9 has -3 at token 1", "first is document 8", "document 9 does not"),
+            found, strict=True,
+        )] == [True] * 3  # fmt: skip
 
 
 def run_command(capsys, *words: str) -> tuple[int, str]:
@@ -158,3 +171,6 @@ def test_the_command_says_what_it_could_not_compare(pair, tmp_path, capsys):
     assert "problems: 1" in output
     status, output = run_command(capsys, str(tmp_path / "x"), "--vocab-size", "3", "--quick")
     assert status == 0 and "token ids" not in output
+    (tmp_path / "x.bin").unlink()
+    status, output = run_command(capsys, str(tmp_path / "x"))
+    assert status == 2 and "x.bin` is missing" in output
