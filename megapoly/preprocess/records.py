@@ -6,7 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import orjson
+from megapoly.errors import UnavailableError
+
+try:
+    import orjson
+except ImportError as error:
+    raise UnavailableError(
+        "The preprocessor needs the package orjson: `pip install '.[data]'`."
+    ) from error
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,14 @@ def test_flags_of_megatrons_tool(corpus, tmp_path):
     assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
 
 
+def test_a_missing_package_is_named(corpus, tmp_path):
+    (tmp_path / "orjson.py").write_text("raise ImportError\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    status, _, errors = run(command(corpus, tmp_path / "out"), env=environment)
+    assert status == 2
+    assert errors == "The preprocessor needs the package orjson: `pip install '.[data]'`.\n"
+
+
 def readme_commands(path: str) -> list[list[str]]:
     """Words after the tool's name in the lines that start it."""
     text = (TOOL.parents[1] / path).read_text().replace("\\\n", " ")
