@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,21 @@ class Work:
     backend: str
     parts: Sequence[Part]
 
+    @property
+    def folder(self) -> ShardFolder:
+        """Where the shards are."""
+        return ShardFolder(self.options.shard_folder, self.options.json_keys)
 
-def bin_bytes(work: Work) -> int:
-    """Size of all ``.bin`` files together."""
-    folder = ShardFolder(work.options.shard_folder, work.options.json_keys)
-    shards = [shard for part in work.parts for shard in folder.finished(part.index)]
-    tokens = sum(counts.tokens for shard in shards for counts in shard.keys)
-    return tokens * work.settings.dtype.itemsize
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """All shards, in the order of the input."""
+        return [shard for part in self.parts for shard in self.folder.finished(part.index)]
+
+    @property
+    def bin_bytes(self) -> int:
+        """Size of all ``.bin`` files together."""
+        tokens = sum(counts.tokens for shard in self.shards for counts in shard.keys)
+        return tokens * self.settings.dtype.itemsize
 
 
 def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, list[int]]:
@@ -77,16 +86,11 @@ def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, l
     Raises:
         DataError: there is no room.
     """
-    folder = ShardFolder(work.options.shard_folder, work.options.json_keys)
-    shards = [shard for part in work.parts for shard in folder.finished(part.index)]
-    pairs = [
-        _write_pair(work, folder, shards, i, key, advance)
-        for i, key in enumerate(work.options.json_keys)
-    ]
-    rows_before = _rows_before(shards, len(work.sources))
+    pairs = [_write_pair(work, i, key, advance) for i, key in enumerate(work.options.json_keys)]
+    rows_before = _rows_before(work)
     if work.options.on_bad_line == "quarantine":
-        _write_quarantine(work, folder, shards, rows_before)
-    sources, tokens = _source_records(work, shards)
+        _write_quarantine(work, rows_before)
+    sources, tokens = _source_records(work)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         megapoly_version=megapoly.__version__,
@@ -94,20 +98,14 @@ def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, l
         arguments=work.options.arguments(),
         sources=sources,
         pairs=pairs,
-        rejected=_rejected_record(work, shards, rows_before),
+        rejected=_rejected_record(work, rows_before),
     )
     write_manifest(work.options.output_prefix, manifest)
     return manifest, tokens
 
 
-def _write_pair(
-    work: Work,
-    folder: ShardFolder,
-    shards: Sequence[Shard],
-    number: int,
-    key: str,
-    advance: Callable[[int], None],
-) -> PairRecord:
+def _write_pair(work: Work, number: int, key: str, advance: Callable[[int], None]) -> PairRecord:
+    folder, shards = work.folder, work.shards
     counts, statistics = KeyCounts(), LengthStatistics()
     for shard in shards:
         counts.add(shard.keys[number])
@@ -141,11 +139,11 @@ def _write_pair(
     )
 
 
-def _rows_before(shards: Sequence[Shard], num_sources: int) -> list[dict[int, int]]:
+def _rows_before(work: Work) -> list[dict[int, int]]:
     """For each shard and each of its files: the rows of the file in earlier shards."""
-    total = [0] * num_sources
+    total = [0] * len(work.sources)
     before = []
-    for shard in shards:
+    for shard in work.shards:
         before.append({counts.source: total[counts.source] for counts in shard.sources})
         for counts in shard.sources:
             total[counts.source] += counts.rows
@@ -159,13 +157,12 @@ def _located(work: Work, entry: dict[str, Any], before: dict[int, int]) -> dict[
     return where | entry
 
 
-def _write_quarantine(
-    work: Work, folder: ShardFolder, shards: Sequence[Shard], rows_before: Sequence[dict[int, int]]
-) -> None:
+def _write_quarantine(work: Work, rows_before: Sequence[dict[int, int]]) -> None:
+    folder = work.folder
     path = work.options.quarantine_path
     temporary = folder.folder / f"{path.name}.partial"
     with full_disk_explained(path), temporary.open("w", encoding="utf-8") as stream:
-        for shard, before in zip(shards, rows_before, strict=True):
+        for shard, before in zip(work.shards, rows_before, strict=True):
             for entry in _rejected_lines(folder.path(shard.part, shard.chunk, "rejected")):
                 stream.write(json.dumps(_located(work, entry, before), ensure_ascii=False) + "\n")
     os.replace(temporary, path)
@@ -177,12 +174,10 @@ def _rejected_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, stream)
 
 
-def _rejected_record(
-    work: Work, shards: Sequence[Shard], rows_before: Sequence[dict[int, int]]
-) -> RejectedRecord:
+def _rejected_record(work: Work, rows_before: Sequence[dict[int, int]]) -> RejectedRecord:
     reasons: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
-    for shard, before in zip(shards, rows_before, strict=True):
+    for shard, before in zip(work.shards, rows_before, strict=True):
         reasons.update(shard.reasons)
         missing = _MANIFEST_EXAMPLES - len(examples)
         examples += [_located(work, dict(entry), before) for entry in shard.examples[:missing]]
@@ -194,10 +189,10 @@ def _rejected_record(
     )
 
 
-def _source_records(work: Work, shards: Sequence[Shard]) -> tuple[list[SourceRecord], list[int]]:
+def _source_records(work: Work) -> tuple[list[SourceRecord], list[int]]:
     documents, rejected, tokens = ([0] * len(work.sources) for _ in range(3))
     hashes = [""] * len(work.sources)
-    for shard in shards:
+    for shard in work.shards:
         for counts in shard.sources:
             documents[counts.source] += counts.documents
             rejected[counts.source] += counts.rejected

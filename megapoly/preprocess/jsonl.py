@@ -12,6 +12,8 @@ from megapoly.errors import UnavailableError
 from megapoly.preprocess.records import Block, Oversized, RecordRules, Rejected, parse_lines
 
 READ_BYTES = 4 << 20
+# So much of a compressed file may be counted as done before its text is.
+_GZIP_READ_BYTES = 64 << 10
 # A zstd frame can be 20,000 times smaller than its content, and the library has no limit for what
 # one call returns.
 _ZSTD_READ_BYTES = 16 << 10
@@ -203,7 +205,7 @@ def _gathered(chunks: Iterator[bytes]) -> Iterator[bytes | DamagedStream]:
 def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
     # An empty file is what an interrupted download leaves.
     decompressor, begun = zlib.decompressobj(wbits=31), True
-    while data := stream.read(READ_BYTES // 4):
+    while data := stream.read(_GZIP_READ_BYTES):
         while data:
             begun = True
             try:

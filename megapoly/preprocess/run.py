@@ -13,7 +13,7 @@ from rich.console import Console
 from megapoly.data.manifest import Manifest, PairRecord, manifest_path, read_manifest
 from megapoly.data.token_files import pair_paths
 from megapoly.errors import DataError
-from megapoly.preprocess.assemble import Work, assemble, bin_bytes
+from megapoly.preprocess.assemble import Work, assemble
 from megapoly.preprocess.options import PreprocessOptions
 from megapoly.preprocess.parts import Part, cut
 from megapoly.preprocess.pool import WorkerPool
@@ -129,7 +129,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
         parts = cut(inputs.sources, options.part_bytes_of(input_bytes))
         totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
         work = Work(options, inputs.sources, inputs.settings, backend.name, parts)
-        with joining_bar(bin_bytes(work), console) as advance:
+        with joining_bar(work.bin_bytes, console) as advance:
             manifest, tokens = assemble(work, advance=advance)
         remove(options.shard_folder)
     return Result(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
