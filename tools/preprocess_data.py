@@ -15,7 +15,8 @@ Other commands:
     python tools/preprocess_data.py inspect PREFIX     a document; a histogram of lengths
     python tools/preprocess_data.py stats PREFIX       counts, quantiles, frequent tokens
 
-each with --help. The exit status is 0, or 2 with the reason; 130 after Ctrl-C or SIGTERM.
+each with --help. The exit status is 0; 1 if verify finds something wrong; 2 with the reason; 130
+after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
