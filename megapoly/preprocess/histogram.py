@@ -96,8 +96,8 @@ def write_histogram(statistics: LengthStatistics, title: str, path: Path) -> Non
         for axes in (upper, lower):
             axes.axvline(max(quantiles[name], 0.5), color="#222222", linestyle=style, linewidth=1)
         label = "median" if name == "p50" else name
-        upper.plot([], [], color="#222222", linestyle=style, linewidth=1,
-                   label=f"{label} {quantiles[name]:,.0f}")  # fmt: skip
+        text = f"{label} {quantiles[name]:,.0f}"
+        upper.plot([], [], color="#222222", linestyle=style, linewidth=1, label=text)
     upper.legend(frameon=False)
     lower.set_xscale("symlog", base=2, linthresh=1)
     lower.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

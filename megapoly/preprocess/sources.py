@@ -100,8 +100,11 @@ def _paths_in(folder: Path) -> list[Path]:
     if settings:
         logger.warning(
             "`%s`: %d files that end with .json are left out (%s, ..); if they are text, name them "
-            "by a pattern.", folder, len(settings), settings[0].name,
-        )  # fmt: skip
+            "by a pattern.",
+            folder,
+            len(settings),
+            settings[0].name,
+        )
     if not found:
         raise DataError(
             f"`{folder}` holds no file that ends with one of "

@@ -125,8 +125,10 @@ def _lock(descriptor: int, folder: Path) -> None:
         except OSError as error:
             if error.errno not in _NOT_SUPPORTED:
                 raise
-            logger.warning("This disk has no locks: two runs with one --output-prefix at a time "
-                           "are not noticed.")  # fmt: skip
+            logger.warning(
+                "This disk has no locks: two runs with one --output-prefix at a time are not "
+                "noticed."
+            )
             return
 
 
