@@ -45,6 +45,7 @@ from megapoly.preprocess.options import PreprocessOptions
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer")
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SMALLEST_PART_MIB = 0.004
 # Of Megatron's tool: what they are for happens here without them.
 NOT_NEEDED = {
     "--partitions": "workers share the files, and large ones are cut",
@@ -72,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:
+        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
@@ -93,6 +100,10 @@ def _preprocess(words: Sequence[str]) -> int:
     for flag, reason in NOT_NEEDED.items():
         if getattr(arguments, flag.removeprefix("--").replace("-", "_")) is not None:
             print(f"{flag} is not needed: {reason}", file=sys.stderr)
+    if arguments.part_mib is not None and arguments.part_mib < SMALLEST_PART_MIB:
+        parser.error(f"--part-mib ({arguments.part_mib}) must be at least {SMALLEST_PART_MIB}")
+    if arguments.use_gigatoken and arguments.tokenizer_backend == "tokenizers":
+        parser.error("--use-gigatoken and --tokenizer-backend tokenizers exclude each other")
     options = _options(arguments)
     # Here and not above: --help answers at once.
     from megapoly.preprocess.dry_run import dry_run
@@ -278,7 +289,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 def _positive(type_: type) -> type:
     def convert(text: str) -> float:
         value: float = type_(text)
-        if not value > 0:
+        if not 0 < value < float("inf"):
             raise ValueError
         return value
 

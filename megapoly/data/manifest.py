@@ -30,6 +30,7 @@ class SourceRecord:
         sha256: of the same bytes.
         documents: taken from it.
         rejected: lines, rows or documents of it that were not.
+        modified_ns: time of its last change; 0: not known.
     """
 
     path: str
@@ -38,6 +39,7 @@ class SourceRecord:
     sha256: str
     documents: int
     rejected: int
+    modified_ns: int = 0
 
 
 @dataclass(frozen=True)

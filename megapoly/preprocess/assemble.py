@@ -21,6 +21,7 @@ from megapoly.data.manifest import (
     SourceRecord,
     write_manifest,
 )
+from megapoly.errors import DataError
 from megapoly.preprocess.document_lengths import LengthStatistics
 from megapoly.preprocess.join import content_of_documents, write_pair
 from megapoly.preprocess.options import PreprocessOptions
@@ -86,11 +87,13 @@ def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, l
     Raises:
         DataError: there is no room.
     """
+    sources, tokens = _source_records(work)  # refuses before anything has its name
     pairs = [_write_pair(work, i, key, advance) for i, key in enumerate(work.options.json_keys)]
     rows_before = _rows_before(work)
     if work.options.on_bad_line == "quarantine":
         _write_quarantine(work, rows_before)
-    sources, tokens = _source_records(work)
+    else:
+        work.options.quarantine_path.unlink(missing_ok=True)  # of another policy
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         megapoly_version=megapoly.__version__,
@@ -200,6 +203,13 @@ def _source_records(work: Work) -> tuple[list[SourceRecord], list[int]]:
             hashes[counts.source] = counts.sha256 or hashes[counts.source]
     records = []
     for i, source in enumerate(work.sources):
+        status = source.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
+            raise DataError(
+                f"`{source.path}` must stay as it is during a run; it had {source.size_bytes:,} "
+                f"bytes at the start and has {status.st_size:,}, or was written anew. Start again "
+                "with --restart."
+            )
         records.append(
             SourceRecord(
                 path=str(source.path),
@@ -208,6 +218,7 @@ def _source_records(work: Work) -> tuple[list[SourceRecord], list[int]]:
                 sha256=hashes[i] or source_hash_path(work.options.shard_folder, i).read_text(),
                 documents=documents[i],
                 rejected=rejected[i],
+                modified_ns=source.modified_ns,
             )
         )
     return records, tokens

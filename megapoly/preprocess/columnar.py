@@ -48,11 +48,22 @@ def read_parquet(
             for i in range(file.metadata.num_columns)
         )
         num_rows = file.metadata.row_group(group).num_rows
-        for batch in file.iter_batches(_ROWS_AT_ONCE, [group], list(rules.keys)):
+        for batch in _batches(path, file, group, rules):
             block = _rows_of(batch, row, rules)
             block.source_bytes = group_bytes * batch.num_rows // max(1, num_rows)
             row += batch.num_rows
             yield block
+
+
+def _batches(path: Path, file: Any, group: int, rules: RecordRules) -> Iterator[Any]:
+    """Rows of a row group, some at a time."""
+    try:
+        yield from file.iter_batches(_ROWS_AT_ONCE, [group], list(rules.keys))
+    except (_import_pyarrow().ArrowException, OSError) as error:
+        raise DataError(
+            f"`{path}` has a row group ({group}) that cannot be read: {error}. It is damaged: copy "
+            "or make it again."
+        ) from error
 
 
 def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]:
@@ -150,6 +161,8 @@ def _check_columns(path: Path, schema: pyarrow.Schema, rules: RecordRules) -> No
         types.is_large_binary,
     )
     for key in rules.keys:
+        if schema.names.count(key) > 1:
+            raise DataError(f"`{path}` must have one column `{key}`; it has several.")
         if key not in schema.names:
             raise DataError(
                 f"`{path}` must have the column `{key}`; it has {', '.join(schema.names)}. Name "

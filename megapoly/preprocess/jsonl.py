@@ -109,7 +109,8 @@ def _range_chunks(
         if not data:
             break
         at_beginning, position = position == 0, position + len(data)
-        yield data.removeprefix(_BYTE_ORDER_MARK) if at_beginning else data
+        if kept := data.removeprefix(_BYTE_ORDER_MARK) if at_beginning else data:
+            yield kept
     while splitter.num_pending and (data := stream.read(READ_BYTES)):
         line_end = data.find(b"\n") + 1
         yield data[:line_end] if line_end else data

@@ -32,6 +32,7 @@ from megapoly.errors import DataError
 from megapoly.preprocess.document_lengths import LengthStatistics
 from megapoly.preprocess.join import PairContent, PairHashes, write_pair
 from megapoly.preprocess.pairs import document_lengths
+from megapoly.preprocess.verify import index_problems
 from megapoly.preprocess.work_folder import locked, remove
 
 _AT_ONCE = 1 << 20
@@ -121,9 +122,9 @@ def merge(prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool) -> 
     folder = Path(f"{output_prefix}.merge")
     with locked(folder):
         hashes = _write_with_progress(output_prefix, content, folder, pieces)
+        manifest = _manifest(pieces, output_prefix, content, hashes)
+        write_manifest(output_prefix, manifest)
         remove(folder)
-    manifest = _manifest(pieces, output_prefix, content, hashes)
-    write_manifest(output_prefix, manifest)
     return manifest
 
 
@@ -160,12 +161,23 @@ def _check(pieces: Sequence[_Piece], output_prefix: Path, *, overwrite: bool) ->
                 f"{first.index.dtype}, `{piece.prefix}` {piece.index.dtype}. They are of different "
                 "tokenizers: name them apart in the blend."
             )
-        known = [p.tokenizer for p in (first, piece) if p.tokenizer is not None]
-        if len({tokenizer.sha256 for tokenizer in known}) > 1:
+        for problem in index_problems(pair_paths(piece.prefix)[1], piece.index):
+            raise DataError(problem)
+    known = [piece for piece in pieces if piece.tokenizer is not None]
+    for piece in known:
+        if _added(piece.tokenizer) != _added(known[0].tokenizer):
             raise DataError(
-                f"Pairs must be of one tokenizer to be merged; by their manifests `{first.prefix}` "
-                f"is of {known[0].path} and `{piece.prefix}` of {known[1].path}."
+                f"Pairs must be of one tokenizer, used in one way, to be merged; by their "
+                f"manifests `{known[0].prefix}` is of {known[0].tokenizer} and `{piece.prefix}` of "
+                f"{piece.tokenizer}."
             )
+
+
+def _added(tokenizer: TokenizerRecord | None) -> tuple[object, ...]:
+    """What decides about the ids of a text, and what is put around them."""
+    assert tokenizer is not None
+    added = (tokenizer.prefix, tokenizer.suffix, tokenizer.eod, tokenizer.appends_eod)
+    return (tokenizer.sha256, *added)
 
 
 def _write_with_progress(

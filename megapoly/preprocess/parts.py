@@ -62,6 +62,7 @@ def cut(sources: Sequence[Source], part_bytes: int) -> list[Part]:
     Raises:
         DataError: a Parquet file cannot be read.
     """
+    assert part_bytes >= 16, "a part holds more than a byte-order mark"
     parts: list[Part] = []
     pending: list[Piece] = []
     pending_bytes = 0
@@ -106,6 +107,8 @@ def _pieces(number: int, source: Source, part_bytes: int) -> Iterator[tuple[Piec
             yield Piece(number, start, end), end - start
     elif source.format == "parquet":
         groups = num_units(source)
+        if groups == 0:
+            yield Piece(number, 0, 0), source.size_bytes
         for group in range(groups):
             yield Piece(number, group, group + 1), source.size_bytes // groups
     else:

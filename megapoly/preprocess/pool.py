@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -145,3 +146,8 @@ def _serve(
                 connection.send(None)
             except MegapolyError as error:
                 connection.send(DataError(str(error)))
+            except ConnectionError:
+                raise
+            except Exception as error:  # ours: the place is worth more than a clean screen
+                traceback.print_exc()
+                connection.send(DataError(f"A worker failed at {task}: {error!r}"))

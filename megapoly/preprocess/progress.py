@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -122,7 +123,7 @@ class ProgressDisplay:
                 self._bars.remove_task(self._files.pop(next(iter(self._files))))
             name = source.path.name if len(source.path.name) <= 32 else f"…{source.path.name[-31:]}"
             self._files[message.source] = self._bars.add_task(
-                f"  {name}", total=source.size_bytes, counts=""
+                f"  {escape(name)}", total=source.size_bytes, counts=""
             )
         self._bars.update(self._files[message.source], completed=done)
         if done >= source.size_bytes:

@@ -80,7 +80,8 @@ class BadRecord(Exception):
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        self.reason, self.detail = reason, detail
+        # A key of the record may hold half of a surrogate pair, which no file can.
+        self.reason, self.detail = reason, detail.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from megapoly.data.manifest import Manifest, PairRecord, manifest_path, read_manifest
-from megapoly.data.token_files import pair_paths
+from megapoly.data.manifest import Manifest, PairRecord, SourceRecord, manifest_path, read_manifest
+from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.errors import DataError
 from megapoly.preprocess.assemble import Work, assemble
 from megapoly.preprocess.options import PreprocessOptions
@@ -80,6 +80,12 @@ def read_inputs(options: PreprocessOptions) -> Inputs:
             f"`--json-keys` ({' '.join(options.json_keys)}) must name every key once: each has a "
             "pair of files of its own."
         )
+    if any("/" in key for key in options.json_keys) or not options.output_prefix.name:
+        raise DataError(
+            f"`--output-prefix` ({options.output_prefix}) and `--json-keys` "
+            f"({' '.join(options.json_keys)}) make file names: the prefix must have a last part, "
+            "and a key no `/`."
+        )
     sources = find_sources(options.input)
     settings = load_tokenizer_settings(
         options.tokenizer_model,
@@ -116,10 +122,15 @@ def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
     """
     start = time.monotonic()
     inputs = read_inputs(options)
-    if not options.overwrite and not options.restart and _is_complete(options, inputs):
+    may_be_complete = not options.overwrite and not options.restart
+    if not options.shard_folder.is_dir() and may_be_complete and _is_complete(options, inputs):
         return None
-    _check_outputs(options)
+    if not may_be_complete or not _is_complete(options, inputs):
+        _check_outputs(options)
     with locked(options.shard_folder):
+        if may_be_complete and _is_complete(options, inputs):  # another run has just done it
+            remove(options.shard_folder)
+            return None
         sample = sample_texts(inputs.sources, inputs.rules)
         backend, reference = choose_backend(inputs.settings, options.tokenizer_backend, sample)
         console.print(f"tokenizer backend: {backend.name}", highlight=False)
@@ -206,14 +217,21 @@ def _is_complete(options: PreprocessOptions, inputs: Inputs) -> bool:
     if not path.is_file() or plan_path(options.shard_folder).is_file():
         return False
     manifest = read_manifest(path)
-    sources = [(record.path, record.size_bytes) for record in manifest.sources]
+    backend = manifest.tokenizer.backend if manifest.tokenizer else ""
     return (
         manifest.arguments == options.arguments()
-        and manifest.tokenizer is not None
-        and manifest.tokenizer.sha256 == inputs.settings.sha256
-        and sources == [(str(source.path), source.size_bytes) for source in inputs.sources]
+        and manifest.tokenizer == inputs.settings.record(backend)
+        and len(manifest.sources) == len(inputs.sources)
+        and all(map(_is_same_source, manifest.sources, inputs.sources))
         and all(_has_size(options, record) for record in manifest.pairs)
     )
+
+
+def _is_same_source(record: SourceRecord, source: Source) -> bool:
+    """Whether a file is the one of the manifest; its content decides where the times differ."""
+    if (record.path, record.size_bytes) != (str(source.path), source.size_bytes):
+        return False
+    return record.modified_ns == source.modified_ns or record.sha256 == sha256_of(source.path)
 
 
 def _has_size(options: PreprocessOptions, record: PairRecord) -> bool:

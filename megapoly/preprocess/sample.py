@@ -13,6 +13,7 @@ _SAMPLED_CHARS = 256 << 10
 # Of a document, of which the comparison reads no more.
 _DOCUMENT_CHARS = 16 << 10
 _RANGE_BYTES = 128 << 10
+_TEXTS_OF_A_PLACE = 64
 
 
 def sample_texts(sources: Sequence[Source], rules: RecordRules) -> list[str]:
@@ -31,14 +32,15 @@ def sample_texts(sources: Sequence[Source], rules: RecordRules) -> list[str]:
     budget = _SAMPLED_CHARS // max(1, len(pieces))
     texts: list[str] = []
     for source, piece in pieces:
-        left = budget
+        left, num_texts = budget, _TEXTS_OF_A_PLACE
         for block in read_piece(source, piece, 0, rules):
             for text in (text for column in block.texts for text in column):
                 texts.append(text[: min(left, _DOCUMENT_CHARS)])
                 left -= len(texts[-1])
-                if left <= 0:
+                num_texts -= 1
+                if left <= 0 or num_texts <= 0:
                     break
-            if left <= 0:
+            if left <= 0 or num_texts <= 0:
                 break
     return texts
 

@@ -135,7 +135,9 @@ class ShardFolder:
         content["sources"] = [SourceCounts(**counts) for counts in content["sources"]]
         shard = Shard(**content)
         for i, counts in enumerate(shard.keys):
-            lengths = self.path(part, chunk, f"{i}.len")
+            lengths, ids = (self.path(part, chunk, f"{i}.{ending}") for ending in ("len", "bin"))
+            if not (lengths.is_file() and ids.is_file()):
+                return None
             if lengths.stat().st_size != counts.documents * LENGTH_DTYPE.itemsize:
                 return None
         return shard

@@ -149,5 +149,9 @@ def _source(path: Path) -> Source:
         )
     if not path.is_file():
         raise DataError(f"`{path}` must be a file; it is something else, or a link to nothing.")
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"The name of {str(path)!r} must be UTF-8; rename the file.") from error
     status = path.stat()
     return Source(path, format_, status.st_size, status.st_mtime_ns)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from megapoly.data.manifest import manifest_path
@@ -26,6 +27,7 @@ def show_summary(options: PreprocessOptions, result: Result, console: Console) -
             f"({pair.dtype}, {pair.bin_bytes / 1e6:,.1f} MB) in {pair.documents:,} documents of "
             f"{quantiles['min']:,.0f} to {quantiles['max']:,.0f}, median {quantiles['p50']:,.0f}",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         if pair.eod_inside:
@@ -37,7 +39,10 @@ def show_summary(options: PreprocessOptions, result: Result, console: Console) -
             )
     _show_rejected(options, result, console)
     console.print(
-        f"described by {manifest_path(options.output_prefix)}", highlight=False, soft_wrap=True
+        f"described by {manifest_path(options.output_prefix)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     totals, seconds = result.totals, max(result.seconds, 1e-9)
     console.print(
@@ -46,15 +51,16 @@ def show_summary(options: PreprocessOptions, result: Result, console: Console) -
         f"{totals.source_bytes / 1e6 / seconds:.1f} MB/s; {result.cpu_seconds:.1f} CPU-seconds: "
         f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents each",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
 
 def _sources_table(result: Result) -> Table:
-    paths = [Path(source.path) for source in result.manifest.sources]
+    paths = [Path(os.path.abspath(source.path)) for source in result.manifest.sources]
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     table = Table(
-        Column(f"file in {folder}", overflow="fold"),
+        Column(escape(f"file in {folder}"), overflow="fold"),
         *(Column(name, justify="right", no_wrap=True) for name in _COUNTS),
     )
     rows = list(zip(result.manifest.sources, result.tokens, strict=True))
@@ -62,7 +68,7 @@ def _sources_table(result: Result) -> Table:
     rest = rows[len(shown) :]
     for source, tokens in shown:
         table.add_row(
-            str(Path(source.path).relative_to(folder)),
+            escape(os.path.relpath(source.path, folder)),
             f"{source.size_bytes / 1e6:,.1f}",
             f"{source.documents:,}",
             f"{tokens:,}",
@@ -89,7 +95,9 @@ def _show_rejected(options: PreprocessOptions, result: Result, console: Console)
     for reason, count in rejected.by_reason.items():
         first = next((e for e in rejected.examples if e["reason"].startswith(reason)), None)
         where = f"{first['source']}, {first['line']:,}" if first else ""
-        table.add_row(f"{count:,}", reason, where)
+        table.add_row(f"{count:,}", escape(reason), escape(where))
     console.print(table)
     if rejected.policy == "quarantine":
-        console.print(f"all of them: {options.quarantine_path}", highlight=False, soft_wrap=True)
+        console.print(
+            f"all of them: {options.quarantine_path}", highlight=False, markup=False, soft_wrap=True
+        )

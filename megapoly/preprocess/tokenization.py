@@ -7,13 +7,16 @@ it is (:mod:`megapoly.preprocess.trust`).
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from json import dumps as dump_json
+from json import loads as parse_json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import psutil
@@ -27,6 +30,7 @@ from megapoly.errors import DataError, UnavailableError
 _PROBE = "a"
 # `tokenizers` needs some 150 bytes for each byte of a batch while it works.
 _REFERENCE_BATCH_CHARS = 1 << 20
+_FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
 # gigatoken remembers every word that it has seen; without a limit a worker grows by about a
 # gigabyte for 25 million distinct words. Measured with gigatoken 0.10.
 MAX_CACHE_BYTES = 128 << 20
@@ -240,6 +244,8 @@ class GigatokenBackend:
             ) from error
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
         self._json = _without_special_tokens(settings)
+        self._reference = ReferenceBackend(settings)
+        self._is_doubtful = DoubtfulTexts(settings.json)
         self._load = gigatoken.Tokenizer.from_json
         try:
             self._reload()
@@ -257,6 +263,9 @@ class GigatokenBackend:
 
         if not texts:
             return TokenBatch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        doubtful = [i for i, text in enumerate(texts) if self._is_doubtful(text)]
+        if doubtful:
+            return self._encode_mixed(texts, doubtful)
         rows = self._tokenizer.encode_batch(list(texts), parallel=False)
         batch = TokenBatch(
             awkward.flatten(rows).to_numpy(), awkward.num(rows).to_numpy().astype(np.int64)
@@ -264,6 +273,59 @@ class GigatokenBackend:
         if _resident_bytes() - self._bytes_at_start > MAX_CACHE_BYTES:
             self._reload()
         return batch
+
+    def _encode_mixed(self, texts: Sequence[str], doubtful: Sequence[int]) -> TokenBatch:
+        """Ids of texts of which some are left to the reference."""
+        wanted = set(doubtful)
+        rows: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
+        for backend, places in (
+            (self._reference, list(doubtful)),
+            (self, [i for i in range(len(texts)) if i not in wanted]),
+        ):
+            batch = backend.encode([texts[i] for i in places])
+            for i, row in zip(places, np.split(batch.ids, np.cumsum(batch.lengths)), strict=False):
+                rows[i] = row
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return TokenBatch(np.concatenate(rows), lengths)
+
+
+class DoubtfulTexts:
+    """Whether a text may be cut differently by libraries with other versions of Unicode.
+
+    gigatoken 0.10 and tokenizers 0.23 order some combining marks differently when they normalise,
+    and differ on letters that are recent. Text that is normalised already, of characters that
+    Python's own tables know, is not touched by either.
+
+    Args:
+        json: the ``tokenizer.json``, which tells whether texts are normalised at all.
+    """
+
+    def __init__(self, json: str):
+        content = parse_json(json)
+        normalizer = dump_json(content.get("normalizer"))
+        self._forms = [form for form in _FORMS if f'"{form}"' in normalizer]
+        self._has_classes = bool(content.get("pre_tokenizer"))
+
+    def __call__(self, text: str) -> bool:
+        """True if the reference has to decide."""
+        if text.isascii():
+            return False
+        if any(not unicodedata.is_normalized(form, text) for form in self._forms):
+            return True
+        if not (self._forms or self._has_classes):
+            return False
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        return bool(_unassigned()[codes].any())
+
+
+@functools.cache
+def _unassigned() -> np.ndarray:
+    """Whether a code point is unknown to Python's Unicode tables; [0x110000] bool."""
+    table = np.zeros(0x110000, bool)
+    table[0x30000:0xF0000] = True  # but for what follows
+    for code in (*range(0x33480), *range(0xE0000, 0xE0200)):
+        table[code] = unicodedata.category(chr(code)) == "Cn"
+    return table
 
 
 def _resident_bytes() -> int:
@@ -274,11 +336,11 @@ def _without_special_tokens(settings: TokenizerSettings) -> str:
     """The ``tokenizer.json`` for gigatoken, which takes every added token out of a text first."""
     if not settings.split_special_tokens:
         return settings.json
-    content = json.loads(settings.json)
+    content = parse_json(settings.json)
     content["added_tokens"] = [
         token for token in content.get("added_tokens") or [] if not token.get("special")
     ]
-    return json.dumps(content)
+    return dump_json(content)
 
 
 def add_ids(batch: TokenBatch, settings: TokenizerSettings) -> TokenBatch:

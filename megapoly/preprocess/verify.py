@@ -153,7 +153,7 @@ def verify(
         report.add("index", "damaged", [str(error)])
         return report
     found = f"{index.num_documents:,} documents, {index.num_sequences:,} sequences"
-    report.add("index", found, _index_problems(idx_path, index))
+    report.add("index", found, index_problems(idx_path, index))
     sizes = f"{bin_path.stat().st_size:,} and {idx_path.stat().st_size:,} bytes"
     report.add("sizes", sizes, _size_problems(pair, index))
     if report.problems:
@@ -167,7 +167,7 @@ def verify(
     return report
 
 
-def _index_problems(path: Path, index: Index) -> Iterator[str]:
+def index_problems(path: Path, index: Index) -> Iterator[str]:
     """Lengths above 0, offsets their running sum, document bounds from 0 to all sequences."""
     for problems in (_length_problems, _offset_problems, _bound_problems):
         for problem in problems(index):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ def plan_of(
     return {
         "arguments": options.arguments(),
         "tokenizer": settings.sha256,
+        "added_ids": [settings.eod, settings.prefix, settings.suffix, settings.dtype.name],
         "tokenizer_backend": backend,
         "part_bytes": options.part_bytes_of(sum(source.size_bytes for source in sources)),
         "chunk_bytes": options.chunk_bytes,
@@ -59,7 +61,8 @@ def open_work_folder(folder: Path, plan: Mapping[str, Any], *, restart: bool) ->
     path = plan_path(folder)
     plan = json.loads(json.dumps(plan))
     if restart or not path.is_file():
-        # Without a plan: what a finished run could not delete any more.
+        # Without a plan: what a finished run, or a restart, could not delete any more.
+        path.unlink(missing_ok=True)
         for old in folder.iterdir():
             if old.name != "lock":
                 old.unlink()
@@ -97,11 +100,23 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process has it.
     """
-    with full_disk_explained(folder / "lock"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        _lock(lock.fileno(), folder)
-        yield
+    while True:
+        with full_disk_explained(folder / "lock"):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        with lock:
+            _lock(lock.fileno(), folder)
+            if not _is_same(lock.fileno(), folder / "lock"):
+                continue  # its last holder has deleted the folder
+            yield
+            return
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -25,7 +25,7 @@ from megapoly.preprocess.tokenization import (
     TokenizerSettings,
     add_ids,
 )
-from megapoly.preprocess.trust import compare
+from megapoly.preprocess.trust import COMPARED_CHARS, compare, compare_ids
 
 # A part of the input, or the number of a source to hash.
 Task = Part | int
@@ -96,6 +96,7 @@ class Worker:
         )
         self._folder = ShardFolder(job.folder, job.rules.keys)
         self._until_check = job.check_every
+        self._window = 0
 
     def do(self, task: Task, report: Callable[[Progress], None]) -> None:
         """Write the shards of a part that are not finished, or the hash of a file.
@@ -116,11 +117,10 @@ class Worker:
         except ConnectionError:  # the parent is gone
             raise
         except OSError as error:
-            if error.filename is None:
-                raise
             raise DataError(
-                f"`{error.filename}` cannot be read or written: {error.strerror}. Finished shards "
-                "stay: the same command goes on from them."
+                f"`{error.filename or 'a file'}` cannot be read or written: "
+                f"{error.strerror or error}. Finished shards stay: the same command goes on from "
+                "them."
             ) from error
 
     def _write_shards(self, part: Part, report: Callable[[Progress], None]) -> None:
@@ -179,15 +179,27 @@ class Worker:
         settings = self._job.settings
         batch = self._backend.encode(texts)
         if self._backend is not self._reference:
-            self._check(texts)
+            self._check(texts, batch)
         eod_inside = int(np.count_nonzero(batch.ids == settings.eod))
         return add_ids(batch, settings), eod_inside
 
-    def _check(self, texts: Sequence[str]) -> None:
-        """Compare every n-th document with the reference."""
+    def _check(self, texts: Sequence[str], batch: TokenBatch) -> None:
+        """Compare every n-th document with the reference: what was encoded, of long ones a window.
+
+        Windows of one document after the other begin at other places.
+        """
         place = self._until_check - 1
+        ends = np.cumsum(batch.lengths)
         while place < len(texts):
-            compare(self._backend, self._reference, [texts[place]])
+            text, end = texts[place], int(ends[place])
+            if len(text) <= COMPARED_CHARS:
+                ids = batch.ids[end - int(batch.lengths[place]) : end]
+                compare_ids(self._backend.name, ids, self._reference, text)
+            else:
+                first = self._window * COMPARED_CHARS % len(text)
+                first = min(first, len(text) - COMPARED_CHARS)
+                compare(self._backend, self._reference, [text[first : first + COMPARED_CHARS]])
+                self._window += 1
             place += self._job.check_every
         self._until_check = place - len(texts) + 1
 

@@ -88,6 +88,16 @@ def test_what_does_not_fit_is_refused(run, tmp_path, texts):
     with pytest.raises(DataError, match="input and output"):
         merge_pairs([tmp_path / "a", tmp_path / "a"], tmp_path / "a", overwrite=True)
     run(write_jsonl(tmp_path / "b.jsonl", texts[:9]), prefix="b")
+    run(tmp_path / "b.jsonl", prefix="bare", append_eod=False)
+    with pytest.raises(DataError, match="one tokenizer, used in one way"):
+        prefixes = [tmp_path / "a", tmp_path / "b_text_document", tmp_path / "bare_text_document"]
+        merge_pairs(prefixes, tmp_path / "out", overwrite=False)
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[-8:] = bytes(8)  # the last document does not end with the last sequence
+    (tmp_path / "c.idx").write_bytes(content)
+    (tmp_path / "c.bin").write_bytes((tmp_path / "a.bin").read_bytes())
+    with pytest.raises(DataError, match=r"c.idx`: documents must reach from sequence 0 to 1"):
+        merge_pairs([tmp_path / "a", tmp_path / "c"], tmp_path / "out", overwrite=False)
     manifest = tmp_path / "b.manifest.json"
     run(write_jsonl(tmp_path / "c.jsonl", texts[:9]), prefix="c")
     manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))

@@ -1,12 +1,15 @@
 import gzip
 import hashlib
+import io
 import json
+import os
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from rich.console import Console
 from test_columnar import write_arrow
 from token_data import pair_bytes, read_documents, usual_loop, write_jsonl
 
@@ -14,7 +17,9 @@ from megapoly.data.manifest import read_manifest
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 from megapoly.errors import DataError
 from megapoly.preprocess import columnar, jsonl
+from megapoly.preprocess.options import PreprocessOptions
 from megapoly.preprocess.shards import ShardWriter
+from megapoly.preprocess.summary import show_summary
 
 
 @pytest.fixture(autouse=True)
@@ -322,3 +327,75 @@ def test_a_key_named_twice_and_a_file_that_goes_away(run, tmp_path, texts, monke
     monkeypatch.setattr("megapoly.preprocess.run.sample_texts", lambda *args: path.unlink() or [])
     with pytest.raises(DataError, match="a.jsonl` cannot be read or written: No such file"):
         run(path)
+
+
+def test_a_source_that_changed_at_its_size_is_another(run, tmp_path, texts):
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    run(path)
+    os.utime(path)
+    assert run(path) is None  # the content decides
+    path.write_text(path.read_text().replace("the", "thy"))
+    with pytest.raises(DataError, match="--overwrite"):
+        run(path)
+
+
+def test_a_source_that_changes_during_a_run_is_noticed(run, tmp_path, texts, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(
+        "megapoly.preprocess.run.sample_texts", lambda *args: os.utime(path, (1, 1)) or ["a"]
+    )
+    with pytest.raises(DataError, match="a.jsonl` must stay as it is during a run"):
+        run(path)
+    assert not list(tmp_path.glob("out_text*"))
+
+
+def test_another_end_of_document_is_another_run(run, tmp_path, texts):
+    content = json.loads(BUILTIN_TOKENIZER.read_text())
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    (tmp_path / "b.jsonl").write_text("bad\n")
+    inputs, options = (tmp_path / "a.jsonl", tmp_path / "b.jsonl"), {"tokenizer_model": str(model)}
+    with pytest.raises(DataError, match="b.jsonl, line 1"):
+        run(*inputs, **options)
+    (model / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+    with pytest.raises(DataError, match="differs in: added_ids"):
+        run(*inputs, **options)
+    run(inputs[0], prefix="done", **options)
+    (model / "tokenizer_config.json").write_text('{"eos_token": "?"}')
+    with pytest.raises(DataError, match="--overwrite"):
+        run(inputs[0], prefix="done", **options)
+
+
+def test_keys_with_half_a_surrogate_pair_reach_the_report(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"\\ud800": 1}\n{"text": "x"}\n')
+    for policy in ("skip", "quarantine"):
+        result = run(tmp_path / "a.jsonl", on_bad_line=policy, prefix=policy)
+        assert result.manifest.rejected.total == 1
+    write_jsonl(tmp_path / "a.jsonl", ["x"])
+    assert (tmp_path / "quarantine.quarantine.jsonl").is_file()
+    run(tmp_path / "a.jsonl", prefix="quarantine", overwrite=True)
+    assert not (tmp_path / "quarantine.quarantine.jsonl").exists()
+
+
+def test_tables_without_rows_and_files_by_two_kinds_of_path(run, tmp_path, texts, monkeypatch):
+    empty = pyarrow.schema([("text", pyarrow.string())]).empty_table()
+    with pyarrow.parquet.ParquetWriter(tmp_path / "empty.parquet", empty.schema):
+        pass
+    write_jsonl(tmp_path / "a.jsonl", texts[:3])
+    monkeypatch.chdir(tmp_path)
+    result = run("empty.parquet", tmp_path / "a.jsonl")
+    assert [source.documents for source in result.manifest.sources] == [0, 3]
+    console = Console(record=True, width=200, file=io.StringIO())
+    options = PreprocessOptions(input=("a",), output_prefix=tmp_path / "br[a]ck")
+    show_summary(options, result, console)
+    text = console.export_text()
+    assert "empty.parquet" in text and "br[a]ck.manifest.json" in text
+
+
+@pytest.mark.parametrize("part_bytes", [16, 20, 4096])
+def test_a_byte_order_mark_in_a_part_of_its_own(run, tmp_path, part_bytes):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    run(tmp_path / "a.jsonl", part_bytes=part_bytes)
+    assert len(read_documents(tmp_path / "out_text_document")) == 2

@@ -10,6 +10,7 @@ from megapoly.data.tokenizer import BUILTIN_TOKENIZER, Tokenizer
 from megapoly.errors import DataError
 from megapoly.preprocess import tokenization
 from megapoly.preprocess.tokenization import (
+    DoubtfulTexts,
     GigatokenBackend,
     ReferenceBackend,
     TokenBatch,
@@ -54,6 +55,38 @@ def test_both_backends_give_the_ids_of_the_library(texts, split_special_tokens):
         assert batch.ids.tolist() == sum(expected, [])
         assert batch.lengths.tolist() == [len(ids) for ids in expected]
         assert len(backend.encode([]).ids) == len(backend.encode([]).lengths) == 0
+
+
+# Where gigatoken 0.10 and tokenizers 0.23 part: marks that their tables order differently, letters
+# that one of them does not know.
+OTHER_UNICODE = (
+    "\u1ac4\u0301",
+    "\u0e81\u0ec8\u0eba",
+    "\u07fd\u0345",
+    "\u0d3c\u0308",
+    "\U000105d2\u0307",
+    "\U0001611e\U0001611e",
+    "\U000113c2",
+    "\u088f's",
+    "\U00032a80's",
+)
+
+
+def test_texts_of_other_versions_of_unicode_are_left_to_the_reference(tmp_path, texts):
+    content = json.loads(BUILTIN_TOKENIZER.read_text()) | {"normalizer": {"type": "NFC"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    settings = settings_of(tmp_path)
+    mixed = [part for pair in zip(OTHER_UNICODE, texts[:9], strict=True) for part in pair]
+    fast, expected = (
+        GigatokenBackend(settings).encode(mixed),
+        ReferenceBackend(settings).encode(mixed),
+    )
+    assert np.array_equal(fast.ids, expected.ids)
+    assert np.array_equal(fast.lengths, expected.lengths)
+    is_doubtful = DoubtfulTexts(settings.json)
+    assert sum(map(is_doubtful, OTHER_UNICODE)) >= 5
+    assert not is_doubtful("caf\u00e9") and is_doubtful("cafe\u0301")
+    assert not DoubtfulTexts(BUILTIN_TOKENIZER.read_text())("cafe\u0301")  # normalises nothing
 
 
 def test_the_cache_of_a_backend_is_dropped_when_it_grows(texts, monkeypatch):

@@ -61,6 +61,16 @@ def test_every_nth_document_is_compared_while_it_runs(run, tmp_path, monkeypatch
     run(tmp_path / "a.jsonl", check_every=7, restart=True)  # 59 is not one of these
 
 
+def test_the_end_of_a_long_document_is_compared_too(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trust, "GigatokenBackend", Wrong)
+    monkeypatch.setattr(worker, "GigatokenBackend", Wrong)
+    monkeypatch.setattr(worker, "COMPARED_CHARS", 100)
+    monkeypatch.setattr("megapoly.preprocess.run.sample_texts", lambda sources, rules: ["a"])
+    write_jsonl(tmp_path / "a.jsonl", ["sea " * 100 + "the whale"] * 9)
+    with pytest.raises(DataError, match="must give the ids of tokenizers .*--restart"):
+        run(tmp_path / "a.jsonl", check_every=1)
+
+
 def test_a_missing_package_is_said(monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     with caplog.at_level(logging.WARNING):

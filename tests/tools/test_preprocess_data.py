@@ -221,6 +221,19 @@ def test_flags_of_megatrons_tool(corpus, tmp_path):
     assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
 
 
+def test_what_cannot_be_asked_for_is_refused_with_the_reason(corpus, tmp_path):
+    for more, message in (
+        (["--part-mib", "1e-7"], "--part-mib (1e-07) must be at least 0.004"),
+        (["--max-document-mib", "inf"], "above 0"),
+        (["--use-gigatoken", "--tokenizer-backend", "tokenizers"], "exclude each other"),
+        (["--json-keys", "a/b"], "a key no `/`"),
+        (["--output-prefix", "."], "must have a last part"),
+        (["--output-prefix", str(corpus / "a.jsonl" / "x")], "Not a directory"),
+    ):
+        status, _, errors = run([*command(corpus, tmp_path / "out"), *more], cwd=tmp_path)
+        assert status == 2 and message in errors and "Traceback" not in errors, (more, errors)
+
+
 def test_a_missing_package_is_named(corpus, tmp_path):
     (tmp_path / "orjson.py").write_text("raise ImportError\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
