@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import os
 
-# A process of one thread can be forked, and its workers then share the loaded tokenizer. Both
-# libraries would start threads when they are imported: numpy's for matrices, of which there are
-# none here, and pyarrow's to give memory back.
+# A process of one thread can be forked, and its workers then share the loaded tokenizer. The
+# libraries would start threads: numpy's for matrices, of which there are none here, pyarrow's to
+# give memory back, tokenizers' for batches, beside which workers are the parallelism.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 import argparse
