@@ -227,6 +227,7 @@ class GigatokenBackend:
 
     Args:
         settings: of the tokenizer.
+        reference: of the same tokenizer, for doubtful texts; null: made here.
 
     Raises:
         UnavailableError: the package is not installed.
@@ -235,7 +236,7 @@ class GigatokenBackend:
 
     kind = "gigatoken"
 
-    def __init__(self, settings: TokenizerSettings):
+    def __init__(self, settings: TokenizerSettings, reference: ReferenceBackend | None = None):
         try:
             import gigatoken
         except ImportError as error:
@@ -244,7 +245,7 @@ class GigatokenBackend:
             ) from error
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
         self._json = _without_special_tokens(settings)
-        self._reference = ReferenceBackend(settings)
+        self._reference = reference or ReferenceBackend(settings)
         self._is_doubtful = DoubtfulTexts(settings.json)
         self._load = gigatoken.Tokenizer.from_json
         try:

@@ -58,7 +58,7 @@ def choose_backend(
     if wanted == "tokenizers":
         return reference, reference
     try:
-        fast = GigatokenBackend(settings)
+        fast = GigatokenBackend(settings, reference)
         compare(fast, reference, [*_HARD_TEXTS, *_special_texts(settings), *sample])
     except (UnavailableError, DataError) as error:
         if wanted == "gigatoken":

@@ -92,7 +92,9 @@ class Worker:
         self._job = job
         self._reference = reference or ReferenceBackend(job.settings)
         self._backend = backend or (
-            GigatokenBackend(job.settings) if job.backend == "gigatoken" else self._reference
+            GigatokenBackend(job.settings, self._reference)
+            if job.backend == "gigatoken"
+            else self._reference
         )
         self._folder = ShardFolder(job.folder, job.rules.keys)
         self._until_check = job.check_every
