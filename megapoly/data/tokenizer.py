@@ -90,6 +90,16 @@ class Tokenizer:
         """Return the text of ids, special tokens included."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def token(self, token_id: int) -> str:
+        """Return the text of one id as the vocabulary has it."""
+        token = self._tokenizer.id_to_token(token_id)
+        assert token is not None, token_id
+        return token
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of an entry of the vocabulary; None if there is none."""
+        return self._tokenizer.token_to_id(token)
+
     @property
     def unique_identifiers(self) -> dict[str, str]:
         """What the engine writes into the description of a sample index."""

@@ -1,29 +1,20 @@
-"""Initial weights that depend on the seed alone, not on the layout or the device.
-
-A weight is identified by its name in a checkpoint and its layer and expert, which are the same at
-every layout. Each is drawn as a whole from a generator seeded with that identity, and every rank
-takes its part.
-"""
+"""Set the initial weights of a model: each rank takes its part of :mod:`.initial_values`."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 from megapoly.config import ModelConfig
+from megapoly.model.initial_values import initial_value
 
-# Matrices that write to the residual stream.
-_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 # Set, and marked, where they are made: coefficients by the registry. The experts' are cut over
 # experts, which is no cut over tensor-parallel ranks.
 _SET_ELSEWHERE = ".activation_func."
-_TRUNCATION_STD = 3.0
 
 
 @torch.no_grad()
@@ -73,33 +64,19 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTens
 
 def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
     axes = shard.prepend_axis_num  # layer and expert
-    full_shape = shard.global_shape[axes:]
     target = shard.data
-    if len(full_shape) == 1:
-        target.fill_(1.0)
-        return
-    std = model.init_method_std
-    if model.scale_residual_init and shard.key.endswith(_RESIDUAL_OUTPUTS):
-        std /= (2.0 * model.num_layers) ** 0.5
-    identity = f"{seed}/{shard.key}/{shard.global_offset[:axes]}"
-    full = torch.zeros(full_shape)
-    # The engine marks so what it pads along the vocabulary. A token's row must not depend on how
-    # many rows follow the last one.
-    num_rows = model.vocab_size if shard.allow_shape_mismatch else full_shape[0]
-    _draw(full[:num_rows], std, model.init_method, identity)
+    # The engine marks so what it pads along the vocabulary.
+    rows = model.vocab_size if shard.allow_shape_mismatch else None
+    full = initial_value(
+        shard.key,
+        shard.global_offset[:axes],
+        shard.global_shape[axes:],
+        model,
+        seed,
+        num_rows=rows,
+    )
     for axis, (start, length) in enumerate(
         zip(shard.global_offset[axes:], target.shape, strict=True)
     ):
         full = full.narrow(axis, start, length)
     target.copy_(full)
-
-
-def _draw(weight: Tensor, std: float, method: str, identity: str) -> None:
-    """Fill a whole weight, fp32 on CPU, from a generator of its own."""
-    digest = hashlib.sha256(identity.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    if method == "truncated_normal":
-        bound = _TRUNCATION_STD * std
-        torch.nn.init.trunc_normal_(weight, 0.0, std, -bound, bound, generator=generator)
-    else:
-        weight.normal_(0.0, std, generator=generator)

@@ -130,16 +130,23 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     Args:
         state: changed in place.
         path: an ``iter_*`` folder.
-        weights_only: leave optimizer, schedule, random state and position as they are.
+        weights_only: leave optimizer, schedule, random state and position as they are; so it is for
+            an imported checkpoint, which has none of these.
 
     Raises:
         CheckpointError: it is not complete, of another model, or of other data.
     """
     position = _read_position(path)
-    _check_model(state.config, path)
+    imported = position.get("weights_only", False)
+    _check_model(state.config, path, imported=imported)
     with torch.no_grad():
-        if weights_only:
-            loaded = dist_checkpointing.load({"model": _model_state(state)}, str(path))
+        if weights_only or imported:
+            if imported:
+                logger.info("%s holds weights alone: optimizer and schedule begin anew", path)
+            expected = (
+                _without_module_states(_model_state(state)) if imported else _model_state(state)
+            )
+            loaded = dist_checkpointing.load({"model": expected}, str(path))
             _load_model_state(state, loaded["model"])
             state.optimizer.reload_model_params()
             return
@@ -194,6 +201,16 @@ def _model_state(state: TrainState) -> dict[str, Any]:
     }
 
 
+def _without_module_states(model_state: dict[str, Any]) -> dict[str, Any]:
+    """Weights alone: an imported checkpoint has no states of the engine's modules."""
+    return {
+        chunk: {
+            name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)
+        }
+        for chunk, entries in model_state.items()
+    }
+
+
 def _load_model_state(state: TrainState, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(state.chunks):
         # What is not here is a parameter that the optimizer's state brings.
@@ -244,13 +261,14 @@ def _read_position(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_model(config: Config, path: Path) -> None:
+def _check_model(config: Config, path: Path, *, imported: bool) -> None:
     saved, current = load_yaml(path / "config.yaml").model, config.model
+    may_change = _MAY_CHANGE | ({"transformer_engine"} if imported else set())
     differences = [
         f"`model.{field.name}` is {getattr(current, field.name)} here and "
         f"{getattr(saved, field.name)} in the checkpoint"
         for field in dataclasses.fields(current)
-        if field.name not in _MAY_CHANGE
+        if field.name not in may_change
         and getattr(saved, field.name) != getattr(current, field.name)
     ]
     if differences:

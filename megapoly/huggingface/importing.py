@@ -1,0 +1,336 @@
+"""Write a Hugging Face folder as a checkpoint, block by block; also with another activation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+import megapoly
+from megapoly.activations import registry
+from megapoly.config import Config, ModelConfig, to_yaml
+from megapoly.data.files import full_disk_explained
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.errors import CheckpointError, ConfigError
+from megapoly.huggingface import parity, tensor_map
+from megapoly.huggingface.architecture import model_config
+from megapoly.huggingface.checkpoint_writer import Block, write_tensors
+from megapoly.huggingface.progress import bytes_bar
+from megapoly.huggingface.safetensors_reader import SafetensorsReader
+from megapoly.huggingface.tensor_map import Link
+from megapoly.huggingface.tokenizer_files import write_tokenizer
+from megapoly.model.initial_values import initial_value
+
+# A tied output layer that is stored all the same.
+_OUTPUT, _INPUT = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What ``tools/convert_from_hf.py`` is asked for.
+
+    Args:
+        model: folder of a Llama, OLMoE or exported model.
+        output: checkpoint folder to make.
+        tokenizer: a ``tokenizer.json`` or folder, in place of the model's own.
+        activation: start another model from the parts that do not depend on the FFN; None: the
+            same model.
+        activation_order: highest power of ``activation``.
+        ffn_hidden_size: width of the FFN with ``activation``; None: the same number of parameters.
+        seed: of what is initialised with ``activation``.
+        overwrite: replace ``output`` if it exists.
+        skip_parity: do not compare the checkpoint with the source.
+        tolerance: of the comparison, see :class:`megapoly.huggingface.parity.Parity`.
+    """
+
+    model: Path
+    output: Path
+    tokenizer: str | None = None
+    activation: str | None = None
+    activation_order: int = 3
+    ffn_hidden_size: int | None = None
+    seed: int = 1234
+    overwrite: bool = False
+    skip_parity: bool = False
+    tolerance: float = parity.TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the tensors.
+
+    Args:
+        taken: names and sizes of what came from the source.
+        initialised: what was drawn as at the start of a run, by names in the form of an export.
+        left: of the source, not used.
+        parity: comparison with the source; None: skipped, or another model.
+    """
+
+    taken: dict[str, int]
+    initialised: dict[str, int]
+    left: dict[str, int]
+    parity: parity.Parity | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``import.json``."""
+        found = dataclasses.asdict(self)
+        return found | {"parity": None if self.parity is None else self.parity.to_dict()}
+
+
+def import_model(options: ImportOptions, console: Console) -> Report:
+    """Convert a folder into a checkpoint that training goes on from, at any layout.
+
+    Beside the tensors stand ``config.yaml`` (resolved), ``recipe.yaml`` (the model, its tokenizer
+    and this checkpoint, to train with), ``run.json``, ``import.json`` and ``tokenizer/``.
+
+    Raises:
+        CheckpointError: the folder is not of a known model, or not complete.
+        DataError: its tokenizer cannot be read, or the disk is full.
+        ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
+    """
+    output = options.output
+    if output.exists() and not options.overwrite:
+        raise CheckpointError(
+            f"`--output` ({output}) exists; name another folder, or add --overwrite to replace it."
+        )
+    partial_folder = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    partial_folder.mkdir(parents=True)
+    try:
+        with full_disk_explained(output), SafetensorsReader(options.model) as source:
+            report = _write(options, source, partial_folder, console)
+        _write_json(partial_folder / "import.json", report.to_dict())
+        if report.parity is not None:
+            report.parity.raise_if_different()
+        shutil.rmtree(output, ignore_errors=True)
+        partial_folder.rename(output)
+    except parity.ParityError as error:
+        failed = output.with_name(f"{output.name}.failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        partial_folder.rename(failed)
+        raise parity.ParityError(f"{error} What was written is kept in {failed}.") from None
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return report
+
+
+def _write(
+    options: ImportOptions, source: SafetensorsReader, folder: Path, console: Console
+) -> Report:
+    original = model_config(source.config, source=str(options.model / "config.json"))
+    _check_names(source, original)
+    model = with_activation(original, options) if options.activation else original
+    dtypes = source.dtypes()
+    # fp16 has no training here; fp32 holds it exactly.
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=options.seed)
+    tokenizer_folder = folder / "tokenizer"
+    tokenizer_folder.mkdir()
+    write_tokenizer(
+        options.tokenizer or options.model,
+        tokenizer_folder,
+        seq_length=config.training.seq_length,
+    )
+    _check_vocabulary(tokenizer_folder, model)
+    config.data.tokenizer = str(options.output.resolve() / "tokenizer")
+    report = _write_tensors(options, source, original, config, folder, dtype, console)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
+    _write_json(folder / "run.json", _run_description(options))
+    if options.skip_parity or options.activation:
+        return report
+    result = parity.compare(folder, options.model, dtype, options.tolerance, console)
+    return dataclasses.replace(report, parity=result)
+
+
+def with_activation(model: ModelConfig, options: ImportOptions) -> ModelConfig:
+    """The same model with another activation.
+
+    Its FFN has the same number of parameters, coefficients aside: 3/2 of the width where the
+    source is gated and it is not, 2/3 the other way round.
+    """
+    assert options.activation is not None
+    changed = copy.deepcopy(model)
+    changed.activation, changed.activation_order = options.activation, options.activation_order
+    was, is_gated = registry.get(model.activation).gated, registry.get(options.activation).gated
+    times, over = {(True, False): (3, 2), (False, True): (2, 3)}.get((was, is_gated), (1, 1))
+
+    def scaled(width: int) -> int:
+        if width * times % over:
+            raise ConfigError(
+                [
+                    f"the FFN's width ({width}) times {times} / {over} must be a whole number, so "
+                    f"that {options.activation} has the parameters of {model.activation}; choose "
+                    "one with --ffn-hidden-size"
+                ]
+            )
+        return width * times // over
+
+    given = options.ffn_hidden_size
+    if model.num_moe_experts is None:
+        changed.ffn_hidden_size = given or scaled(model.ffn_hidden_size)
+        return changed
+    assert model.moe_ffn_hidden_size is not None
+    changed.moe_ffn_hidden_size = given or scaled(model.moe_ffn_hidden_size)
+    shared = model.moe_shared_expert_intermediate_size
+    changed.moe_shared_expert_intermediate_size = scaled(shared) if shared else None
+    changed.ffn_hidden_size = changed.moe_ffn_hidden_size
+    return changed
+
+
+def _write_tensors(
+    options: ImportOptions,
+    source: SafetensorsReader,
+    original: ModelConfig,
+    config: Config,
+    folder: Path,
+    dtype: torch.dtype,
+    console: Console,
+) -> Report:
+    model, stored = config.model, set(source.names)
+    links = tensor_map.links(model)
+    taken = stored if options.activation is None else stored & outside_of_ffn(original)
+    report = Report(
+        taken={link.name: link.num_elements for link in links if link.name in taken},
+        initialised={link.name: link.num_elements for link in links if link.name not in taken},
+        left={
+            name: torch.Size(source.shape(name)).numel()
+            for name in sorted(stored - taken if options.activation else ())
+        },
+    )
+    blocks = []
+    for (key, index), group in itertools.groupby(links, key=lambda link: (link.key, link.index)):
+        parts = list(group)
+        make: Callable[[], Tensor] = partial(_from_source, source, parts)
+        if parts[0].name not in taken:
+            make = partial(_from_seed, parts[0], config)
+        blocks.append(Block(key, index, _axes(index, model), parts[0].block, make))
+    total = sum(block.num_bytes(dtype) for block in blocks)
+    with bytes_bar("writing tensors", total, console) as advance:
+        write_tensors(folder, blocks, dtype, advance)
+    return report
+
+
+def _from_source(source: SafetensorsReader, parts: list[Link]) -> Tensor:
+    """A block out of the folder's tensors."""
+    tensors = [source.read(link.name) for link in parts]
+    block = torch.empty(parts[0].block, dtype=tensors[0].dtype)
+    for link, tensor in zip(parts, tensors, strict=True):
+        link.write(tensor.reshape(link.shape), block)
+    return block
+
+
+def _from_seed(link: Link, config: Config) -> Tensor:
+    """A block as at the start of a run."""
+    model = config.model
+    name = link.key.rpartition(".")[2]
+    if ".activation_func." in link.key:
+        initial = registry.get(model.activation).coefficients
+        assert initial is not None
+        return torch.tensor(initial(model.activation_order)[name])
+    return initial_value(link.key, link.index, link.block, model, config.training.seed)
+
+
+def _axes(index: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
+    """Sizes of the axes of layers and experts."""
+    return (model.num_layers, model.num_moe_experts or 0)[: len(index)]
+
+
+def outside_of_ffn(model: ModelConfig) -> set[str]:
+    """Names of attention, embeddings and norms."""
+    return {link.name for link in tensor_map.links(model) if ".mlp." not in link.name}
+
+
+def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
+    """The folder has the tensors of its configuration's model, and no others.
+
+    Raises:
+        CheckpointError: it does not; with names and shapes.
+    """
+    expected = {link.name: link.shape for link in tensor_map.links(model)}
+    names = set(source.names)
+    if _OUTPUT in names and _OUTPUT not in expected:
+        if not torch.equal(source.read(_OUTPUT), source.read(_INPUT)):
+            raise CheckpointError(
+                f"{source.folder} ties its embeddings (`tie_word_embeddings`), but `{_OUTPUT}` is "
+                f"not `{_INPUT}`; set it to false in config.json if both are meant."
+            )
+        names.remove(_OUTPUT)
+    problems = [f"`{name}` is missing" for name in expected if name not in names]
+    problems += [f"`{name}` is not known" for name in sorted(names - set(expected))]
+    problems += [
+        f"`{name}` is {source.shape(name)}, not {shape}"
+        for name, shape in expected.items()
+        if name in names and source.shape(name) != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"Every tensor of {source.folder} must be one of the model in its config.json, and be "
+            f"there: {'; '.join(problems[:8])}{' ..' if len(problems) > 8 else ''}."
+        )
+
+
+def _check_vocabulary(tokenizer_folder: Path, model: ModelConfig) -> None:
+    assert model.vocab_size is not None
+    size = load_tokenizer(tokenizer_folder).vocab_size
+    if size > model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
+            f"({model.vocab_size}); name the model's own with --tokenizer."
+        )
+
+
+def _configuration(
+    source: SafetensorsReader, model: ModelConfig, *, bf16: bool, seed: int
+) -> Config:
+    config = Config(model=model)
+    model.make_vocab_size_divisible_by = 1  # nothing is padded here; a run pads as it needs
+    config.training.train_iters = 0
+    config.training.seq_length = source.config.get("max_position_embeddings", 2048)
+    config.training.bf16 = bf16
+    config.training.seed = seed
+    return config
+
+
+def _recipe(config: Config, output: Path) -> str:
+    """What a run needs to go on: the model, its tokenizer, this checkpoint."""
+    whole, default = yaml.safe_load(to_yaml(config)), yaml.safe_load(to_yaml(Config()))
+    model = {k: v for k, v in whole["model"].items() if v != default["model"][k]}
+    # The layout decides of these.
+    for name in ("transformer_engine", "make_vocab_size_divisible_by"):
+        model.pop(name, None)
+    recipe = {
+        "model": model,
+        "data": {"tokenizer": config.data.tokenizer},
+        "training": {"seq_length": config.training.seq_length, "bf16": config.training.bf16},
+        "checkpoint": {"load": str(output)},
+    }
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _run_description(options: ImportOptions) -> dict[str, Any]:
+    return {
+        "iteration": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "data_fingerprint": None,
+        "data": None,
+        "weights_only": True,
+        "imported_from": options.model.name,
+        "megapoly_version": megapoly.__version__,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

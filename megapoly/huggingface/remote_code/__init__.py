@@ -1,0 +1,1 @@
+"""What an exported folder holds beside its weights: a model in torch and transformers alone."""

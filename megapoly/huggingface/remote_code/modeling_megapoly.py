@@ -1,0 +1,506 @@
+"""A PolyCom language model for Hugging Face transformers: torch and transformers alone.
+
+Pre-norm decoder with rotary positions; the FFN's activation is a learnable polynomial:
+
+    PolyReLU(x) = a0 + a1 relu(x) + .. + ar relu(x)^r
+    PolyNorm(x) = a0 + a1 n(x) + .. + ar n(x^r),   n(u) = u / sqrt(mean(u^2) + eps)
+
+(PolyCom, https://arxiv.org/abs/2411.03884). Coefficients are stored highest power first, as
+``act_fn.weight`` [r], and a0 as ``act_fn.bias`` [1].
+"""
+
+import inspect
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_megapoly import GATED, OUTPUT_TENSOR_PARALLEL_PLAN, MegapolyConfig
+
+_POINTWISE = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
+}
+_NORMALIZED = ("polynorm", "polyrelunorm", "gated_polynorm")
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+
+
+class MegapolyRMSNorm(nn.Module):
+    """w x / sqrt(mean(x^2) + eps) over the last dimension."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        """[.., size] -> [.., size]; the mean is fp32."""
+        wide = x.float()
+        normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
+
+
+class MegapolyActivation(nn.Module):
+    """The learnable activation; ``weight`` is [a_r, .., a_1] and ``bias`` [a_0]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.name, self.order = config.hidden_act, config.activation_order
+        self.norm, self.eps = config.activation_norm, config.activation_eps
+        self.weight = nn.Parameter(torch.full((self.order,), 1.0 / self.order))
+        self.bias = nn.Parameter(torch.zeros(1))
+        if self.name == "polyprelu":
+            self.slope = nn.Parameter(torch.full((1,), 0.25))
+
+    def forward(self, x):
+        """[.., d] -> [.., d]; computed in fp32."""
+        wide, coefficients = x.float(), self.weight.float().flip(0)
+        if self.name in ("polyrelu", "polyrelunorm"):
+            wide = F.relu(wide)
+        if self.name == "polyprelu":
+            wide = F.prelu(wide, self.slope.float())
+        powers = self._normalized_powers if self.name in _NORMALIZED else self._powers
+        y = self.bias.float().expand_as(wide)
+        for coefficient, power in zip(coefficients, powers(wide), strict=True):
+            y = y + coefficient * power
+        return y.to(x.dtype)
+
+    def _powers(self, x):
+        """x, x^2, .., x^r."""
+        return (x**k for k in range(1, self.order + 1))
+
+    def _normalized_powers(self, x):
+        """n(x), n(x^2), .., n(x^r), in z = x / m: x^2r of a large x would overflow."""
+        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
+        z = x / scale
+        for k in range(1, self.order + 1):
+            squares = z ** (2 * k)
+            if self.norm == "rms":
+                moment = squares.mean(-1, keepdim=True)
+            else:
+                moment = squares.sum(-1, keepdim=True)
+            yield z**k * torch.rsqrt(moment + self.eps / scale ** (2 * k))
+
+
+class MegapolyMLP(nn.Module):
+    """down(f(up x)), or down(f(gate x) * up x) with a gated activation f."""
+
+    def __init__(self, config, intermediate_size, has_coefficients=True):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.hidden_act = config.hidden_act
+        if self.hidden_act in GATED:
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        if self.hidden_act not in _POINTWISE and has_coefficients:
+            self.act_fn = MegapolyActivation(config)
+
+    def forward(self, x, act_fn=None, probs=None):
+        """[.., h] -> [.., h].
+
+        Args:
+            x: [.., h].
+            act_fn: the activation that all experts of a layer share.
+            probs: [..] router probabilities, multiplied in behind the activation.
+        """
+        act_fn = act_fn or _POINTWISE.get(self.hidden_act) or self.act_fn
+        up = self.up_proj(x)
+        y = act_fn(self.gate_proj(x)) * up if self.hidden_act in GATED else act_fn(up)
+        if probs is not None:
+            y = (y * probs[..., None]).to(y.dtype)
+        return self.down_proj(y)
+
+
+class MegapolyRouter(nn.Linear):
+    """Logits of all experts, in fp32."""
+
+    def __init__(self, config):
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+
+    def forward(self, x):
+        """[tokens, h] -> [tokens, experts], fp32."""
+        return F.linear(x.float(), self.weight.float())
+
+
+class MegapolySparseMLP(nn.Module):
+    """The experts of a layer: each token's output is the sum of its experts', by probability."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = MegapolyRouter(config)
+        per_expert = config.activation_coefficients == "per_expert"
+        self.experts = nn.ModuleList(
+            MegapolyMLP(config, config.moe_intermediate_size, has_coefficients=per_expert)
+            for _ in range(config.num_experts)
+        )
+        self.act_fn = None
+        if config.hidden_act not in _POINTWISE and not per_expert:
+            self.act_fn = MegapolyActivation(config)
+        self.shared_expert = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = MegapolyMLP(config, config.shared_expert_intermediate_size)
+
+    def forward(self, hidden_states):
+        """[b, s, h] -> [b, s, h] and router logits [b s, experts]."""
+        x = hidden_states.flatten(0, -2)
+        router_logits = self.gate(x)
+        probs, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)  # [tokens, k]
+        if self.norm_topk_prob:
+            probs = probs / probs.sum(-1, keepdim=True)
+        output = torch.zeros_like(x)
+        for i in chosen.unique().tolist():
+            token, place = torch.where(chosen == i)
+            y = self.experts[i](x[token], self.act_fn, probs[token, place])
+            output = output.index_add(0, token, y.to(output.dtype))
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(x)
+        return output.view_as(hidden_states), router_logits
+
+
+class MegapolyRotaryEmbedding(nn.Module):
+    """cos and sin of position times frequency, for pairs (j, j + d / 2) of a head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("inv_freq", rotary_frequencies(config), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, x, position_ids):
+        """Positions [b, s] -> cos and sin [b, 1, s, d], in the dtype of ``x``."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotary_frequencies(config, device=None):
+    """theta^(-2 j / d) for j = 0 .. d / 2 - 1, fp32."""
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device)
+    return 1.0 / config.rope_theta ** (steps / config.head_dim)
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs of [b, heads, s, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+):
+    """softmax(q k^T scaling + mask) v, with the probabilities; [b, heads, s, d] -> [b, s, ..]."""
+    key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    probs = F.dropout(probs, p=dropout, training=module.training)
+    return (probs @ value).transpose(1, 2).contiguous(), probs
+
+
+class MegapolyAttention(nn.Module):
+    """Causal self-attention with grouped queries, rotary positions and optional QK-norm."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        key_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if self.qk_norm != "none":
+            sizes = (query_size, key_size) if self.qk_norm == "full" else (self.head_dim,) * 2
+            self.q_norm, self.k_norm = (MegapolyRMSNorm(n, config.rms_norm_eps) for n in sizes)
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        """[b, s, h] -> [b, s, h] and attention probabilities where they exist."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.qk_norm == "full":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.view(shape), key.view(shape)
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = self.v_proj(hidden_states).view(shape)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
+        query, key = (rotate(t, *position_embeddings) for t in (query, key))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, probs = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(2).contiguous()), probs
+
+
+class MegapolyDecoderLayer(GradientCheckpointingLayer):
+    """Attention and FFN, each on a normalized input and added to the residual stream."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.input_layernorm = MegapolyRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MegapolyAttention(config, layer_idx)
+        self.post_attention_layernorm = MegapolyRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_sparse = config.num_experts is not None
+        if self.is_sparse:
+            self.mlp = MegapolySparseMLP(config)
+        else:
+            self.mlp = MegapolyMLP(config, config.intermediate_size)
+
+    def forward(self, hidden_states, **kwargs):
+        """[b, s, h] -> [b, s, h], attention probabilities, router logits (None if dense)."""
+        attended, probs = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        if self.is_sparse:
+            output, router_logits = output
+        return hidden_states + output, probs, router_logits
+
+
+class MegapolyPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of the model."""
+
+    config_class = MegapolyConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MegapolyDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Normal matrices, norms of one; the activation's and rotary constants as constructed."""
+        config = self.config
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        elif isinstance(module, MegapolyRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, MegapolyActivation):
+            nn.init.constant_(module.weight, 1.0 / config.activation_order)
+            nn.init.zeros_(module.bias)
+            if config.hidden_act == "polyprelu":
+                nn.init.constant_(module.slope, 0.25)
+        elif isinstance(module, MegapolyRotaryEmbedding):
+            # Not in a checkpoint: models are constructed without memory and filled from one.
+            module.inv_freq.copy_(rotary_frequencies(config, module.inv_freq.device))
+
+
+class MegapolyModel(MegapolyPreTrainedModel):
+    """Token ids to the hidden states behind the last norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            MegapolyDecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = MegapolyRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MegapolyRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        cache_position=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Ids or embeddings to hidden states; arguments as of transformers' decoders."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of `input_ids` and `inputs_embeds`, not both or neither")
+        config = self.config
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if cache_position is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            cache_position = cache_position + seen
+        if position_ids is None:
+            position_ids = cache_position[None]
+        mask = _causal_mask(
+            config=config,
+            input_embeds=hidden_states,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            cache_position=cache_position,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        arguments = {
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
+            "attention_mask": mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+            **kwargs,
+        }
+        states, attentions, router_logits = [], [], []
+        for layer in self.layers:
+            states.append(hidden_states)
+            hidden_states, probs, logits = layer(hidden_states, **arguments)
+            attentions.append(probs)
+            router_logits.append(logits)
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) if config.num_experts else None,
+        )
+
+
+def _causal_mask(**arguments):
+    """The mask of transformers, whose arguments differ between releases."""
+    return create_causal_mask(**{k: v for k, v in arguments.items() if k in _MASK_ARGUMENTS})
+
+
+class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
+    """Token ids to logits of the next token, and the loss of labels."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = OUTPUT_TENSOR_PARALLEL_PLAN
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MegapolyModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """[vocab, h]."""
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        """Replace the input embedding."""
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        """[vocab, h]."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        """Replace the output layer."""
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        logits_to_keep=0,
+        output_router_logits=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Logits [b, s, vocab] of the next token.
+
+        Args:
+            input_ids: [b, s].
+            attention_mask: [b, s], 0 where there is padding.
+            labels: [b, s], shifted here; -100 does not count.
+            logits_to_keep: only for so many last places (0: all), or for these indices.
+            output_router_logits: overrides the configuration's.
+            return_dict: False: a tuple.
+            **kwargs: of :meth:`MegapolyModel.forward`.
+        """
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        kept = logits_to_keep
+        if isinstance(kept, int):
+            kept = slice(-kept, None) if kept else slice(None)
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss, balancing = None, None
+        if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
+            )
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_router_logits and self.config.num_experts:
+            balancing = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * balancing.to(loss.device)
+        result = MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=balancing,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+
+def load_balancing_loss(router_logits, config, attention_mask=None):
+    """Mean over layers of E / k * sum_e (tokens of expert e / all) (mean probability of e).
+
+    Args:
+        router_logits: [b s, E] of each layer.
+        config: of the model.
+        attention_mask: [b, s], tokens that count; None: all.
+    """
+    losses = []
+    for logits in router_logits:
+        probs = logits.softmax(-1)
+        chosen = torch.zeros_like(probs).scatter(
+            1, probs.topk(config.num_experts_per_tok).indices, 1.0
+        )
+        if attention_mask is not None:
+            counts = attention_mask.flatten().bool().to(probs.device)
+            probs, chosen = probs[counts], chosen[counts]
+        losses.append((chosen.mean(0) * probs.mean(0)).sum().to(router_logits[0].device))
+    return torch.stack(losses).mean() * config.num_experts / config.num_experts_per_tok

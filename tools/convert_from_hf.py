@@ -1,0 +1,107 @@
+"""Write a Hugging Face folder as a checkpoint, and prove that it is the same model.
+
+    python tools/convert_from_hf.py --model DIR --output runs/smollm2/imported
+    bash examples/pretrain_dense.sh --config runs/smollm2/imported/recipe.yaml
+        --run_dir runs/smollm2 --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
+
+DIR is a Llama, an OLMoE, what tools/convert_to_hf.py wrote, or a PolyCom release: Llama with
+`hidden_act` polynorm or polyrelu, coefficients as `mlp.act_fn.weight` (highest power first) and
+`mlp.act_fn.bias`. The checkpoint loads at every parallel layout; recipe.yaml has the model, its
+tokenizer and the place of the checkpoint. Then the logits of both are compared in fp32.
+
+With --activation another model is started from the parts that fit: attention, embeddings and norms
+are taken, the FFN (with router and experts) is initialised as at the start of a run. import.json
+lists every tensor.
+
+The exit status is 0; 1 if the logits differ beyond the tolerance, naming the first module that
+does; 2 when the model or the output cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from megapoly.errors import MegapolyError
+
+if TYPE_CHECKING:
+    from megapoly.huggingface.importing import Report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; see the module for the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    warnings.filterwarnings("ignore")
+    # Here and not above: --help answers without waiting for torch.
+    from megapoly.huggingface.importing import ImportOptions, import_model
+    from megapoly.huggingface.parity import ParityError
+
+    arguments = {name: value for name, value in vars(options).items() if value is not None}
+    try:
+        report = import_model(ImportOptions(**arguments), Console(stderr=True))
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 1 if isinstance(error, ParityError) else 2
+    _show(report, options.output)
+    return 0
+
+
+def _show(report: Report, output: Path) -> None:
+    if report.initialised or report.left:
+        table = Table("", "tensors", "numbers")
+        rows = {
+            "taken": report.taken,
+            "initialised": report.initialised,
+            "left in the source": report.left,
+        }
+        for name, tensors in rows.items():
+            table.add_row(name, f"{len(tensors):,}", f"{sum(tensors.values()):,}")
+        Console().print(table)
+    print(f"wrote {output}; to train on: --config {output / 'recipe.yaml'}")
+    if report.parity is not None:
+        print(report.parity.summary())
+    else:
+        print("not compared with the source" if not report.initialised else "another model")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="folder with config.json")
+    add("--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to make")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the model's)")
+    add("--activation", metavar="NAME", help="start a model with this activation instead")
+    add("--activation-order", type=int, metavar="R", help="its highest power (3)")
+    add(
+        "--ffn-hidden-size",
+        type=int,
+        metavar="N",
+        help="its FFN's width (so that the number of parameters stays)",
+    )
+    add("--seed", type=int, metavar="N", help="of what is initialised (1234)")
+    add("--overwrite", action="store_true", help="replace CHECKPOINT if it exists")
+    add("--skip-parity", action="store_true", help="do not compare; recorded in import.json")
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference of a logit; of logits above 1, relative to the largest (1e-5)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

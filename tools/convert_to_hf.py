@@ -1,0 +1,99 @@
+"""Write a checkpoint as a Hugging Face folder, and prove that it is the same model.
+
+    python tools/convert_to_hf.py --checkpoint runs/moe_tiny/checkpoints/iter_0000240 --output DIR
+
+reads the tensors of the distributed checkpoint, saved at any parallel layout, one at a time, and
+writes safetensors, config.json, tokenizer and model card. Models that Llama or OLMoE describe
+(swiglu, geglu) become plain `llama` or `olmoe`; every other brings its code, for
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) of transformers 4.57 or later.
+
+Then the folder is opened as a user would open it, and its logits on real text are compared in fp32
+with those of the checkpoint's own model: DIR/parity.json. The exit status is 0; 1 if they differ
+beyond the tolerance, naming the first module that does; 2 when the checkpoint or the output cannot
+be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megapoly.errors import MegapolyError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; see the module for the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    warnings.filterwarnings("ignore")
+    # Here and not above: --help answers without waiting for torch.
+    import torch
+
+    from megapoly.huggingface.export import ExportOptions, export
+    from megapoly.huggingface.parity import ParityError
+
+    console = Console(stderr=True)
+    arguments = vars(options)
+    if options.dtype is not None:
+        arguments["dtype"] = getattr(torch, options.dtype)
+    if options.tolerance is None:
+        del arguments["tolerance"]
+    try:
+        parity = export(ExportOptions(**arguments), console)
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 1 if isinstance(error, ParityError) else 2
+    print(f"wrote {options.output}")
+    print("not compared with the checkpoint" if parity is None else parity.summary())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="ITER", help="an iter_* folder")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
+    add(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="of one safetensors file, such as 500MB (5GB)",
+    )
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the run's)")
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
+    add("--skip-parity", action="store_true", help="do not compare; recorded in parity.json")
+    add(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest difference of a logit; of logits above 1, relative to the largest (1e-5)",
+    )
+    return parser
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as ``500MB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 500MB or 5GB")
+    return int(float(match[1]) * _SIZES[match[2]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Let a model continue a text: the quick way to see what it has learned.
+
+    python tools/generate.py --model runs/moe_tiny --prompt "Call me Ishmael."
+
+MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, which is
+converted in memory, or a Hugging Face folder. The text appears as it is made. The exit status is 0,
+or 2 with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megapoly.errors import MegapolyError
+
+PROMPT = "It was the best of"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Generate; see the module for the exit status."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    warnings.filterwarnings("ignore")
+    try:
+        return _generate(options)
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _generate(options: argparse.Namespace) -> int:
+    # Here and not above: --help answers without waiting for torch.
+    import torch
+    from transformers import TextStreamer
+
+    from megapoly.huggingface.opening import open_model
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    model, tokenizer = open_model(options.model, dtype=dtype, device=options.device)
+    torch.manual_seed(options.seed)
+    ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"].to(options.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_p": options.top_p,
+            "top_k": 0,
+        }
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer),
+        **sampling,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="PATH", help="run, checkpoint or folder")
+    add("--prompt", default=PROMPT, metavar="TEXT", help=f"to continue ({PROMPT})")
+    add("--max-new-tokens", type=int, default=60, metavar="N", help="at most (60)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="divides the logits before a token is drawn; 0: always the most likely one (0.8)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw from the most likely tokens that have this probability together (0.95)",
+    )
+    add("--seed", type=int, default=1234, metavar="N", help="of the draws (1234)")
+    add("--dtype", choices=DTYPES, help="to compute in (that of the weights)")
+    add("--device", default="cpu", metavar="NAME", help="such as cuda (cpu)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
