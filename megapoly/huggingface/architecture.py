@@ -118,15 +118,14 @@ def _megapoly_fields(model: ModelConfig) -> dict[str, Any]:
         "activation_eps": model.activation_eps,
         "activation_coefficients": model.activation_coefficients,
         "qk_norm": model.qk_norm,
-        "intermediate_size": ffn_width(model, model.ffn_hidden_size),
     }
     if model.num_moe_experts is None:
-        return fields
+        return fields | {"intermediate_size": ffn_width(model, model.ffn_hidden_size)}
     assert model.moe_ffn_hidden_size is not None, "resolved"
     shared = model.moe_shared_expert_intermediate_size
     return fields | {
         "num_experts": model.num_moe_experts,
-        "moe_intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
+        "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
         "shared_expert_intermediate_size": ffn_width(model, shared) if shared else None,
         **_router_fields(model),
     }
@@ -168,7 +167,6 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn_hidden_size=config["intermediate_size"],
         scale_gated_ffn=False,
         normalization_eps=config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5),
         rotary_base=_rotary_base(config, source),
@@ -180,13 +178,14 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     )
     if kind == "megapoly":
         _set_activation(model, config)
-        _set_experts(model, config, width=config.get("moe_intermediate_size"))
         model.qk_norm = config["qk_norm"]
     else:
         _set_library_activation(model, config, source)
-    if kind == "olmoe":
-        model.qk_norm = "full"
-        _set_experts(model, config, width=config["intermediate_size"])
+        model.qk_norm = "full" if kind == "olmoe" else "none"
+    if config.get("num_experts") is None:
+        model.ffn_hidden_size = config["intermediate_size"]
+    else:
+        _set_experts(model, config)
     return model
 
 
@@ -199,11 +198,9 @@ def _set_activation(model: ModelConfig, config: Mapping[str, Any]) -> None:
     model.activation_coefficients = config["activation_coefficients"]
 
 
-def _set_experts(model: ModelConfig, config: Mapping[str, Any], *, width: int | None) -> None:
-    if config.get("num_experts") is None:
-        return
+def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
     model.num_moe_experts = config["num_experts"]
-    model.moe_ffn_hidden_size = width
+    model.moe_ffn_hidden_size = config["intermediate_size"]
     model.moe_shared_expert_intermediate_size = config.get("shared_expert_intermediate_size")
     model.moe_router_topk = config["num_experts_per_tok"]
     model.moe_router_pre_softmax = not config.get("norm_topk_prob", False)

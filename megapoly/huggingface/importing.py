@@ -185,7 +185,6 @@ def with_activation(model: ModelConfig, options: ImportOptions) -> ModelConfig:
     changed.moe_ffn_hidden_size = given or scaled(model.moe_ffn_hidden_size)
     shared = model.moe_shared_expert_intermediate_size
     changed.moe_shared_expert_intermediate_size = scaled(shared) if shared else None
-    changed.ffn_hidden_size = changed.moe_ffn_hidden_size
     return changed
 
 

@@ -21,7 +21,7 @@ class MegapolyConfig(PretrainedConfig):
     Args:
         vocab_size: token ids.
         hidden_size: width of the residual stream.
-        intermediate_size: width of a dense FFN, as its activation sees it.
+        intermediate_size: width of the FFN, or of one expert, as its activation sees it.
         num_hidden_layers: layers.
         num_attention_heads: query heads.
         num_key_value_heads: key/value heads; None: as many as query heads.
@@ -39,7 +39,6 @@ class MegapolyConfig(PretrainedConfig):
         max_position_embeddings: length of the sequences that the model was trained on.
         tie_word_embeddings: one matrix for input and output embeddings.
         num_experts: experts of a layer; None: a dense model.
-        moe_intermediate_size: width of one expert, as its activation sees it.
         num_experts_per_tok: experts that a token goes to.
         norm_topk_prob: divide the probabilities of the chosen experts by their sum.
         shared_expert_intermediate_size: width of an expert for every token; None: there is none.
@@ -74,7 +73,6 @@ class MegapolyConfig(PretrainedConfig):
         max_position_embeddings=4096,
         tie_word_embeddings=False,
         num_experts=None,
-        moe_intermediate_size=None,
         num_experts_per_tok=2,
         norm_topk_prob=False,
         shared_expert_intermediate_size=None,
@@ -102,7 +100,6 @@ class MegapolyConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.max_position_embeddings = max_position_embeddings
         self.num_experts = num_experts
-        self.moe_intermediate_size = moe_intermediate_size
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.shared_expert_intermediate_size = shared_expert_intermediate_size

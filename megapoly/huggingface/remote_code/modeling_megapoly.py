@@ -142,7 +142,7 @@ class MegapolySparseMLP(nn.Module):
         self.gate = MegapolyRouter(config)
         per_expert = config.activation_coefficients == "per_expert"
         self.experts = nn.ModuleList(
-            MegapolyMLP(config, config.moe_intermediate_size, has_coefficients=per_expert)
+            MegapolyMLP(config, config.intermediate_size, has_coefficients=per_expert)
             for _ in range(config.num_experts)
         )
         self.act_fn = None
