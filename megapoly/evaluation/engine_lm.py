@@ -6,7 +6,7 @@ Import it after :func:`megapoly.platform.select_platform`: it brings the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +18,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
-from tqdm import tqdm
 
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
 from megapoly.evaluation.token_scores import token_scores
-from megapoly.training.distributed import is_rank_zero, sum_over_all
+from megapoly.training.distributed import sum_over_all
 from megapoly.training.state import ModelState, evaluation_mode
 from megapoly.training.step import run_schedule
 
@@ -73,7 +72,8 @@ class EngineLM(TemplateLM):
         state: a run in training, or a model alone; dropout is off while requests run.
         tokenizer: of its training data.
         batch_size: sequences in one forward pass of one rank; null: ``training.micro_batch_size``.
-        show_progress: a bar on rank 0.
+        on_progress: called on the way with the numbers of scored sequences and of all sequences of
+            the call; with windows of rolling requests each is a sequence.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class EngineLM(TemplateLM):
         tokenizer: Tokenizer,
         *,
         batch_size: int | None = None,
-        show_progress: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self._state = state
         self._text = tokenizer
         self._batch_size = batch_size or state.config.training.micro_batch_size
-        self._silent = not (show_progress and is_rank_zero())
+        self._on_progress = on_progress
 
     @property
     def eot_token_id(self) -> int:
@@ -120,7 +120,7 @@ class EngineLM(TemplateLM):
             For each request the sum of its continuation's log-probabilities, and whether every
             token of it is the likeliest.
         """
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self._silent)
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -142,7 +142,7 @@ class EngineLM(TemplateLM):
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
             owners += [i] * (len(windows) - len(owners))
         totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        scores = self._loglikelihood_tokens(windows)
         for owner, (score, _) in zip(owners, scores, strict=True):
             totals[owner] += score
         return totals
@@ -160,14 +160,15 @@ class EngineLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Score encoded requests, the longest first, so that sequences of a pass are alike."""
         scored = [self._as_input(i, *request[1:]) for i, request in enumerate(requests)]
         # Log-probability of each continuation, and how many of its tokens are not the likeliest.
         totals = torch.zeros(len(scored), 2, dtype=torch.float64)
         num_cut = sum(
-            len(s.tokens) < len(r[1]) + len(r[2]) - 1 for s, r in zip(scored, requests, strict=True)
+            len(each.tokens) < len(context) + len(continuation) - 1
+            for each, (_, context, continuation) in zip(scored, requests, strict=True)
         )
         if num_cut:
             logger.info(
@@ -178,10 +179,13 @@ class EngineLM(TemplateLM):
                 self.max_length,
             )
         scored.sort(key=lambda request: -len(request.tokens))
-        rounds = list(self._rounds(scored))
+        num_done = 0
         with evaluation_mode(self._state):
-            for of_all in tqdm(rounds, desc="Scoring", disable=disable_tqdm or self._silent):
+            for of_all in self._rounds(scored):
                 self._run(of_all, totals)
+                num_done += sum(map(len, of_all))
+                if self._on_progress is not None:
+                    self._on_progress(num_done, len(scored))
         summed = sum_over_all(totals.flatten().tolist(), self._state.platform)
         return [
             (log_probability, misses == 0)

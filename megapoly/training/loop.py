@@ -10,7 +10,7 @@ from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
-from megapoly.training.task_scores import task_scores
+from megapoly.training.task_scores import check_tasks, task_scores
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
 
 
@@ -21,6 +21,7 @@ def train(state: TrainState, reporter: Reporter) -> None:
     assert last is not None
     batches = state.training_batches()
     expert_load = ExpertLoad(state)
+    check_tasks(state)
     saved_at = None
     with StopRequest() as stop:
         while state.iteration < last:
@@ -33,7 +34,7 @@ def train(state: TrainState, reporter: Reporter) -> None:
             if _due(state, config.training.eval_interval):
                 evaluations = evaluate_validation_sets(state, state.corpus.validation)
             if _due(state, config.training.eval_tasks_interval):
-                tasks = task_scores(state)
+                tasks = task_scores(state, limit=config.training.eval_tasks_limit)
             if _due(state, config.logging.detail_interval):
                 details = expert_load.collect() | activation_coefficients(state)
             reporter.step(result, step_time_s, evaluations, details, tasks)

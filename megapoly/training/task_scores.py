@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from megapoly.training.distributed import is_rank_zero
+from pathlib import Path
+
 from megapoly.training.random_state import preserved_random_state
 from megapoly.training.state import TrainState
 
 
-def task_scores(state: TrainState) -> dict[str, float]:
+def check_tasks(state: TrainState) -> None:
+    """Ask one question of each of ``training.eval_tasks``, if there are any; collective.
+
+    What is wrong with a task or its questions is known at the start of the run, not hours later.
+
+    Raises:
+        MegapolyError: as :func:`task_scores`.
+    """
+    if state.config.training.eval_tasks is not None:
+        task_scores(state, limit=1)
+
+
+def task_scores(state: TrainState, *, limit: int | None) -> dict[str, float]:
     """Evaluate ``training.eval_tasks`` on the model as it is; collective.
 
     The run goes on as if nothing had been evaluated: the harness seeds the generators that dropout
     draws from, and their states are put back.
 
+    Args:
+        state: the run.
+        limit: questions of each task; null: all.
+
     Returns:
-        Percent by task or group, on rank 0; elsewhere nothing.
+        Percent by task, on rank 0; on others it may be empty.
 
     Raises:
         MegapolyError: a task is unknown, generates text, or its questions are missing.
@@ -22,16 +39,17 @@ def task_scores(state: TrainState) -> dict[str, float]:
     # Here and not above: the harness takes seconds to import, and most runs go without it.
     from megapoly.evaluation.engine_lm import EngineLM
     from megapoly.evaluation.harness import evaluate_tasks
+    from megapoly.evaluation.tasks import select
 
     training = state.config.training
     assert training.eval_tasks is not None, "the rules refuse an interval without tasks"
+    folder = training.eval_tasks_data
     with preserved_random_state(state.platform):
         results = evaluate_tasks(
             EngineLM(state, state.corpus.tokenizer),
-            training.eval_tasks,
-            limit=training.eval_tasks_limit,
-            task_data=training.eval_tasks_data,
+            select(training.eval_tasks),
+            limit=limit,
+            task_data=None if folder is None else Path(folder),
         )
-    if not is_rank_zero():
-        return {}
-    return {name: entry.score for name, entry in results.scores.items()}
+    # The harness gives results to one process of each host.
+    return {} if results is None else {each.task.name: each.score for each in results.tasks}
