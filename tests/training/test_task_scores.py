@@ -74,7 +74,7 @@ def test_tasks_are_evaluated_when_due_and_change_no_step(tmp_path, tasks):
 
 
 def test_ranks_evaluate_together(tmp_path, tasks):
-    """Also with parameters that the next forward pass would gather."""
+    """At two replicas whose forward pass gathers the parameters."""
     options = OVERRIDES | tasks | {"model.hidden_dropout": 0.0}
     (*_, one) = run_job("dense_tiny", tmp_path / "one", options)
     sharded = {
