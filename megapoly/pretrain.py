@@ -36,7 +36,7 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
         says why).
     """
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    _quieten(is_first=os.environ.get("RANK", "0") == "0")
+    quieten(is_first=os.environ.get("RANK", "0") == "0")
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         pretrain(config)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
     return 0
 
 
-def _quieten(is_first: bool) -> None:
+def quieten(is_first: bool) -> None:
     """Show what is ours to say on rank 0, and of the engine only what goes wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("megapoly").setLevel(logging.INFO if is_first else logging.WARNING)

@@ -73,6 +73,30 @@ def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Argumen
     return Arguments(_build(values), words.print_config)
 
 
+def override(config: Config, words: Sequence[str]) -> list[str]:
+    """Set options of a configuration from a command line, in place.
+
+    Args:
+        config: changed.
+        words: ``--section.field value`` or ``--section.field=value``.
+
+    Returns:
+        Dotted names of what was set.
+
+    Raises:
+        ConfigError: all unknown keys and values of the wrong type.
+    """
+    split = _split(words)
+    problems = list(split.problems)
+    if split.recipes or split.print_config or split.help:
+        problems.append("`--config`, `--print_config` and `--help` have no place among overrides")
+    values = _read_overrides(split.overrides, problems)
+    if problems:
+        raise ConfigError(problems)
+    _set(config, values)
+    return list(values)
+
+
 def load_yaml(path: Path) -> Config:
     """Read one recipe or saved configuration.
 
@@ -279,10 +303,14 @@ def _merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
 
 def _build(values: Mapping[str, Any]) -> Config:
     config = Config()
+    _set(config, values)
+    return config
+
+
+def _set(config: Config, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         setattr(getattr(config, section) if section else config, name, value)
-    return config
 
 
 class _Dumper(yaml.SafeDumper):

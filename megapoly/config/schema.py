@@ -295,6 +295,13 @@ class TrainingConfig:
         device: where to train; ``auto`` takes CUDA when there is one.
         eval_interval: steps between evaluations (0: none); the last step evaluates too.
         eval_iters: global batches of one evaluation of each validation set; null: the whole set.
+        eval_tasks: benchmark tasks and groups, by their names in LM Evaluation Harness, that are
+            evaluated during training (``task/NAME``, in percent); null: none.
+        eval_tasks_interval: steps between evaluations of ``eval_tasks`` (0: none); the last step
+            evaluates them too.
+        eval_tasks_limit: questions of each task, the first ones; null: all.
+        eval_tasks_data: folder with the tasks' questions as JSONL, to need no network; null: the
+            harness finds its own.
     """
 
     train_iters: int | None = None
@@ -307,6 +314,10 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_interval: int = 0
     eval_iters: int | None = 10
+    eval_tasks: list[str] | None = None
+    eval_tasks_interval: int = 0
+    eval_tasks_limit: int | None = 200
+    eval_tasks_data: str | None = None
 
 
 @dataclass

@@ -32,7 +32,25 @@ def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Con
         DataError: the tokenizer's file exists and cannot be used.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
-    config = arguments.config
+    resolved = check_and_resolve(arguments.config)
+    if arguments.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(to_yaml(resolved), end="")
+        raise SystemExit(0)
+    return resolved
+
+
+def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
+    """The resolved configuration, if this job can run it.
+
+    Args:
+        config: resolved or not; not changed.
+        problems: what is wrong beside the rules, reported together with them.
+
+    Raises:
+        ConfigError: ``problems``, and every broken rule.
+        DataError: the tokenizer's file exists and cannot be used.
+    """
     # Here and not above: --help and a wrong command line answer without waiting for torch.
     import torch
 
@@ -46,19 +64,15 @@ def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Con
         cuda_available=cuda,
         transformer_engine_available=engine,
         tokenizer_vocab_size=vocab_size,
+        problems=problems,
     )
     assert vocab_size is not None, "the rules refuse a tokenizer that does not exist"
-    resolved = resolve(
+    return resolve(
         config,
         tokenizer_vocab_size=vocab_size,
         cuda_available=cuda,
         transformer_engine_available=engine,
     )
-    if arguments.print_config:
-        if os.environ.get("RANK", "0") == "0":
-            print(to_yaml(resolved), end="")
-        raise SystemExit(0)
-    return resolved
 
 
 def _tokenizer_vocab_size(config: Config) -> int | None:

@@ -87,7 +87,7 @@ def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -
         DataError: a file is missing, damaged, too short or not what its manifest says, a token id
             is beyond the vocabulary, or a list of files is empty.
     """
-    cache_dir = Path(config.data.cache_dir or Path(config.run_dir) / "cache")
+    cache_dir = _cache_dir(config)
     sources, validation = _named_files(config, cache_dir, tokenizer, first)
     files = _named(sources, Split.train) + _named(validation, Split.valid)
     # All files before the first index, which may take minutes.
@@ -105,15 +105,41 @@ def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -
         ]
     )
     sets = dict(zip(validation, pools[len(sources) :], strict=True))
-    # A file may be in several sets.
-    warnings = list(dict.fromkeys(warning for _, said in checked for warning in said))
     description = describe(
         blend,
         tokenizer=tokenizer.fingerprint,
         seq_length=config.training.seq_length,
         seed=config.data.seed,
     )
-    return Corpus(blend, sets, tokenizer, description, warnings)
+    return Corpus(blend, sets, tokenizer, description, _warnings(checked))
+
+
+def load_validation(
+    config: Config, *, tokenizer: Tokenizer, first: Turns = alone
+) -> tuple[dict[str, SamplePool], list[str]]:
+    """Check and open the validation sets alone; arguments and errors as :func:`load_corpus`.
+
+    Returns:
+        Samples by the name of their set, and what the user should know about the files.
+    """
+    cache_dir = _cache_dir(config)
+    _, validation = _named_files(config, cache_dir, tokenizer, first)
+    files = _named(validation, Split.valid)
+    checked = [_checked(entry, config, cache_dir, tokenizer, first) for entry in files]
+    pools = [
+        _pool(entry, found, config, cache_dir, tokenizer, first)
+        for entry, (found, _) in zip(files, checked, strict=True)
+    ]
+    return dict(zip(validation, pools, strict=True)), _warnings(checked)
+
+
+def _cache_dir(config: Config) -> Path:
+    return Path(config.data.cache_dir or Path(config.run_dir) / "cache")
+
+
+def _warnings(checked: list[tuple[list[TokenFile], list[str]]]) -> list[str]:
+    """What was said about the files, once each: a file may be in several sets."""
+    return list(dict.fromkeys(warning for _, said in checked for warning in said))
 
 
 def _named_files(

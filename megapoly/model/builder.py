@@ -9,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapoly.config import Config, padded_vocab_size
@@ -62,26 +62,37 @@ def build_model(config: Config, platform: Platform) -> list[DistributedDataParal
     Returns:
         The chunks of an interleaved pipeline stage in the order of their layers; one otherwise.
     """
+    chunks = build_chunks(config, platform)
+    for chunk in chunks:
+        seed = config.training.seed
+        initialize_weights(unwrap(chunk), config.model, seed, checkpoint_metadata())
+    return [
+        DistributedDataParallel(
+            chunk.config,
+            _data_parallel_config(config),
+            chunk,
+            # Only the first chunk's gradients can be reduced while others are still computed.
+            disable_bucketing=i > 0,
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+
+
+def build_chunks(config: Config, platform: Platform) -> list[MegatronModule]:
+    """The model of this rank on its device, in its precision, its weights not yet set.
+
+    Args:
+        config: resolved; the engine's process groups must exist.
+        platform: where to put it.
+
+    Returns:
+        As of :func:`build_model`, without a wrapper for data parallelism.
+    """
     engine = transformer_config(config, on_cpu=not platform.is_cuda)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
-    return [_build_chunk(config, engine, platform, stage) for stage in stages]
-
-
-def _build_chunk(
-    config: Config, engine: TransformerConfig, platform: Platform, vp_stage: int | None
-) -> DistributedDataParallel:
-    chunk: torch.nn.Module = gpt_model(config, engine, vp_stage=vp_stage).to(platform.device)
-    initialize_weights(chunk, config.model, config.training.seed, checkpoint_metadata())
-    if config.training.bf16:
-        chunk = Float16Module(engine, chunk)
-    return DistributedDataParallel(
-        engine,
-        _data_parallel_config(config),
-        chunk,
-        # Only the first chunk's gradients can be reduced while others are still computed.
-        disable_bucketing=bool(vp_stage),
-    )
+    chunks = [gpt_model(config, engine, vp_stage=stage).to(platform.device) for stage in stages]
+    return [Float16Module(engine, c) for c in chunks] if config.training.bf16 else chunks
 
 
 def _data_parallel_config(config: Config) -> DistributedDataParallelConfig:

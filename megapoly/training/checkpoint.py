@@ -9,28 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import random
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import checkpoint_metadata, unwrap
-from megapoly.platform import Platform
 from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
-from megapoly.training.state import TrainState, gathered_parameters
+from megapoly.training.random_state import random_state, set_random_state
+from megapoly.training.state import ModelState, TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -136,20 +133,16 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     Raises:
         CheckpointError: it is not complete, of another model, or of other data.
     """
-    position = _read_position(path)
-    imported = position.get("weights_only", False)
-    _check_model(state.config, path, imported=imported)
+    position = read_position(path)
+    imported = holds_weights_alone(position)
+    if imported:
+        logger.info("%s holds weights alone: optimizer and schedule begin anew", path)
+    if weights_only or imported:
+        load_weights(state, path)
+        state.optimizer.reload_model_params()
+        return
+    _check_model(state.config, path, imported=False)
     with torch.no_grad():
-        if weights_only or imported:
-            if imported:
-                logger.info("%s holds weights alone: optimizer and schedule begin anew", path)
-            expected = (
-                _without_module_states(_model_state(state)) if imported else _model_state(state)
-            )
-            loaded = dist_checkpointing.load({"model": expected}, str(path))
-            _load_model_state(state, loaded["model"])
-            state.optimizer.reload_model_params()
-            return
         _check_data(state, position, path)
         same_ranks = position["layout"] == _layout(state.config)
         saved_in_bf16 = load_yaml(path / "config.yaml").training.bf16
@@ -161,10 +154,30 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
-        _set_random_state(loaded["random_state"], state.platform)
+        set_random_state(loaded["random_state"], state.platform)
     else:
         logger.info("another layout than the checkpoint's: random state (dropout) starts anew")
     state.iteration = position["iteration"]
+
+
+def load_weights(state: ModelState, path: Path) -> None:
+    """Load the weights of a checkpoint of any layout into a model of this one; collective.
+
+    Those of a checkpoint in bf16 are the weights that the model computed with, in bf16.
+
+    Args:
+        state: whose model is changed in place.
+        path: an ``iter_*`` folder.
+
+    Raises:
+        CheckpointError: it is not complete, or of another model.
+    """
+    imported = holds_weights_alone(read_position(path))
+    _check_model(state.config, path, imported=imported)
+    expected = _without_module_states(_model_state(state)) if imported else _model_state(state)
+    loaded = dist_checkpointing.load({"model": expected}, str(path))
+    with torch.no_grad():
+        _load_model_state(state, loaded["model"])
 
 
 def _state_to_save(state: TrainState) -> dict[str, Any]:
@@ -192,7 +205,7 @@ def _state_to_load(state: TrainState, *, saved_in_bf16: bool) -> dict[str, Any]:
     }
 
 
-def _model_state(state: TrainState) -> dict[str, Any]:
+def _model_state(state: ModelState) -> dict[str, Any]:
     """Entries of each chunk of an interleaved stage, whose layers are numbered from 0."""
     metadata = checkpoint_metadata()
     return {
@@ -211,7 +224,7 @@ def _without_module_states(model_state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_model_state(state: TrainState, loaded: dict[str, Any]) -> None:
+def _load_model_state(state: ModelState, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(state.chunks):
         # What is not here is a parameter that the optimizer's state brings.
         unwrap(chunk).load_state_dict(loaded.get(str(i), {}), strict=False)
@@ -220,7 +233,7 @@ def _load_model_state(state: TrainState, loaded: dict[str, Any]) -> None:
 def _random_state_entry(state: TrainState) -> ShardedObject:
     return ShardedObject(
         "random_state",
-        _random_state(state.platform),
+        random_state(state.platform),
         global_shape=(dist.get_world_size(),),
         global_offset=(dist.get_rank(),),
     )
@@ -252,13 +265,27 @@ def _layout(config: Config) -> dict[str, int]:
     }
 
 
-def _read_position(path: Path) -> dict[str, Any]:
+def read_position(path: Path) -> dict[str, Any]:
+    """What a checkpoint's ``run.json`` holds.
+
+    Raises:
+        CheckpointError: it is not complete.
+    """
     try:
         return json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder."
         ) from error
+
+
+def holds_weights_alone(position: dict[str, Any]) -> bool:
+    """Whether a checkpoint was imported: no optimizer, schedule, random state and data.
+
+    Args:
+        position: content of its ``run.json``.
+    """
+    return position.get("weights_only", False)
 
 
 def _check_model(config: Config, path: Path, *, imported: bool) -> None:
@@ -307,24 +334,3 @@ def _delete_old(folder: Path, keep: int) -> None:
     for path in complete_checkpoints(folder)[:-keep] if keep else []:
         # Renamed first: a folder named `iter_*` is whole even while it is being deleted.
         shutil.rmtree(path.rename(folder / f".{path.name}.partial"))
-
-
-def _random_state(platform: Platform) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    if platform.is_cuda:
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any], platform: Platform) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    if "cuda" in state and platform.is_cuda:
-        torch.cuda.set_rng_state(state["cuda"])

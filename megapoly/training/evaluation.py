@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
 
 from megapoly.config.data_sources import MEAN, validation_sets
 from megapoly.data.loader import evaluation_batches, num_evaluation_steps
+from megapoly.data.samples import SamplePool
 from megapoly.training.distributed import owns_loss, sum_over_all
-from megapoly.training.state import TrainState, gathered_parameters
+from megapoly.training.state import ModelState, evaluation_mode
 from megapoly.training.step import run_microbatches
 
 
@@ -37,31 +35,40 @@ class Evaluation:
             return math.inf
 
 
-def evaluate(state: TrainState) -> dict[str, Evaluation]:
+def evaluate_validation_sets(
+    state: ModelState, validation: Mapping[str, SamplePool]
+) -> dict[str, Evaluation]:
     """Evaluate every validation set, each on the same samples every time; collective.
+
+    Args:
+        state: a run in training, or a model alone.
+        validation: samples of the sets that ``state.config.data`` names; of each
+            ``training.eval_iters`` global batches count.
 
     Returns:
         Results by name; of several sets also their ``mean``, which comes last.
     """
-    eval_iters = state.config.training.eval_iters
-    results = {}
-    with gathered_parameters(state), _evaluation_mode(state), torch.no_grad():
-        for name, pool in state.corpus.validation.items():
-            batches = evaluation_batches(
-                pool, state.layout, eval_iters=eval_iters, pin_memory=state.platform.is_cuda
-            )
-            steps = num_evaluation_steps(pool, state.layout, eval_iters)
-            losses = run_microbatches(
-                state, batches, steps * state.layout.num_microbatches, forward_only=True
-            )
-            counted = losses if owns_loss() else []
-            local = [sum(float(loss[key]) for loss in counted) for key in ("sum", "num_tokens")]
-            loss_sum, num_tokens = sum_over_all(local, state.platform)
-            results[name] = Evaluation(loss_sum / num_tokens, int(num_tokens))
+    with evaluation_mode(state):
+        results = {name: _evaluate(state, pool) for name, pool in validation.items()}
     if len(results) > 1:
         sets = validation_sets(state.config.data)
         results[MEAN] = weighted_mean(results, {name: sets[name].weight for name in results})
     return results
+
+
+def _evaluate(state: ModelState, pool: SamplePool) -> Evaluation:
+    eval_iters = state.config.training.eval_iters
+    batches = evaluation_batches(
+        pool, state.layout, eval_iters=eval_iters, pin_memory=state.platform.is_cuda
+    )
+    steps = num_evaluation_steps(pool, state.layout, eval_iters)
+    losses = run_microbatches(
+        state, batches, steps * state.layout.num_microbatches, forward_only=True
+    )
+    counted = losses if owns_loss() else []
+    local = [sum(float(loss[key]) for loss in counted) for key in ("sum", "num_tokens")]
+    loss_sum, num_tokens = sum_over_all(local, state.platform)
+    return Evaluation(loss_sum / num_tokens, int(num_tokens))
 
 
 def weighted_mean(
@@ -85,15 +92,3 @@ def weighted_mean(
 
 def _weight(result: Evaluation, weight: float | None) -> float:
     return result.num_tokens if weight is None else weight
-
-
-@contextlib.contextmanager
-def _evaluation_mode(state: TrainState) -> Iterator[None]:
-    """No dropout."""
-    for chunk in state.chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk in state.chunks:
-            chunk.train()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 from megapoly.training.checkpoint import save_checkpoint
-from megapoly.training.evaluation import evaluate
+from megapoly.training.evaluation import evaluate_validation_sets
 from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
+from megapoly.training.task_scores import check_tasks, task_scores
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
 
 
@@ -20,6 +21,7 @@ def train(state: TrainState, reporter: Reporter) -> None:
     assert last is not None
     batches = state.training_batches()
     expert_load = ExpertLoad(state)
+    check_tasks(state)
     saved_at = None
     with StopRequest() as stop:
         while state.iteration < last:
@@ -28,12 +30,14 @@ def train(state: TrainState, reporter: Reporter) -> None:
             state.platform.synchronize()
             step_time_s = time.perf_counter() - start
 
-            evaluations, details = {}, {}
+            evaluations, tasks, details = {}, {}, {}
             if _due(state, config.training.eval_interval):
-                evaluations = evaluate(state)
+                evaluations = evaluate_validation_sets(state, state.corpus.validation)
+            if _due(state, config.training.eval_tasks_interval):
+                tasks = task_scores(state, limit=config.training.eval_tasks_limit)
             if _due(state, config.logging.detail_interval):
                 details = expert_load.collect() | activation_coefficients(state)
-            reporter.step(result, step_time_s, evaluations, details)
+            reporter.step(result, step_time_s, evaluations, details, tasks)
 
             if config.checkpoint.save and _due(state, config.checkpoint.save_interval):
                 saved_at = state.iteration

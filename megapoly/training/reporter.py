@@ -23,7 +23,7 @@ from megapoly.training.step import StepResult
 # Weight of the newest step in the smoothed speed that the ETA is made from.
 _SMOOTHING = 0.1
 # Validation sets whose losses stand in the line of a step; of more it shows the mean alone, and the
-# line of an evaluation is followed by one with all.
+# line of an evaluation is followed by one with all. Of tasks, which have no mean, so many or none.
 _INLINE_SETS = 3
 
 
@@ -40,6 +40,7 @@ class Reporter:
         self._state, self._num_devices, self._enabled = state, num_devices, enabled
         self._seconds_per_step: float | None = None
         self._last_loss: dict[str, Evaluation] = {}
+        self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
         self._console = Console(highlight=False)
         self._metrics: TextIO | None = None
@@ -87,6 +88,7 @@ class Reporter:
         step_time_s: float,
         evaluations: dict[str, Evaluation],
         details: dict[str, float],
+        tasks: Mapping[str, float],
     ) -> None:
         """Record one step.
 
@@ -95,16 +97,20 @@ class Reporter:
             step_time_s: seconds from its start to its end, without evaluation.
             evaluations: of the validation sets, if this step had one.
             details: scalars for TensorBoard alone.
+            tasks: percent of the benchmark tasks, if this step evaluated any.
         """
         if not self._enabled:
             return
         record = self._record(result, step_time_s, evaluations)
+        record |= {f"task/{name}": score for name, score in tasks.items()}
+        evaluated = bool(evaluations or tasks)
         assert self._metrics is not None
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
         self._last_loss |= evaluations
-        self._write_tensorboard(record, details, always=bool(evaluations))
-        self._show(record, bool(evaluations))
+        self._last_score |= tasks
+        self._write_tensorboard(record, details, always=evaluated)
+        self._show(record, evaluated)
 
     def _record(
         self, result: StepResult, step_time_s: float, evaluations: dict[str, Evaluation]
@@ -166,11 +172,16 @@ class Reporter:
         if evaluated or (self._progress is None and (due or last or state.iteration == 1)):
             step = f"step {state.iteration:>{len(str(total))}}/{total}"
             self.message(f"{step} | {status}")
-            if evaluated and self._has_many_sets():
-                self.message(f"{step} | {' | '.join(_losses(self._last_loss))}")
+            more = _losses(self._last_loss) if self._has_many_sets() else []
+            more += _scores(self._last_score) if self._has_many_tasks() else []
+            if evaluated and more:
+                self.message(f"{step} | {' | '.join(more)}")
 
     def _has_many_sets(self) -> bool:
         return len(self._last_loss) > _INLINE_SETS + 1  # and their mean
+
+    def _has_many_tasks(self) -> bool:
+        return len(self._last_score) > _INLINE_SETS
 
     def _update_speed(self, step_time_s: float) -> None:
         if self._seconds_per_step is None or self._state.iteration <= 2:
@@ -184,6 +195,7 @@ class Reporter:
         parts = [f"loss {record['lm_loss']:.4f}"]
         only = {MEAN: self._last_loss[MEAN]} if self._has_many_sets() else self._last_loss
         parts += _losses(only)
+        parts += [] if self._has_many_tasks() else _scores(self._last_score)
         parts += [
             f"lr {record['learning_rate']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
@@ -198,6 +210,10 @@ class Reporter:
 
 def _losses(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return [f"val/{name} {result.loss:.4f}" for name, result in evaluations.items()]
+
+
+def _scores(tasks: Mapping[str, float]) -> list[str]:
+    return [f"task/{name} {score:.1f}" for name, score in tasks.items()]
 
 
 def _drop_after(path: Path, iteration: int) -> None:

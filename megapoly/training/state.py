@@ -1,4 +1,4 @@
-"""Everything that a training run consists of on one rank."""
+"""What runs on one rank: a model, or a whole training run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapoly.config import Config
@@ -21,28 +23,41 @@ from megapoly.training.optimizer import build_optimizer, build_scheduler
 
 
 @dataclass
-class TrainState:
+class ModelState:
+    """A model that can run forward.
+
+    Args:
+        config: resolved.
+        platform: device of this rank.
+        chunks: this rank's part of the model: one chunk, or several in an interleaved pipeline.
+        layout: how a global batch is cut.
+    """
+
+    config: Config
+    platform: Platform
+    chunks: list[MegatronModule]
+    layout: BatchLayout
+
+
+@dataclass
+class TrainState(ModelState):
     """Model, optimizer, data and position.
 
     Args:
         config: resolved.
         platform: device of this rank.
+        chunks: as of :class:`ModelState`, wrapped for data parallelism.
+        layout: how a global batch is cut.
         corpus: training and validation samples.
-        chunks: this rank's part of the model, wrapped for data parallelism: one chunk, or several
-            in an interleaved pipeline.
         optimizer: of the engine.
         scheduler: of the engine; counts steps.
-        layout: how a global batch is cut.
         iteration: steps done.
     """
 
-    config: Config
-    platform: Platform
-    corpus: Corpus
     chunks: list[DistributedDataParallel]
+    corpus: Corpus
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    layout: BatchLayout
     iteration: int = 0
 
     @property
@@ -73,7 +88,7 @@ class TrainState:
 
 
 @contextlib.contextmanager
-def gathered_parameters(state: TrainState) -> Iterator[None]:
+def gathered_parameters(state: ModelState) -> Iterator[None]:
     """Within its context every parameter has its newest value.
 
     With ``overlap_param_gather`` those of the last step are otherwise gathered by the next forward
@@ -89,19 +104,44 @@ def gathered_parameters(state: TrainState) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
+@contextlib.contextmanager
+def evaluation_mode(state: ModelState) -> Iterator[None]:
+    """Within its context: newest parameters, no dropout, no gradients."""
+    modes = [chunk.training for chunk in state.chunks]
+    with gathered_parameters(state), torch.no_grad():
+        for chunk in state.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            for chunk, mode in zip(state.chunks, modes, strict=True):
+                chunk.train(mode)
+
+
 def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainState:
     """Build model, optimizer and schedule at step 0; process groups must exist."""
     chunks = build_model(config, platform)
     optimizer = build_optimizer(config, chunks)
     _connect(chunks, optimizer, config)
-    layout = BatchLayout(
+    return TrainState(
+        config,
+        platform,
+        chunks,
+        batch_layout(config),
+        corpus,
+        optimizer,
+        build_scheduler(config, optimizer),
+    )
+
+
+def batch_layout(config: Config) -> BatchLayout:
+    """How a global batch is cut at this rank; process groups must exist."""
+    return BatchLayout(
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    scheduler = build_scheduler(config, optimizer)
-    return TrainState(config, platform, corpus, chunks, optimizer, scheduler, layout)
 
 
 def _connect(

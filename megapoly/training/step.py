@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,15 @@ from torch import Tensor
 from megapoly.data.loader import Batch
 from megapoly.errors import MegapolyError
 from megapoly.training.distributed import owns_loss, sum_over_all
-from megapoly.training.state import TrainState
+from megapoly.training.state import ModelState, TrainState
 
 Losses = dict[str, Tensor]
+T = TypeVar("T")
+# Takes the next micro-batch; returns the model's output and what turns that of the last stage into
+# this rank's share of the loss and something to collect.
+ForwardStep = Callable[
+    [Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, T]]]
+]
 
 
 @dataclass
@@ -91,18 +98,55 @@ def update_parameters(
 
 
 def run_microbatches(
-    state: TrainState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
+    state: ModelState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[Losses]:
-    """Run the engine's pipeline schedule; losses are those of the last stage, empty elsewhere."""
-    training, num_chunks = state.config.training, len(state.chunks)
+    """Cross-entropy of micro-batches of samples: of the last stage, empty elsewhere."""
+    training = state.config.training
+    return run_schedule(
+        state,
+        partial(_forward_step, state.platform.device),
+        batches,
+        num_microbatches,
+        micro_batch_size=training.micro_batch_size,
+        seq_length=training.seq_length,
+        forward_only=forward_only,
+    )
+
+
+def run_schedule(
+    state: ModelState,
+    forward_step: ForwardStep[T],
+    batches: Iterator[Batch],
+    num_microbatches: int,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool,
+) -> list[T]:
+    """Run micro-batches of one shape through the engine's pipeline schedule.
+
+    Args:
+        state: whose model runs.
+        forward_step: called for each micro-batch, in an interleaved pipeline on each chunk.
+        batches: this rank's micro-batches.
+        num_microbatches: how many; in an interleaved pipeline a multiple of the stages.
+        micro_batch_size: sequences in each.
+        seq_length: tokens in each sequence.
+        forward_only: without gradients.
+
+    Returns:
+        What ``forward_step`` collects, by micro-batch, on the last stage; empty elsewhere.
+    """
+    num_chunks = len(state.chunks)
+    model: Any = state.chunks if num_chunks > 1 else state.chunks[0]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, state.platform.device),
+        forward_step_func=forward_step,
         # In an interleaved pipeline every chunk runs each micro-batch.
         data_iterator=batches if num_chunks == 1 else list(itertools.tee(batches, num_chunks)),
-        model=state.chunks if num_chunks > 1 else state.chunks[0],
+        model=model,
         num_microbatches=num_microbatches,
-        seq_length=training.seq_length,
-        micro_batch_size=training.micro_batch_size,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 

@@ -121,7 +121,7 @@ def test_mean_over_sets_by_hand():
     assert weighted.loss == pytest.approx((2 + 3 + 2.5) / 2.5)
 
 
-def shown(capsys, num_sets: int) -> list[str]:
+def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[str]:
     """What a step without and one with an evaluation shows."""
     evaluations = {f"s{i}": Evaluation(i, 10) for i in range(num_sets)}
     if num_sets > 1:
@@ -135,9 +135,9 @@ def shown(capsys, num_sets: int) -> list[str]:
     reporter = Reporter(state, num_devices=1, enabled=True)
     reporter._metrics = io.StringIO()
     result = StepResult(4.0, 1.0, 0.1)
-    reporter.step(result, 1.0, evaluations, {})
+    reporter.step(result, 1.0, evaluations, {}, tasks or {})
     state.iteration = 20
-    reporter.step(result, 1.0, {}, {})
+    reporter.step(result, 1.0, {}, {}, {})
     return capsys.readouterr().out.splitlines()
 
 
@@ -160,3 +160,17 @@ def test_of_many_sets_the_line_has_the_mean_and_another_line_has_all(capsys):
     assert later.startswith("step 20/20 | loss 4.0000 | val/mean 9.0000 | lr")
     numbers = " | ".join(f"val/s{i} {i}.0000" for i in range(6))
     assert all_sets == f"step 10/20 | {numbers} | val/mean 9.0000"
+
+
+def test_a_few_tasks_stand_in_the_line_of_a_step(capsys):
+    (few, later) = shown(capsys, 1, {"piqa": 51.25, "sciq": 20.0})
+    scores = "val/s0 0.0000 | task/piqa 51.2 | task/sciq 20.0"
+    assert few.startswith(f"step 10/20 | loss 4.0000 | {scores} | lr")
+    assert later.startswith(f"step 20/20 | loss 4.0000 | {scores} | lr")
+
+
+def test_many_tasks_have_a_line_of_their_own(capsys):
+    tasks = {f"t{i}": float(i) for i in range(5)}
+    line, of_tasks, later = shown(capsys, 1, tasks)
+    assert "task/" not in line and "task/" not in later
+    assert of_tasks == "step 10/20 | " + " | ".join(f"task/t{i} {i}.0" for i in range(5))

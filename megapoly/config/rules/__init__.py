@@ -7,7 +7,10 @@ exists, and on configurations that are resolved or not.
 
 from __future__ import annotations
 
-from megapoly.config.rules import data, layout, model, run, schedule, values
+import importlib.util
+from collections.abc import Sequence
+
+from megapoly.config.rules import data, layout, model, run, schedule, tasks, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
@@ -19,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     *schedule.RULES,
     *run.RULES,
     *data.RULES,
+    *tasks.RULES,
 )
 
 
@@ -41,7 +45,12 @@ def find_problems(
             rule about it.
     """
     facts = Facts(
-        config, world_size, cuda_available, transformer_engine_available, tokenizer_vocab_size
+        config,
+        world_size,
+        cuda_available,
+        transformer_engine_available,
+        tokenizer_vocab_size,
+        lm_eval_available=importlib.util.find_spec("lm_eval") is not None,
     )
     return [problem for rule in RULES for problem in rule(facts)]
 
@@ -53,18 +62,27 @@ def check(
     cuda_available: bool,
     transformer_engine_available: bool,
     tokenizer_vocab_size: int | None = None,
+    problems: Sequence[str] = (),
 ) -> None:
     """Refuse a configuration that breaks a rule; arguments as :func:`find_problems`.
 
+    Args:
+        config: see there, as the following.
+        world_size: see there.
+        cuda_available: see there.
+        transformer_engine_available: see there.
+        tokenizer_vocab_size: see there.
+        problems: what else is wrong, reported together with the rules.
+
     Raises:
-        ConfigError: all broken rules.
+        ConfigError: ``problems`` and all broken rules.
     """
-    problems = find_problems(
+    found = find_problems(
         config,
         world_size=world_size,
         cuda_available=cuda_available,
         transformer_engine_available=transformer_engine_available,
         tokenizer_vocab_size=tokenizer_vocab_size,
     )
-    if problems:
-        raise ConfigError(problems)
+    if problems or found:
+        raise ConfigError([*problems, *found])

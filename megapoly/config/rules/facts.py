@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """A configuration and the machine that is to run it; arguments of ``find_problems``."""
+    """A configuration and the machine that is to run it; arguments of ``find_problems``.
+
+    ``lm_eval_available`` is whether LM Evaluation Harness is installed.
+    """
 
     config: Config
     world_size: int
     cuda_available: bool
     transformer_engine_available: bool
     tokenizer_vocab_size: int | None
+    lm_eval_available: bool = True
 
     @property
     def is_moe(self) -> bool:

@@ -37,6 +37,7 @@ AT_LEAST_ONE = (
     "training.micro_batch_size",
     "training.global_batch_size",
     "training.eval_iters",
+    "training.eval_tasks_limit",
     "logging.log_interval",
 )
 AT_LEAST_ZERO = (
@@ -50,6 +51,7 @@ AT_LEAST_ZERO = (
     "optimizer.clip_grad",
     "training.seed",
     "training.eval_interval",
+    "training.eval_tasks_interval",
     "checkpoint.save_interval",
     "checkpoint.keep",
     "logging.detail_interval",

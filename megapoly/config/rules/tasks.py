@@ -1,0 +1,63 @@
+"""Rules on benchmark tasks that are evaluated during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megapoly.config.rules.facts import Facts, Rule, changed
+
+TASKS = "`training.eval_tasks`"
+INTERVAL = "`training.eval_tasks_interval`"
+
+
+def tasks_have_an_interval(facts: Facts) -> Iterator[str]:
+    """Tasks and the steps between their evaluations go together."""
+    training = facts.config.training
+    tasks, interval = training.eval_tasks, training.eval_tasks_interval
+    if tasks is None:
+        if interval > 0:
+            yield f"{INTERVAL} ({interval}) needs {TASKS} (null); name tasks, or set it to 0"
+    elif not tasks:
+        yield f"{TASKS} ([]) names no task; name one, such as [arc_easy], or leave it null"
+    elif interval == 0:
+        yield (
+            f"{TASKS} ({', '.join(tasks)}) needs {INTERVAL} (0); set it to the steps between "
+            "evaluations, or leave the tasks null"
+        )
+
+
+def task_options_are_read(facts: Facts) -> Iterator[str]:
+    """Questions belong to tasks."""
+    keys = ["training.eval_tasks_limit", "training.eval_tasks_data"]
+    options = changed(facts.config, keys)
+    if options and facts.config.training.eval_tasks is None:
+        yield f"{options}: nothing reads this with {TASKS} (null); leave it out, or name tasks"
+
+
+def task_data_exists(facts: Facts) -> Iterator[str]:
+    """The folder of the tasks' questions is there."""
+    folder = facts.config.training.eval_tasks_data
+    if folder is not None and not Path(folder).is_dir():
+        yield (
+            f"`training.eval_tasks_data` ({folder}) is no folder; give one that holds the tasks' "
+            "questions, or leave it null for the harness to find them"
+        )
+
+
+def harness_is_installed(facts: Facts) -> Iterator[str]:
+    """Tasks are those of LM Evaluation Harness."""
+    tasks = facts.config.training.eval_tasks
+    if tasks and not facts.lm_eval_available:
+        yield (
+            f"{TASKS} ({', '.join(tasks)}) needs LM Evaluation Harness, which is not installed; "
+            "`pip install 'megapoly[eval]'`, or leave it null"
+        )
+
+
+RULES: tuple[Rule, ...] = (
+    tasks_have_an_interval,
+    task_options_are_read,
+    task_data_exists,
+    harness_is_installed,
+)

@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints: perplexity on validation sets, benchmark tasks."""

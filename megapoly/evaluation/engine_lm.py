@@ -1,0 +1,282 @@
+"""LM Evaluation Harness on the engine's model, at any parallel layout.
+
+Import it after :func:`megapoly.platform.select_platform`: it brings the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
+from torch import Tensor
+
+from megapoly.data.loader import Batch
+from megapoly.data.tokenizer import Tokenizer
+from megapoly.errors import DataError, UnavailableError
+from megapoly.evaluation.token_scores import token_scores
+from megapoly.training.distributed import sum_over_all
+from megapoly.training.state import ModelState, evaluation_mode
+from megapoly.training.step import run_schedule
+
+logger = logging.getLogger(__name__)
+
+_NO_TARGET = -1
+
+# The texts, ids of the context, ids of the continuation: what the harness hands on.
+Request = tuple[Any, list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """One request as the model sees it.
+
+    Args:
+        place: among the requests.
+        tokens: input; the last token of the continuation predicts nothing and is left out.
+        continuation: what its last positions are to predict.
+    """
+
+    place: int
+    tokens: list[int]
+    continuation: list[int]
+
+
+class EngineLM(TemplateLM):
+    """The harness's view of a model that all ranks of a job hold together.
+
+    Every rank calls the harness with the same tasks and gets the same results; to the harness each
+    is the only process. Within a call, data-parallel ranks share the requests, the others compute
+    together.
+
+    Text becomes ids as in training: without special tokens, and the name of a special token within
+    a text is text. Context and continuation are encoded as one text; spaces that end the context
+    belong to the continuation (``TemplateLM``). What has no context follows the end-of-document
+    token, as a document does in training.
+
+    Note:
+        A context is cut on the left so that it and the continuation fit in ``training.seq_length``.
+        Rotary positions would go on, but the model was never trained there. A continuation is never
+        cut, and where it alone is longer, it is read beyond that length, after the last token of
+        its context.
+
+    Args:
+        state: a run in training, or a model alone; dropout is off while requests run.
+        tokenizer: of its training data.
+        batch_size: sequences in one forward pass of one rank; null: ``training.micro_batch_size``.
+        on_progress: called on the way with the numbers of scored sequences and of all sequences of
+            the call; with windows of rolling requests each is a sequence.
+    """
+
+    def __init__(
+        self,
+        state: ModelState,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._state = state
+        self._text = tokenizer
+        self._batch_size = batch_size or state.config.training.micro_batch_size
+        self._on_progress = on_progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id that ends a document; also what precedes a text without context."""
+        return self._text.eod
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model sees at once."""
+        return self._state.config.training.seq_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells apart caches of encoded requests."""
+        return self._text.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text; special tokens are never added."""
+        return self._text.encode(string)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score continuations of contexts; collective.
+
+        Returns:
+            For each request the sum of its continuation's log-probabilities, and whether every
+            token of it is the likeliest.
+        """
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole texts, in windows of ``max_length`` that predict each token once; collective.
+
+        Returns:
+            The log-probability of each text.
+        """
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            pairs = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            owners += [i] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows)
+        for owner, (score, _) in zip(owners, scores, strict=True):
+            totals[owner] += score
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Refuse: text is not generated here.
+
+        Raises:
+            UnavailableError: always.
+        """
+        raise UnavailableError(
+            f"Tasks that generate text ({len(requests)} requests) need a cache of keys and values, "
+            "which the training model does not have; evaluate an export "
+            "(`tools/convert_to_hf.py`), or leave these tasks out."
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score encoded requests, the longest first, so that sequences of a pass are alike."""
+        scored = [self._as_input(i, *request[1:]) for i, request in enumerate(requests)]
+        # Log-probability of each continuation, and how many of its tokens are not the likeliest.
+        totals = torch.zeros(len(scored), 2, dtype=torch.float64)
+        num_cut = sum(
+            len(each.tokens) < len(context) + len(continuation) - 1
+            for each, (_, context, continuation) in zip(scored, requests, strict=True)
+        )
+        if num_cut:
+            logger.info(
+                "%d of %d contexts are cut on the left: with the continuation they are longer than "
+                "`training.seq_length` (%d)",
+                num_cut,
+                len(scored),
+                self.max_length,
+            )
+        scored.sort(key=lambda request: -len(request.tokens))
+        num_done = 0
+        with evaluation_mode(self._state):
+            for of_all in self._rounds(scored):
+                self._run(of_all, totals)
+                num_done += sum(map(len, of_all))
+                if self._on_progress is not None:
+                    self._on_progress(num_done, len(scored))
+        summed = sum_over_all(totals.flatten().tolist(), self._state.platform)
+        return [
+            (log_probability, misses == 0)
+            for log_probability, misses in zip(summed[::2], summed[1::2], strict=True)
+        ]
+
+    def _as_input(self, place: int, context: list[int], continuation: list[int]) -> _Scored:
+        if not continuation:
+            raise DataError(
+                f"request {place + 1} of the task has a continuation without tokens, so there is "
+                "nothing to score; correct the task's choices"
+            )
+        whole = (context or [self.prefix_token_id]) + continuation
+        length = max(self.max_length, len(continuation))
+        return _Scored(place, whole[-(length + 1) : -1], continuation)
+
+    def _rounds(self, scored: list[_Scored]) -> Iterator[list[list[_Scored]]]:
+        """Cut requests into what all ranks run at once: micro-batches of all replicas.
+
+        Every rank has the same number of micro-batches of one shape: experts are shared by
+        data-parallel ranks, and an interleaved pipeline takes as many as it has stages.
+        """
+        num_parts = (
+            parallel_state.get_data_parallel_world_size()
+            * parallel_state.get_pipeline_model_parallel_world_size()
+        )
+        for start in range(0, len(scored), self._batch_size * num_parts):
+            chosen = scored[start : start + self._batch_size * num_parts]
+            yield [chosen[part::num_parts] for part in range(num_parts)]
+
+    def _run(self, of_all: list[list[_Scored]], totals: Tensor) -> None:
+        """Run this rank's part of a round, and put what it owns into ``totals``."""
+        rows = len(of_all[0])
+        length = self._padded(max(len(request.tokens) for request in of_all[0]))
+        replica = parallel_state.get_data_parallel_rank()
+        mine = of_all[replica :: parallel_state.get_data_parallel_world_size()]
+        results = run_schedule(
+            self._state,
+            partial(_forward_step, self._state.platform.device),
+            iter([self._batch(requests, rows, length) for requests in mine]),
+            len(mine),
+            micro_batch_size=rows,
+            seq_length=length,
+            forward_only=True,
+        )
+        # Tensor-parallel ranks have the same; context-parallel ranks have what adds up.
+        if results and parallel_state.get_tensor_model_parallel_rank() == 0:
+            for requests, result in zip(mine, results, strict=True):
+                places = [request.place for request in requests]
+                totals[places] = result[: len(places)].cpu()
+
+    def _padded(self, length: int) -> int:
+        """The next length that sequence and context parallelism can cut."""
+        parallel = self._state.config.parallel
+        multiple = parallel.tensor_model_parallel_size
+        if parallel.context_parallel_size > 1:
+            multiple *= 2 * parallel.context_parallel_size
+        return -(-length // multiple) * multiple
+
+    def _batch(self, requests: list[_Scored], rows: int, length: int) -> Batch:
+        """Tokens [rows, length], padded on the right, where a causal model does not look."""
+        tokens = torch.full((rows, length), self.eot_token_id)
+        targets = torch.full((rows, length), _NO_TARGET)
+        for row, request in enumerate(requests):
+            end = len(request.tokens)
+            tokens[row, :end] = torch.tensor(request.tokens)
+            targets[row, end - len(request.continuation) : end] = torch.tensor(request.continuation)
+        positions = torch.arange(length).repeat(rows, 1)
+        return {"tokens": tokens, "targets": targets, "position_ids": positions}
+
+
+def _forward_step(device: torch.device, batches: Iterator[Batch], model: torch.nn.Module) -> Any:
+    """What the engine's schedules call for each micro-batch."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
+    batch = get_batch_on_this_cp_rank(batch)
+    logits = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+    return logits, partial(_score, batch["targets"])
+
+
+def _score(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """From logits [b, s / cp, v / tp] to [b, 2]: log-probability, tokens not the likeliest.
+
+    First comes a loss, which the engine's schedules want and nothing reads.
+    """
+    is_target = targets != _NO_TARGET
+    log_probabilities, is_greedy = token_scores(
+        logits[is_target],
+        targets[is_target],
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    per_token = torch.stack([log_probabilities.double(), (~is_greedy).double()], dim=-1)
+    totals = per_token.new_zeros(len(targets), 2)
+    totals.index_add_(0, is_target.nonzero()[:, 0], per_token)
+    return logits.new_zeros(()), totals

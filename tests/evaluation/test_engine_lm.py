@@ -1,0 +1,46 @@
+"""Log-likelihoods at any layout are those of one process, computed by hand."""
+
+import pytest
+from evaluation_jobs import TEXTS, refuse_generation
+
+from megapoly.testing import run_on_ranks
+
+pytest.importorskip("lm_eval")
+
+LAYOUTS = [
+    *(("dense", name) for name in ("1", "tp2", "pp2", "pp2-vpp2", "dp2", "cp2")),
+    *(("moe", name) for name in ("1", "ep2", "tp2-ep2-etp1")),
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS)
+def test_scores_are_those_by_hand(evaluated, model, layout):
+    one, ranks = evaluated(model, "1")[0], evaluated(model, layout)
+    for outcome in ranks:
+        for (score, greedy), expected in zip(outcome.scores, one.by_hand, strict=True):
+            assert score == pytest.approx(expected[0], abs=1e-4)
+            assert greedy == expected[1]
+        assert outcome.rolling == pytest.approx(one.rolling_by_hand, abs=3e-4)
+        assert outcome.scores == ranks[0].scores
+        assert outcome.progress[-1] == (len(TEXTS), len(TEXTS))
+
+
+@pytest.mark.parametrize(("model", "layout"), LAYOUTS)
+def test_the_likeliest_tokens_are_greedy(evaluated, model, layout):
+    for outcome in evaluated(model, layout):
+        assert [greedy for _, greedy in outcome.token_scores] == [True, False] * 3
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2", "dp2"])
+def test_harness_counts_right_answers(evaluated, layout):
+    accuracy = evaluated("dense", "1")[0].accuracy_by_hand
+    assert 0 < accuracy < 1
+    first, *others = evaluated("dense", layout)
+    assert first.harness["acc,none"] == pytest.approx(accuracy)
+    # The harness gives results to one process of a host.
+    assert all(outcome.harness is None for outcome in others)
+
+
+def test_generation_is_refused(trained):
+    (message,) = run_on_ranks(refuse_generation, 1, trained("dense")[0])
+    assert "tools/convert_to_hf.py" in message
