@@ -1,0 +1,1 @@
+"""Accuracy on the paper's benchmarks, by the LM Evaluation Harness."""
