@@ -10,15 +10,9 @@ status is 0, or 2 with the reason.
 
 from __future__ import annotations
 
-import os
-
-# One bar for everything stands in the place of the libraries' own, several a task.
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,7 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megapoly.errors import MegapolyError
+from megapoly.errors import EvaluationError, MegapolyError
 from megapoly.evaluation.following import OnProgress
 from megapoly.evaluation.harness import evaluate_tasks
 from megapoly.evaluation.models import DTYPES, open_model
@@ -47,7 +41,7 @@ from megapoly.evaluation.tasks import select
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; see the module for the exit status."""
     options = _parser().parse_args(argv)
-    _quieten()
+    _prepare_libraries()
     try:
         return _evaluate(options)
     except MegapolyError as error:
@@ -58,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     console, messages = Console(), Console(stderr=True)
     selection = select(name for word in options.tasks for name in word.split(",") if name)
+    if options.json:
+        _check_writable(options.json)
     device = options.device or _default_device()
     messages.print(f"{options.model} on {device}", highlight=False, markup=False, soft_wrap=True)
     lm = open_model(
@@ -105,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_writable(path: Path) -> None:
+    """An evaluation can take hours, and would end with its figures lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise EvaluationError(f"`--json` ({path}) cannot be written: {error.strerror}") from error
+
+
 def _default_device() -> str:
     import torch
 
@@ -129,7 +134,15 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         yield on_progress
 
 
-def _quieten() -> None:
+def _prepare_libraries() -> None:
+    """Set up what they read when they are imported, which happens later."""
+    # The harness imports a package of this file's name, `evaluate`, for some metrics.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    # One bar for everything stands in the place of the libraries' own, several a task.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module="transformers|datasets|torch")
     for name in ("transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

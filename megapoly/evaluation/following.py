@@ -86,6 +86,10 @@ class HarnessWarnings(logging.Handler):
         self._logger.removeHandler(self)
         self._logger.propagate = self._propagate
 
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self._by_place.clear()
+
     def collected(self) -> tuple[HarnessWarning, ...]:
         """Return the warnings, one for each place that warned."""
         return tuple(self._by_place.values())

@@ -16,6 +16,7 @@ from megapoly.evaluation.collect import collect
 from megapoly.evaluation.following import HarnessWarnings, OnProgress, followed
 from megapoly.evaluation.local_tasks import missing_files, write_task_files
 from megapoly.evaluation.results import Skipped, TaskResults
+from megapoly.evaluation.squad_metrics import squad_metrics_importable
 from megapoly.evaluation.tasks import TASKS, EvalTask, Selection, unknown_task
 
 if TYPE_CHECKING:
@@ -74,14 +75,16 @@ def evaluate_tasks(
     ):
         names = write_task_files(tasks, Path(folder), task_data)
         manager = _task_manager(tasks, Path(folder))
-        loaded = {
-            task: _load(manager, name, task, task_data is not None)
-            for task, name in zip(tasks, names, strict=True)
-        }
+        with squad_metrics_importable():
+            loaded = {
+                task: _load(manager, name, task, task_data is not None)
+                for task, name in zip(tasks, names, strict=True)
+            }
         for task, members in loaded.items():
             _set_fewshot(members, task.num_fewshot if num_fewshot is None else num_fewshot)
         leaves = [leaf for members in loaded.values() for leaf in members["tasks"].values()]
         _check_duplicates(leaves)
+        warnings.clear()  # of defaults that the task files leave to the harness
         with followed(lm, leaves, on_progress):
             raw = lm_eval.simple_evaluate(
                 lm,

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from megapoly.evaluation.paper_figures import PAPER_TABLES, PaperTable
-from megapoly.evaluation.results import TaskResult, TaskResults
+from megapoly.evaluation.results import TaskResults
 from megapoly.evaluation.tasks import GROUPS
 
 _NONE = "-"
@@ -24,6 +24,7 @@ def show_results(results: TaskResults, model: str, console: Console) -> None:
     """
     for name in results.selection.tables:
         console.print(_paper_table(results, name, model))
+        console.print()
     console.print(_all_tasks(results, model))
     for warning in results.warnings:
         times = f" ({warning.count} times)" if warning.count > 1 else ""
@@ -40,20 +41,19 @@ def _paper_table(results: TaskResults, name: str, model: str) -> Table:
         title=f"Accuracy (%), as in the paper's Table {paper.number}",
         caption=_caption(results, name, paper),
         box=SIMPLE_HEAD,
-        collapse_padding=True,
+        padding=0,  # ten columns of figures beside the names, in a terminal of 80
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("", overflow="fold")
+    table.add_column("", overflow="fold", min_width=16)
     for column in (*paper.columns, "Avg."):
         table.add_column(column, justify="right", no_wrap=True)
     found = [results.find(task) for task in GROUPS[name]]
     average = results.average(GROUPS[name])
-    table.add_row(escape(model), *map(_score, found), _number(average), style="bold")
-    stderrs = [_number(result.stderr if result else None, "±") for result in found]
-    table.add_row("  standard error", *stderrs, "", end_section=True)
-    for activation, figures in paper.rows.items():
-        cells = (f"{figure:.2f}" for figure in (*figures, paper.averages[activation]))
+    figures = (_number(result.score if result else None) for result in found)
+    table.add_row(escape(model), *figures, _number(average), style="bold", end_section=True)
+    for activation, accuracies in paper.rows.items():
+        cells = (f"{accuracy:.2f}" for accuracy in (*accuracies, paper.averages[activation]))
         table.add_row(f"paper: {activation}", *cells, style="dim")
     return table
 
@@ -75,8 +75,9 @@ def _caption(results: TaskResults, name: str, paper: PaperTable) -> str:
 
 
 def _limit_text(results: TaskResults) -> str:
-    each = "task, of each subject of MMLU" if _has_subjects(results) else "task"
-    return f"this model: only the first {results.limit} questions of each {each}"
+    first = "first question" if results.limit == 1 else f"first {results.limit} questions"
+    each = "each task, of each subject of MMLU" if _has_subjects(results) else "each task"
+    return f"this model: only the {first} of {each}"
 
 
 def _has_subjects(results: TaskResults) -> bool:
@@ -94,7 +95,7 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
     )
     table.add_column("task", overflow="fold")
     table.add_column("split")
-    for column in ("shots", "questions"):
+    for column in ("shots", "asked"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("metric", overflow="fold")
     for column in ("score", "error"):
@@ -106,7 +107,7 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
             str(result.num_fewshot),
             f"{result.num_questions:,}",
             escape(result.metric),
-            _score(result),
+            _number(result.score),
             _number(result.stderr, "±"),
         )
     for skipped in results.skipped:
@@ -116,10 +117,6 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
         table.add_section()
         table.add_row("mean", *[""] * 4, _number(average))
     return table
-
-
-def _score(result: TaskResult | None) -> str:
-    return _number(result.score if result else None)
 
 
 def _number(value: float | None, sign: str = "") -> str:
