@@ -96,6 +96,7 @@ BY_FILE = {
     "boolq__none__validation.jsonl": [
         {"passage": "Iron is a metal.", "question": "is iron a metal", "answer": True},
         {"passage": "Oak is a wood.", "question": "is oak a metal", "answer": False},
+        {"passage": "Ice is cold.", "question": "is ice hot", "answer": False},
     ],
     "tau__commonsense_qa__none__validation.jsonl": [
         {

@@ -1,14 +1,16 @@
 """Each benchmark from a folder: prompts, answers and scores of made-up questions."""
 
+import math
+
 import pytest
-from questions import ShortAnswers
+from questions import BY_FILE, ShortAnswers
 
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import evaluate_tasks
 from megapoly.evaluation.local_tasks import LOCAL_SETS, missing_files
 from megapoly.evaluation.tasks import TASKS, select
 
-# Prompt and answers of the first question of each; the part of both questions whose right answer is
+# Prompt and answers of the first question of each; the part of all questions whose right answer is
 # the shortest, the first of several.
 FROZEN_PROMPT = "Question: Which is hot?\nAnswer:"
 ARC_PROMPT = "Question: Which of these melts in the sun?\nAnswer:"
@@ -37,7 +39,7 @@ EXPECTED = {
         ["  the road got wet.", "  the moon fell into the sea."],
         0.5,
     ),
-    "boolq": ("Iron is a metal.\nQuestion: is iron a metal?\nAnswer:", [" no", " yes"], 0.5),
+    "boolq": ("Iron is a metal.\nQuestion: is iron a metal?\nAnswer:", [" no", " yes"], 2 / 3),
     "commonsense_qa": (CSQA_PROMPT, [" A", " B", " C", " D", " E"], 0.5),
     "social_iqa": (
         "Q: Kim lost a shoe. What next?\nA:",
@@ -73,11 +75,12 @@ def test_prompts_and_score(plain, name):
     asked = [answer for context, answer in lm.scored if context == prompt]
     assert asked[: len(answers)] == answers
     result = results.find(name)
-    assert result.metrics["acc"].value == accuracy
-    assert (result.num_questions, result.num_questions_in_split, result.num_fewshot) == (2, 2, 0)
-    assert result.split == LOCAL_SETS[name].split
-    # Two questions, one right: sqrt(0.5 / (2 - 1)) / sqrt(2).
-    assert result.metrics["acc"].stderr == pytest.approx(0.5)
+    assert result.metrics["acc"].value == pytest.approx(accuracy)
+    count = len(BY_FILE[LOCAL_SETS[name].file])
+    assert (result.num_questions, result.num_questions_in_split) == (count, count)
+    assert result.num_fewshot == 0 and result.split == LOCAL_SETS[name].split
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1))
+    assert result.metrics["acc"].stderr == pytest.approx(stderr)
 
 
 def test_conversations(plain):
