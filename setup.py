@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").read_text()).group(1)
 
+# 0.4.12 is the first lm-eval whose task manager gives tasks and groups apart.
+HF = ["accelerate", "safetensors", "transformers>=4.57"]
+EVAL = ["datasets", "lm-eval>=0.4.12", *HF]
 DATA = ["gigatoken>=0.10", "matplotlib", "orjson", "pyarrow", "zstandard"]
 
 setup(
@@ -38,6 +41,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
         "test": [
             *DATA,
+            *EVAL,
             "matplotlib",
             "mypy",
             "pytest",
@@ -51,8 +55,8 @@ setup(
         ],
         # tools/preprocess_data.py
         "data": DATA,
-        "hf": ["transformers>=4.57", "safetensors"],
-        "eval": ["lm-eval"],
+        "hf": HF,
+        "eval": EVAL,  # tools/evaluate.py
         "bench": ["matplotlib"],  # tools/benchmark_ops.py --plot
     },
 )

@@ -41,3 +41,7 @@ class ShapeError(MegapolyError, ValueError):
 
 class UnavailableError(MegapolyError):
     """Something was asked for that this machine or installation does not have."""
+
+
+class EvaluationError(MegapolyError):
+    """A benchmark cannot be run: its name is unknown, or its questions are missing or unusable."""

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints: perplexity on validation sets, benchmark tasks."""
+"""Evaluation: the paper's benchmarks by the LM Evaluation Harness, perplexity by domain."""

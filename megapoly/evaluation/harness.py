@@ -1,0 +1,204 @@
+"""Run a model on benchmarks with the LM Evaluation Harness."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapoly import __version__
+from megapoly.errors import EvaluationError, UnavailableError
+from megapoly.evaluation.collect import collect
+from megapoly.evaluation.following import HarnessWarnings, OnProgress, followed
+from megapoly.evaluation.local_tasks import missing_files, write_task_files
+from megapoly.evaluation.results import Skipped, TaskResults
+from megapoly.evaluation.squad_metrics import squad_metrics_importable
+from megapoly.evaluation.tasks import TASKS, EvalTask, Selection, unknown_task
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+# The harness's own defaults, so that its command gives the same figures.
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+_LIBRARIES = ("lm_eval", "transformers", "torch", "datasets", "tokenizers", "numpy")
+
+
+def evaluate_tasks(
+    lm: LM,
+    selection: Selection,
+    *,
+    limit: int | None = None,
+    task_data: Path | None = None,
+    num_fewshot: int | None = None,
+    skip_missing: bool = False,
+    on_progress: OnProgress | None = None,
+) -> TaskResults | None:
+    """Run tasks on a model; collective where ``lm`` is.
+
+    The same model, tasks and options give the same figures. The states of the global random
+    generators are set on the way.
+
+    Args:
+        lm: any model of the harness. In a job of several processes each calls this with its own
+            and the same other arguments.
+        selection: the tasks.
+        limit: ask only the first so many questions of each task, of each subject of MMLU.
+        task_data: folder with the questions (:mod:`megapoly.evaluation.local_tasks`); None for
+            where the harness has them, the Hugging Face hub or its cache.
+        num_fewshot: answered examples before each question, for all tasks.
+        skip_missing: leave out tasks whose files ``task_data`` lacks; the result says which.
+        on_progress: called with the numbers of answered requests and of all; a request is one
+            answer to score or one text to generate. Models that do not say when they have answered
+            (``LM.cache_hook``) are not followed.
+
+    Returns:
+        The results; None in processes for which the harness returns none: all but the first of an
+        ``lm`` with a rank of its own, else all whose LOCAL_RANK is not 0.
+
+    Raises:
+        EvaluationError: an unknown task, data that is missing or cannot be loaded, ``limit`` or
+            ``num_fewshot`` out of range.
+        UnavailableError: the harness is not installed.
+    """
+    _check_numbers(limit, num_fewshot)
+    lm_eval = _import_harness()
+    started, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    tasks, skipped = _with_data(selection, task_data, skip_missing)
+    with (
+        HarnessWarnings() as warnings,
+        tempfile.TemporaryDirectory(prefix="megapoly-tasks-") as folder,
+    ):
+        names = write_task_files(tasks, Path(folder), task_data)
+        manager = _task_manager(tasks, Path(folder))
+        with squad_metrics_importable():
+            loaded = {
+                task: _load(manager, name, task, task_data is not None)
+                for task, name in zip(tasks, names, strict=True)
+            }
+        for task, members in loaded.items():
+            _set_fewshot(members, task.num_fewshot if num_fewshot is None else num_fewshot)
+        leaves = [leaf for members in loaded.values() for leaf in members["tasks"].values()]
+        _check_duplicates(leaves)
+        warnings.clear()  # of defaults that the task files leave to the harness
+        with followed(lm, leaves, on_progress):
+            raw = lm_eval.simple_evaluate(
+                lm,
+                tasks=[top for members in loaded.values() for top in _tops(members)],
+                limit=limit,
+                log_samples=False,
+                task_manager=manager,
+                random_seed=SEEDS["random"],
+                numpy_random_seed=SEEDS["numpy"],
+                torch_random_seed=SEEDS["torch"],
+                fewshot_random_seed=SEEDS["fewshot"],
+            )
+    if raw is None:
+        return None
+    results = tuple(result for task in tasks for result in collect(raw, task, loaded[task]))
+    return TaskResults(
+        selection=selection,
+        tasks=results,
+        skipped=skipped,
+        limit=limit,
+        warnings=warnings.collected(),
+        seeds=SEEDS,
+        versions={"megapoly": __version__}
+        | {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        date=date,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_numbers(limit: int | None, num_fewshot: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"`limit` ({limit}) must be at least 1; leave it out for all")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise EvaluationError(f"`num_fewshot` ({num_fewshot}) must not be negative")
+
+
+def _import_harness() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UnavailableError(
+            f"evaluation needs the LM Evaluation Harness ({error}): pip install 'megapoly[eval]'"
+        ) from error
+    return lm_eval
+
+
+def _with_data(
+    selection: Selection, task_data: Path | None, skip_missing: bool
+) -> tuple[list[EvalTask], tuple[Skipped, ...]]:
+    """Return the tasks that can run, and those for which the folder lacks files."""
+    if task_data is None:
+        return list(selection.tasks), ()
+    if not task_data.is_dir():
+        raise EvaluationError(f"`task_data` ({task_data}) is no folder")
+    missing = {task: tuple(missing_files(task, task_data)) for task in selection.tasks}
+    skipped = tuple(Skipped(task, files) for task, files in missing.items() if files)
+    tasks = [task for task, files in missing.items() if not files]
+    if skipped and not (skip_missing and tasks):
+        lines = "\n".join(f"  {each.task.name}: {shortened(each.missing)}" for each in skipped)
+        raise EvaluationError(
+            f"`{task_data}` lacks the data of {len(skipped)} of {len(missing)} tasks:\n{lines}\n"
+            "tools/export_benchmarks.py writes what it can; `--skip-missing` leaves tasks out"
+        )
+    return tasks, skipped
+
+
+def shortened(files: tuple[str, ...]) -> str:
+    """Return names of files, the first three of many."""
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return ", ".join(files[:3]) + more
+
+
+def _task_manager(tasks: list[EvalTask], folder: Path) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    # Reading the harness's 14,000 task files takes 6 s, and ours name those that they include.
+    only_ours = all(task.name in TASKS for task in tasks)
+    return TaskManager(include_path=str(folder), include_defaults=not only_ours)
+
+
+def _load(manager: TaskManager, name: str, task: EvalTask, is_local: bool) -> Mapping[str, Any]:
+    """Return a task's members as the harness has them: tasks, groups."""
+    if name not in manager.all_tasks:
+        raise unknown_task(name, manager.all_tasks)
+    try:
+        return manager.load([name])
+    except Exception as error:  # of a task's own code, of datasets, of the hub's client
+        remedy = (
+            "the files must have one JSON object a line, with the fields that the README lists"
+            if is_local
+            else "without a connection, give a folder of questions with `--task-data`"
+        )
+        raise EvaluationError(
+            f"the data of `{task.name}` cannot be loaded: {type(error).__name__}: {error}; {remedy}"
+        ) from error
+
+
+def _set_fewshot(members: Mapping[str, Any], num_fewshot: int | None) -> None:
+    for leaf in members["tasks"].values():
+        if num_fewshot is not None:
+            leaf.set_config("num_fewshot", num_fewshot)
+
+
+def _check_duplicates(leaves: list[Any]) -> None:
+    seen: set[str] = set()
+    for name in (leaf.task_name for leaf in leaves):
+        if name in seen:
+            raise EvaluationError(f"`{name}` is in two of the tasks that were asked for")
+        seen.add(name)
+
+
+def _tops(members: Mapping[str, Any]) -> list[Any]:
+    """Return the group that was asked for, or the tasks of a tag."""
+    groups = members["groups"]
+    inner = {name for children in members["group_map"].values() for name in children}
+    tops = [group for name, group in groups.items() if name not in inner]
+    return tops or list(members["tasks"].values())

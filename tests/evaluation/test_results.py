@@ -1,0 +1,61 @@
+"""What the JSON holds, and the averages."""
+
+import json
+from importlib.metadata import version
+
+import pytest
+from questions import ShortAnswers
+
+from megapoly.evaluation.harness import evaluate_tasks
+from megapoly.evaluation.local_tasks import LOCAL_SETS
+from megapoly.evaluation.results import write_json
+from megapoly.evaluation.tasks import GROUPS, select
+
+
+@pytest.fixture(scope="module")
+def table1(task_data):
+    return evaluate_tasks(ShortAnswers(), select(["table1", "coqa"]), task_data=task_data)
+
+
+def test_json(table1, tmp_path):
+    path = tmp_path / "of" / "run.json"
+    write_json(path, table1, {"path": "somewhere", "dtype": "float32"})
+    content = json.loads(path.read_text())
+    assert content["model"] == {"path": "somewhere", "dtype": "float32"}
+    assert content["asked_for"] == ["table1", "coqa"] and content["limit"] is None
+    assert list(content["tasks"]) == [*GROUPS["table1"], "coqa"]
+    winogrande = content["tasks"]["winogrande"]
+    assert winogrande == {
+        "column": "WinoGrande",
+        "harness_task": "winogrande",
+        "split": "validation",
+        "num_fewshot": 0,
+        "num_questions": 2,
+        "num_questions_in_split": 2,
+        "metric": "acc",
+        "score": 50,
+        "stderr": 50,
+        "unit": "%",
+        "metrics": {"acc": {"value": 0.5, "stderr": 0.5}},
+    }
+    assert set(content["tasks"]["piqa"]["metrics"]) == {"acc", "acc_norm"}
+    for library in ("lm_eval", "transformers", "torch"):
+        assert content["versions"][library] == version(library)
+    assert content["date"][:2] == "20" and content["seeds"]["fewshot"] == 1234
+    scores = {name: task["score"] for name, task in content["tasks"].items()}
+    assert content["averages"]["all"] == pytest.approx(sum(scores.values()) / 7)
+    assert content["averages"]["table1"] == pytest.approx((sum(scores.values()) - 75) / 6)
+    assert scores["coqa"] == pytest.approx(75)
+
+
+def test_no_average_where_a_task_is_missing(task_data, tmp_path):
+    for name in set(GROUPS["table1"]) - {"sciq"}:
+        file = LOCAL_SETS[name].file
+        (tmp_path / file).write_text((task_data / file).read_text())
+    results = evaluate_tasks(
+        ShortAnswers(), select(["table1"]), task_data=tmp_path, skip_missing=True
+    )
+    write_json(tmp_path / "run.json", results, {})
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["averages"]["table1"] is None and content["averages"]["all"] is not None
+    assert content["skipped"] == {"sciq": ["sciq__none__validation.jsonl"]}
