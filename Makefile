@@ -1,4 +1,5 @@
-# make pretrain   train the tiny mixture-of-experts model, tensor and expert parallel, 2 processes
+# make pretrain   train the tiny mixture-of-experts model, tensor and expert parallel, 2 processes,
+#                 and let it continue a text
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
 # make check      lint, format and type checks
@@ -16,6 +17,7 @@ pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
 	    --parallel.tensor_model_parallel_size 2 --parallel.expert_model_parallel_size 2 \
 	    --parallel.expert_tensor_parallel_size 1 --run_dir runs/moe_tiny
+	$(BIN)/python tools/generate.py --model runs/moe_tiny
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -32,11 +34,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The tests open exports in the oldest transformers that they are for, too.
+TRANSFORMERS_4 := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+
 # torch first: a CPU build that is already chosen then satisfies what the others ask for.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/transformers-4 $(TRANSFORMERS_4)
 	touch $@
 
 clean:

@@ -189,6 +189,12 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     return model
 
 
+def is_polycom_release(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is Llama's with an activation that transformers does not know."""
+    known = config.get("hidden_act", "silu") in HIDDEN_ACTS.values()
+    return config.get("model_type") == "llama" and not known
+
+
 def _set_activation(model: ModelConfig, config: Mapping[str, Any]) -> None:
     model.activation = config["hidden_act"]
     registry.get(model.activation)

@@ -16,7 +16,9 @@ import megapoly
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import MegapolyError
+from megapoly.huggingface.architecture import hf_config, is_polycom_release, model_config
 from megapoly.huggingface.recording import Recording, record_checkpoint, record_export
+from megapoly.huggingface.safetensors_reader import read_json
 
 # Largest difference of a logit, where logits are of order one; of larger ones, relative to them.
 TOLERANCE = 1e-5
@@ -28,6 +30,13 @@ TIE = 1e-5
 NUM_TEXTS, TEXT_TOKENS = 2, 128
 # Of the memory that is free, what the exported model may take as a whole.
 MEMORY_SHARE = 0.4
+_LAYERS_ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
 
 
 class ParityError(MegapolyError):
@@ -150,15 +159,13 @@ def real_text(folder: Path) -> Tensor:
 
 def max_positions(folder: Path) -> int:
     """Length of the sequences that an exported model was trained on."""
-    import json
-
-    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+    return int(read_json(folder / "config.json")["max_position_embeddings"])
 
 
 def load_export(
     folder: Path,
 ) -> tuple[Any, dict[str, list[str]], tempfile.TemporaryDirectory[str]]:
-    """The exported model in fp32, as users open it; where it is large, most of it left on disk.
+    """The exported model in fp32, as users open it; where it is large, layers left on disk.
 
     Returns:
         The model; keys that did not fit, by kind; a folder that must last as long as the model.
@@ -170,11 +177,13 @@ def load_export(
     transformers.utils.logging.disable_progress_bar()
     offload = tempfile.TemporaryDirectory(prefix="megapoly-parity-")
     arguments: dict[str, Any] = {}
+    opener: Any = AutoModelForCausalLM
     available = psutil.virtual_memory().available * MEMORY_SHARE
     if fp32_bytes(folder) > available:
-        limits = {"cpu": int(available / 4)}
-        arguments = {"device_map": "auto", "max_memory": limits, "offload_folder": offload.name}
-    model, info = AutoModelForCausalLM.from_pretrained(
+        arguments = {"device_map": _LAYERS_ON_DISK, "offload_folder": offload.name}
+    if is_polycom_release(read_json(folder / "config.json")):
+        arguments["config"], opener = release_model(folder)
+    model, info = opener.from_pretrained(
         folder,
         trust_remote_code=True,
         local_files_only=True,
@@ -184,6 +193,24 @@ def load_export(
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model.eval(), {kind: sorted(map(str, info.get(kind) or [])) for kind in kinds}, offload
+
+
+def release_model(folder: Path) -> tuple[Any, Any]:
+    """Configuration and class for a PolyCom release, whose own code is not published.
+
+    The tensors' names are those of this project's exports, so these open it as it is.
+    """
+    from megapoly.huggingface.remote_code.configuration_megapoly import MegapolyConfig
+    from megapoly.huggingface.remote_code.modeling_megapoly import MegapolyForCausalLM
+
+    path = folder / "config.json"
+    model = model_config(read_json(path), source=str(path))
+    fields = hf_config(
+        model, seq_length=max_positions(folder), dtype="float32", bos=None, eos=0, pad=None
+    )
+    for name in ("model_type", "auto_map", "torch_dtype"):
+        fields.pop(name)
+    return MegapolyConfig(**fields), MegapolyForCausalLM
 
 
 def fp32_bytes(folder: Path) -> int:

@@ -106,20 +106,25 @@ class MegapolyMLP(nn.Module):
         if self.hidden_act not in _POINTWISE and has_coefficients:
             self.act_fn = MegapolyActivation(config)
 
-    def forward(self, x, act_fn=None, probs=None):
-        """[.., h] -> [.., h].
+    def forward(self, x):
+        """[.., h] -> [.., h]."""
+        return feed_forward(self, _POINTWISE.get(self.hidden_act) or self.act_fn, x)
 
-        Args:
-            x: [.., h].
-            act_fn: the activation that all experts of a layer share.
-            probs: [..] router probabilities, multiplied in behind the activation.
-        """
-        act_fn = act_fn or _POINTWISE.get(self.hidden_act) or self.act_fn
-        up = self.up_proj(x)
-        y = act_fn(self.gate_proj(x)) * up if self.hidden_act in GATED else act_fn(up)
-        if probs is not None:
-            y = (y * probs[..., None]).to(y.dtype)
-        return self.down_proj(y)
+
+def feed_forward(mlp, act_fn, x, probs=None):
+    """A dense FFN or an expert: [.., h] -> [.., h].
+
+    Args:
+        mlp: its linear maps.
+        act_fn: its activation, which the experts of a layer may share.
+        x: [.., h].
+        probs: [..] router probabilities, multiplied in behind the activation.
+    """
+    up = mlp.up_proj(x)
+    y = act_fn(mlp.gate_proj(x)) * up if mlp.hidden_act in GATED else act_fn(up)
+    if probs is not None:
+        y = (y * probs[..., None]).to(y.dtype)
+    return mlp.down_proj(y)
 
 
 class MegapolyRouter(nn.Linear):
@@ -145,7 +150,7 @@ class MegapolySparseMLP(nn.Module):
             MegapolyMLP(config, config.intermediate_size, has_coefficients=per_expert)
             for _ in range(config.num_experts)
         )
-        self.act_fn = None
+        self.hidden_act, self.per_expert = config.hidden_act, per_expert
         if config.hidden_act not in _POINTWISE and not per_expert:
             self.act_fn = MegapolyActivation(config)
         self.shared_expert = None
@@ -162,7 +167,10 @@ class MegapolySparseMLP(nn.Module):
         output = torch.zeros_like(x)
         for i in chosen.unique().tolist():
             token, place = torch.where(chosen == i)
-            y = self.experts[i](x[token], self.act_fn, probs[token, place])
+            expert = self.experts[i]
+            owner = expert if self.per_expert else self
+            act_fn = _POINTWISE.get(self.hidden_act) or owner.act_fn
+            y = feed_forward(expert, act_fn, x[token], probs[token, place])
             output = output.index_add(0, token, y.to(output.dtype))
         if self.shared_expert is not None:
             output = output + self.shared_expert(x)
