@@ -75,17 +75,22 @@ class Report:
         initialised: what was drawn as at the start of a run, by names in the form of an export.
         left: of the source, not used.
         parity: comparison with the source; None: skipped, or another model.
+        skipped: the comparison was left out on request.
     """
 
     taken: dict[str, int]
     initialised: dict[str, int]
     left: dict[str, int]
     parity: parity.Parity | None = None
+    skipped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For ``import.json``."""
-        found = dataclasses.asdict(self)
-        return found | {"parity": None if self.parity is None else self.parity.to_dict()}
+        compared = {"skipped": True} if self.skipped else None
+        if self.parity is not None:
+            compared = self.parity.to_dict()
+        tensors = {name: getattr(self, name) for name in ("taken", "initialised", "left")}
+        return tensors | {"parity": compared}
 
 
 def import_model(options: ImportOptions, console: Console) -> Report:
@@ -149,8 +154,10 @@ def _write(
     (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
     _write_json(folder / "run.json", _run_description(options))
     if options.skip_parity or options.activation:
-        return report
-    result = parity.compare(folder, options.model, dtype, options.tolerance, console)
+        return dataclasses.replace(report, skipped=options.skip_parity)
+    result = parity.compare(
+        folder, options.model, dtype, options.tolerance, console, tokenizer=tokenizer_folder
+    )
     return dataclasses.replace(report, parity=result)
 
 

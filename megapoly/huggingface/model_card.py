@@ -65,12 +65,7 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
         "```",
         "",
         *(_POLYCOM if remote else ()),
-        "## Training data",
-        "",
-        "```json",
-        json.dumps(run.get("data"), indent=2),
-        "```",
-        "",
+        *_training_data(run.get("data")),
         "## Training configuration",
         "",
         "```yaml",
@@ -87,6 +82,12 @@ _POLYCOM = (
     "folder (`modeling_megapoly.py`); it needs torch and transformers.",
     "",
 )
+
+
+def _training_data(description: dict[str, Any] | None) -> list[str]:
+    if description is None:  # an imported model
+        return []
+    return ["## Training data", "", "```json", json.dumps(description, indent=2), "```", ""]
 
 
 def _num_parameters(reader: CheckpointReader) -> int:

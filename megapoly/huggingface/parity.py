@@ -126,18 +126,25 @@ class Parity:
 
 
 def compare(
-    checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
+    checkpoint: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    tolerance: float,
+    console: Console,
+    *,
+    tokenizer: Path | None = None,
 ) -> Parity:
     """Compare an exported folder with its checkpoint.
 
     Args:
         checkpoint: an ``iter_*`` folder.
-        folder: the export, with its tokenizer.
+        folder: the export.
         dtype: of the export's weights.
         tolerance: see :class:`Parity`.
         console: for what is going on.
+        tokenizer: folder of the tokenizer; None: the export's.
     """
-    tokens = real_text(folder)
+    tokens = real_text(tokenizer or folder, max_positions(folder))
     with console.status("comparing: the checkpoint's model"):
         expected = record_checkpoint(checkpoint, tokens, dtype)
     with console.status("comparing: the exported model"):
@@ -147,10 +154,10 @@ def compare(
     return difference(expected, found, tokens, loading, weights=str(dtype)[6:], tolerance=tolerance)
 
 
-def real_text(folder: Path) -> Tensor:
-    """[b, s] ids of the built-in books' validation part, by the export's tokenizer."""
-    tokenizer = load_tokenizer(folder)
-    length = min(TEXT_TOKENS, max_positions(folder))
+def real_text(tokenizer_folder: Path, max_length: int) -> Tensor:
+    """[b, s] ids of the built-in books' validation part, s at most ``max_length``."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    length = min(TEXT_TOKENS, max_length)
     texts = [d.text for d in builtin_documents() if d.split == "validation"]
     ids = (tokenizer.encode(text[: 16 * length]) for text in texts)
     long_enough = [found[:length] for found in ids if len(found) >= length]

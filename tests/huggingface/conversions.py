@@ -33,7 +33,7 @@ def export_and_compare(pairs):
     results = []
     for checkpoint, output in pairs:
         result = export(ExportOptions(checkpoint, output), QUIET)
-        prompt = parity.real_text(output)[:1, :8]
+        prompt = parity.real_text(output, 8)[:1]
         results.append(
             (
                 result.to_dict(),
