@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +41,11 @@ class OpenedCheckpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(
-    path: Path, overrides: Sequence[str] = (), *, with_validation: bool = False
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    with_validation: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[OpenedCheckpoint]:
     """Load the model of a checkpoint on all ranks of the job; collective.
 
@@ -53,6 +57,7 @@ def open_checkpoint(
         overrides: words of the command line, ``--section.field value``, see
             :func:`megapoly.config.evaluation.configure_evaluation`.
         with_validation: open the validation sets, too.
+        check: called on every rank before the model is loaded; where it raises on one, all raise.
 
     Raises:
         CheckpointError: the checkpoint is not complete, or not what the options say.
@@ -79,6 +84,8 @@ def open_checkpoint(
         with Turns.of_job(store, config) as turns:
             tokenizer = load_tokenizer(config.data.tokenizer)
             _check_tokenizer(tokenizer, position.get("data"), config, path)
+            if check is not None:
+                check()
             if with_validation:
                 validation, warnings = load_validation(
                     config, tokenizer=tokenizer, first=turns.first
@@ -93,7 +100,7 @@ def open_checkpoint(
 def _check_tokenizer(
     tokenizer: Tokenizer, trained_on: dict[str, object] | None, config: Config, path: Path
 ) -> None:
-    # Checkpoints say what they were trained on since there are blends.
+    # A checkpoint made from a Hugging Face folder says nothing of training text.
     if trained_on is not None and trained_on["tokenizer"] != tokenizer.fingerprint:
         raise CheckpointError(
             f"{path} was trained on ids of another tokenizer (fingerprint "

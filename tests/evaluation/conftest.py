@@ -39,6 +39,7 @@ MODELS = {
         {"model.moe_ffn_hidden_size": 96, "model.activation_coefficients": "per_expert"},
     ),
 }
+WITH_HARNESS = [("dense", "1"), ("dense", "dp2")]
 QUESTIONS = [
     ("The captain of the whale ship was", ["Ahab", "Hamlet", "a white sail"], 0),
     ("To be, or not", ["the whale", "to be", "sing of man"], 1),
@@ -107,9 +108,8 @@ def evaluated(trained, task_folder):
         layout = parse(name)
         words = [f"--{key}={value}" for key, value in layout.options.items()]
         greedy = None if name == "1" else evaluate(model, "1")[0].greedy_requests
-        return run_on_ranks(
-            evaluate_everything, layout.world_size, checkpoint, words, task_folder, greedy
-        )
+        arguments = checkpoint, words, task_folder, greedy, (model, name) in WITH_HARNESS
+        return run_on_ranks(evaluate_everything, layout.world_size, *arguments)
 
     return evaluate
 
