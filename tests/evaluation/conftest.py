@@ -65,7 +65,7 @@ def texts(tmp_path_factory):
     """Folder of two validation sets, of different sizes, that fill no whole number of batches."""
     folder = tmp_path_factory.mktemp("texts")
     for i, name in enumerate(("a", "b")):
-        documents = [document.text[: 300 + 400 * i] for document in builtin_documents()[i::70]]
+        documents = [document.text[: 300 + 400 * i] for document in builtin_documents()[i::160]]
         write_token_file(folder / name, documents, load_tokenizer(None))
     return folder
 
