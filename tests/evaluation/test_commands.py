@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,10 @@ import pytest
 from evaluation_jobs import TOOLS, evaluate_command, load_tool
 from rich.console import Console
 
+from megapoly.config.evaluation import OPTIONS_OF_EVALUATION
+from megapoly.evaluation.asked import problems_of
 from megapoly.evaluation.local_tasks import LOCAL_SETS, all_files
+from megapoly.evaluation.tasks import GROUPS, TASKS
 from megapoly.huggingface.importing import ImportOptions, import_model
 from megapoly.testing import run_on_ranks
 
@@ -169,6 +174,26 @@ def test_dtype_and_device_are_for_perplexity_too(trained, tmp_path, capsys):
         assert status == 0 and content["model"]["dtype"] == dtype and "tasks" not in content
         losses.append(content["perplexity"]["mean"]["loss"])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+README = TOOLS.parent / "megapoly" / "evaluation" / "README.md"
+
+
+@pytest.mark.parametrize("text", [README.read_text(), evaluate.__doc__], ids=["README", "help"])
+def test_documented_commands(text):
+    """Each can be run where there is such a model."""
+    lines = re.findall(
+        r"^    ((?:python|torchrun .*) tools/evaluate.*)", text.replace("\\\n", ""), re.M
+    )
+    assert len(lines) == text.count(" tools/evaluate.py ") >= 4
+    for line in lines:
+        start, _, words = line.partition("tools/evaluate.py ")
+        asked = evaluate._parse(shlex.split(words), silent=False)
+        checkpoint = None if asked.model == Path("exported") else asked.model
+        assert not list(problems_of(asked, checkpoint, 2 if "torchrun" in start else 1))
+        assert set(asked.tasks) <= {*GROUPS, *TASKS}
+        options = {word[2:] for word in asked.words if word.startswith("--")}
+        assert options <= set(OPTIONS_OF_EVALUATION)
 
 
 def test_the_command_does_not_hide_the_package_of_its_name():
