@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from megapoly.config import Config
 from megapoly.config.evaluation import configure_evaluation
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, MegapolyError
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from megapoly.data.samples import SamplePool
     from megapoly.data.tokenizer import Tokenizer
     from megapoly.training.state import ModelState
+
+_FAREWELL_S, _PAUSE_S = 5.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -92,9 +97,24 @@ def open_checkpoint(
                 )
         with model_groups(config):
             model = load_model(config, platform, path)
-            yield OpenedCheckpoint(
-                path, position["iteration"], model, tokenizer, validation, warnings
-            )
+            try:
+                yield OpenedCheckpoint(
+                    path, position["iteration"], model, tokenizer, validation, warnings
+                )
+            except MegapolyError:
+                _meet(store)
+                raise
+
+
+def _meet(store: dist.Store) -> None:
+    """Wait for ranks that fail alike: a launcher ends all, unheard, as soon as one has ended."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + _FAREWELL_S
+    with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
+        store.add("failed", 1)
+        while store.add("failed", 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
 
 
 def _check_tokenizer(
