@@ -22,6 +22,7 @@ from torch import Tensor
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
+from megapoly.evaluation.beginning import no_beginning
 from megapoly.evaluation.token_scores import token_scores
 from megapoly.training.distributed import sum_over_all
 from megapoly.training.state import ModelState, evaluation_mode
@@ -57,10 +58,10 @@ class EngineLM(TemplateLM):
     is the only process. Within a call, data-parallel ranks share the requests, the others compute
     together.
 
-    Text becomes ids as in training: without special tokens, and the name of a special token within
-    a text is text. Context and continuation are encoded as one text; spaces that end the context
-    belong to the continuation (``TemplateLM``). What has no context follows the end-of-document
-    token, as a document does in training.
+    Text becomes ids as in training: without special tokens, unless ``add_bos``, and the name of a
+    special token within a text is text. Context and continuation are encoded as one text; spaces
+    that end the context belong to the continuation (``TemplateLM``). What has no context follows
+    the end-of-document token, as a document does in training, or with ``add_bos`` what begins one.
 
     Note:
         A context is cut on the left so that it and the continuation fit in ``training.seq_length``.
@@ -72,9 +73,20 @@ class EngineLM(TemplateLM):
         state: a run in training, or a model alone; dropout is off while requests run.
         tokenizer: of its training data.
         batch_size: sequences in one forward pass of one rank; null: ``training.micro_batch_size``.
+        add_bos: put before every text what the tokenizer's post-processor puts there; for a model
+            whose training text was prepared so.
         on_progress: called on the way with the numbers of scored sequences and of all sequences of
             the call; with windows of rolling requests each is a sequence.
+
+    Raises:
+        EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
     """
+
+    # What `evaluate_tasks` asks before it runs anything.
+    refuses_generation = (
+        "the training model has no cache of keys and values; evaluate its checkpoint by one "
+        "process, `python tools/evaluate.py`, which converts it, or leave these tasks out"
+    )
 
     def __init__(
         self,
@@ -82,18 +94,31 @@ class EngineLM(TemplateLM):
         tokenizer: Tokenizer,
         *,
         batch_size: int | None = None,
+        add_bos: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
         self._state = state
         self._text = tokenizer
         self._batch_size = batch_size or state.config.training.micro_batch_size
+        self._add_bos = add_bos
         self._on_progress = on_progress
+        self._prefix = tokenizer.eod
+        if add_bos:
+            beginning = tokenizer.encode_with_special_tokens("")
+            if not beginning:
+                raise no_beginning()
+            self._prefix = beginning[0]
 
     @property
     def eot_token_id(self) -> int:
-        """Id that ends a document; also what precedes a text without context."""
+        """Id that ends a document."""
         return self._text.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id before a text without context: what begins a text, else what ends a document."""
+        return self._prefix
 
     @property
     def max_length(self) -> int:
@@ -108,7 +133,9 @@ class EngineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; special tokens are never added."""
+        """Ids of a text; null: with special tokens only if the model is given them."""
+        if self._add_bos if add_special_tokens is None else add_special_tokens:
+            return self._text.encode_with_special_tokens(string)
         return self._text.encode(string)
 
     def loglikelihood(
@@ -154,9 +181,7 @@ class EngineLM(TemplateLM):
             UnavailableError: always.
         """
         raise UnavailableError(
-            f"Tasks that generate text ({len(requests)} requests) need a cache of keys and values, "
-            "which the training model does not have; evaluate an export "
-            "(`tools/convert_to_hf.py`), or leave these tasks out."
+            f"{len(requests)} requests are for text to generate: {self.refuses_generation}"
         )
 
     def _loglikelihood_tokens(

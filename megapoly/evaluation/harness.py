@@ -63,12 +63,13 @@ def evaluate_tasks(
     Raises:
         EvaluationError: an unknown task, data that is missing or cannot be loaded, ``limit`` or
             ``num_fewshot`` out of range.
-        UnavailableError: the harness is not installed.
+        UnavailableError: the harness is not installed, or a task generates text and ``lm`` does not
+            (``lm.refuses_generation`` says why).
     """
     _check_numbers(limit, num_fewshot)
     lm_eval = _import_harness()
     started, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    tasks, skipped = _with_data(selection, task_data, skip_missing)
+    tasks, skipped = with_data(selection, task_data, skip_missing)
     with (
         HarnessWarnings() as warnings,
         tempfile.TemporaryDirectory(prefix="megapoly-tasks-") as folder,
@@ -84,6 +85,7 @@ def evaluate_tasks(
             _set_fewshot(members, task.num_fewshot if num_fewshot is None else num_fewshot)
         leaves = [leaf for members in loaded.values() for leaf in members["tasks"].values()]
         _check_duplicates(leaves)
+        _check_generation(lm, loaded)
         warnings.clear()  # of defaults that the task files leave to the harness
         with followed(lm, leaves, on_progress):
             raw = lm_eval.simple_evaluate(
@@ -131,10 +133,15 @@ def _import_harness() -> Any:
     return lm_eval
 
 
-def _with_data(
+def with_data(
     selection: Selection, task_data: Path | None, skip_missing: bool
 ) -> tuple[list[EvalTask], tuple[Skipped, ...]]:
-    """Return the tasks that can run, and those for which the folder lacks files."""
+    """Return the tasks that can run, and those for which the folder lacks files.
+
+    Raises:
+        EvaluationError: there is no such folder, it lacks files and ``skip_missing`` is false, or
+            it has none.
+    """
     if task_data is None:
         return list(selection.tasks), ()
     if not task_data.is_dir():
@@ -194,6 +201,18 @@ def _check_duplicates(leaves: list[Any]) -> None:
         if name in seen:
             raise EvaluationError(f"`{name}` is in two of the tasks that were asked for")
         seen.add(name)
+
+
+def _check_generation(lm: LM, loaded: Mapping[EvalTask, Mapping[str, Any]]) -> None:
+    """Generation comes after all that is scored, so a refusal then would lose hours."""
+    reason = getattr(lm, "refuses_generation", None)
+    names = [
+        task.name
+        for task, members in loaded.items()
+        if any(leaf.OUTPUT_TYPE == "generate_until" for leaf in members["tasks"].values())
+    ]
+    if reason is not None and names:
+        raise UnavailableError(f"text is to be generated for {', '.join(names)}: {reason}")
 
 
 def _tops(members: Mapping[str, Any]) -> list[Any]:

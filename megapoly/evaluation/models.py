@@ -1,71 +1,88 @@
-"""Open what is to be evaluated."""
+"""Open what is to be evaluated by one process."""
 
 from __future__ import annotations
 
-import logging
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megapoly.errors import CheckpointError, UnavailableError
 
 if TYPE_CHECKING:
-    from lm_eval.api.model import LM
-    from lm_eval.models.huggingface import HFLM
+    from megapoly.evaluation.transformers_lm import TransformersLM
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def open_model(path: Path, *, dtype: str, device: str, batch_size: int) -> LM:
-    """Return the model in a folder, for the harness.
+def open_model(
+    path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool = False
+) -> TransformersLM:
+    """Return a model, for the harness; nothing is downloaded.
+
+    Code in a Hugging Face folder is executed (``trust_remote_code``).
 
     Args:
-        path: a folder in Hugging Face's format.
+        path: a folder in Hugging Face's format, a checkpoint ``iter_*``, which is converted in
+            memory, or a run, for its newest checkpoint.
         dtype: one of ``DTYPES``; ``auto`` is the one it is stored in.
         device: as torch names it.
         batch_size: sequences at a time.
+        add_bos: see :class:`megapoly.evaluation.transformers_lm.TransformersLM`.
 
     Raises:
-        CheckpointError: the folder holds no model, or not a whole one.
-        UnavailableError: there is no such device, or a library is missing.
-    """
-    if (path / "config.json").is_file():
-        return load_export(path, dtype=dtype, device=device, batch_size=batch_size)
-    if (path / "run.json").is_file():
-        raise CheckpointError(
-            f"`{path}` is a checkpoint of a run; evaluate the model exported from it to Hugging "
-            "Face's format"
-        )
-    raise CheckpointError(
-        f"`{path}` is no model: a folder in Hugging Face's format has a config.json"
-        + ("" if path.is_dir() else "; there is no such folder")
-    )
-
-
-def load_export(path: Path, *, dtype: str, device: str, batch_size: int) -> HFLM:
-    """Return the causal language model and tokenizer in a folder; nothing is downloaded.
-
-    Code in the folder is executed (``trust_remote_code``). Log-probabilities are computed in fp32
-    whatever the model's dtype: in bf16 they differ by as much as close answers do.
-
-    Args:
-        path: folder with config.json, weights and tokenizer.
-        dtype: one of ``DTYPES``.
-        device: as torch names it.
-        batch_size: sequences at a time.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the weights are not those of the model.
+        CheckpointError: there is no model, or not a whole one: a file is missing or damaged, or the
+            weights are not those of the model.
+        EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
         UnavailableError: there is no such device, or a library is missing.
     """
     try:
-        from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from megapoly.evaluation.transformers_lm import TransformersLM
     except ImportError as error:
         raise UnavailableError(
-            f"a model in Hugging Face's format needs transformers and accelerate ({error}): "
+            f"evaluation needs the LM Evaluation Harness, transformers and accelerate ({error}): "
             "pip install 'megapoly[eval]'"
         ) from error
+    import torch
+
+    from megapoly.huggingface.opening import from_checkpoint
+
+    checkpoint = checkpoint_of(path)
     _check_device(device)
+    if checkpoint is None:
+        model, tokenizer = _from_folder(path, dtype)
+    else:
+        model, tokenizer = from_checkpoint(checkpoint)
+        model.to(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
+    return TransformersLM(
+        model.to(device),
+        tokenizer,
+        batch_size=batch_size,
+        trained_here=checkpoint is not None or _is_export(path),
+        add_bos=add_bos,
+    )
+
+
+def checkpoint_of(path: Path) -> Path | None:
+    """Return the checkpoint that a path names; None where it is a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    from megapoly.huggingface.opening import find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"`{path}` is no model: a folder in Hugging Face's format has a config.json, a "
+            "complete checkpoint `iter_*` a run.json, a run such a checkpoint"
+            + ("" if path.is_dir() else "; there is no such folder")
+        )
+    return checkpoint
+
+
+def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=True, local_files_only=True
@@ -83,18 +100,13 @@ def load_export(path: Path, *, dtype: str, device: str, batch_size: int) -> HFLM
             f"{type(error).__name__}: {error}"
         ) from error
     _check_weights(path, loading)
-    logger = logging.getLogger(HFLM.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that a model which is given is not loaded
-    try:
-        return HFLM(
-            pretrained=model.to(device),
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            softmax_dtype="float32",
-        )
-    finally:
-        logger.setLevel(level)
+    return model, tokenizer
+
+
+def _is_export(path: Path) -> bool:
+    """Whether ``tools/convert_to_hf.py`` wrote a folder; of a plain Llama its report tells."""
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return kind == "megapoly" or (path / "parity.json").is_file()
 
 
 def _check_device(device: str) -> None:

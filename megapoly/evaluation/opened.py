@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapoly.config import Config
 from megapoly.config.evaluation import configure_evaluation
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, MegapolyError
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from megapoly.data.samples import SamplePool
     from megapoly.data.tokenizer import Tokenizer
     from megapoly.training.state import ModelState
+
+_FAREWELL_S, _PAUSE_S = 5.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class OpenedCheckpoint:
 
 @contextlib.contextmanager
 def open_checkpoint(
-    path: Path, overrides: Sequence[str] = (), *, with_validation: bool = False
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    with_validation: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[OpenedCheckpoint]:
     """Load the model of a checkpoint on all ranks of the job; collective.
 
@@ -53,6 +62,7 @@ def open_checkpoint(
         overrides: words of the command line, ``--section.field value``, see
             :func:`megapoly.config.evaluation.configure_evaluation`.
         with_validation: open the validation sets, too.
+        check: called on every rank before the model is loaded; where it raises on one, all raise.
 
     Raises:
         CheckpointError: the checkpoint is not complete, or not what the options say.
@@ -79,21 +89,38 @@ def open_checkpoint(
         with Turns.of_job(store, config) as turns:
             tokenizer = load_tokenizer(config.data.tokenizer)
             _check_tokenizer(tokenizer, position.get("data"), config, path)
+            if check is not None:
+                check()
             if with_validation:
                 validation, warnings = load_validation(
                     config, tokenizer=tokenizer, first=turns.first
                 )
         with model_groups(config):
             model = load_model(config, platform, path)
-            yield OpenedCheckpoint(
-                path, position["iteration"], model, tokenizer, validation, warnings
-            )
+            try:
+                yield OpenedCheckpoint(
+                    path, position["iteration"], model, tokenizer, validation, warnings
+                )
+            except MegapolyError:
+                _meet(store)
+                raise
+
+
+def _meet(store: dist.Store) -> None:
+    """Wait for ranks that fail alike: a launcher ends all, unheard, as soon as one has ended."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + _FAREWELL_S
+    with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
+        store.add("failed", 1)
+        while store.add("failed", 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
 
 
 def _check_tokenizer(
     tokenizer: Tokenizer, trained_on: dict[str, object] | None, config: Config, path: Path
 ) -> None:
-    # Checkpoints say what they were trained on since there are blends.
+    # A checkpoint made from a Hugging Face folder says nothing of training text.
     if trained_on is not None and trained_on["tokenizer"] != tokenizer.fingerprint:
         raise CheckpointError(
             f"{path} was trained on ids of another tokenizer (fingerprint "

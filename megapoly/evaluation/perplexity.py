@@ -6,65 +6,24 @@ numbers are the same at every layout.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.data_sources import MEAN, validation_sets
-from megapoly.errors import MegapolyError
-from megapoly.evaluation.opened import OpenedCheckpoint, open_checkpoint
-from megapoly.pretrain import quieten
+from megapoly.evaluation.opened import OpenedCheckpoint
 
 if TYPE_CHECKING:
     from megapoly.training.evaluation import Evaluation
 
 
-@dataclass(frozen=True)
-class PerplexityOptions:
-    """What ``--perplexity`` evaluates.
-
-    Args:
-        model: ``RUN_DIR/checkpoints/iter_0000100``.
-        overrides: words of the command line, ``--section.field value``.
-        output: file for the JSON of :func:`perplexity_record`; null: none.
-    """
-
-    model: Path
-    overrides: Sequence[str] = ()
-    output: Path | None = None
-
-
-def main_perplexity(options: PerplexityOptions) -> int:
-    """Evaluate and print the table, on every process of a job (torchrun's environment).
-
-    Returns:
-        Exit status: 0, or 2 when checkpoint, options or data cannot be used (one process of each
-        host says why).
-    """
-    quieten(is_first=os.environ.get("RANK", "0") == "0")
-    try:
-        with open_checkpoint(options.model, options.overrides, with_validation=True) as opened:
-            report_perplexity(opened, options.output)
-    except MegapolyError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def report_perplexity(opened: OpenedCheckpoint, output: Path | None = None) -> dict[str, Any]:
-    """Evaluate the validation sets; rank 0 prints the table and writes the JSON; collective.
+def report_perplexity(opened: OpenedCheckpoint) -> dict[str, Any]:
+    """Evaluate the validation sets; rank 0 prints the table; collective.
 
     Args:
         opened: with its validation sets.
-        output: file for the JSON, whose folder is made if needed; null: none.
 
     Returns:
         As of :func:`perplexity_record`.
@@ -80,9 +39,6 @@ def report_perplexity(opened: OpenedCheckpoint, output: Path | None = None) -> d
         for line in lines:
             console.print(line, markup=False, soft_wrap=True)
         console.print(perplexity_table(results))
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 

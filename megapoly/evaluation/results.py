@@ -145,16 +145,37 @@ class TaskResults:
         return math.fsum(scores) / len(scores)
 
 
-def as_json(results: TaskResults, model: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(
+    model: Mapping[str, Any],
+    *,
+    tasks: TaskResults | None = None,
+    perplexity: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return everything about an evaluation as plain JSON values.
 
     Args:
-        results: the results.
-        model: what was evaluated and how: path, dtype and so on.
+        model: what was evaluated and how: path, dtype and so on; under ``model``.
+        tasks: results on benchmarks, under several names; None: no benchmarks.
+        perplexity: of :func:`megapoly.evaluation.perplexity.perplexity_record`, under
+            ``perplexity``; None: none.
     """
+    content: dict[str, Any] = {"model": dict(model)}
+    if tasks is not None:
+        content |= _tasks_as_json(tasks)
+    if perplexity is not None:
+        content["perplexity"] = dict(perplexity)
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write :func:`as_json` to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _tasks_as_json(results: TaskResults) -> dict[str, Any]:
     selection = results.selection
     return {
-        "model": dict(model),
         "date": results.date,
         "seconds": round(results.seconds, 3),
         "asked_for": list(selection.words),
@@ -169,12 +190,6 @@ def as_json(results: TaskResults, model: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": dict(results.seeds),
         "versions": dict(results.versions),
     }
-
-
-def write_json(path: Path, results: TaskResults, model: Mapping[str, Any]) -> None:
-    """Write :func:`as_json` to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(as_json(results, model), indent=2) + "\n")
 
 
 def _task_as_json(result: TaskResult) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Imported once by the fork server: everything that a rank needs."""
 
+import contextlib
 import warnings
 
 with warnings.catch_warnings():
@@ -12,3 +13,7 @@ with warnings.catch_warnings():
     import megapoly.training.loop
     import megapoly.training.reporter
     import megapoly.training.turns  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # the harness is an extra
+        import megapoly.evaluation.engine_lm
+        import megapoly.evaluation.transformers_lm  # noqa: F401

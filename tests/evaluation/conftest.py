@@ -39,6 +39,7 @@ MODELS = {
         {"model.moe_ffn_hidden_size": 96, "model.activation_coefficients": "per_expert"},
     ),
 }
+WITH_HARNESS = [("dense", "1"), ("dense", "dp2")]
 QUESTIONS = [
     ("The captain of the whale ship was", ["Ahab", "Hamlet", "a white sail"], 0),
     ("To be, or not", ["the whale", "to be", "sing of man"], 1),
@@ -64,7 +65,7 @@ def texts(tmp_path_factory):
     """Folder of two validation sets, of different sizes, that fill no whole number of batches."""
     folder = tmp_path_factory.mktemp("texts")
     for i, name in enumerate(("a", "b")):
-        documents = [document.text[: 300 + 400 * i] for document in builtin_documents()[i::70]]
+        documents = [document.text[: 300 + 400 * i] for document in builtin_documents()[i::160]]
         write_token_file(folder / name, documents, load_tokenizer(None))
     return folder
 
@@ -107,9 +108,8 @@ def evaluated(trained, task_folder):
         layout = parse(name)
         words = [f"--{key}={value}" for key, value in layout.options.items()]
         greedy = None if name == "1" else evaluate(model, "1")[0].greedy_requests
-        return run_on_ranks(
-            evaluate_everything, layout.world_size, checkpoint, words, task_folder, greedy
-        )
+        arguments = checkpoint, words, task_folder, greedy, (model, name) in WITH_HARNESS
+        return run_on_ranks(evaluate_everything, layout.world_size, *arguments)
 
     return evaluate
 

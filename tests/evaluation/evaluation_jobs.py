@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import warnings
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 
 from megapoly.evaluation.opened import open_checkpoint
-from megapoly.evaluation.perplexity import PerplexityOptions, main_perplexity
 
+TOOLS = Path(__file__).parents[2] / "tools"
 TALE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in "
     "my purse, and nothing particular to interest me on shore, I thought I would sail about a "
@@ -51,6 +52,7 @@ def evaluate_everything(
     words: list[str],
     task_folder: Path,
     greedy: list[tuple[list[int], list[int]]] | None,
+    with_harness: bool,
 ) -> Outcome:
     """Validation sets and requests at a layout; ``greedy`` None: also all by hand."""
     warnings.filterwarnings("ignore")
@@ -79,7 +81,7 @@ def evaluate_everything(
             rolling=lm.loglikelihood_rolling(
                 [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (TALE, "Sea")]
             ),
-            harness=_harness(lm, task_folder),
+            harness=_harness(lm, task_folder) if with_harness else None,
             token_scores=lm._loglikelihood_tokens([(None, *pair) for pair in greedy]),
         )
         if by_hand is not None:
@@ -156,27 +158,28 @@ class _ByHand:
         return requests
 
 
-def refuse_generation(checkpoint: Path) -> str:
-    """Message of the error."""
-    warnings.filterwarnings("ignore")
-    with open_checkpoint(checkpoint) as opened:
-        from lm_eval.api.instance import Instance
-
-        from megapoly.errors import UnavailableError
-        from megapoly.evaluation.engine_lm import EngineLM
-
-        try:
-            EngineLM(opened.model, opened.tokenizer).generate_until(
-                [Instance("generate_until", {}, ("a", {}), 0)]
-            )
-        except UnavailableError as error:
-            return str(error)
-    raise AssertionError("nothing was refused")
+def load_tool(name: str):
+    """Import a command under a name of its own: the harness imports a package `evaluate`."""
+    spec = importlib.util.spec_from_file_location(f"{name}_command", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def shown(options: PerplexityOptions) -> tuple[int, str, str]:
-    """Exit status, standard output and error of the command."""
+def evaluate_command(words: list[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and error of ``tools/evaluate.py`` on this rank."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main_perplexity(options)
+        status = load_tool("evaluate").main(words)
     return status, out.getvalue(), err.getvalue()
+
+
+def encoded_by_engine_lm(folder: Path, texts: list[str], add_bos: bool) -> list[list[int]]:
+    """Ids of texts, and in the end what comes before a text without context."""
+    warnings.filterwarnings("ignore")
+    from megapoly.data.tokenizer import load_tokenizer
+    from megapoly.evaluation.engine_lm import EngineLM
+
+    # The model is not read where text becomes ids.
+    lm = EngineLM(None, load_tokenizer(folder), batch_size=1, add_bos=add_bos)
+    return [*map(lm.tok_encode, texts), [lm.prefix_token_id]]

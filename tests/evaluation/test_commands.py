@@ -1,29 +1,27 @@
 """The commands: exit status, table and JSON; the export of the questions."""
 
 import gzip
-import importlib.util
 import json
+import math
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
+from evaluation_jobs import TOOLS, evaluate_command, load_tool
+from rich.console import Console
 
+from megapoly.config.evaluation import OPTIONS_OF_EVALUATION
+from megapoly.evaluation.asked import problems_of
 from megapoly.evaluation.local_tasks import LOCAL_SETS, all_files
+from megapoly.evaluation.tasks import GROUPS, TASKS
+from megapoly.huggingface.importing import ImportOptions, import_model
+from megapoly.testing import run_on_ranks
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-def load(name):
-    """Import a command under a name of its own: the harness imports a package `evaluate`."""
-    spec = importlib.util.spec_from_file_location(f"{name}_command", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate, export_benchmarks = load("evaluate"), load("export_benchmarks")
+evaluate, export_benchmarks = load_tool("evaluate"), load_tool("export_benchmarks")
 
 
 def test_evaluate(export, task_data, tmp_path, capsys):
@@ -41,7 +39,10 @@ def test_evaluate(export, task_data, tmp_path, capsys):
         "path": str(export),
         "dtype": "bfloat16",
         "device": "cpu",
+        "num_processes": 1,
+        "options": [],
         "batch_size": 3,
+        "add_bos": False,
     }
     assert list(content["tasks"]) == ["piqa", "copa", "arc_easy"] and content["limit"] == 1
 
@@ -49,13 +50,150 @@ def test_evaluate(export, task_data, tmp_path, capsys):
 def test_evaluate_says_why_not(export, task_data, tmp_path, capsys):
     words = ["--tasks", "piqa", "--task-data", str(task_data)]
     assert evaluate.main(["--model", str(tmp_path), *words]) == 2
-    assert capsys.readouterr().err.endswith("is no model: a folder in Hugging Face's format has a "
-                                            "config.json\n")  # fmt: skip
+    assert "is no model: a folder in Hugging Face's format has a" in capsys.readouterr().err
     words = ["--model", str(export), "--tasks", "piqa", "--task-data", str(tmp_path)]
     assert evaluate.main(words) == 2
     assert f"  piqa: {LOCAL_SETS['piqa'].file}\n" in capsys.readouterr().err
     assert evaluate.main([*words, "--json", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"`--json` ({tmp_path}) cannot be written: Is a directory\n"
+
+
+def words_of(*words):
+    return [str(word) for word in words]
+
+
+def test_a_checkpoint_by_one_process_and_by_two(trained, task_data, texts, tmp_path):
+    """The same figures; one process prints."""
+    checkpoint, reported = trained("dense")
+    names = "arc_easy piqa sciq winogrande hellaswag commonsense_qa".split()
+    words = words_of("--model", checkpoint.parents[1], "--tasks", *names, "--perplexity")
+    words += words_of("--task-data", task_data, "--num-fewshot", 1)
+    words += words_of("--data.validation", f"{{mine: {{path: {texts}/a, weight: 2}}}}")
+    files = [tmp_path / "results" / f"{num_ranks}.json" for num_ranks in (1, 2)]
+    (one,) = run_on_ranks(evaluate_command, 1, [*words, "--json", str(files[0])])
+    words += words_of("--parallel.tensor_model_parallel_size", 2, "--json", files[1])
+    first, second = run_on_ranks(evaluate_command, 2, words)
+    assert one[0] == first[0] == second[0] == 0
+    assert second[1:] == ("", "") and one[1].startswith(f"{checkpoint}: samples of 32 tokens")
+    loss = reported["val/a/loss"]
+    for _, printed, messages in (one, first):
+        row = next(line for line in printed.splitlines() if "mine" in line)
+        name, shown_loss, shown_ppl, _ = row.replace("│", "").split()
+        assert name == "mine" and float(shown_loss) == pytest.approx(loss, abs=1e-4)
+        assert float(shown_ppl) == pytest.approx(math.exp(loss), rel=1e-4)
+        assert "All tasks: " in printed and "answers scored" in messages
+    a, b = (json.loads(file.read_text()) for file in files)
+    assert list(a["tasks"]) == names and a["tasks"] == b["tasks"]
+    assert len({task["score"] for task in a["tasks"].values()}) > 1
+    for content in (a, b):
+        found = content["perplexity"]
+        assert found["iteration"] == 3 and found["eval_iters"] is None and "mean" not in found
+        assert found["domains"]["mine"]["loss"] == pytest.approx(loss, abs=1e-5)
+        assert found["domains"]["mine"]["weight"] == 2
+    assert [content["model"]["num_processes"] for content in (a, b)] == [1, 2]
+    assert a["model"]["path"] == str(checkpoint) and a["model"]["dtype"] == "float32"
+
+
+def test_several_processes_say_why_not(trained, task_data, tmp_path):
+    """What one rank alone finds ends all; text to generate is refused before anything is scored."""
+    words = words_of("--model", trained("dense")[0], "--tasks", "piqa,coqa")
+    words += words_of("--task-data", task_data)
+    first, second = run_on_ranks(evaluate_command, 2, [*words, "--json", str(tmp_path)])
+    assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
+    assert first[1:] == ("", f"`--json` ({tmp_path}) cannot be written: Is a directory\n")
+    first, second = run_on_ranks(evaluate_command, 2, words)
+    assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
+    assert "text is to be generated for coqa: " in first[2] and first[1] == ""
+    assert "by one process" in first[2] and "answers scored" not in first[2]
+
+
+def test_a_checkpoint_generates_as_its_folder_does(export, task_data, tmp_path, capsys):
+    import_model(
+        ImportOptions(export, tmp_path / "imported", skip_parity=True), Console(quiet=True)
+    )
+    tasks = []
+    for i, model in enumerate((export, tmp_path / "imported")):
+        file = tmp_path / f"{i}.json"
+        words = words_of("--model", model, "--tasks", "coqa", "piqa", "--task-data", task_data)
+        assert evaluate.main([*words, "--json", str(file)]) == 0
+        tasks.append(json.loads(file.read_text())["tasks"])
+    assert tasks[0] == tasks[1] and tasks[0]["coqa"]["metric"] == "f1"
+
+
+NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing"]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "messages"),
+    [
+        ("export", ["--perplexity"], ["tools/convert_from_hf.py makes a checkpoint of it"]),
+        ("export", ["--tasks", "piqa", "--model.num_layers", "2"], ["unknown option: --model.num"]),
+        ("export", [], ["nothing is asked for; give `--tasks NAME ...`, `--perplexity` or both"]),
+        ("run", ["--perplexity", *NEEDS_TASKS],
+         [f"`{word}`: nothing reads this without" for word in NEEDS_TASKS if word[0] == "-"]),
+        ("run", ["--tasks", "piqa", "--parallel.tensor_model_parallel_size", "2"],
+         ["--parallel.tensor_model_parallel_size 2: nothing reads this where one process"]),
+        ("run", ["--tasks", "piqa", "--perplexity", "--training.seq_length=16"],
+         ["`--training.seq_length` would change perplexity and not the tasks"]),
+        ("run", ["--perplexity", "--dtype", "float16", "--device", "cuda:1"],
+         ["`--dtype float16`: the engine computes in", "`--device cuda:1`: the engine takes cpu"]),
+        ("run", ["--perplexity", "--training.device", "cpu"], ["give `--device`, which is for"]),
+        ("run", ["--perplexity", "--model.hidden_size", "32", "--optimizer.lr", "1"],
+         ["`model.hidden_size`: nothing reads this", "`optimizer.lr`: nothing reads this"]),
+        ("run", ["--tasks", "piqa", "--batch-size", "0"], ["`--batch-size` (0) must be at least"]),
+    ],
+)  # fmt: skip
+def test_what_nothing_reads_is_refused(trained, export, capsys, model, words, messages):
+    path = export if model == "export" else trained("dense")[0].parents[1]
+    assert evaluate.main(["--model", str(path), *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and all(message in printed.err for message in messages)
+
+
+def test_several_processes_share_no_folder(export, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
+    assert "2 processes can share a checkpoint, and" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", str(export), "--tasks", "piqa", "--limits", "2"])
+    assert "unrecognized arguments: --limits" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_dtype_and_device_are_for_perplexity_too(trained, tmp_path, capsys):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        file = tmp_path / "out.json"
+        words = words_of("--model", trained("dense")[0], "--perplexity", "--json", file)
+        ((status, *_),) = run_on_ranks(evaluate_command, 1, [*words, "--dtype", dtype])
+        content = json.loads(file.read_text())
+        assert status == 0 and content["model"]["dtype"] == dtype and "tasks" not in content
+        losses.append(content["perplexity"]["mean"]["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+README = TOOLS.parent / "megapoly" / "evaluation" / "README.md"
+
+
+@pytest.mark.parametrize("text", [README.read_text(), evaluate.__doc__], ids=["README", "help"])
+def test_documented_commands(text):
+    """Each can be run where there is such a model."""
+    lines = re.findall(
+        r"^    ((?:python|torchrun .*) tools/evaluate.*)", text.replace("\\\n", ""), re.M
+    )
+    assert len(lines) == text.count(" tools/evaluate.py ") >= 4
+    for line in lines:
+        start, _, words = line.partition("tools/evaluate.py ")
+        asked = evaluate._parse(shlex.split(words), silent=False)
+        checkpoint = None if asked.model == Path("exported") else asked.model
+        assert not list(problems_of(asked, checkpoint, 2 if "torchrun" in start else 1))
+        assert set(asked.tasks) <= {*GROUPS, *TASKS}
+        options = {word[2:] for word in asked.words if word.startswith("--")}
+        assert options <= set(OPTIONS_OF_EVALUATION)
 
 
 def test_the_command_does_not_hide_the_package_of_its_name():

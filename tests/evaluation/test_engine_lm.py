@@ -1,9 +1,8 @@
 """Log-likelihoods at any layout are those of one process, computed by hand."""
 
 import pytest
-from evaluation_jobs import TEXTS, refuse_generation
-
-from megapoly.testing import run_on_ranks
+from conftest import WITH_HARNESS
+from evaluation_jobs import TEXTS
 
 pytest.importorskip("lm_eval")
 
@@ -31,16 +30,11 @@ def test_the_likeliest_tokens_are_greedy(evaluated, model, layout):
         assert [greedy for _, greedy in outcome.token_scores] == [True, False] * 3
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2", "dp2"])
-def test_harness_counts_right_answers(evaluated, layout):
-    accuracy = evaluated("dense", "1")[0].accuracy_by_hand
+@pytest.mark.parametrize(("model", "layout"), WITH_HARNESS)
+def test_harness_counts_right_answers(evaluated, model, layout):
+    accuracy = evaluated(model, "1")[0].accuracy_by_hand
     assert 0 < accuracy < 1
-    first, *others = evaluated("dense", layout)
+    first, *others = evaluated(model, layout)
     assert first.harness["acc,none"] == pytest.approx(accuracy)
     # The harness gives results to one process of a host.
     assert all(outcome.harness is None for outcome in others)
-
-
-def test_generation_is_refused(trained):
-    (message,) = run_on_ranks(refuse_generation, 1, trained("dense")[0])
-    assert "tools/convert_to_hf.py" in message

@@ -15,7 +15,7 @@ from megapoly.errors import EvaluationError
 from megapoly.evaluation.collect import collect
 from megapoly.evaluation.harness import SEEDS, evaluate_tasks
 from megapoly.evaluation.local_tasks import LOCAL_SETS
-from megapoly.evaluation.models import load_export
+from megapoly.evaluation.models import open_model
 from megapoly.evaluation.tasks import EvalTask, select
 
 NUM_QUESTIONS = 24
@@ -82,7 +82,7 @@ def hand_checked(export, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_by_hand(export, hand_checked, batch_size):
     folder, expected = hand_checked
-    lm = load_export(export, dtype="float32", device="cpu", batch_size=batch_size)
+    lm = open_model(export, dtype="float32", device="cpu", batch_size=batch_size)
     results = evaluate_tasks(lm, select(HAND_CHECKED), task_data=folder)
     for name, (accuracy, by_length) in expected.items():
         metrics = results.find(name).metrics
@@ -138,7 +138,7 @@ def test_progress_counts_answers(task_data):
 
 
 def test_one_bar_in_the_place_of_the_models_own(export, task_data, capfd):
-    lm, seen = load_export(export, dtype="float32", device="cpu", batch_size=2), []
+    lm, seen = open_model(export, dtype="float32", device="cpu", batch_size=2), []
     method = lm.loglikelihood
     evaluate_tasks(
         lm, select(["piqa"]), task_data=task_data, on_progress=lambda *counts: seen.append(counts)
@@ -152,7 +152,7 @@ def test_warnings_of_the_harness_are_counted(export, task_data, tmp_path):
     answers = {"sol1": "Hang it up.", "sol2": "Put it away.", "label": 0}
     lines = [json.dumps({"goal": f"{i} " + "tar " * 600, **answers}) + "\n" for i in range(3)]
     (tmp_path / LOCAL_SETS["piqa"].file).write_text("".join(lines))
-    lm = load_export(export, dtype="float32", device="cpu", batch_size=1)
+    lm = open_model(export, dtype="float32", device="cpu", batch_size=1)
     [warning] = evaluate_tasks(lm, select(["piqa"]), task_data=tmp_path).warnings
     assert "exceeds model's maximum length (512)" in warning.text and warning.count == 6
     assert evaluate_tasks(ShortAnswers(), select(["copa"]), task_data=task_data).warnings == ()

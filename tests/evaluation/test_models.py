@@ -5,10 +5,15 @@ import shutil
 
 import pytest
 import torch
+from evaluation_jobs import TEXTS, encoded_by_engine_lm
+from lm_eval.api.instance import Instance
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from megapoly.errors import CheckpointError, UnavailableError
+from megapoly.errors import CheckpointError, EvaluationError, UnavailableError
 from megapoly.evaluation.models import open_model
+from megapoly.testing import run_on_ranks
 
 OPTIONS = {"dtype": "auto", "device": "cpu", "batch_size": 2}
 
@@ -32,13 +37,66 @@ def test_a_model_as_it_is_stored(export, copied):
 
 
 def test_neither_a_model_nor_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no model: .* has a config.json$"):
+    with pytest.raises(CheckpointError, match=r"is no model: .* a run such a checkpoint$"):
         open_model(tmp_path, **OPTIONS)
     with pytest.raises(CheckpointError, match="there is no such folder"):
         open_model(tmp_path / "none", **OPTIONS)
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is a checkpoint of a run"):
-        open_model(tmp_path, **OPTIONS)
+
+
+def test_a_checkpoint_scores_as_by_hand(trained, evaluated):
+    """Cut contexts, no context, and a continuation that is longer than the model's texts."""
+    lm = open_model(trained("dense")[0], **OPTIONS)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in TEXTS]
+    by_hand = evaluated("dense", "1")[0].by_hand
+    for (score, greedy), expected in zip(lm.loglikelihood(requests), by_hand, strict=True):
+        assert score == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
+    assert lm.max_length == 32
+
+
+def test_too_long_for_a_model_of_others(export):
+    lm = open_model(export, **OPTIONS)
+    with pytest.raises(EvaluationError, match=r"an answer of \d+ tokens .* at once \(512\)"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("Sea", "swim " * 600), 0)])
+    with pytest.raises(EvaluationError, match="a task generates 512 tokens"):
+        lm.generate_until([Instance("generate_until", {}, ("a", {"max_gen_toks": 512}), 0)])
+
+
+@pytest.fixture(scope="module")
+def with_bos(export, tmp_path_factory):
+    """A Llama whose tokenizer begins every text with the token 1."""
+    folder = shutil.copytree(export, tmp_path_factory.mktemp("bos") / "model")
+    path = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    bos = tokenizer.id_to_token(1)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, 1)]
+    )
+    tokenizer.save(str(path))
+    return folder
+
+
+BOS_TEXTS = ["The whale", "", "a <|endoftext|> b"]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_bos_of_a_model_that_was_trained_here(with_bos, tmp_path, add_bos):
+    folder = shutil.copytree(with_bos, tmp_path / "ours")
+    (folder / "parity.json").write_text("{}")
+    lm = open_model(folder, **OPTIONS, add_bos=add_bos)
+    ids = [*map(lm.tok_encode, BOS_TEXTS), [lm.prefix_token_id]]
+    assert [each[:1] == [1] for each in ids] == [add_bos] * 4
+    eod = lm.tokenizer.eos_token_id
+    assert eod not in ids[2] and (ids[3] == [eod]) != add_bos
+    assert run_on_ranks(encoded_by_engine_lm, 1, folder, BOS_TEXTS, add_bos) == [ids]
+
+
+def test_bos_of_a_model_of_others(with_bos, export):
+    for add_bos in (False, True):
+        lm = open_model(with_bos, **OPTIONS, add_bos=add_bos)
+        ids = [lm.tok_encode(text) for text in BOS_TEXTS]
+        assert [each[:1] for each in ids] == [[1]] * 3 and lm.tokenizer.eos_token_id in ids[2]
+    with pytest.raises(EvaluationError, match="`--add-bos` needs a tokenizer that puts a token"):
+        open_model(export, **OPTIONS, add_bos=True)
 
 
 def test_weights_that_are_not_there_are_not_drawn(copied):

@@ -8,7 +8,7 @@ from questions import ShortAnswers
 
 from megapoly.evaluation.harness import evaluate_tasks
 from megapoly.evaluation.local_tasks import LOCAL_SETS
-from megapoly.evaluation.results import write_json
+from megapoly.evaluation.results import as_json, write_json
 from megapoly.evaluation.tasks import GROUPS, select
 
 
@@ -19,9 +19,10 @@ def table1(task_data):
 
 def test_json(table1, tmp_path):
     path = tmp_path / "of" / "run.json"
-    write_json(path, table1, {"path": "somewhere", "dtype": "float32"})
+    model = {"path": "somewhere", "dtype": "float32"}
+    write_json(path, as_json(model, tasks=table1, perplexity={"mean": {"loss": 2.5}}))
     content = json.loads(path.read_text())
-    assert content["model"] == {"path": "somewhere", "dtype": "float32"}
+    assert content["model"] == model and content["perplexity"] == {"mean": {"loss": 2.5}}
     assert content["asked_for"] == ["table1", "coqa"] and content["limit"] is None
     assert list(content["tasks"]) == [*GROUPS["table1"], "coqa"]
     winogrande = content["tasks"]["winogrande"]
@@ -55,7 +56,6 @@ def test_no_average_where_a_task_is_missing(task_data, tmp_path):
     results = evaluate_tasks(
         ShortAnswers(), select(["table1"]), task_data=tmp_path, skip_missing=True
     )
-    write_json(tmp_path / "run.json", results, {})
-    content = json.loads((tmp_path / "run.json").read_text())
+    content = as_json({}, tasks=results)
     assert content["averages"]["table1"] is None and content["averages"]["all"] is not None
     assert content["skipped"] == {"sciq": ["sciq__none__validation.jsonl"]}

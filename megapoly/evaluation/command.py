@@ -1,0 +1,225 @@
+"""What ``tools/evaluate.py`` does: benchmarks, perplexity or both, by one process or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from megapoly.errors import EvaluationError
+from megapoly.evaluation.asked import Asked, problems_of
+from megapoly.evaluation.following import OnProgress
+from megapoly.evaluation.harness import evaluate_tasks, with_data
+from megapoly.evaluation.models import checkpoint_of, open_model
+from megapoly.evaluation.opened import OpenedCheckpoint, open_checkpoint
+from megapoly.evaluation.perplexity import report_perplexity
+from megapoly.evaluation.results import TaskResults, as_json, write_json
+from megapoly.evaluation.table import show_results
+from megapoly.evaluation.tasks import select
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass
+class _Found:
+    """What there is to write: how it was computed, and the figures."""
+
+    model: Mapping[str, Any]
+    tasks: TaskResults | None = None
+    perplexity: Mapping[str, Any] | None = None
+
+
+def evaluate(asked: Asked) -> None:
+    """Evaluate, print tables and write the JSON; collective in a job of several processes.
+
+    The process that is the job's first, by torchrun's environment, prints and writes; the others
+    are silent.
+
+    Raises:
+        MegapolyError: what cannot be evaluated, and why. In a job of several processes all raise,
+            or were stopped by their launcher.
+    """
+    checkpoint = checkpoint_of(asked.model)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = list(problems_of(asked, checkpoint, num_processes))
+    if problems:
+        raise EvaluationError("\n".join(problems))
+    if asked.tasks:
+        select(asked.tasks)
+    if num_processes > 1:
+        assert checkpoint is not None, "a problem otherwise"
+        found = _by_the_engine(asked, checkpoint)
+    else:
+        found = _by_one_process(asked, checkpoint)
+    if asked.json is not None and _is_first():
+        write_json(asked.json, as_json(found.model, tasks=found.tasks, perplexity=found.perplexity))
+
+
+def _by_one_process(asked: Asked, checkpoint: Path | None) -> _Found:
+    """Perplexity comes first: the engine's import must find the process as it is at its start."""
+    _check_inputs(asked)
+    perplexity, model = None, {}
+    if asked.perplexity:
+        assert checkpoint is not None, "a problem otherwise"
+        with open_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
+            perplexity, model = report_perplexity(opened), _engine_entry(asked, opened)
+    if not asked.tasks:
+        return _Found(model, perplexity=perplexity)
+    device = asked.device or _default_device()
+    _message(f"{checkpoint or asked.model} on {device}")
+    lm = open_model(
+        checkpoint or asked.model,
+        dtype=asked.dtype,
+        device=device,
+        batch_size=asked.batch_size or DEFAULT_BATCH_SIZE,
+        add_bos=asked.add_bos,
+    )
+    model = _entry(asked, dtype=str(lm.model.dtype).removeprefix("torch."), device=device)
+    with _bar() as on_progress:
+        tasks = _run_tasks(asked, lm, on_progress)
+    _show(asked, tasks)
+    return _Found(model, tasks, perplexity)
+
+
+def _by_the_engine(asked: Asked, checkpoint: Path) -> _Found:
+    with open_checkpoint(
+        checkpoint,
+        _words(asked),
+        with_validation=asked.perplexity,
+        check=lambda: _check_inputs(asked),
+    ) as opened:
+        found = _Found(_engine_entry(asked, opened))
+        if asked.perplexity:
+            found.perplexity = report_perplexity(opened)
+        if asked.tasks:
+            from megapoly.evaluation.engine_lm import EngineLM
+
+            _message(f"{checkpoint} on {found.model['num_processes']} x {found.model['device']}")
+            with _bar() as on_progress:
+                lm = EngineLM(
+                    opened.model,
+                    opened.tokenizer,
+                    batch_size=asked.batch_size or DEFAULT_BATCH_SIZE,
+                    add_bos=asked.add_bos,
+                    on_progress=on_progress,
+                )
+                found.tasks = _run_tasks(asked, lm, None)
+            _show(asked, found.tasks)
+    return found
+
+
+def _run_tasks(asked: Asked, lm: LM, on_progress: OnProgress | None) -> TaskResults | None:
+    return evaluate_tasks(
+        lm,
+        select(asked.tasks),
+        limit=asked.limit,
+        task_data=asked.task_data,
+        num_fewshot=asked.num_fewshot,
+        skip_missing=asked.skip_missing,
+        on_progress=on_progress,
+    )
+
+
+def _show(asked: Asked, tasks: TaskResults | None) -> None:
+    if tasks is not None and _is_first():
+        show_results(tasks, asked.model.resolve().name, Console())
+
+
+def _check_inputs(asked: Asked) -> None:
+    """What would otherwise be found when the model is loaded, or after hours, figures lost."""
+    if asked.json is not None and _is_first():
+        try:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
+            asked.json.open("a").close()
+        except OSError as error:
+            raise EvaluationError(
+                f"`--json` ({asked.json}) cannot be written: {error.strerror}"
+            ) from error
+    if asked.tasks:
+        with_data(select(asked.tasks), asked.task_data, asked.skip_missing)
+
+
+def _words(asked: Asked) -> list[str]:
+    """Overrides of the checkpoint's configuration; --device and --dtype are such, too."""
+    words = list(asked.words)
+    if asked.device is not None:
+        words.append(f"--training.device={asked.device}")
+    if asked.dtype != "auto":
+        words.append(f"--training.bf16={str(asked.dtype == 'bfloat16').lower()}")
+    return words
+
+
+def _engine_entry(asked: Asked, opened: OpenedCheckpoint) -> dict[str, Any]:
+    config = opened.model.config
+    return _entry(
+        asked,
+        dtype="bfloat16" if config.training.bf16 else "float32",
+        device=opened.model.platform.device.type,
+    )
+
+
+def _entry(asked: Asked, *, dtype: str, device: str) -> dict[str, Any]:
+    """How it was computed, as the JSON has it."""
+    entry = {
+        "path": str((checkpoint_of(asked.model) or asked.model).resolve()),
+        "dtype": dtype,
+        "device": device,
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "options": list(asked.words),
+    }
+    if asked.tasks:
+        entry["batch_size"] = asked.batch_size or DEFAULT_BATCH_SIZE
+        entry["add_bos"] = asked.add_bos
+    return entry
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _messages() -> Console:
+    return Console(stderr=True, quiet=not _is_first())
+
+
+def _message(text: str) -> None:
+    _messages().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar() -> Iterator[OnProgress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_messages()) as progress:
+        bar = progress.add_task("reading the tasks", total=None)
+
+        def on_progress(answered: int, total: int) -> None:
+            progress.update(bar, completed=answered, total=total, description="answers scored")
+
+        yield on_progress

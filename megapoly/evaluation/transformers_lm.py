@@ -1,0 +1,118 @@
+"""LM Evaluation Harness on a model of transformers.
+
+Import it where it is used: it brings the harness and transformers, which take seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from megapoly.errors import EvaluationError
+from megapoly.evaluation.beginning import no_beginning
+
+# The texts, ids of the context, ids of the continuation: what the harness hands on.
+Request = tuple[Any, list[int], list[int]]
+
+
+class TransformersLM(HFLM):
+    """The harness's view of a model in this process.
+
+    Log-probabilities are computed in fp32 whatever the model's dtype: in bf16 they differ by as
+    much as close answers do.
+
+    A model that was trained here reads text as :class:`megapoly.evaluation.engine_lm.EngineLM`
+    does: without special tokens, with their names as text, after the end-of-document token where
+    there is no context, and beyond its length where a continuation alone is longer. Of another
+    model the tokenizer decides, and longer continuations are refused, as its positions may end.
+
+    Args:
+        model: a causal language model of transformers, on its device.
+        tokenizer: of the model; changed where the model was trained here.
+        batch_size: sequences at a time.
+        trained_here: see above.
+        add_bos: put before every text what the tokenizer puts there.
+
+    Raises:
+        EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
+    """
+
+    _max_length: int | None  # of the harness's class; None: as the model says
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int, trained_here: bool, add_bos: bool
+    ) -> None:
+        beginning = tokenizer("", add_special_tokens=True)["input_ids"] if add_bos else []
+        if add_bos and not beginning:
+            raise no_beginning()
+        prefix = None
+        if trained_here:
+            tokenizer.split_special_tokens = True
+            prefix = beginning[0] if add_bos else tokenizer.eos_token_id
+        logger = logging.getLogger(HFLM.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns that a model which is given is not loaded
+        try:
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                softmax_dtype="float32",
+                add_bos_token=add_bos if add_bos or trained_here else None,
+                prefix_token_id=prefix,
+            )
+        finally:
+            logger.setLevel(level)
+        self._trained_here = trained_here
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue texts.
+
+        Raises:
+            EvaluationError: a task wants as many tokens as the model sees, or more.
+        """
+        kwargs = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        longest = max((each["max_gen_toks"] for each in kwargs), default=0)
+        if longest >= self.max_length:
+            raise EvaluationError(
+                f"a task generates {longest} tokens, which must be less than what the model sees "
+                f"at once ({self.max_length}); leave it out"
+            )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Score encoded requests; the harness's own asserts that no continuation is too long."""
+        allowed = self.max_length
+        fits = [len(continuation) <= allowed for _, _, continuation in requests]
+        answers = iter(
+            super()._loglikelihood_tokens(
+                [request for request, fit in zip(requests, fits, strict=True) if fit],
+                *args,
+                **kwargs,
+            )
+        )
+        return [
+            next(answers) if fit else self._beyond(request, *args, **kwargs)
+            for request, fit in zip(requests, fits, strict=True)
+        ]
+
+    def _beyond(self, request: Request, *args: Any, **kwargs: Any) -> tuple[float, bool]:
+        length, allowed = len(request[2]), self._max_length
+        if not self._trained_here:
+            raise EvaluationError(
+                f"an answer of {length} tokens is longer than what the model sees at once "
+                f"({self.max_length}); leave the task out"
+            )
+        self._max_length = length
+        try:
+            (answer,) = super()._loglikelihood_tokens([request], *args, **kwargs)
+        finally:
+            self._max_length = allowed
+        return answer
