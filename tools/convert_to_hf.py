@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="ITER", help="an iter_* folder")
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="iter_* folder, or a run")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
     add(

@@ -68,7 +68,7 @@ def checkpoint_of(path: Path) -> Path | None:
     Raises:
         CheckpointError: it is neither.
     """
-    from megapoly.huggingface.opening import find_checkpoint
+    from megapoly.huggingface.checkpoint_reader import find_checkpoint
 
     checkpoint = find_checkpoint(path)
     if checkpoint is None and not (path / "config.json").is_file():

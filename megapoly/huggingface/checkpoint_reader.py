@@ -147,6 +147,14 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
     return config, run
 
 
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path names: itself, or the newest of a run; None: neither."""
+    if (path / "run.json").is_file():
+        return path
+    found = sorted((path / "checkpoints").glob("iter_*/run.json"))
+    return found[-1].parent if found else None
+
+
 def check_chunks(path: Path, tensors: dict[str, TensorStorageMetadata]) -> None:
     """Every number of every tensor is stored exactly once.
 

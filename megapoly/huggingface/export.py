@@ -17,7 +17,7 @@ from megapoly.data.files import full_disk_explained
 from megapoly.errors import CheckpointError
 from megapoly.huggingface import parity, tensor_map
 from megapoly.huggingface.architecture import CODE_FILES, hf_config
-from megapoly.huggingface.checkpoint_reader import CheckpointReader
+from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.huggingface.model_card import model_card
 from megapoly.huggingface.progress import bytes_bar
 from megapoly.huggingface.safetensors_files import plan_shards, write_shards
@@ -32,7 +32,7 @@ class ExportOptions:
     """What ``tools/convert_to_hf.py`` is asked for.
 
     Args:
-        checkpoint: an ``iter_*`` folder.
+        checkpoint: an ``iter_*`` folder, or a run, whose newest is taken.
         output: folder to make.
         dtype: of the weights; None: as they are stored.
         max_shard_size: bytes of one safetensors file.
@@ -92,7 +92,8 @@ def export(options: ExportOptions, console: Console) -> parity.Parity | None:
 
 
 def _write(options: ExportOptions, folder: Path, console: Console) -> parity.Parity | None:
-    reader = CheckpointReader(options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint) or options.checkpoint
+    reader = CheckpointReader(checkpoint)
     links = checked_links(reader)
     dtype = options.dtype or reader.dtype(links[0].key)
     special = write_tokenizer(
@@ -109,7 +110,7 @@ def _write(options: ExportOptions, folder: Path, console: Console) -> parity.Par
     write_weights(reader, links, folder, dtype, options.max_shard_size, console)
     result = None
     if not options.skip_parity:
-        result = parity.compare(options.checkpoint, folder, dtype, options.tolerance, console)
+        result = parity.compare(checkpoint, folder, dtype, options.tolerance, console)
         _write_json(folder / "parity.json", result.to_dict())
     else:
         _write_json(folder / "parity.json", {"skipped": True})

@@ -10,7 +10,7 @@ import torch
 
 from megapoly.errors import CheckpointError
 from megapoly.huggingface.architecture import model_type
-from megapoly.huggingface.checkpoint_reader import CheckpointReader
+from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.huggingface.export import checked_links, describe, tensors_of, tokenizer_source
 from megapoly.huggingface.tokenizer_files import write_tokenizer
 
@@ -52,14 +52,6 @@ def open_model(
             "config.json."
         )
     return model.to(device=device, dtype=dtype or model.dtype).eval(), tokenizer
-
-
-def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path names: itself, or the newest of a run; None: neither."""
-    if (path / "run.json").is_file():
-        return path
-    found = sorted((path / "checkpoints").glob("iter_*/run.json"))
-    return found[-1].parent if found else None
 
 
 def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
