@@ -45,12 +45,14 @@ class Activation:
         gated: FC1 is twice as wide and its second half multiplies the result.
         coefficients: initial values of every learned vector, by name, for a given order.
         tensor_parallel_sum: see :class:`TensorParallelSum`.
+        hidden_act: transformers' name of it in a gated FFN such as Llama's; None: it has none.
     """
 
     function: Callable[..., Tensor]
     gated: bool = False
     coefficients: Callable[[int], dict[str, list[float]]] | None = None
     tensor_parallel_sum: TensorParallelSum = TensorParallelSum.NOTHING
+    hidden_act: str | None = None
 
     @property
     def has_coefficients(self) -> bool:
@@ -93,8 +95,8 @@ def _ascending_with_slope(order: int) -> dict[str, list[float]]:
 _GRADIENTS, _STATISTICS = TensorParallelSum.GRADIENTS, TensorParallelSum.STATISTICS
 
 ACTIVATIONS: dict[str, Activation] = {
-    "swiglu": Activation(_pointwise(F.silu), gated=True),
-    "geglu": Activation(_pointwise(F.gelu), gated=True),
+    "swiglu": Activation(_pointwise(F.silu), gated=True, hidden_act="silu"),
+    "geglu": Activation(_pointwise(F.gelu), gated=True, hidden_act="gelu"),
     "gelu": Activation(_pointwise(F.gelu)),
     "silu": Activation(_pointwise(F.silu)),
     "relu": Activation(_pointwise(F.relu)),

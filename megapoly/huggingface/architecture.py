@@ -26,13 +26,16 @@ _CLASSES = {
     "olmoe": "OlmoeForCausalLM",
     "megapoly": "MegapolyForCausalLM",
 }
-# Activations of a gated FFN by transformers' names.
-HIDDEN_ACTS = {"swiglu": "silu", "geglu": "gelu"}
+# Of Llama and OLMoE, where config.json does not name it.
+_DEFAULT_ACT = "silu"
+# Names that a PolyCom release may have for its activations, without case and underscores.
+_RELEASED_ACTS = ("polynorm", "polyrelu")
 
 
 def model_type(model: ModelConfig) -> ModelType:
     """The architecture that a model is exported as; ``model`` is resolved."""
-    if model.activation not in HIDDEN_ACTS or model.moe_shared_expert_intermediate_size:
+    has_name = registry.get(model.activation).hidden_act is not None
+    if not has_name or model.moe_shared_expert_intermediate_size:
         return "megapoly"
     if model.num_moe_experts is None:
         return "llama" if model.qk_norm == "none" else "megapoly"
@@ -90,7 +93,7 @@ def hf_config(
 def _library_fields(model: ModelConfig) -> dict[str, Any]:
     """Fields of Llama and OLMoE alone."""
     fields: dict[str, Any] = {
-        "hidden_act": HIDDEN_ACTS[model.activation],
+        "hidden_act": registry.get(model.activation).hidden_act,
         "attention_bias": False,
         # transformers 5 reads this, 4 the `rope_theta` above.
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
@@ -191,8 +194,14 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 def is_polycom_release(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is Llama's with an activation that transformers does not know."""
-    known = config.get("hidden_act", "silu") in HIDDEN_ACTS.values()
-    return config.get("model_type") == "llama" and not known
+    act = config.get("hidden_act", _DEFAULT_ACT)
+    return config.get("model_type") == "llama" and act not in _library_acts()
+
+
+def _library_acts() -> dict[str, str]:
+    """Names in the registry by transformers' names of what is in a gated FFN."""
+    entries = registry.ACTIVATIONS.items()
+    return {entry.hidden_act: name for name, entry in entries if entry.hidden_act is not None}
 
 
 def _set_activation(model: ModelConfig, config: Mapping[str, Any]) -> None:
@@ -215,10 +224,8 @@ def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
 
 def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], source: str) -> None:
     """Gated SiLU or GELU, or the activation that a released PolyCom checkpoint names."""
-    named = {hf_name: name for name, hf_name in HIDDEN_ACTS.items()}
-    # "PolyNorm" and "poly_norm": the release registers its modules under names of this kind.
-    named |= {"polynorm": "polynorm", "polyrelu": "polyrelu"}
-    act = str(config.get("hidden_act", "silu"))
+    named = _library_acts() | {name: name for name in _RELEASED_ACTS}
+    act = str(config.get("hidden_act", _DEFAULT_ACT))
     key = act if act in named else act.replace("_", "").lower()
     if key not in named:
         raise CheckpointError(

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megapoly.data.files import full_disk_explained
 from megapoly.errors import CheckpointError
 from megapoly.huggingface import parity, tensor_map
 from megapoly.huggingface.architecture import CODE_FILES, hf_config
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.huggingface.model_card import model_card
+from megapoly.huggingface.output_folder import output_folder
 from megapoly.huggingface.progress import bytes_bar
 from megapoly.huggingface.safetensors_files import plan_shards, write_shards
 from megapoly.huggingface.tensor_map import Link
@@ -68,27 +68,8 @@ def export(options: ExportOptions, console: Console) -> parity.Parity | None:
         ParityError: the written model is not the checkpoint's. What was written is kept in
             ``OUTPUT.failed``.
     """
-    output = options.output
-    if output.exists() and not options.overwrite:
-        raise CheckpointError(
-            f"`--output` ({output}) exists; name another folder, or add --overwrite to replace it."
-        )
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with full_disk_explained(output):
-            result = _write(options, partial, console)
-        shutil.rmtree(output, ignore_errors=True)
-        partial.rename(output)
-    except parity.ParityError as error:
-        failed = output.with_name(f"{output.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        partial.rename(failed)
-        raise parity.ParityError(f"{error} What was written is kept in {failed}.") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return result
+    with output_folder(options.output, overwrite=options.overwrite) as folder:
+        return _write(options, folder, console)
 
 
 def _write(options: ExportOptions, folder: Path, console: Console) -> parity.Parity | None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from torch import Tensor
 import megapoly
 from megapoly.activations import registry
 from megapoly.config import Config, ModelConfig, to_yaml
-from megapoly.data.files import full_disk_explained
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.huggingface import parity, tensor_map
 from megapoly.huggingface.architecture import model_config
 from megapoly.huggingface.checkpoint_writer import Block, write_tensors
+from megapoly.huggingface.output_folder import output_folder
 from megapoly.huggingface.progress import bytes_bar
 from megapoly.huggingface.safetensors_reader import SafetensorsReader
 from megapoly.huggingface.tensor_map import Link
@@ -104,29 +103,12 @@ def import_model(options: ImportOptions, console: Console) -> Report:
         DataError: its tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
     """
-    output = options.output
-    if output.exists() and not options.overwrite:
-        raise CheckpointError(
-            f"`--output` ({output}) exists; name another folder, or add --overwrite to replace it."
-        )
-    partial_folder = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir(parents=True)
-    try:
-        with full_disk_explained(output), SafetensorsReader(options.model) as source:
-            report = _write(options, source, partial_folder, console)
-        _write_json(partial_folder / "import.json", report.to_dict())
+    with output_folder(options.output, overwrite=options.overwrite) as folder:
+        with SafetensorsReader(options.model) as source:
+            report = _write(options, source, folder, console)
+        _write_json(folder / "import.json", report.to_dict())
         if report.parity is not None:
             report.parity.raise_if_different()
-        shutil.rmtree(output, ignore_errors=True)
-        partial_folder.rename(output)
-    except parity.ParityError as error:
-        failed = output.with_name(f"{output.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        partial_folder.rename(failed)
-        raise parity.ParityError(f"{error} What was written is kept in {failed}.") from None
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
     return report
 
 

@@ -1,7 +1,11 @@
 """Imported once by the fork server: everything that a rank needs."""
 
 import contextlib
+import os
 import warnings
+
+# Read when tqdm is imported: the bars of libraries, on every rank, are no output of ours.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
