@@ -23,17 +23,21 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from number_types import number, whole
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.errors import MegapolyError
+from megapoly.errors import ConfigError, MegapolyError
 
 if TYPE_CHECKING:
     from megapoly.huggingface.importing import Report
+
+# Options of --activation, by their names in `OtherActivation`.
+_OF_ACTIVATION = {"activation_order": "order", "ffn_hidden_size": "ffn_hidden_size", "seed": "seed"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,15 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above: --help answers without waiting for torch.
     from megapoly.huggingface.importing import ImportOptions, import_model
     from megapoly.huggingface.parity import ParityError
+    from megapoly.huggingface.upcycling import OtherActivation
 
     arguments = {name: value for name, value in vars(options).items() if value is not None}
+    other = {
+        name: arguments.pop(option)
+        for option, name in _OF_ACTIVATION.items()
+        if option in arguments
+    }
     try:
+        if "activation" in arguments:
+            arguments["activation"] = OtherActivation(arguments["activation"], **other)
+        elif other:
+            raise ConfigError([f"{_words(other)}: nothing reads this without --activation"])
         report = import_model(ImportOptions(**arguments), Console(stderr=True))
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, ParityError) else 2
     _show(report, options.output)
     return 0
+
+
+def _words(names: Iterable[str]) -> str:
+    options = {name: option for option, name in _OF_ACTIVATION.items()}
+    return ", ".join("--" + options[name].replace("_", "-") for name in names)
 
 
 def _show(report: Report, output: Path) -> None:
@@ -69,8 +88,10 @@ def _show(report: Report, output: Path) -> None:
     print(f"wrote {output}; to train on: --config {output / 'recipe.yaml'}")
     if report.parity is not None:
         print(report.parity.summary())
+    elif report.initialised:
+        print("another model than the source: there is nothing to compare")
     else:
-        print("not compared with the source" if not report.initialised else "another model")
+        print("not compared with the source")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,21 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to make")
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the model's)")
     add("--activation", metavar="NAME", help="start a model with this activation instead")
-    add("--activation-order", type=int, metavar="R", help="its highest power (3)")
+    add("--activation-order", type=whole(2), metavar="R", help="its highest power (3)")
     add(
         "--ffn-hidden-size",
-        type=int,
+        type=whole(1),
         metavar="N",
         help="its FFN's width (so that the number of parameters stays)",
     )
-    add("--seed", type=int, metavar="N", help="of what is initialised (1234)")
+    add("--seed", type=whole(0), metavar="N", help="of what is initialised (1234)")
     add("--overwrite", action="store_true", help="replace CHECKPOINT if it exists")
     add("--skip-parity", action="store_true", help="do not compare; recorded in import.json")
     add(
         "--tolerance",
-        type=float,
+        type=number(above=0.0, most=1.0),
         metavar="X",
-        help="largest difference of a logit; of logits above 1, relative to the largest (1e-5)",
+        help="largest difference of a logit, relative to the largest at its position if that is "
+        "above 1 (1e-5)",
     )
     return parser
 

@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from number_types import number
 from rich.console import Console
 
 from megapoly.errors import MegapolyError
@@ -80,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-parity", action="store_true", help="do not compare; recorded in parity.json")
     add(
         "--tolerance",
-        type=float,
+        type=number(above=0.0, most=1.0),
         metavar="X",
-        help="largest difference of a logit; of logits above 1, relative to the largest (1e-5)",
+        help="largest difference of a logit, relative to the largest at its position if that is "
+        "above 1 (1e-5)",
     )
     return parser
 
@@ -90,9 +92,10 @@ def _parser() -> argparse.ArgumentParser:
 def size(text: str) -> int:
     """Bytes of a size such as ``500MB``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
-    if match is None:
+    num_bytes = 0 if match is None else int(float(match[1]) * _SIZES[match[2]])
+    if num_bytes == 0:
         raise argparse.ArgumentTypeError(f"{text} is not a size such as 500MB or 5GB")
-    return int(float(match[1]) * _SIZES[match[2]])
+    return num_bytes
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.errors import MegapolyError
+from number_types import number, whole
+
+from megapoly.errors import MegapolyError, UnavailableError
 
 PROMPT = "It was the best of"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,10 +44,18 @@ def _generate(options: argparse.Namespace) -> int:
 
     from megapoly.huggingface.opening import open_model
 
+    try:
+        torch.empty(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnavailableError(f"`--device` ({options.device}) cannot be used: {reason}") from error
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model, tokenizer = open_model(options.model, dtype=dtype, device=options.device)
     torch.manual_seed(options.seed)
-    ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"].to(options.device)
+    ids = tokenizer(options.prompt)["input_ids"]
+    if not ids:  # as the beginning of a document is trained
+        ids = [tokenizer.eos_token_id]
+    prompt = torch.tensor([ids], device=options.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {
@@ -55,8 +65,8 @@ def _generate(options: argparse.Namespace) -> int:
             "top_k": 0,
         }
     model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        prompt,
+        attention_mask=torch.ones_like(prompt),
         max_new_tokens=options.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer),
@@ -74,22 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="PATH", help="run, checkpoint or folder")
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"to continue ({PROMPT})")
-    add("--max-new-tokens", type=int, default=60, metavar="N", help="at most (60)")
+    add("--max-new-tokens", type=whole(1), default=60, metavar="N", help="at most (60)")
     add(
         "--temperature",
-        type=float,
+        type=number(least=0.0, most=100.0),
         default=0.8,
         metavar="T",
         help="divides the logits before a token is drawn; 0: always the most likely one (0.8)",
     )
     add(
         "--top-p",
-        type=float,
+        type=number(above=0.0, most=1.0),
         default=0.95,
         metavar="P",
         help="draw from the most likely tokens that have this probability together (0.95)",
     )
-    add("--seed", type=int, default=1234, metavar="N", help="of the draws (1234)")
+    add("--seed", type=whole(0), default=1234, metavar="N", help="of the draws (1234)")
     add("--dtype", choices=DTYPES, help="to compute in (that of the weights)")
     add("--device", default="cpu", metavar="NAME", help="such as cuda (cpu)")
     return parser

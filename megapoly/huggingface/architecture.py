@@ -14,6 +14,7 @@ from megapoly.config import ModelConfig, ffn_width
 from megapoly.errors import CheckpointError
 
 ModelType = Literal["llama", "olmoe", "megapoly"]
+MODEL_TYPE = "megapoly"
 CODE_FILES = ("configuration_megapoly.py", "modeling_megapoly.py")
 
 _AUTO_MAP = {
@@ -28,6 +29,7 @@ _CLASSES = {
 }
 # Of Llama and OLMoE, where config.json does not name it.
 _DEFAULT_ACT = "silu"
+_DEFAULT_POSITIONS = 2048
 # Names that a PolyCom release may have for its activations, without case and underscores.
 _RELEASED_ACTS = ("polynorm", "polyrelu")
 
@@ -162,6 +164,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
             f"`model_type` in {source} must be one of {', '.join(_CLASSES)}, which can be imported;"
             f" it is {kind}."
         )
+    _require(config, source)
     _refuse_what_is_not_offered(config, source)
     heads = config["num_attention_heads"]
     model = ModelConfig(
@@ -190,6 +193,26 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
     else:
         _set_experts(model, config)
     return model
+
+
+def max_positions(config: Mapping[str, Any]) -> int:
+    """Length of the sequences that the model of a ``config.json`` is for."""
+    return int(config.get("max_position_embeddings", _DEFAULT_POSITIONS))
+
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+
+
+def _require(config: Mapping[str, Any], source: str) -> None:
+    missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
+    if missing:
+        raise CheckpointError(f"{source} must have whole numbers {', '.join(missing)}.")
 
 
 def is_polycom_release(config: Mapping[str, Any]) -> bool:
@@ -234,24 +257,30 @@ def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], sourc
     model.activation = named[key]
 
 
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 (``rope_scaling``) and 5 (``rope_parameters``) say of positions."""
+    return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+
+
 def _rotary_base(config: Mapping[str, Any], source: str) -> int:
-    parameters = config.get("rope_parameters") or {}
-    base = float(parameters.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    base = float(_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0)))
     if base != int(base):
         raise CheckpointError(f"`rope_theta` in {source} must be a whole number; it is {base}.")
     return int(base)
 
 
 def _refuse_what_is_not_offered(config: Mapping[str, Any], source: str) -> None:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     found = {
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "clip_qkv": config.get("clip_qkv"),
-        "rope_parameters": None if rope.get("rope_type", "default") == "default" else rope,
+        "rope_scaling": None if kind == "default" else rope,
         "rope_interleaved": config.get("rope_interleaved"),
+        "partial_rotary_factor": None if partial == 1.0 else partial,
         "quantization_config": config.get("quantization_config"),
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
     }
     given = {name: value for name, value in found.items() if value not in (None, False)}
     if given:

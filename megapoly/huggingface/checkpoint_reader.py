@@ -40,8 +40,8 @@ class CheckpointReader:
         self._reader = FileSystemReader(path)
         try:
             metadata = self._reader.read_metadata()
-        except (OSError, EOFError, ValueError) as error:
-            raise CheckpointError(f"{path} has no tensors that can be read: {error}") from error
+        except Exception as error:  # whatever a damaged pickle leads to
+            raise CheckpointError(f"{path} has no tensors that can be read: {error!r}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: entry
@@ -63,7 +63,7 @@ class CheckpointReader:
         """The tensor ``key`` at a layer, or a layer and expert: the axes behind these.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing, or cannot be read.
         """
         rest = tuple(self._tensors[key].size)[len(index) :]
         block = torch.empty(rest, dtype=self.dtype(key))
@@ -80,7 +80,7 @@ class CheckpointReader:
             offset: in all axes of the stored tensor.
 
         Raises:
-            CheckpointError: there is no such tensor, or a file is missing or damaged.
+            CheckpointError: there is no such tensor, or a file is missing, or cannot be read.
         """
         if key not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor `{key}`, which its model needs.")
@@ -93,7 +93,7 @@ class CheckpointReader:
         try:
             self._reader.read_data(LoadPlan(items), _IntoBlock(target)).wait()
         except Exception as error:  # of files, pickles and archives alike
-            raise CheckpointError(f"{self.path}: `{key}` cannot be read: {error}") from error
+            raise CheckpointError(f"{self.path}: `{key}` cannot be read: {error!r}") from error
 
 
 class _IntoBlock(LoadPlanner):
@@ -139,6 +139,8 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
     try:
         run = json.loads((path / "run.json").read_text())
         config = load_yaml(path / "config.yaml")
+        if not isinstance(run, dict):
+            raise ValueError("run.json is no object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder, "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -59,9 +59,17 @@ def write_tensors(
         blocks: all of every tensor.
         dtype: of the file; blocks are converted.
         advance: called with the bytes of every block that is made.
+
+    Raises:
+        OSError: a file cannot be written (a full disk is torch's RuntimeError).
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
-    dcp.save({}, storage_writer=writer, planner=_Planner(blocks, dtype, advance), no_dist=True)
+    planner = _Planner(blocks, dtype, advance)
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:  # a list of what each rank raised
+        ((cause, _),) = error.failures.values()
+        raise cause from None
     # The engine's own files beside torch's (megatron/core/dist_checkpointing/core.py).
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}

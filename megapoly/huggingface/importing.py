@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,16 +17,21 @@ from torch import Tensor
 import megapoly
 from megapoly.activations import registry
 from megapoly.config import Config, ModelConfig, to_yaml
+from megapoly.config.rules import find_problems
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.huggingface import parity, tensor_map
-from megapoly.huggingface.architecture import model_config
+from megapoly.huggingface import tensor_map
+from megapoly.huggingface.architecture import max_positions, model_config
+from megapoly.huggingface.checkpoint_model import check_finite
 from megapoly.huggingface.checkpoint_writer import Block, write_tensors
-from megapoly.huggingface.output_folder import output_folder
+from megapoly.huggingface.comparison import compare_import
+from megapoly.huggingface.output_folder import output_folder, write_json
+from megapoly.huggingface.parity import TOLERANCE, Parity
 from megapoly.huggingface.progress import bytes_bar
 from megapoly.huggingface.safetensors_reader import SafetensorsReader
 from megapoly.huggingface.tensor_map import Link
-from megapoly.huggingface.tokenizer_files import write_tokenizer
+from megapoly.huggingface.tokenizer_files import check_vocabulary, write_tokenizer
+from megapoly.huggingface.upcycling import OtherActivation, outside_of_ffn, with_activation
 from megapoly.model.initial_values import initial_value
 
 # A tied output layer that is stored all the same.
@@ -45,9 +48,6 @@ class ImportOptions:
         tokenizer: a ``tokenizer.json`` or folder, in place of the model's own.
         activation: start another model from the parts that do not depend on the FFN; None: the
             same model.
-        activation_order: highest power of ``activation``.
-        ffn_hidden_size: width of the FFN with ``activation``; None: the same number of parameters.
-        seed: of what is initialised with ``activation``.
         overwrite: replace ``output`` if it exists.
         skip_parity: do not compare the checkpoint with the source.
         tolerance: of the comparison, see :class:`megapoly.huggingface.parity.Parity`.
@@ -56,13 +56,10 @@ class ImportOptions:
     model: Path
     output: Path
     tokenizer: str | None = None
-    activation: str | None = None
-    activation_order: int = 3
-    ffn_hidden_size: int | None = None
-    seed: int = 1234
+    activation: OtherActivation | None = None
     overwrite: bool = False
     skip_parity: bool = False
-    tolerance: float = parity.TOLERANCE
+    tolerance: float = TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Report:
     taken: dict[str, int]
     initialised: dict[str, int]
     left: dict[str, int]
-    parity: parity.Parity | None = None
+    parity: Parity | None = None
     skipped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,15 +97,17 @@ def import_model(options: ImportOptions, console: Console) -> Report:
 
     Raises:
         CheckpointError: the folder is not of a known model, or not complete.
+        ConfigError: ``activation`` breaks a rule of training.
         DataError: its tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
     """
-    with output_folder(options.output, overwrite=options.overwrite) as folder:
+    output, overwrite = options.output, options.overwrite
+    with output_folder(output, source=options.model, overwrite=overwrite) as folder:
         with SafetensorsReader(options.model) as source:
             report = _write(options, source, folder, console)
-        _write_json(folder / "import.json", report.to_dict())
+        write_json(folder / "import.json", report.to_dict())
         if report.parity is not None:
-            report.parity.raise_if_different()
+            report.parity.raise_if_different("import.json")
     return report
 
 
@@ -117,64 +116,41 @@ def _write(
 ) -> Report:
     original = model_config(source.config, source=str(options.model / "config.json"))
     _check_names(source, original)
-    model = with_activation(original, options) if options.activation else original
+    model, seed = original, Config().training.seed
+    if options.activation is not None:
+        model, seed = with_activation(original, options.activation), options.activation.seed
     dtypes = source.dtypes()
     # fp16 has no training here; fp32 holds it exactly.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
-    config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=options.seed)
-    tokenizer_folder = folder / "tokenizer"
-    tokenizer_folder.mkdir()
-    write_tokenizer(
-        options.tokenizer or options.model,
-        tokenizer_folder,
-        seq_length=config.training.seq_length,
-    )
-    _check_vocabulary(tokenizer_folder, model)
+    config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=seed)
+    _write_tokenizer(options.tokenizer or str(options.model), folder, config)
     config.data.tokenizer = str(options.output.resolve() / "tokenizer")
     report = _write_tensors(options, source, original, config, folder, dtype, console)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
-    _write_json(folder / "run.json", _run_description(options))
-    if options.skip_parity or options.activation:
+    write_json(folder / "run.json", _run_description(options))
+    if options.skip_parity or options.activation is not None:
         return dataclasses.replace(report, skipped=options.skip_parity)
-    result = parity.compare(
-        folder, options.model, dtype, options.tolerance, console, tokenizer=tokenizer_folder
-    )
+    result = compare_import(folder, options.model, dtype, options.tolerance, console)
     return dataclasses.replace(report, parity=result)
 
 
-def with_activation(model: ModelConfig, options: ImportOptions) -> ModelConfig:
-    """The same model with another activation.
-
-    Its FFN has the same number of parameters, coefficients aside: 3/2 of the width where the
-    source is gated and it is not, 2/3 the other way round.
-    """
-    assert options.activation is not None
-    changed = copy.deepcopy(model)
-    changed.activation, changed.activation_order = options.activation, options.activation_order
-    was, is_gated = registry.get(model.activation).gated, registry.get(options.activation).gated
-    times, over = {(True, False): (3, 2), (False, True): (2, 3)}.get((was, is_gated), (1, 1))
-
-    def scaled(width: int) -> int:
-        if width * times % over:
-            raise ConfigError(
-                [
-                    f"the FFN's width ({width}) times {times} / {over} must be a whole number, so "
-                    f"that {options.activation} has the parameters of {model.activation}; choose "
-                    "one with --ffn-hidden-size"
-                ]
-            )
-        return width * times // over
-
-    given = options.ffn_hidden_size
-    if model.num_moe_experts is None:
-        changed.ffn_hidden_size = given or scaled(model.ffn_hidden_size)
-        return changed
-    assert model.moe_ffn_hidden_size is not None
-    changed.moe_ffn_hidden_size = given or scaled(model.moe_ffn_hidden_size)
-    shared = model.moe_shared_expert_intermediate_size
-    changed.moe_shared_expert_intermediate_size = scaled(shared) if shared else None
-    return changed
+def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
+    """Write the tokenizer, and check that training takes it and the model."""
+    check_vocabulary(source, config.model)
+    place = folder / "tokenizer"
+    place.mkdir()
+    write_tokenizer(source, place, seq_length=config.training.seq_length)
+    config.data.tokenizer = str(place)
+    problems = find_problems(
+        config,
+        world_size=1,
+        cuda_available=False,
+        transformer_engine_available=False,
+        tokenizer_vocab_size=load_tokenizer(place).vocab_size,
+    )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _write_tensors(
@@ -215,6 +191,7 @@ def _from_source(source: SafetensorsReader, parts: list[Link]) -> Tensor:
     tensors = [source.read(link.name) for link in parts]
     block = torch.empty(parts[0].block, dtype=tensors[0].dtype)
     for link, tensor in zip(parts, tensors, strict=True):
+        check_finite(tensor, f"`{link.name}` in {source.folder}")
         link.write(tensor.reshape(link.shape), block)
     return block
 
@@ -233,11 +210,6 @@ def _from_seed(link: Link, config: Config) -> Tensor:
 def _axes(index: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
     """Sizes of the axes of layers and experts."""
     return (model.num_layers, model.num_moe_experts or 0)[: len(index)]
-
-
-def outside_of_ffn(model: ModelConfig) -> set[str]:
-    """Names of attention, embeddings and norms."""
-    return {link.name for link in tensor_map.links(model) if ".mlp." not in link.name}
 
 
 def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
@@ -269,23 +241,13 @@ def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
         )
 
 
-def _check_vocabulary(tokenizer_folder: Path, model: ModelConfig) -> None:
-    assert model.vocab_size is not None
-    size = load_tokenizer(tokenizer_folder).vocab_size
-    if size > model.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
-            f"({model.vocab_size}); name the model's own with --tokenizer."
-        )
-
-
 def _configuration(
     source: SafetensorsReader, model: ModelConfig, *, bf16: bool, seed: int
 ) -> Config:
     config = Config(model=model)
     model.make_vocab_size_divisible_by = 1  # nothing is padded here; a run pads as it needs
-    config.training.train_iters = 0
-    config.training.seq_length = source.config.get("max_position_embeddings", 2048)
+    config.training.train_iters = 1  # none; the recipe leaves it to the run
+    config.training.seq_length = max_positions(source.config)
     config.training.bf16 = bf16
     config.training.seed = seed
     return config
@@ -318,7 +280,3 @@ def _run_description(options: ImportOptions) -> dict[str, Any]:
         "imported_from": options.model.name,
         "megapoly_version": megapoly.__version__,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

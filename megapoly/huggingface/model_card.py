@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 import megapoly
-from megapoly.config import to_yaml
+from megapoly.activations import registry
+from megapoly.config import Config, to_yaml
+from megapoly.config.data_sources import validation_sets
+from megapoly.config.schema import BlendSource
 from megapoly.huggingface.checkpoint_reader import CheckpointReader
 from megapoly.huggingface.parity import Parity
+from megapoly.huggingface.tensor_map import links
 
 _SOURCE = "https://arxiv.org/abs/2411.03884"
 
@@ -24,11 +30,12 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
         parity: the comparison; None: skipped.
     """
     model, run = reader.config.model, reader.run
+    has_coefficients = registry.get(model.activation).has_coefficients
     remote = config["model_type"] == "megapoly"
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["megapoly", "polycom", model.activation],
+        "tags": ["megapoly", *(["polycom"] if has_coefficients else []), model.activation],
     }
     experts = f", {model.num_moe_experts} experts, top-{model.moe_router_topk}"
     rows = {
@@ -38,8 +45,7 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
         "activation": f"`{model.activation}`",
         "parameters": f"{_num_parameters(reader):,}",
         "weights": config["dtype"],
-        "trained": f"{run.get('iteration', 0):,} steps, {run.get('consumed_tokens', 0):,} tokens",
-        "data fingerprint": f"`{run.get('data_fingerprint')}`",
+        **_training(run),
         "conversion": "not compared with the checkpoint" if parity is None else parity.summary(),
         "written by": f"megapoly {megapoly.__version__}",
     }
@@ -69,7 +75,7 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
         "## Training configuration",
         "",
         "```yaml",
-        to_yaml(reader.config).rstrip(),
+        to_yaml(_without_places(reader.config)).rstrip(),
         "```",
         "",
     ]
@@ -84,13 +90,45 @@ _POLYCOM = (
 )
 
 
+def _training(run: dict[str, Any]) -> dict[str, str]:
+    if run.get("weights_only"):
+        return {"made from": f"`{run.get('imported_from')}`"}
+    return {
+        "trained": f"{run['iteration']:,} steps, {run['consumed_tokens']:,} tokens",
+        "data fingerprint": f"`{run['data_fingerprint']}`",
+    }
+
+
 def _training_data(description: dict[str, Any] | None) -> list[str]:
     if description is None:  # an imported model
         return []
-    return ["## Training data", "", "```json", json.dumps(description, indent=2), "```", ""]
+    sources = [
+        {name: value for name, value in source.items() if name != "path"}
+        for source in description["sources"]
+    ]
+    content = json.dumps(description | {"sources": sources}, indent=2)
+    return ["## Training data", "", "```json", content, "```", ""]
+
+
+def _without_places(config: Config) -> Config:
+    """The configuration without folders of the machine that it was trained on."""
+    config = copy.deepcopy(config)
+    config.run_dir = Path(config.run_dir).name
+    config.data.cache_dir = None
+    if config.data.tokenizer is not None:
+        config.data.tokenizer = Path(config.data.tokenizer).name
+    for source in config.data.blend or []:
+        assert isinstance(source, BlendSource), "resolved"
+        source.path = Path(source.path).name
+    for name, each in validation_sets(config.data).items():
+        assert config.data.validation is not None
+        config.data.validation[name] = [Path(path).name for path in each.path]
+    if config.checkpoint.load is not None:
+        config.checkpoint.load = Path(config.checkpoint.load).name
+    if config.training.eval_tasks_data is not None:
+        config.training.eval_tasks_data = Path(config.training.eval_tasks_data).name
+    return config
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
-    from megapoly.huggingface.tensor_map import links
-
     return sum(link.num_elements for link in links(reader.config.model))

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 
 from megapoly.errors import CheckpointError
-from megapoly.huggingface.architecture import model_type
+from megapoly.huggingface.architecture import MODEL_TYPE
+from megapoly.huggingface.checkpoint_model import (
+    checked_links,
+    describe,
+    tensors_of,
+    tokenizer_source,
+)
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
-from megapoly.huggingface.export import checked_links, describe, tensors_of, tokenizer_source
+from megapoly.huggingface.classes import model_from_fields, own_classes
+from megapoly.huggingface.safetensors_reader import read_json
 from megapoly.huggingface.tokenizer_files import write_tokenizer
 
 
 def open_model(
     path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Model and tokenizer.
+    """Model and tokenizer; code in a folder is not run.
 
     Args:
         path: a checkpoint ``iter_*``, a run (its newest checkpoint), or a Hugging Face folder. A
@@ -40,18 +47,31 @@ def open_model(
     if checkpoint is not None:
         model, tokenizer = from_checkpoint(checkpoint)
     elif (path / "config.json").is_file():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=True, local_files_only=True, dtype=dtype or "auto"
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=True, local_files_only=True
-        )
+        model, tokenizer = from_folder(path)
     else:
         raise CheckpointError(
             f"{path} must be a checkpoint (`iter_*`), a run with one, or a folder with a "
             "config.json."
         )
     return model.to(device=device, dtype=dtype or model.dtype).eval(), tokenizer
+
+
+def from_folder(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a Hugging Face folder; of exports by this package's classes.
+
+    Raises:
+        CheckpointError: transformers cannot open it.
+    """
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    opener = AutoModelForCausalLM
+    if read_json(folder / "config.json").get("model_type") == MODEL_TYPE:
+        opener = own_classes()[1]
+    try:
+        model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
+        return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of files, of configurations, of weights
+        raise CheckpointError(f"{folder} cannot be opened by transformers: {error}") from error
 
 
 def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
@@ -68,34 +88,7 @@ def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     dtype = reader.dtype(links[0].key)
-    fields = describe(reader, special, dtype)
-    config_class, model_class = _CLASSES[model_type(reader.config.model)]()
-    for name in ("model_type", "auto_map", "torch_dtype"):
-        fields.pop(name, None)
+    config, model_class = model_from_fields(describe(reader, special, dtype))
     weights = {link.name: tensor for link, tensor in tensors_of(reader, links)}
-    model = model_class.from_pretrained(
-        None, config=config_class(**fields), state_dict=weights, dtype=dtype
-    )
+    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     return model, tokenizer
-
-
-def _llama() -> tuple[Any, Any]:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaConfig, LlamaForCausalLM
-
-
-def _olmoe() -> tuple[Any, Any]:
-    from transformers import OlmoeConfig, OlmoeForCausalLM
-
-    return OlmoeConfig, OlmoeForCausalLM
-
-
-def _megapoly() -> tuple[Any, Any]:
-    from megapoly.huggingface.remote_code.configuration_megapoly import MegapolyConfig
-    from megapoly.huggingface.remote_code.modeling_megapoly import MegapolyForCausalLM
-
-    return MegapolyConfig, MegapolyForCausalLM
-
-
-_CLASSES = {"llama": _llama, "olmoe": _olmoe, "megapoly": _megapoly}

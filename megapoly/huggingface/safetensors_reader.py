@@ -80,7 +80,10 @@ class SafetensorsReader:
     def _paths(self) -> list[Path]:
         index = self.folder / INDEX_NAME
         if index.is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} must have an object `weight_map`.")
+            names = sorted(set(weight_map.values()))
             paths = [self.folder / name for name in names]
         else:
             paths = sorted(self.folder.glob("*.safetensors"))

@@ -8,14 +8,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megapoly.config import ModelConfig
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, Tokenizer, load_tokenizer
+from megapoly.errors import CheckpointError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Of a tokenizer's folder; transformers needs tokenizer.json alone.
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
-# A class of any release that reads tokenizer.json; transformers 5 writes a name 4 does not know.
+# The class that does what tokenizer.json says, in every release. Those of single models build
+# something of their own: transformers 5 reads "  a" with LlamaTokenizer as other ids.
 _CLASS = "PreTrainedTokenizerFast"
-_NAMES_OF_ONE_RELEASE = ("TokenizersBackend", "PreTrainedTokenizer", None)
+# What only such classes read, or what names other places and code.
+_LEFT_OUT = (
+    "add_bos_token",
+    "add_eos_token",
+    "auto_map",
+    "legacy",
+    "name_or_path",
+    "sp_model_kwargs",
+    "tokenizer_file",
+    "use_default_system_prompt",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +56,46 @@ def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int)
         seq_length: that the model was trained with.
 
     Raises:
-        DataError: the tokenizer cannot be read.
+        DataError: the tokenizer cannot be read, or names a special token that it does not have.
     """
     tokenizer = load_tokenizer(source)
     (folder / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
     origin = Path(source) if source is not None else BUILTIN_TOKENIZER
     origin = origin if origin.is_dir() else origin.parent
     config = _config_of(origin) if source is not None else {}
-    eos = config.get("eos_token") or tokenizer.token(tokenizer.eod)
-    written = config | {"eos_token": eos, "model_max_length": seq_length}
+    written = {name: value for name, value in config.items() if name not in _LEFT_OUT}
+    written.setdefault("eos_token", tokenizer.token(tokenizer.eod))
+    written |= {"tokenizer_class": _CLASS, "model_max_length": seq_length}
+    for name in _SPECIAL_TOKENS:
+        if isinstance(written.get(name), dict):  # how its spaces are read, tokenizer.json says
+            written[name] = written[name].get("content")
     # The class's default has token types, which a decoder does not take.
     written.setdefault("model_input_names", ["input_ids", "attention_mask"])
-    if written.get("tokenizer_class") in _NAMES_OF_ONE_RELEASE:
-        written["tokenizer_class"] = _CLASS
     for name in _COPIED if source is not None else ():
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
     return SpecialIds(
-        _id(tokenizer, written.get("bos_token")),
-        tokenizer.eod,
-        _id(tokenizer, written.get("pad_token")),
+        bos=_id(tokenizer, "bos_token", written),
+        eos=tokenizer.eod,
+        pad=_id(tokenizer, "pad_token", written),
     )
+
+
+def check_vocabulary(source: str | Path | None, model: ModelConfig) -> None:
+    """Refuse a tokenizer with ids that a model does not have.
+
+    Raises:
+        CheckpointError: it has some.
+        DataError: it cannot be read.
+    """
+    assert model.vocab_size is not None, "resolved"
+    size = load_tokenizer(source).vocab_size
+    if size > model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
+            f"({model.vocab_size}); name the model's own with --tokenizer."
+        )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -71,6 +103,15 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _id(tokenizer: Tokenizer, token: str | dict[str, Any] | None) -> int | None:
-    name = token.get("content") if isinstance(token, dict) else token
-    return None if name is None else tokenizer.token_id(name)
+def _id(tokenizer: Tokenizer, name: str, config: dict[str, Any]) -> int | None:
+    text = config.get(name)
+    if text is None:
+        return None
+    token_id = tokenizer.token_id(text)
+    if token_id is None:
+        # transformers would add it, with an id beyond the model's.
+        raise DataError(
+            f"`{name}` of {CONFIG_NAME} must be in the vocabulary; {text!r} is not. Take the name "
+            "out of the file, or give another tokenizer with --tokenizer."
+        )
+    return token_id

@@ -11,11 +11,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megapoly.huggingface import parity
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.huggingface import comparison
+from megapoly.huggingface.engine_recording import engine_model
 from megapoly.huggingface.export import ExportOptions, export
 from megapoly.huggingface.importing import ImportOptions, import_model
 from megapoly.huggingface.opening import open_model
-from megapoly.huggingface.recording import engine_model
+from megapoly.huggingface.parity import TOLERANCE
 
 QUIET = Console(quiet=True)
 NUM_NEW_TOKENS = 12
@@ -33,7 +35,7 @@ def export_and_compare(pairs):
     results = []
     for checkpoint, output in pairs:
         result = export(ExportOptions(checkpoint, output), QUIET)
-        prompt = parity.real_text(output, 8)[:1]
+        prompt = comparison.real_text(load_tokenizer(output), 8)[:1]
         results.append(
             (
                 result.to_dict(),
@@ -84,7 +86,7 @@ def compare_broken(checkpoint, folder, breaks, work):
         change(tensors, config)
         save_file({k: t.contiguous() for k, t in tensors.items()}, weights, {"format": "pt"})
         (broken / "config.json").write_text(json.dumps(config))
-        result = parity.compare(checkpoint, broken, torch.float32, parity.TOLERANCE, QUIET)
+        result = comparison.compare_export(checkpoint, broken, torch.float32, TOLERANCE, QUIET)
         results[name] = (result.passed, result.first_difference, result.loading)
     return results
 
@@ -125,8 +127,8 @@ def import_only(folder, checkpoint, options=()):
 def parity_with_layers_on_disk(checkpoint, folder):
     """As for a model that memory has no room for."""
     quiet()
-    parity.MEMORY_SHARE = 0.0
-    return parity.compare(checkpoint, folder, torch.float32, parity.TOLERANCE, QUIET).to_dict()
+    comparison.MEMORY_SHARE = 0.0
+    return comparison.compare_export(checkpoint, folder, torch.float32, TOLERANCE, QUIET).to_dict()
 
 
 def open_in_memory(checkpoint, folder, tokens):
@@ -138,17 +140,3 @@ def open_in_memory(checkpoint, folder, tokens):
             open_model(path, dtype=torch.float32)[0](ids).logits.numpy()
             for path in (checkpoint, folder)
         ]
-
-
-def engine_blocks(checkpoint):
-    """The engine's model as its own loader fills it: tensors by name and layer in a checkpoint."""
-    quiet()
-    from megapoly.evaluation.opened import open_checkpoint
-    from megapoly.parallel_check.whole import whole, without_padding
-
-    with open_checkpoint(checkpoint) as opened:
-        from megapoly.parallel_check.whole import weight_parts
-
-        parts = whole(weight_parts(opened.model.chunks))
-        tensors = without_padding(parts.tensors, opened.model.config.model.vocab_size)
-        return {name: tensor.numpy() for name, tensor in tensors.items()}

@@ -1,6 +1,6 @@
 """The commands as users give them."""
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -14,11 +14,11 @@ from megapoly.huggingface.parity import ParityError
 ROOT = Path(__file__).parents[2]
 
 
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def loaded(monkeypatch):
+    """Import a tool."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    return importlib.import_module
 
 
 def run(*words):
@@ -30,7 +30,7 @@ def test_there_and_back(trained, tmp_path):
     to_hf = ["tools/convert_to_hf.py", "--checkpoint", trained("polyrelu"), "--output"]
     done = run(*to_hf, tmp_path / "hf", "--dtype", "bfloat16")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"wrote {tmp_path / 'hf'}")
-    assert "parity on 128 tokens" in done.stdout
+    assert "parity on 256 tokens" in done.stdout
     report = json.loads((tmp_path / "hf" / "parity.json").read_text())
     assert (report["passed"], report["weights"]) == (True, "bfloat16")
 
@@ -46,7 +46,7 @@ def test_there_and_back(trained, tmp_path):
     assert f"--config {tmp_path / 'swiglu' / 'recipe.yaml'}" in done.stdout
 
 
-def test_status_of_a_model_that_differs(monkeypatch, tmp_path, capsys):
+def test_status_of_a_model_that_differs(loaded, monkeypatch, tmp_path, capsys):
     def differs(options, console):
         raise ParityError("the first module that differs is `lm_head`")
 
@@ -59,12 +59,28 @@ def test_status_of_a_model_that_differs(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "size"), [("500MB", 500_000_000), ("1.5 gb", 1_500_000_000), ("2000", 2000)]
 )
-def test_sizes(text, size):
+def test_sizes(loaded, text, size):
     assert loaded("convert_to_hf").size(text) == size
 
 
-def test_a_size_that_is_none(capsys):
-    words = ["--checkpoint", "a", "--output", "b", "--max-shard-size", "much"]
+@pytest.mark.parametrize("text", ["much", "0", "0.1"])
+def test_a_size_that_is_none(loaded, capsys, text):
+    words = ["--checkpoint", "a", "--output", "b", "--max-shard-size", text]
     with pytest.raises(SystemExit):
         loaded("convert_to_hf").main(words)
     assert "500MB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "0", "inf"])
+def test_tolerances_out_of_range_are_refused(loaded, capsys, tolerance):
+    words = ["--checkpoint", "a", "--output", "b", f"--tolerance={tolerance}"]
+    with pytest.raises(SystemExit):
+        loaded("convert_to_hf").main(words)
+    assert "above 0" in capsys.readouterr().err
+
+
+def test_options_of_an_activation_that_is_not_given(loaded, tmp_path, capsys):
+    words = ["--model", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert loaded("convert_from_hf").main([*words, "--ffn-hidden-size", "8", "--seed", "1"]) == 2
+    message = capsys.readouterr().err
+    assert "--ffn-hidden-size, --seed: nothing reads this without --activation" in message

@@ -1,6 +1,7 @@
 """Checkpoints of the real job at several layouts, exported: the same logits and text."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ from conversions import (
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from megapoly.data.tokenizer import load_tokenizer
+from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
 from megapoly.errors import CheckpointError
+from megapoly.huggingface.checkpoint_model import (
+    check_finite,
+    checked_links,
+    is_trained_with,
+    tokenizer_source,
+)
 from megapoly.huggingface.checkpoint_reader import CheckpointReader
-from megapoly.huggingface.export import ExportOptions, checked_links, export
+from megapoly.huggingface.export import ExportOptions, export
 from megapoly.huggingface.parity import ParityError
 from megapoly.testing import run_on_ranks
 
@@ -38,11 +45,14 @@ MODEL_TYPES = {"olmoe": "olmoe", "geglu": "llama"}
 def assert_same_model(name, folder, parity, of_engine, of_export):
     assert parity["passed"]
     assert parity["max_difference"] <= 1e-5
-    assert parity["num_tokens"] + parity["excluded_positions"] == 128
+    assert parity["num_tokens"] + parity["excluded_positions"] == 256
     assert parity["excluded_positions"] <= 16
     assert parity["argmax_agreement"] == 1.0
     assert parity["checkpoint_loss"] == pytest.approx(parity["export_loss"], abs=1e-5)
     assert not any(parity["loading"].values())
+    assert parity["first_difference"] is None
+    assert max(parity["module_differences"].values()) < 1e-5
+    assert parity["experts_not_reached"] == 0
     assert of_engine == of_export
     assert len(of_engine) == 8 + NUM_NEW_TOKENS
     config = json.loads((folder / "config.json").read_text())
@@ -156,15 +166,102 @@ def test_tokenizer_and_model_card(trained, exported):
     assert run["data_fingerprint"] in card
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers"
-    block = card.split("```yaml\n")[1].split("```")[0]
-    assert block == (trained("moe") / "config.yaml").read_text()
+    block = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    expected = yaml.safe_load((trained("moe") / "config.yaml").read_text())
+    # Folders of the machine are no part of a card.
+    assert block["run_dir"] == trained("moe").parents[1].name
+    assert block["data"].pop("cache_dir") is None
+    for description in (block, expected):
+        description.pop("run_dir")
+        description["data"].pop("cache_dir", None)
+    assert block == expected
+    assert "/" + trained("moe").parents[1].name not in card
 
 
 def test_an_existing_folder_is_left_alone(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        export(ExportOptions(trained("dense"), tmp_path), QUIET)
+    for overwrite, match in ((False, "add --overwrite"), (True, "has none of parity.json")):
+        with pytest.raises(CheckpointError, match=match):
+            export(ExportOptions(trained("dense"), tmp_path, overwrite=overwrite), QUIET)
+    with pytest.raises(CheckpointError, match="is a file"):
+        export(ExportOptions(trained("dense"), tmp_path / "mine.txt", overwrite=True), QUIET)
+    with pytest.raises(CheckpointError, match="cannot be made"):
+        export(ExportOptions(trained("dense"), tmp_path / "mine.txt" / "hf"), QUIET)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.txt"]
+
+
+def test_the_source_is_left_alone(trained):
+    checkpoint = trained("dense")
+    before = sorted(checkpoint.parents[1].rglob("*"))
+    for output in (checkpoint, checkpoint.parents[1], checkpoint / "hf"):
+        with pytest.raises(CheckpointError, match="neither in what is converted"):
+            export(ExportOptions(checkpoint, output, overwrite=True), QUIET)
+    assert sorted(checkpoint.parents[1].rglob("*")) == before
+
+
+def test_an_export_replaces_an_export(trained, tmp_path):
+    options = ExportOptions(trained("dense"), tmp_path / "hf", skip_parity=True, overwrite=True)
+    export(options, QUIET)
+    (tmp_path / "hf" / "left.txt").write_text("of the first")
+    export(options, QUIET)
+    assert not (tmp_path / "hf" / "left.txt").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
+
+
+def copy_with(checkpoint, folder, change):
+    """A copy of a checkpoint with a changed tensor file."""
+    shutil.copytree(checkpoint, folder)
+    change(folder)
+    return folder
+
+
+def test_damaged_checkpoints_are_refused(trained, tmp_path):
+    def truncate(folder):
+        path = sorted(folder.glob("*.distcp"))[0]
+        path.write_bytes(path.read_bytes()[:1000])
+
+    def scribble(folder):
+        (folder / ".metadata").write_bytes(b"no pickle")
+
+    def listed(folder):
+        (folder / "run.json").write_text("[]")
+
+    changes = {truncate: "cannot be read: EOFError", scribble: "Unpickling", listed: "no object"}
+    for change, match in changes.items():
+        folder = copy_with(trained("dense"), tmp_path / change.__name__, change)
+        with pytest.raises(CheckpointError, match=match):
+            export(ExportOptions(folder, tmp_path / "hf", skip_parity=True), QUIET)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_weights_that_are_not_finite_are_refused():
+    check_finite(torch.zeros(3), "w")
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(CheckpointError, match="`w` has some"):
+            check_finite(torch.tensor([0.0, value]), "`w`")
+
+
+def test_another_tokenizer(trained, tmp_path):
+    """It must not have more ids than the model; one of the run must be what it was."""
+    larger = json.loads(BUILTIN_TOKENIZER.read_text())
+    larger["model"]["vocab"]["one more"] = 4096
+    (tmp_path / "larger.json").write_text(json.dumps(larger))
+    options = {"checkpoint": trained("dense"), "output": tmp_path / "hf", "skip_parity": True}
+    with pytest.raises(CheckpointError, match=r"ids \(4097\).*`vocab_size` \(4096\)"):
+        export(ExportOptions(**options, tokenizer=str(tmp_path / "larger.json")), QUIET)
+    same = tmp_path / "same.json"
+    same.write_text(json.dumps(json.loads(BUILTIN_TOKENIZER.read_text())))
+    reader = CheckpointReader(trained("dense"))
+    assert is_trained_with(reader, None)
+    assert not is_trained_with(reader, str(same))
+    reader.config.data.tokenizer = str(same)
+    with pytest.raises(CheckpointError, match="has changed since"):
+        tokenizer_source(reader, None)
+    assert tokenizer_source(reader, str(same)) == str(same)
+    reader.config.data.tokenizer = str(tmp_path / "gone.json")
+    with pytest.raises(CheckpointError, match="--tokenizer"):
+        tokenizer_source(reader, None)
 
 
 def test_incomplete_checkpoints_are_refused(trained, tmp_path):

@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from megapoly.config import load_yaml
+from megapoly.config import ModelConfig, load_yaml
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, ConfigError
 from megapoly.huggingface.checkpoint_reader import CheckpointReader
 from megapoly.huggingface.importing import ImportOptions, import_model
+from megapoly.huggingface.upcycling import OtherActivation, with_activation
 from megapoly.model.initial_values import initial_value
 from megapoly.testing import run_job, run_on_ranks
 
@@ -190,7 +191,7 @@ def test_polycom_release(tmp_path, hidden_act, norm):
 def test_upcycling_takes_what_fits(tmp_path):
     folder = llama(tmp_path / "llama")
     checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
-    options = {"activation": "polynorm", "seed": 7}
+    options = {"activation": OtherActivation("polynorm", seed=7)}
     (report,) = run_on_ranks(import_and_back, 1, folder, checkpoint, back, options)
     assert report["parity"] is None
     before, after = tensors(folder), tensors(back)
@@ -247,6 +248,9 @@ def change_tensors(folder, change):
         ({"attention_bias": True}, "`attention_bias`: True"),
         ({"clip_qkv": 8.0}, "`clip_qkv`: 8.0"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor`: 0.5"),
+        ({"hidden_size": None, "vocab_size": "many"}, "numbers hidden_size, vocab_size"),
         ({"hidden_act": "gelu_new"}, "`hidden_act`.*gelu_new"),
         ({"num_hidden_layers": 3}, "`model.layers.2.* is missing"),
         ({"num_hidden_layers": 1}, "`model.layers.1.* is not known"),
@@ -274,6 +278,49 @@ def test_other_tensors_are_refused(tmp_path):
     import_model(ImportOptions(folder, tmp_path / "checkpoint", skip_parity=True), QUIET)
     names = set(CheckpointReader(tmp_path / "checkpoint").shapes)
     assert not any("inv_freq" in name for name in names)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    folder = llama(tmp_path / "llama")
+    change_tensors(
+        folder, lambda found: found["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
+    )
+    refused(folder, tmp_path, "up_proj.weight` in .* has some", skip_parity=True)
+
+
+@pytest.mark.parametrize(
+    ("activation", "match"),
+    [
+        (OtherActivation("polynorm", order=7), "activation_order"),
+        (OtherActivation("polynorme"), "nearest is polynorm"),
+        (OtherActivation("polynorm", ffn_hidden_size=0), "ffn_hidden_size"),
+    ],
+)
+def test_activations_that_training_refuses(tmp_path, activation, match):
+    folder = llama(tmp_path / "llama")
+    with pytest.raises(ConfigError, match=match):
+        import_model(ImportOptions(folder, tmp_path / "out", activation=activation), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths_for_the_same_number_of_parameters():
+    model = ModelConfig(activation="swiglu", scale_gated_ffn=False, ffn_hidden_size=60)
+    assert with_activation(model, OtherActivation("polynorm")).ffn_hidden_size == 90
+    assert with_activation(model, OtherActivation("gated_polynorm")).ffn_hidden_size == 60
+    assert with_activation(model, OtherActivation("relu", ffn_hidden_size=7)).ffn_hidden_size == 7
+    model.activation = "relu"
+    assert with_activation(model, OtherActivation("geglu")).ffn_hidden_size == 40
+    model.ffn_hidden_size = 61
+    with pytest.raises(ConfigError, match="--ffn-hidden-size"):
+        with_activation(model, OtherActivation("geglu"))
+
+
+def test_code_in_the_source_is_not_run(tmp_path):
+    folder = llama(tmp_path / "llama")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change_config(folder, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.C"})
+    run_on_ranks(import_only, 1, folder, tmp_path / "checkpoint")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_folders_without_weights_are_refused(tmp_path):

@@ -4,8 +4,12 @@ import pytest
 import torch
 from conversions import compare_broken
 
-from megapoly.huggingface.parity import difference, not_decided_by_rounding
-from megapoly.huggingface.recording import Recording
+from megapoly.huggingface.parity import (
+    difference,
+    experts_not_reached,
+    not_decided_by_rounding,
+)
+from megapoly.huggingface.recording import Recording, rows_for_every_expert
 from megapoly.testing import run_on_ranks
 
 
@@ -114,6 +118,25 @@ def drop_shared_expert(tensors, config):
     tensors[name] = torch.zeros_like(tensors[name])
 
 
+def destroy_an_expert_without_tokens(tensors, config):
+    """Whatever the text, some expert of so many is not chosen by it; rows of its own reach it."""
+    name = "model.layers.3.mlp.experts.4.down_proj.weight"
+    tensors[name] = tensors[name] * 1.5
+
+
+def change_a_rare_token(tensors, config):
+    tensors["model.embed_tokens.weight"][4001] *= 1.01
+
+
+def change_a_down_projection(tensors, config):
+    tensors["model.layers.2.mlp.down_proj.weight"] *= 1.01
+
+
+def swap_norms(tensors, config):
+    a, b = (f"model.layers.1.{n}.weight" for n in ("input_layernorm", "post_attention_layernorm"))
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
 def groups_in_another_order(tensors, config):
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name].view(2, 2, 12, 48).transpose(0, 1).reshape(48, 48)
@@ -139,6 +162,17 @@ BREAKS = {
         wrong_rope_theta: "model.layers.0.self_attn",
         usual_eps: "model.layers.0.input_layernorm",
         normalize_probabilities: "model.layers.0.mlp",
+        destroy_an_expert_without_tokens: "model.layers.3.mlp",
+        change_a_rare_token: "model.embed_tokens.weight",
+    },
+    # Without a norm of queries and keys.
+    "dense": {
+        swap_k_and_v: "model.layers.1.self_attn.k_proj",
+        groups_in_another_order: "model.layers.0.self_attn.q_proj",
+        change_a_down_projection: "model.layers.2.mlp",
+        ascending_coefficients: "model.layers.0.mlp",
+        swap_norms: "model.layers.1.input_layernorm",
+        wrong_rope_theta: "model.layers.0.self_attn",
     },
     "per_expert": {
         swap_gate_and_up: "model.layers.0.mlp",
@@ -163,10 +197,48 @@ def test_every_break_is_noticed_and_located(trained, exported, tmp_path, model):
 
 
 def recording(logits, probs=None):
-    made = Recording({"model.norm": torch.ones(1, 3, 2), "lm_head": logits})
+    made = Recording({"model.layers.0.mlp": torch.ones(1, 3, 2), "lm_head": logits})
     if probs is not None:
         made.probs["model.layers.0.mlp"] = probs
     return made
+
+
+def test_experts_that_the_text_leaves_out_are_compared():
+    probs = torch.tensor([[[0.4, 0.3, 0.0]] * 3])
+    rows = torch.tensor([[[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.0, 0.2, 0.8]]])
+    a, b = (recording(torch.zeros(1, 3, 2), probs) for _ in range(2))
+    place = "model.layers.0.mlp"
+    a.every_expert[place] = torch.ones(1, 3, 2), rows
+    b.every_expert[place] = torch.ones(1, 3, 2), rows
+    assert compared(a, b).passed
+    assert experts_not_reached(a) == 0
+    destroyed = torch.ones(1, 3, 2)
+    destroyed[0, 2] = torch.nan
+    b.every_expert[place] = destroyed, rows
+    result = compared(a, b)
+    assert not result.passed
+    assert result.first_difference == "model.layers.0.mlp.experts"
+    assert result.to_dict()["module_differences"]["model.layers.0.mlp.experts"] is None
+    a.every_expert[place] = torch.ones(1, 3, 2), rows[:, :1].expand(1, 3, 3)
+    assert experts_not_reached(a) == 1
+
+
+def test_rows_reach_every_expert():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 48) * 0.02
+    rows = rows_for_every_expert(weight)
+    chosen = (rows[0] @ weight.T).topk(2).indices
+    assert set(chosen.flatten().tolist()) == set(range(64))
+
+
+def test_a_large_logit_excuses_its_position_alone():
+    a = torch.zeros(1, 3, 2)
+    a[0, 0] = torch.tensor([1000.0, 0.0])
+    b = a.clone()
+    b[0, 0, 1] = 5e-3
+    assert compared(recording(a), recording(b)).max_relative_difference == pytest.approx(5e-6)
+    b[0, 1, 1] = 5e-3
+    assert compared(recording(a), recording(b)).max_relative_difference == pytest.approx(5e-3)
 
 
 def compared(expected, found):
@@ -185,6 +257,7 @@ def test_figures_by_hand():
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.0]).double().softmax(0)
     assert result.kl == pytest.approx((p * (p / q).log()).sum().item() / 3)
     assert result.first_difference == "lm_head"
+    assert result.module_differences["lm_head"] == pytest.approx(0.5 / 10**0.5)
     # The loss of token 0 after the first place, and of token 1 after the second.
     by_hand = -torch.tensor([a[0, 0].log_softmax(0)[0], a[0, 1].log_softmax(0)[1]]).mean().item()
     assert result.checkpoint_loss == pytest.approx(by_hand)

@@ -56,6 +56,11 @@ def test_what_users_do(exported, work, older):
         assert found["attention_sums"] < 1e-5
         assert found["hidden_states"] == 5
         assert found["last"] < 1e-5
+        assert found["placed"] < 1e-4
+        assert found["tuple"]
+        assert found["generated_with_router"]
+        # Trainer leaves out columns that the signature does not name.
+        assert {"position_ids", "inputs_embeds", "past_key_values"} <= set(found["signature"])
         assert found["same_without_cache"]
         assert found["same_padded"]
         assert found["same_with_others"]

@@ -4,6 +4,7 @@ python uses_of_an_export.py WORK FOLDER ...                         one process
 torchrun --nproc-per-node 2 uses_of_an_export.py WORK FOLDER ...    tp_plan="auto"
 """
 
+import inspect
 import json
 import os
 import sys
@@ -76,6 +77,8 @@ def uses(folder, work):
             **inputs, output_attentions=True, output_hidden_states=True
         )
         last = model(**inputs, logits_to_keep=1).logits
+        placed = model(ids, position_ids=torch.arange(7, 7 + ids.shape[1])[None]).logits
+        as_tuple = model(**inputs, return_dict=False)
     torch.save(logits, work / f"{folder.name}-{transformers.__version__}.pt")
     continued = generated(model, ids)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
@@ -104,6 +107,12 @@ def uses(folder, work):
         "eager": largest(eager.logits - logits),
         "attention_sums": largest(eager.attentions[0].sum(-1) - 1.0),
         "hidden_states": len(eager.hidden_states),
+        "placed": largest(placed - logits),  # rotary positions are relative
+        "tuple": torch.equal(as_tuple[0], logits),
+        "signature": sorted(inspect.signature(model.forward).parameters),
+        "generated_with_router": torch.equal(
+            continued, generated(model, ids, output_router_logits=True)
+        ),
         "last": largest(last - logits[:, -1:]),
         "same_without_cache": torch.equal(continued, generated(model, ids, use_cache=False)),
         "same_padded": torch.equal(padded[1, -10:], alone[0, -10:]),

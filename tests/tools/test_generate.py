@@ -1,6 +1,7 @@
 """The command that continues a text, from a run, a checkpoint and a folder."""
 
-import importlib.util
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 
-TOOL = Path(__file__).parents[2] / "tools" / "generate.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 PROMPT = "Call me Ishmael."
 
 
-@pytest.fixture(scope="module")
-def generate():
-    spec = importlib.util.spec_from_file_location("generate", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(TOOLS), *sys.path])
+    return importlib.import_module("generate").main
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +74,38 @@ def test_a_small_top_p_leaves_the_most_likely(generate, folder, capsys):
 def test_what_is_no_model_is_refused(generate, tmp_path, capsys):
     assert generate(["--model", str(tmp_path)]) == 2
     assert "iter_*" in capsys.readouterr().err
+
+
+def test_nothing_is_continued_from_the_beginning_of_a_document(generate, folder, capsys):
+    words = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "3", "--prompt"]
+    assert generate([*words, ""]) == 0
+    empty = capsys.readouterr().out
+    assert generate([*words, "<|endoftext|>"]) == 0
+    assert capsys.readouterr().out == empty
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-1"], "at least 0"),
+        (["--temperature", "nan"], "at least 0"),
+        (["--top-p", "0"], "above 0 and at most 1"),
+        (["--top-p", "1.5"], "at most 1"),
+        (["--max-new-tokens", "0"], "1 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(generate, folder, capsys, words, message):
+    with pytest.raises(SystemExit):
+        generate(["--model", str(folder), *words])
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there(generate, folder, capsys):
+    assert generate(["--model", str(folder), "--device", "cuda:77"]) == 2
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_folder_without_weights(generate, folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert generate(["--model", str(tmp_path)]) == 2
+    assert "cannot be opened" in capsys.readouterr().err

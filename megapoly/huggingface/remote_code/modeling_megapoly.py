@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_megapoly import GATED, OUTPUT_TENSOR_PARALLEL_PLAN, MegapolyConfig
 
@@ -343,6 +344,7 @@ class MegapolyModel(MegapolyPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -354,7 +356,6 @@ class MegapolyModel(MegapolyPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         cache_position=None,
-        return_dict=None,
         **kwargs,
     ):
         """Ids or embeddings to hidden states; arguments as of transformers' decoders."""
@@ -386,6 +387,11 @@ class MegapolyModel(MegapolyPreTrainedModel):
             output_attentions = config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                "attention probabilities exist with `attn_implementation='eager'` only, not with "
+                f"{config._attn_implementation}"
+            )
         arguments = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids),
             "attention_mask": mask,
@@ -423,7 +429,6 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = MegapolyModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -443,14 +448,21 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         """Replace the output layer."""
         self.lm_head = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
         attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
         labels=None,
-        logits_to_keep=0,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
         output_router_logits=None,
-        return_dict=None,
+        cache_position=None,
+        logits_to_keep=0,
         **kwargs,
     ):
         """Logits [b, s, vocab] of the next token.
@@ -458,30 +470,48 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [b, s].
             attention_mask: [b, s], 0 where there is padding.
+            position_ids: [b, s] or [1, s]; None: counted on from the cache.
+            past_key_values: cache of keys and values.
+            inputs_embeds: [b, s, h] instead of ``input_ids``.
             labels: [b, s], shifted here; -100 does not count.
+            use_cache: overrides the configuration's.
+            output_attentions: return attention probabilities (``eager`` attention only).
+            output_hidden_states: return the residual stream before every layer, and the last.
+            output_router_logits: return router logits; with labels, add the load-balancing loss.
+                Overrides the configuration's.
+            cache_position: [s] places in the cache.
             logits_to_keep: only for so many last places (0: all), or for these indices.
-            output_router_logits: overrides the configuration's.
-            return_dict: False: a tuple.
-            **kwargs: of :meth:`MegapolyModel.forward`.
+            **kwargs: of attention and loss.
         """
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
+            return_dict=True,
+            **kwargs,
+        )
         kept = logits_to_keep
         if isinstance(kept, int):
             kept = slice(-kept, None) if kept else slice(None)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         loss, balancing = None, None
         if labels is not None:
             items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
             )
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        if output_router_logits and self.config.num_experts:
-            balancing = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
-            if loss is not None:
+            if output_router_logits and self.config.num_experts:
+                balancing = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
                 loss = loss + self.config.router_aux_loss_coef * balancing.to(loss.device)
-        result = MoeCausalLMOutputWithPast(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=balancing,
             logits=logits,
@@ -490,7 +520,6 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-        return result.to_tuple() if return_dict is False else result
 
 
 def load_balancing_loss(router_logits, config, attention_mask=None):
@@ -499,7 +528,7 @@ def load_balancing_loss(router_logits, config, attention_mask=None):
     Args:
         router_logits: [b s, E] of each layer.
         config: of the model.
-        attention_mask: [b, s], tokens that count; None: all.
+        attention_mask: [b, s], tokens that count; None, or a mask of another form: all.
     """
     losses = []
     for logits in router_logits:
@@ -507,7 +536,7 @@ def load_balancing_loss(router_logits, config, attention_mask=None):
         chosen = torch.zeros_like(probs).scatter(
             1, probs.topk(config.num_experts_per_tok).indices, 1.0
         )
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.numel() == len(probs):
             counts = attention_mask.flatten().bool().to(probs.device)
             probs, chosen = probs[counts], chosen[counts]
         losses.append((chosen.mean(0) * probs.mean(0)).sum().to(router_logits[0].device))

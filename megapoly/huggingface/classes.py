@@ -1,0 +1,43 @@
+"""The classes of transformers that a model is opened with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Of a config.json: what only the Auto classes read, and another name of `dtype`.
+_NOT_ARGUMENTS = ("model_type", "auto_map", "torch_dtype")
+
+
+def own_classes() -> tuple[Any, Any]:
+    """Configuration and model of exports, as this package has them."""
+    from megapoly.huggingface.remote_code.configuration_megapoly import MegapolyConfig
+    from megapoly.huggingface.remote_code.modeling_megapoly import MegapolyForCausalLM
+
+    return MegapolyConfig, MegapolyForCausalLM
+
+
+def _llama() -> tuple[Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaConfig, LlamaForCausalLM
+
+
+def _olmoe() -> tuple[Any, Any]:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    return OlmoeConfig, OlmoeForCausalLM
+
+
+_CLASSES = {"llama": _llama, "olmoe": _olmoe, "megapoly": own_classes}
+
+
+def model_from_fields(fields: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Configuration, and class of the model, of the content of a ``config.json``.
+
+    Args:
+        fields: of :func:`megapoly.huggingface.architecture.hf_config`.
+    """
+    config_class, model_class = _CLASSES[fields["model_type"]]()
+    arguments = {name: value for name, value in fields.items() if name not in _NOT_ARGUMENTS}
+    return config_class(**arguments), model_class
