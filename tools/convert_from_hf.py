@@ -1,7 +1,7 @@
-"""Write a Hugging Face folder as a checkpoint, and prove that it is the same model.
+r"""Write a Hugging Face folder as a checkpoint, and prove that it is the same model.
 
     python tools/convert_from_hf.py --model DIR --output runs/smollm2/imported
-    bash examples/pretrain_dense.sh --config runs/smollm2/imported/recipe.yaml
+    bash examples/pretrain_dense.sh --config runs/smollm2/imported/recipe.yaml \
         --run_dir runs/smollm2 --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
 
 DIR is a Llama, an OLMoE, what tools/convert_to_hf.py wrote, or a PolyCom release: Llama with

@@ -40,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
-    from transformers import TextStreamer
 
+    from megapoly.huggingface.libraries import require_libraries
     from megapoly.huggingface.opening import open_model
+
+    require_libraries()
+    from transformers import TextStreamer
 
     try:
         torch.empty(1, device=options.device)

@@ -22,6 +22,7 @@ from megapoly.huggingface.checkpoint_model import (
 )
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.huggingface.comparison import compare_export
+from megapoly.huggingface.libraries import require_libraries
 from megapoly.huggingface.model_card import model_card
 from megapoly.huggingface.output_folder import output_folder, write_json
 from megapoly.huggingface.parity import TOLERANCE, Parity
@@ -70,10 +71,12 @@ def export(options: ExportOptions, console: Console) -> Parity | None:
     Raises:
         CheckpointError: the checkpoint is not complete or not of its configuration's model, or
             ``output`` exists.
+        UnavailableError: a library is missing.
         DataError: the tokenizer cannot be read, or the disk is full.
         ParityError: the written model is not the checkpoint's. What was written is kept in
             ``OUTPUT.failed``.
     """
+    require_libraries()
     source = find_checkpoint(options.checkpoint) or options.checkpoint
     with output_folder(options.output, source=source, overwrite=options.overwrite) as folder:
         return _write(options, CheckpointReader(source), folder, console)

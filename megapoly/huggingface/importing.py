@@ -25,6 +25,7 @@ from megapoly.huggingface.architecture import max_positions, model_config
 from megapoly.huggingface.checkpoint_model import check_finite
 from megapoly.huggingface.checkpoint_writer import Block, write_tensors
 from megapoly.huggingface.comparison import compare_import
+from megapoly.huggingface.libraries import require_libraries
 from megapoly.huggingface.output_folder import output_folder, write_json
 from megapoly.huggingface.parity import TOLERANCE, Parity
 from megapoly.huggingface.progress import bytes_bar
@@ -98,9 +99,11 @@ def import_model(options: ImportOptions, console: Console) -> Report:
     Raises:
         CheckpointError: the folder is not of a known model, or not complete.
         ConfigError: ``activation`` breaks a rule of training.
+        UnavailableError: a library is missing.
         DataError: its tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
     """
+    require_libraries()
     output, overwrite = options.output, options.overwrite
     with output_folder(output, source=options.model, overwrite=overwrite) as folder:
         with SafetensorsReader(options.model) as source:

@@ -18,6 +18,7 @@ from megapoly.huggingface.checkpoint_model import (
 )
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.huggingface.classes import model_from_fields, own_classes
+from megapoly.huggingface.libraries import require_libraries
 from megapoly.huggingface.safetensors_reader import read_json
 from megapoly.huggingface.tokenizer_files import write_tokenizer
 
@@ -38,7 +39,9 @@ def open_model(
 
     Raises:
         CheckpointError: it is none of these, or not complete.
+        UnavailableError: a library is missing.
     """
+    require_libraries()
     import transformers
 
     transformers.logging.set_verbosity_error()
