@@ -34,6 +34,8 @@ _POINTWISE = {
 }
 _NORMALIZED = ("polynorm", "polyrelunorm", "gated_polynorm")
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+# transformers 5.24 renamed it, in arguments and outputs.
+_CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
 
 
 class MegapolyRMSNorm(nn.Module):
@@ -244,7 +246,7 @@ class MegapolyAttention(nn.Module):
         hidden_states,
         position_embeddings,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         **kwargs,
     ):
         """[b, s, h] -> [b, s, h] and attention probabilities where they exist."""
@@ -258,8 +260,8 @@ class MegapolyAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         query, key = (rotate(t, *position_embeddings) for t in (query, key))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
@@ -307,7 +309,7 @@ class MegapolyPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MegapolyDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -356,20 +358,22 @@ class MegapolyModel(MegapolyPreTrainedModel):
         output_attentions=None,
         output_hidden_states=None,
         cache_position=None,
+        cache=None,
         **kwargs,
     ):
         """Ids or embeddings to hidden states; arguments as of transformers' decoders."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of `input_ids` and `inputs_embeds`, not both or neither")
         config = self.config
+        cache = past_key_values if cache is None else cache
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=config)
         if cache_position is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
             cache_position = cache_position + seen
         if position_ids is None:
@@ -380,7 +384,8 @@ class MegapolyModel(MegapolyPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             cache_position=cache_position,
-            past_key_values=past_key_values,
+            past_key_values=cache,
+            cache=cache,
             position_ids=position_ids,
         )
         if output_attentions is None:
@@ -395,7 +400,7 @@ class MegapolyModel(MegapolyPreTrainedModel):
         arguments = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids),
             "attention_mask": mask,
-            "past_key_values": past_key_values,
+            "cache": cache,
             "position_ids": position_ids,
             **kwargs,
         }
@@ -408,7 +413,7 @@ class MegapolyModel(MegapolyPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: cache if use_cache else None},
             hidden_states=(*states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             router_logits=tuple(router_logits) if config.num_experts else None,
@@ -462,6 +467,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         output_hidden_states=None,
         output_router_logits=None,
         cache_position=None,
+        cache=None,
         logits_to_keep=0,
         **kwargs,
     ):
@@ -471,7 +477,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             input_ids: [b, s].
             attention_mask: [b, s], 0 where there is padding.
             position_ids: [b, s] or [1, s]; None: counted on from the cache.
-            past_key_values: cache of keys and values.
+            past_key_values: cache of keys and values; of transformers from 5.24 on, ``cache``.
             inputs_embeds: [b, s, h] instead of ``input_ids``.
             labels: [b, s], shifted here; -100 does not count.
             use_cache: overrides the configuration's.
@@ -480,6 +486,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             output_router_logits: return router logits; with labels, add the load-balancing loss.
                 Overrides the configuration's.
             cache_position: [s] places in the cache.
+            cache: see ``past_key_values``.
             logits_to_keep: only for so many last places (0: all), or for these indices.
             **kwargs: of attention and loss.
         """
@@ -487,7 +494,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -515,7 +522,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=balancing,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{_CACHE: getattr(outputs, _CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
