@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from number_types import number
+from command_line import number, run
 from rich.console import Console
 
 from megapoly.errors import MegapolyError
@@ -99,4 +99,4 @@ def size(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -28,10 +28,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +37,7 @@ from megapoly.errors import MegapolyError
 from megapoly.evaluation.asked import Asked
 from megapoly.evaluation.command import DEFAULT_BATCH_SIZE, evaluate
 from megapoly.evaluation.models import DTYPES
+from megapoly.evaluation.quiet import quieten_libraries
 from megapoly.pretrain import quieten
 
 
@@ -108,15 +107,8 @@ def _prepare_libraries() -> None:
     # The harness imports a package of this file's name, `evaluate`, for some metrics.
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
-    # One bar for everything stands in the place of the libraries' own, several a task.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    quieten_libraries()
     quieten(is_first=os.environ.get("RANK", "0") == "0")
-    warnings.filterwarnings("ignore", module="transformers|datasets|torch")
-    for name in ("transformers", "datasets", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from number_types import number, whole
+from command_line import number, run, whole
 
 from megapoly.errors import MegapolyError, UnavailableError
 
@@ -109,4 +109,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

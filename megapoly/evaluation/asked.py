@@ -61,6 +61,10 @@ def problems_of(asked: Asked, checkpoint: Path | None, num_processes: int) -> It
         yield from _without_tasks(asked)
     if asked.batch_size is not None and asked.batch_size < 1:
         yield f"`--batch-size` ({asked.batch_size}) must be at least 1"
+    if asked.limit is not None and asked.limit < 1:
+        yield f"`--limit` ({asked.limit}) must be at least 1; leave it out for all questions"
+    if asked.num_fewshot is not None and asked.num_fewshot < 0:
+        yield f"`--num-fewshot` ({asked.num_fewshot}) must not be negative"
     if checkpoint is None:
         yield from _of_a_folder(asked, num_processes)
         return

@@ -22,7 +22,7 @@ from rich.progress import (
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.asked import Asked, problems_of
 from megapoly.evaluation.following import OnProgress
-from megapoly.evaluation.harness import evaluate_tasks, with_data
+from megapoly.evaluation.harness import check_names, evaluate_tasks, with_data
 from megapoly.evaluation.models import checkpoint_of, open_model
 from megapoly.evaluation.opened import OpenedCheckpoint, open_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
@@ -144,15 +144,20 @@ def _show(asked: Asked, tasks: TaskResults | None) -> None:
 def _check_inputs(asked: Asked) -> None:
     """What would otherwise be found when the model is loaded, or after hours, figures lost."""
     if asked.json is not None and _is_first():
+        is_there = asked.json.exists()
         try:
             asked.json.parent.mkdir(parents=True, exist_ok=True)
             asked.json.open("a").close()
+            if not is_there:
+                asked.json.unlink()
         except OSError as error:
             raise EvaluationError(
                 f"`--json` ({asked.json}) cannot be written: {error.strerror}"
             ) from error
     if asked.tasks:
-        with_data(select(asked.tasks), asked.task_data, asked.skip_missing)
+        selection = select(asked.tasks)
+        with_data(selection, asked.task_data, asked.skip_missing)
+        check_names(selection)
 
 
 def _words(asked: Asked) -> list[str]:

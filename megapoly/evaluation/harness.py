@@ -164,6 +164,25 @@ def shortened(files: tuple[str, ...]) -> str:
     return ", ".join(files[:3]) + more
 
 
+def check_names(selection: Selection) -> None:
+    """Refuse tasks that the harness does not have, before a model is loaded.
+
+    Raises:
+        EvaluationError: one is unknown.
+        UnavailableError: the harness is not installed.
+    """
+    _import_harness()
+    others = [task for task in selection.tasks if task.name not in TASKS]
+    if not others:
+        return
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager().all_tasks
+    for task in others:
+        if task.harness_task not in known:
+            raise unknown_task(task.harness_task, known)
+
+
 def _task_manager(tasks: list[EvalTask], folder: Path) -> TaskManager:
     from lm_eval.tasks import TaskManager
 

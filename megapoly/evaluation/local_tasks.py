@@ -124,7 +124,7 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
     """Return what of a task's data the folder lacks.
 
     Raises:
-        EvaluationError: a file's first object lacks a field.
+        EvaluationError: a line is no object, or lacks a field.
     """
     files: dict[str, tuple[str, ...]]
     if task.name in MMLU_TASKS:
@@ -247,16 +247,26 @@ def _mmlu_files() -> Iterator[tuple[str, str]]:
 
 
 def _check_fields(path: Path, fields: Sequence[str]) -> None:
+    """Every line: what is wrong with one is otherwise found when all answers are scored."""
+    number = 0
     with path.open("rb") as file:
-        line = file.readline()
+        for number, line in enumerate(file, start=1):
+            _check_line(line, f"line {number} of `{path}`", fields)
+    if number == 0:
+        raise EvaluationError(f"`{path}` has no question")
+
+
+def _check_line(line: bytes, place: str, fields: Sequence[str]) -> None:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise EvaluationError(
-            f"line 1 of `{path}` is no JSON object ({error}); the file must have one a line"
+            f"{place} is no JSON object ({error}); the file must have one a line"
         ) from error
-    lacking = [name for name in fields if not isinstance(record, dict) or name not in record]
+    if not isinstance(record, dict):
+        raise EvaluationError(f"{place} is no JSON object; the file must have one a line")
+    lacking = [name for name in fields if record.get(name) is None]
     if lacking:
         raise EvaluationError(
-            f"line 1 of `{path}` lacks {', '.join(lacking)}; each must have {', '.join(fields)}"
+            f"{place} lacks {', '.join(lacking)}; each must have {', '.join(fields)}"
         )

@@ -282,11 +282,14 @@ def _refuse_what_is_not_offered(config: Mapping[str, Any], source: str) -> None:
         "partial_rotary_factor": None if partial == 1.0 else partial,
         "quantization_config": config.get("quantization_config"),
     }
+    if config.get("num_experts_per_tok") == 1 and config.get("norm_topk_prob"):
+        # A probability divided by itself is one, and the router would learn nothing.
+        found["norm_topk_prob, with num_experts_per_tok 1"] = True
     given = {name: value for name, value in found.items() if value not in (None, False)}
     if given:
         listed = ", ".join(f"`{name}`: {value}" for name, value in given.items())
         raise CheckpointError(
             f"{source} has {listed}; this project's models have no biases, no clipping of queries "
-            "and keys, unscaled rotary positions and unquantized weights. Such a model cannot be "
-            "imported."
+            "and keys, unscaled rotary positions, unquantized weights, and for a single expert its "
+            "own probability. Such a model cannot be imported."
         )

@@ -104,11 +104,15 @@ def _compare(
 def real_text(tokenizer: Tokenizer, max_length: int) -> Tensor:
     """[b, s] ids of the built-in books' validation part, s at most ``max_length``, 256 in all."""
     length = min(TEXT_TOKENS, max_length)
-    texts = [d.text for d in builtin_documents() if d.split == "validation"]
-    ids = [tokenizer.encode(text[: 16 * length]) for text in texts]
-    pieces = [found[:length] for found in ids if len(found) >= length]
     wanted = NUM_TOKENS // length
-    return torch.tensor(pieces[:: max(1, len(pieces) // wanted)][:wanted])
+    texts = [d.text for d in builtin_documents() if d.split == "validation"]
+    from_each = -(-wanted // len(texts))
+    pieces = []
+    for text in texts:
+        ids = tokenizer.encode(text[: 16 * length * from_each])
+        pieces += [ids[i * length : (i + 1) * length] for i in range(from_each)]
+    whole = [piece for piece in pieces if len(piece) == length]
+    return torch.tensor(whole[:: max(1, len(whole) // wanted)][:wanted])
 
 
 def texts_with_other_ids(folder: Path, tokenizer: Tokenizer) -> list[str]:

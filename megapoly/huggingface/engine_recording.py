@@ -53,7 +53,7 @@ def engine_model(checkpoint: Path, dtype: torch.dtype) -> Iterator[Any]:
     from megapoly.training.distributed import process_groups
 
     config = _of_one_process(read_description(checkpoint)[0])
-    with process_groups(config, platform):
+    with process_groups(config, platform, alone=True):
         with torch.device("meta"):
             model = gpt_model(config, transformer_config(config, on_cpu=True))
         model.real_vocab_size = config.model.vocab_size

@@ -280,6 +280,6 @@ def _run_description(options: ImportOptions) -> dict[str, Any]:
         "data_fingerprint": None,
         "data": None,
         "weights_only": True,
-        "imported_from": options.model.name,
+        "imported_from": options.model.resolve().name,
         "megapoly_version": megapoly.__version__,
     }

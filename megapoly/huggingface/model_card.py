@@ -13,7 +13,7 @@ import megapoly
 from megapoly.activations import registry
 from megapoly.config import Config, to_yaml
 from megapoly.config.data_sources import validation_sets
-from megapoly.config.schema import BlendSource
+from megapoly.config.schema import BlendSource, ValidationSet
 from megapoly.huggingface.checkpoint_reader import CheckpointReader
 from megapoly.huggingface.parity import Parity
 from megapoly.huggingface.tensor_map import links
@@ -119,10 +119,11 @@ def _without_places(config: Config) -> Config:
         config.data.tokenizer = Path(config.data.tokenizer).name
     for source in config.data.blend or []:
         assert isinstance(source, BlendSource), "resolved"
-        source.path = Path(source.path).name
+        source.path, source.name = Path(source.path).name, Path(str(source.name)).name
     for name, each in validation_sets(config.data).items():
         assert config.data.validation is not None
-        config.data.validation[name] = [Path(path).name for path in each.path]
+        files = [Path(path).name for path in each.path]
+        config.data.validation[name] = ValidationSet(files, each.weight)
     if config.checkpoint.load is not None:
         config.checkpoint.load = Path(config.checkpoint.load).name
     if config.training.eval_tasks_data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -33,7 +34,8 @@ def output_folder(output: Path, *, source: Path, overwrite: bool) -> Iterator[Pa
     Raises:
         CheckpointError: it exists and must not be replaced, or cannot be made.
         DataError: the disk is full.
-        ParityError: of the body; what was written is kept as ``OUTPUT.failed``.
+        ParityError: of the body; what was written is kept as ``OUTPUT.failed``, or with a number
+            behind it where that is something else.
     """
     output = output.resolve()
     _check(output, source.resolve(), overwrite)
@@ -50,7 +52,7 @@ def output_folder(output: Path, *, source: Path, overwrite: bool) -> Iterator[Pa
         _check(output, source.resolve(), overwrite)  # another conversion may have been faster
         _replace(partial, output)
     except ParityError as error:
-        failed = output.with_name(f"{output.name}.failed")
+        failed = _name_for_failed(output, source.resolve())
         _replace(partial, failed)
         raise ParityError(f"{error} What was written is kept in {failed}.") from None
     finally:
@@ -73,11 +75,27 @@ def _check(output: Path, source: Path, overwrite: bool) -> None:
         raise CheckpointError(
             f"`--output` ({output}) exists; name another folder, or add --overwrite to replace it."
         )
-    if not any((output / name).is_file() for name in _MADE_BY_A_CONVERSION):
+    if not _is_made_by_a_conversion(output):
         raise CheckpointError(
             f"--overwrite replaces what a conversion has written; `--output` ({output}) has none "
             f"of {', '.join(_MADE_BY_A_CONVERSION)}. Name another folder."
         )
+
+
+def _name_for_failed(output: Path, source: Path) -> Path:
+    """A name that nothing has, or what a conversion has written that is not the source."""
+    for number in itertools.count():
+        name = f"{output.name}.failed" + (f".{number}" if number else "")
+        failed = output.with_name(name)
+        if failed == source or failed in source.parents:
+            continue
+        if not os.path.lexists(failed) or _is_made_by_a_conversion(failed):
+            return failed
+    raise AssertionError
+
+
+def _is_made_by_a_conversion(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _MADE_BY_A_CONVERSION)
 
 
 @contextmanager

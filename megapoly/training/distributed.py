@@ -17,14 +17,21 @@ from megapoly.platform.engine_workarounds import seed_model_parallel_rng
 
 
 @contextlib.contextmanager
-def process_group(config: Config, platform: Platform) -> Iterator[dist.Store]:
+def process_group(
+    config: Config, platform: Platform, *, alone: bool = False
+) -> Iterator[dist.Store]:
     """Create torch's own process group; destroy it after. Yields the job's key-value store.
 
     Rank and size come from torchrun's environment; without it the job is one process.
+
+    Args:
+        config: how long a collective may wait.
+        platform: its backend.
+        alone: one process, whatever the environment says.
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store, rank, world_size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not alone:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
     dist.init_process_group(
@@ -63,9 +70,9 @@ def model_groups(config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def process_groups(config: Config, platform: Platform) -> Iterator[None]:
+def process_groups(config: Config, platform: Platform, *, alone: bool = False) -> Iterator[None]:
     """Both of :func:`process_group` and :func:`model_groups`, where nothing comes between."""
-    with process_group(config, platform), model_groups(config):
+    with process_group(config, platform, alone=alone), model_groups(config):
         yield
 
 

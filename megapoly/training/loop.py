@@ -10,7 +10,7 @@ from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
-from megapoly.training.task_scores import check_tasks, task_scores
+from megapoly.training.task_scores import TasksStopped, check_tasks, task_scores
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
 
 
@@ -31,22 +31,38 @@ def train(state: TrainState, reporter: Reporter) -> None:
             step_time_s = time.perf_counter() - start
 
             evaluations, tasks, details = {}, {}, {}
+            stopping, save_due = result.stop_requested, _save_due(state)
             if _due(state, config.training.eval_interval):
                 evaluations = evaluate_validation_sets(state, state.corpus.validation)
-            if _due(state, config.training.eval_tasks_interval):
-                tasks = task_scores(state, limit=config.training.eval_tasks_limit)
+            if _due(state, config.training.eval_tasks_interval) and not stopping:
+                if save_due:  # tasks take long
+                    saved_at = state.iteration
+                    reporter.message(f"saved {save_checkpoint(state)}")
+                try:
+                    tasks = task_scores(
+                        state,
+                        limit=config.training.eval_tasks_limit,
+                        stop_requested=lambda: stop.requested,
+                    )
+                except TasksStopped:
+                    stopping = True
             if _due(state, config.logging.detail_interval):
                 details = expert_load.collect() | activation_coefficients(state)
             reporter.step(result, step_time_s, evaluations, details, tasks)
 
-            if config.checkpoint.save and _due(state, config.checkpoint.save_interval):
+            if save_due and saved_at != state.iteration:
                 saved_at = state.iteration
                 reporter.message(f"saved {save_checkpoint(state)}")
-            if result.stop_requested:
+            if stopping:
                 reporter.message(f"asked to stop after step {state.iteration}")
                 break
         if config.checkpoint.save and saved_at != state.iteration:
             reporter.message(f"saved {save_checkpoint(state)}")
+
+
+def _save_due(state: TrainState) -> bool:
+    settings = state.config.checkpoint
+    return settings.save and _due(state, settings.save_interval)
 
 
 def _due(state: TrainState, interval: int) -> bool:

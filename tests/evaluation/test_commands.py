@@ -140,6 +140,8 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
         ("run", ["--perplexity", "--training.device", "cpu"], ["give `--device`, which is for"]),
         ("run", ["--perplexity", "--model.hidden_size", "32", "--optimizer.lr", "1"],
          ["`model.hidden_size`: nothing reads this", "`optimizer.lr`: nothing reads this"]),
+        ("run", ["--tasks", "piqa", "--limit", "0"], ["`--limit` (0) must be at least 1"]),
+        ("run", ["--tasks", "piqa", "--num-fewshot", "-1"], ["must not be negative"]),
         ("run", ["--tasks", "piqa", "--batch-size", "0"], ["`--batch-size` (0) must be at least"]),
     ],
 )  # fmt: skip

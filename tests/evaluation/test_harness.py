@@ -203,7 +203,7 @@ def test_no_folder(tmp_path):
 def test_damaged_file(task_data, tmp_path):
     file = LOCAL_SETS["piqa"].file
     (tmp_path / file).write_text((task_data / file).read_text() + "{")
-    with pytest.raises(EvaluationError, match="the data of `piqa` cannot be loaded: .*JSON object"):
+    with pytest.raises(EvaluationError, match="line 3 of .*piqa.* is no JSON object"):
         evaluate_tasks(ShortAnswers(), select(["piqa"]), task_data=tmp_path)
 
 

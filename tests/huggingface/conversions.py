@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def export_and_compare(pairs):
             )
         )
     return results
+
+
+def export_of_rank(checkpoint, folder):
+    """In a shell of a job script, whose variables name other processes."""
+    quiet()
+    options = ExportOptions(checkpoint, folder / os.environ["RANK"])
+    return export(options, QUIET).passed
 
 
 def greedy_of_engine(checkpoint, tokens):

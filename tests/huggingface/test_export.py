@@ -10,6 +10,7 @@ from conversions import (
     NUM_NEW_TOKENS,
     QUIET,
     export_broken,
+    export_of_rank,
     open_in_memory,
     parity_with_layers_on_disk,
 )
@@ -88,6 +89,10 @@ def test_large_models_are_compared_with_their_layers_on_disk(trained, exported):
     ((folder, *_),) = exported("per_expert")
     (parity,) = run_on_ranks(parity_with_layers_on_disk, 1, trained("per_expert"), folder)
     assert parity["passed"]
+
+
+def test_a_conversion_waits_for_no_other_process(trained, tmp_path):
+    assert run_on_ranks(export_of_rank, 2, trained("dense"), tmp_path) == [True, True]
 
 
 def test_a_checkpoint_opens_in_memory(trained, exported):

@@ -3,12 +3,11 @@
 import json
 
 import pytest
+from stopping_jobs import job_stopped_in_tasks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megapoly.testing import run_job
-
-pytest.importorskip("lm_eval")
-pytest.importorskip("megapoly.evaluation.harness")
+from megapoly.testing import run_job, run_on_ranks
+from megapoly.testing.jobs import RECIPES, shared_cache
 
 OVERRIDES = {
     "model.num_layers": 2,
@@ -93,3 +92,14 @@ def test_what_is_wrong_with_a_task_is_known_before_the_first_step(tmp_path, task
             "dense_tiny", tmp_path, OVERRIDES | tasks | {"training.eval_tasks": "[no_such_task]"}
         )
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_job_that_is_asked_to_stop_in_a_task_saves_and_stops(tmp_path, tasks):
+    options = OVERRIDES | tasks | {"checkpoint.save": True, "run_dir": tmp_path}
+    options["data.cache_dir"] = shared_cache().name
+    words = [f"--{name}={value}" for name, value in options.items()]
+    run_on_ranks(job_stopped_in_tasks, 2, words, str(RECIPES / "dense_tiny.yaml"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert not any("task/sciq" in line for line in lines)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["iter_0000002"]

@@ -1,9 +1,11 @@
-"""Types of command-line numbers with a range, for argparse."""
+"""What the tools' command lines share: numbers with a range, and an end on signals."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import signal
+import sys
 from collections.abc import Callable
 
 
@@ -38,3 +40,16 @@ def number(
         return value
 
     return parse
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a program; SIGTERM and Ctrl-C end it as errors do, so that it cleans up.
+
+    The exit status is the program's, or 128 and the signal's number, as a shell reports it.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
