@@ -31,6 +31,10 @@ NUM_TOKENS, TEXT_TOKENS = 256, 128
 # Of the memory that is free, what the exported model may take as a whole.
 MEMORY_SHARE = 0.4
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 _LAYERS_ON_DISK = {
     "model.embed_tokens": "cpu",
     "model.rotary_emb": "cpu",
@@ -158,7 +162,7 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
         opener = own_classes()[1]
     else:
         arguments["trust_remote_code"] = run_code
-    if fp32_bytes(folder) > psutil.virtual_memory().available * MEMORY_SHARE:
+    if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
         arguments |= {"device_map": _LAYERS_ON_DISK, "offload_folder": offload}
     model, info = opener.from_pretrained(
         folder,
@@ -199,6 +203,21 @@ def release_model(folder: Path) -> tuple[Any, Any]:
         pad=None,
     )
     return model_from_fields(fields)
+
+
+def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this process can still take: of the machine, and of the container that it is in.
+
+    Args:
+        cgroup: where the container's limits are, of either version of control groups.
+    """
+    free = [psutil.virtual_memory().available]
+    for limit, used in _CGROUP_FILES:
+        try:
+            free.append(int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+        except (OSError, ValueError):  # the other version; no limit ("max")
+            continue
+    return max(0, min(free))
 
 
 def fp32_bytes(folder: Path) -> int:
