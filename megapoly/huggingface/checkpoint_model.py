@@ -76,7 +76,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     Raises:
         CheckpointError: there are some.
     """
-    if not tensor.isfinite().all():
+    # Smallest and largest, which a NaN is where there is one: no temporary of the tensor's size.
+    if not torch.stack(tensor.aminmax()).isfinite().all():
         raise CheckpointError(
             f"All weights must be finite; {name} has some that are not. The run had diverged, or "
             "the file is damaged."
