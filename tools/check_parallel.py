@@ -16,15 +16,14 @@ options: nosp (no sequence parallelism), a2a (context parallelism that exchanges
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from command_line import quieten
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -45,7 +44,7 @@ WORLD_SIZES = [1, 2, 4, 8]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; see the module for the exit status."""
     options, words = _parser().parse_known_args(argv)
-    _quieten()
+    quieten()
     try:
         given = parse_config(
             ["--config", str(options.config), *words], default_recipe=RECIPE, program="check"
@@ -85,11 +84,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout_s", type=float, default=600.0, help="for one layout, in seconds (600)")
     add("--json", type=Path, metavar="FILE", help="write a report with every parameter")
     return parser
-
-
-def _quieten() -> None:
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.filterwarnings("ignore")
 
 
 def _check(options: argparse.Namespace, config: Config) -> int:

@@ -1,12 +1,53 @@
-"""What the tools' command lines share: numbers with a range, and an end on signals."""
+"""What the tools' command lines share: options, numbers with a range, an end on signals."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import signal
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with a module's docstring, as it is laid out there."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_conversion_options(parser: argparse.ArgumentParser, *, output: str, report: str) -> None:
+    """Options of both conversions.
+
+    Args:
+        parser: to add to.
+        output: placeholder of ``--output``.
+        report: file that the comparison is recorded in.
+    """
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar=output, help="folder to make")
+    add("--overwrite", action="store_true", help=f"replace {output} if it exists")
+    add("--skip-parity", action="store_true", help=f"do not compare; recorded in {report}")
+    add(
+        "--tolerance",
+        type=number(above=0.0, most=1.0),
+        metavar="X",
+        help="largest difference of a logit, relative to the largest at its position if that is "
+        "above 1 (1e-5)",
+    )
+
+
+def quieten() -> None:
+    """Show errors alone of what the engine and libraries log and warn."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    warnings.filterwarnings("ignore")
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -20,14 +20,12 @@ does; 2 when the model or the output cannot be used.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import number, run, whole
+from command_line import add_conversion_options, parser_of, quieten, run, whole
 from rich.console import Console
 from rich.table import Table
 
@@ -43,8 +41,7 @@ _OF_ACTIVATION = {"activation_order": "order", "ffn_hidden_size": "ffn_hidden_si
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; see the module for the exit status."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.filterwarnings("ignore")
+    quieten()
     # Here and not above: --help answers without waiting for torch.
     from megapoly.huggingface.importing import ImportOptions, import_model
     from megapoly.huggingface.parity import ParityError
@@ -95,14 +92,9 @@ def _show(report: Report, output: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder with config.json")
-    add("--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to make")
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the model's)")
     add("--activation", metavar="NAME", help="start a model with this activation instead")
     add("--activation-order", type=whole(2), metavar="R", help="its highest power (3)")
@@ -113,15 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         help="its FFN's width (so that the number of parameters stays)",
     )
     add("--seed", type=whole(0), metavar="N", help="of what is initialised (1234)")
-    add("--overwrite", action="store_true", help="replace CHECKPOINT if it exists")
-    add("--skip-parity", action="store_true", help="do not compare; recorded in import.json")
-    add(
-        "--tolerance",
-        type=number(above=0.0, most=1.0),
-        metavar="X",
-        help="largest difference of a logit, relative to the largest at its position if that is "
-        "above 1 (1e-5)",
-    )
+    add_conversion_options(parser, output="CHECKPOINT", report="import.json")
     return parser
 
 

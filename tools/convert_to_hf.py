@@ -16,27 +16,23 @@ be used.
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import number, run
+from command_line import DTYPES, add_conversion_options, parser_of, quieten, run
 from rich.console import Console
 
 from megapoly.errors import MegapolyError
 
-DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; see the module for the exit status."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.filterwarnings("ignore")
+    quieten()
     # Here and not above: --help answers without waiting for torch.
     import torch
 
@@ -60,14 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="iter_* folder, or a run")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     add("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
     add(
         "--max-shard-size",
@@ -77,15 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of one safetensors file, such as 500MB (5GB)",
     )
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the run's)")
-    add("--overwrite", action="store_true", help="replace DIR if it exists")
-    add("--skip-parity", action="store_true", help="do not compare; recorded in parity.json")
-    add(
-        "--tolerance",
-        type=number(above=0.0, most=1.0),
-        metavar="X",
-        help="largest difference of a logit, relative to the largest at its position if that is "
-        "above 1 (1e-5)",
-    )
+    add_conversion_options(parser, output="DIR", report="parity.json")
     return parser
 
 

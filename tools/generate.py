@@ -10,26 +10,22 @@ or 2 with the reason.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from command_line import number, run, whole
+from command_line import DTYPES, number, parser_of, quieten, run, whole
 
-from megapoly.errors import MegapolyError, UnavailableError
+from megapoly.errors import MegapolyError
 
 PROMPT = "It was the best of"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate; see the module for the exit status."""
     options = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.filterwarnings("ignore")
+    quieten()
     try:
         return _generate(options)
     except MegapolyError as error:
@@ -43,15 +39,12 @@ def _generate(options: argparse.Namespace) -> int:
 
     from megapoly.huggingface.libraries import require_libraries
     from megapoly.huggingface.opening import open_model
+    from megapoly.platform.device import check_device
 
     require_libraries()
     from transformers import TextStreamer
 
-    try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnavailableError(f"`--device` ({options.device}) cannot be used: {reason}") from error
+    check_device("--device", options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model, tokenizer = open_model(options.model, dtype=dtype, device=options.device)
     torch.manual_seed(options.seed)
@@ -79,11 +72,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="PATH", help="run, checkpoint or folder")
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"to continue ({PROMPT})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,10 @@ def open_model(
     import torch
 
     from megapoly.huggingface.opening import from_checkpoint
+    from megapoly.platform.device import check_device
 
     checkpoint = checkpoint_of(path)
-    _check_device(device)
+    check_device("device", device)
     if checkpoint is None:
         model, tokenizer = _from_folder(path, dtype)
     else:
@@ -105,18 +105,11 @@ def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
 
 def _is_export(path: Path) -> bool:
     """Whether ``tools/convert_to_hf.py`` wrote a folder; of a plain Llama its report tells."""
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    return kind == "megapoly" or (path / "parity.json").is_file()
+    from megapoly.huggingface.architecture import MODEL_TYPE
+    from megapoly.huggingface.safetensors_reader import read_json
 
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UnavailableError(f"`device` ({device}) cannot be used: {reason}") from error
+    kind = read_json(path / "config.json").get("model_type")
+    return kind == MODEL_TYPE or (path / "parity.json").is_file()
 
 
 def _check_weights(path: Path, loading: dict) -> None:

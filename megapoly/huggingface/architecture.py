@@ -25,7 +25,7 @@ _AUTO_MAP = {
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "olmoe": "OlmoeForCausalLM",
-    "megapoly": "MegapolyForCausalLM",
+    MODEL_TYPE: "MegapolyForCausalLM",
 }
 # Of Llama and OLMoE, where config.json does not name it.
 _DEFAULT_ACT = "silu"
@@ -89,7 +89,7 @@ def hf_config(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    return common | (_megapoly_fields(model) if kind == "megapoly" else _library_fields(model))
+    return common | (_megapoly_fields(model) if kind == MODEL_TYPE else _library_fields(model))
 
 
 def _library_fields(model: ModelConfig) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         attention_dropout=config.get("attention_dropout", 0.0),
         transformer_engine=False,
     )
-    if kind == "megapoly":
+    if kind == MODEL_TYPE:
         _set_activation(model, config)
         model.qk_norm = config["qk_norm"]
     else:

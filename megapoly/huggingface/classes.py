@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megapoly.huggingface.architecture import MODEL_TYPE
+
 # Of a config.json: what only the Auto classes read, and another name of `dtype`.
 _NOT_ARGUMENTS = ("model_type", "auto_map", "torch_dtype")
 
@@ -15,6 +17,17 @@ def own_classes() -> tuple[Any, Any]:
     from megapoly.huggingface.remote_code.modeling_megapoly import MegapolyForCausalLM
 
     return MegapolyConfig, MegapolyForCausalLM
+
+
+def class_without_code(config: Mapping[str, Any]) -> Any:
+    """What opens a folder without running code in it: exports by this package's class.
+
+    Args:
+        config: content of its ``config.json``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return own_classes()[1] if config.get("model_type") == MODEL_TYPE else AutoModelForCausalLM
 
 
 def _llama() -> tuple[Any, Any]:
@@ -29,7 +42,7 @@ def _olmoe() -> tuple[Any, Any]:
     return OlmoeConfig, OlmoeForCausalLM
 
 
-_CLASSES = {"llama": _llama, "olmoe": _olmoe, "megapoly": own_classes}
+_CLASSES = {"llama": _llama, "olmoe": _olmoe, MODEL_TYPE: own_classes}
 
 
 def model_from_fields(fields: Mapping[str, Any]) -> tuple[Any, Any]:

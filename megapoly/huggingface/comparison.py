@@ -15,13 +15,12 @@ from torch import Tensor
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.huggingface.architecture import (
-    MODEL_TYPE,
     hf_config,
     is_polycom_release,
     max_positions,
     model_config,
 )
-from megapoly.huggingface.classes import model_from_fields, own_classes
+from megapoly.huggingface.classes import class_without_code, model_from_fields
 from megapoly.huggingface.engine_recording import record_checkpoint
 from megapoly.huggingface.export_recording import record_export
 from megapoly.huggingface.parity import Parity, difference
@@ -90,6 +89,7 @@ def _compare(
     *,
     run_code: bool,
 ) -> Parity:
+    _give_freed_blocks_back()
     tokens = real_text(tokenizer, max_positions(read_json(folder / "config.json")))
     with console.status("comparing: the checkpoint's model"):
         expected = record_checkpoint(checkpoint, tokens, dtype)
@@ -150,18 +150,16 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     import transformers
     from transformers import AutoModelForCausalLM
 
-    _give_freed_blocks_back()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     arguments: dict[str, Any] = {}
-    opener: Any = AutoModelForCausalLM
     config = read_json(folder / "config.json")
     if is_polycom_release(config):
         arguments["config"], opener = release_model(folder)
-    elif not run_code and config["model_type"] == MODEL_TYPE:
-        opener = own_classes()[1]
+    elif run_code:
+        opener, arguments["trust_remote_code"] = AutoModelForCausalLM, True
     else:
-        arguments["trust_remote_code"] = run_code
+        opener = class_without_code(config)
     if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
         arguments |= {"device_map": _LAYERS_ON_DISK, "offload_folder": offload}
     model, info = opener.from_pretrained(

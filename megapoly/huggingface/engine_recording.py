@@ -96,7 +96,7 @@ class _Loader:
 
         from megapoly.model.builder import checkpoint_metadata
 
-        _allocate(module)
+        module.to_empty(device="cpu")
         entries = self.model.sharded_state_dict(metadata=checkpoint_metadata())
         for name, entry in entries.items():
             if not name.startswith(prefix):
@@ -112,23 +112,6 @@ class _Loader:
         stored = torch.zeros(part.data.shape, dtype=self.reader.dtype(part.key))
         self.reader.read_into(stored, part.key, part.global_offset)
         part.data.copy_(stored.to(self.dtype))
-
-
-def _allocate(module: torch.nn.Module) -> None:
-    """Give a module on the meta device memory, all of its parameters in one piece.
-
-    A piece of this size goes back to the system as a whole. As one for each of 128 matrices of a
-    layer, malloc kept half of the memory of every layer (64 experts of [1536, 2048], glibc 2.36).
-    """
-    sizes = {p: p.numel() for p in module.parameters()}
-    memory = torch.empty(sum(sizes.values()))
-    places = dict(zip(sizes, memory.split(list(sizes.values())), strict=True))
-    for child in module.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            value = torch.nn.Parameter(places[parameter].view(parameter.shape), requires_grad=False)
-            child.register_parameter(name, value)
-        for name, buffer in child.named_buffers(recurse=False):
-            child.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent=False)
 
 
 def _forget(module: torch.nn.Module) -> None:

@@ -89,7 +89,7 @@ def _write(
     dtype = options.dtype or reader.dtype(links[0].key)
     source = tokenizer_source(reader, options.tokenizer)
     special = write_tokenizer(source, folder, seq_length=reader.config.training.seq_length)
-    if not is_trained_with(reader, source):
+    if options.tokenizer is not None and not is_trained_with(reader, source):
         console.print(f"note: {source} is another file than the run's tokenizer")
     config = describe(reader, special, dtype)
     write_json(folder / "config.json", config)

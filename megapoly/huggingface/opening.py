@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megapoly.errors import CheckpointError
-from megapoly.huggingface.architecture import MODEL_TYPE
 from megapoly.huggingface.checkpoint_model import (
     checked_links,
     describe,
@@ -17,7 +16,7 @@ from megapoly.huggingface.checkpoint_model import (
     tokenizer_source,
 )
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, find_checkpoint
-from megapoly.huggingface.classes import model_from_fields, own_classes
+from megapoly.huggingface.classes import class_without_code, model_from_fields
 from megapoly.huggingface.libraries import require_libraries
 from megapoly.huggingface.safetensors_reader import read_json
 from megapoly.huggingface.tokenizer_files import write_tokenizer
@@ -65,11 +64,9 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
     Raises:
         CheckpointError: transformers cannot open it.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    opener = AutoModelForCausalLM
-    if read_json(folder / "config.json").get("model_type") == MODEL_TYPE:
-        opener = own_classes()[1]
+    opener = class_without_code(read_json(folder / "config.json"))
     try:
         model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

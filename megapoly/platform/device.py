@@ -46,6 +46,23 @@ def transformer_engine_available() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def check_device(name: str, device: str) -> None:
+    """Refuse a device that tensors cannot be made on.
+
+    Args:
+        name: of the option, for the message.
+        device: as torch names it.
+
+    Raises:
+        UnavailableError: with torch's reason.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UnavailableError(f"`{name}` ({device}) cannot be used: {reason}") from error
+
+
 def select_platform(device: str) -> Platform:
     """Set up the device and make the engine usable on it; call once, before building anything.
 

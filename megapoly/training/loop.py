@@ -23,6 +23,13 @@ def train(state: TrainState, reporter: Reporter) -> None:
     expert_load = ExpertLoad(state)
     check_tasks(state)
     saved_at = None
+
+    def save() -> None:
+        nonlocal saved_at
+        if saved_at != state.iteration:
+            saved_at = state.iteration
+            reporter.message(f"saved {save_checkpoint(state)}")
+
     with StopRequest() as stop:
         while state.iteration < last:
             start = time.perf_counter()
@@ -31,13 +38,13 @@ def train(state: TrainState, reporter: Reporter) -> None:
             step_time_s = time.perf_counter() - start
 
             evaluations, tasks, details = {}, {}, {}
-            stopping, save_due = result.stop_requested, _save_due(state)
+            stopping = result.stop_requested
+            save_due = config.checkpoint.save and _due(state, config.checkpoint.save_interval)
             if _due(state, config.training.eval_interval):
                 evaluations = evaluate_validation_sets(state, state.corpus.validation)
             if _due(state, config.training.eval_tasks_interval) and not stopping:
                 if save_due:  # tasks take long
-                    saved_at = state.iteration
-                    reporter.message(f"saved {save_checkpoint(state)}")
+                    save()
                 try:
                     tasks = task_scores(
                         state,
@@ -50,19 +57,13 @@ def train(state: TrainState, reporter: Reporter) -> None:
                 details = expert_load.collect() | activation_coefficients(state)
             reporter.step(result, step_time_s, evaluations, details, tasks)
 
-            if save_due and saved_at != state.iteration:
-                saved_at = state.iteration
-                reporter.message(f"saved {save_checkpoint(state)}")
+            if save_due:
+                save()
             if stopping:
                 reporter.message(f"asked to stop after step {state.iteration}")
                 break
-        if config.checkpoint.save and saved_at != state.iteration:
-            reporter.message(f"saved {save_checkpoint(state)}")
-
-
-def _save_due(state: TrainState) -> bool:
-    settings = state.config.checkpoint
-    return settings.save and _due(state, settings.save_interval)
+        if config.checkpoint.save:
+            save()
 
 
 def _due(state: TrainState, interval: int) -> bool:
