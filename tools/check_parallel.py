@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megapoly.config import Config
+from megapoly.config.machine import CPU
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
@@ -142,8 +143,7 @@ def _problems(layout: Layout, small: Config) -> list[str]:
     return find_problems(
         layout.applied_to(small),
         world_size=layout.world_size,
-        cuda_available=False,
-        transformer_engine_available=False,
+        machine=CPU,
     )
 
 

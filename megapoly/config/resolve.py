@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megapoly.config.data_sources import blend_sources
+from megapoly.config.machine import Machine
 from megapoly.config.schema import BlendSource, Config, ModelConfig, OptimizerConfig, ParallelConfig
 
 
@@ -18,8 +19,7 @@ def resolve(
     config: Config,
     *,
     tokenizer_vocab_size: int,
-    cuda_available: bool,
-    transformer_engine_available: bool,
+    machine: Machine,
 ) -> Config:
     """A copy in which every null that stands for another value is that value.
 
@@ -30,8 +30,7 @@ def resolve(
     Args:
         config: left as it is.
         tokenizer_vocab_size: ids of the tokenizer, special ones included.
-        cuda_available: whether this process sees a CUDA device.
-        transformer_engine_available: whether Transformer Engine is installed.
+        machine: what every process has.
 
     Returns:
         The resolved configuration; resolving it again changes nothing.
@@ -43,9 +42,9 @@ def resolve(
     parallel.sequence_parallel = uses_sequence_parallel(parallel)
     _resolve_schedule(resolved)
     if resolved.training.device == "auto":
-        resolved.training.device = "cuda" if cuda_available else "cpu"
+        resolved.training.device = "cuda" if machine.cuda else "cpu"
     resolved.model.transformer_engine = uses_transformer_engine(
-        resolved.model, resolved.training.device, transformer_engine_available
+        resolved.model, resolved.training.device, machine
     )
     parallel.cp_comm_type = cp_comm_type(resolved)
     resolved.data.blend = _with_names(resolved)
@@ -144,10 +143,10 @@ def uses_sequence_parallel(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel
 
 
-def uses_transformer_engine(model: ModelConfig, device: str, available: bool) -> bool:
+def uses_transformer_engine(model: ModelConfig, device: str, machine: Machine) -> bool:
     """Whether layers come from Transformer Engine: as set, or on CUDA where it is installed."""
     if model.transformer_engine is None:
-        return device == "cuda" and available
+        return device == "cuda" and machine.transformer_engine
     return model.transformer_engine
 
 

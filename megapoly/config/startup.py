@@ -52,17 +52,14 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
         DataError: the tokenizer's file exists and cannot be used.
     """
     # Here and not above: --help and a wrong command line answer without waiting for torch.
-    import torch
+    from megapoly.platform.device import this_machine
 
-    from megapoly.platform.device import transformer_engine_available
-
-    cuda, engine = torch.cuda.is_available(), transformer_engine_available()
+    machine = this_machine()
     vocab_size = _tokenizer_vocab_size(config)
     check(
         config,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        cuda_available=cuda,
-        transformer_engine_available=engine,
+        machine=machine,
         tokenizer_vocab_size=vocab_size,
         problems=problems,
     )
@@ -70,8 +67,7 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
     return resolve(
         config,
         tokenizer_vocab_size=vocab_size,
-        cuda_available=cuda,
-        transformer_engine_available=engine,
+        machine=machine,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import megapoly
 from megapoly.activations import registry
 from megapoly.config import Config, ModelConfig, to_yaml
+from megapoly.config.machine import CPU
 from megapoly.config.rules import find_problems
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
@@ -148,8 +149,7 @@ def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
     problems = find_problems(
         config,
         world_size=1,
-        cuda_available=False,
-        transformer_engine_available=False,
+        machine=CPU,
         tokenizer_vocab_size=load_tokenizer(place).vocab_size,
     )
     if problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from megapoly.config import Config
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import num_query_groups, resolve
 from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.data.tokenizer import load_tokenizer
@@ -59,8 +60,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     return resolve(
         small,
         tokenizer_vocab_size=vocab_size,
-        cuda_available=False,
-        transformer_engine_available=False,
+        machine=CPU,
     )
 
 

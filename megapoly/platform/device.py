@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megapoly.config.machine import Machine
 from megapoly.errors import UnavailableError
 
 
@@ -41,9 +42,14 @@ class Platform:
         return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def transformer_engine_available() -> bool:
-    """Whether Transformer Engine is installed (it is not imported: that needs CUDA libraries)."""
-    return importlib.util.find_spec("transformer_engine") is not None
+def this_machine() -> Machine:
+    """The machine of this process; Transformer Engine, which needs a GPU's libraries, unopened."""
+    cuda = torch.cuda.is_available()
+    return Machine(
+        cuda=cuda,
+        compute_capability=torch.cuda.get_device_capability() if cuda else None,
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
 
 
 def check_device(name: str, device: str) -> None:

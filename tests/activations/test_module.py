@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapoly.activations import ACTIVATIONS, get
 from megapoly.activations.module import ActivationSettings, FFNActivation
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import Config, TrainingConfig
 from megapoly.platform import select_platform
@@ -36,9 +37,7 @@ def inputs(gated):
 def engine_config():
     """The engine's configuration, while its process groups exist."""
     config = Config(training=TrainingConfig(train_iters=1))
-    config = resolve(
-        config, tokenizer_vocab_size=8, cuda_available=False, transformer_engine_available=False
-    )
+    config = resolve(config, tokenizer_vocab_size=8, machine=CPU)
     with process_groups(config, select_platform("cpu")):
         yield TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.rules import RULES
 from megapoly.config.rules.facts import Facts
@@ -27,7 +28,7 @@ def facts_of(here: Path) -> Callable[[dict[str, Any]], Facts]:
     """Builds a run of 100 steps on one CPU with options, or fields of ``Facts``, set by name."""
 
     def build(settings: dict[str, Any]) -> Facts:
-        facts = Facts(Config(), 1, False, False, 4096)
+        facts = Facts(Config(), 1, CPU, 4096)
         for key, value in ({"training.train_iters": 100} | settings).items():
             value = _placed(value, here)
             if key not in OPTIONS:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.config.evaluation import OPTIONS_OF_EVALUATION, configure_evaluation
+from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.parsing import to_yaml
 from megapoly.config.resolve import resolve
@@ -29,9 +30,7 @@ def saved() -> Config:
         config.training, train_iters=100, bf16=True, seq_length=128, eval_iters=7
     )
     config.checkpoint.load = "gone/iter_0000001"
-    return resolve(
-        config, tokenizer_vocab_size=4096, cuda_available=False, transformer_engine_available=False
-    )
+    return resolve(config, tokenizer_vocab_size=4096, machine=CPU)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.config.machine import CPU, Machine
 from megapoly.config.parsing import load_yaml, parse
 from megapoly.config.resolve import lr_decay_iters, lr_warmup_iters, num_microbatches, train_iters
 from megapoly.config.rules import find_problems
@@ -39,8 +40,7 @@ def test_breaks_no_rule_where_its_data_is(path: Path, tmp_path: Path) -> None:
     problems = find_problems(
         config,
         world_size=WORLD_SIZES.get(path.stem, 1),
-        cuda_available=path.stem in WORLD_SIZES,
-        transformer_engine_available=False,
+        machine=Machine(cuda=path.stem in WORLD_SIZES),
         tokenizer_vocab_size=4096,
     )
     assert problems == []
@@ -59,8 +59,7 @@ def test_missing_data_is_one_error_an_option(name: str) -> None:
     problems = find_problems(
         recipe(name),
         world_size=WORLD_SIZES[name],
-        cuda_available=True,
-        transformer_engine_available=True,
+        machine=Machine(cuda=True, transformer_engine=True),
     )
     options = ("data.blend", "data.validation", "data.tokenizer")
     assert len(problems) == 3
@@ -107,7 +106,6 @@ def test_tiny_recipes_take_every_activation() -> None:
             assert not find_problems(
                 arguments.config,
                 world_size=4,
-                cuda_available=False,
-                transformer_engine_available=False,
+                machine=CPU,
                 tokenizer_vocab_size=4096,
             )

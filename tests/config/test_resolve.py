@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megapoly.config import resolve as sizes
+from megapoly.config.machine import CPU, Machine
 from megapoly.config.parsing import load_yaml, to_yaml
 from megapoly.config.rules import find_problems
 from megapoly.config.schema import BlendSource, Config, ModelConfig, TrainingConfig
@@ -18,8 +19,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.ya
 def resolve(config: Config, **facts: Any) -> Config:
     defaults = {
         "tokenizer_vocab_size": 4096,
-        "cuda_available": False,
-        "transformer_engine_available": False,
+        "machine": CPU,
     }
     return sizes.resolve(config, **(defaults | facts))
 
@@ -60,7 +60,7 @@ def test_explicit_values_stay() -> None:
     config.model.num_moe_experts, config.model.moe_ffn_hidden_size = 8, 384
     config.parallel.tensor_model_parallel_size = 2
     config.parallel.expert_tensor_parallel_size = 1
-    resolved = resolve(config, cuda_available=True)
+    resolved = resolve(config, machine=Machine(cuda=True))
     assert (resolved.model.num_query_groups, resolved.model.kv_channels) == (2, 32)
     assert (resolved.model.vocab_size, resolved.data.cache_dir) == (5000, "elsewhere")
     assert resolved.model.moe_ffn_hidden_size == 384
@@ -86,7 +86,7 @@ def test_experts_default_to_the_dense_width() -> None:
 def test_device_and_engine_follow_the_machine(
     cuda: bool, installed: bool, device: str, engine: bool
 ) -> None:
-    resolved = resolve(make(), cuda_available=cuda, transformer_engine_available=installed)
+    resolved = resolve(make(), machine=Machine(cuda=cuda, transformer_engine=installed))
     assert (resolved.training.device, resolved.model.transformer_engine) == (device, engine)
 
 
@@ -125,7 +125,7 @@ def test_argument_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_resolved_recipe_resolves_to_itself(path: Path, tmp_path: Path) -> None:
-    facts = {"cuda_available": True, "transformer_engine_available": True}
+    facts = {"machine": Machine(cuda=True, transformer_engine=True)}
     config = load_yaml(path)
     config.data.blend = config.data.validation = config.data.tokenizer = None
     resolved = resolve(config, **facts)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.rules import RULES, check, find_problems
 from megapoly.config.rules.facts import Facts
@@ -44,8 +45,7 @@ BASES = {
 }
 ONE_CPU = {
     "world_size": 1,
-    "cuda_available": False,
-    "transformer_engine_available": False,
+    "machine": CPU,
     "tokenizer_vocab_size": 4096,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megapoly.config.machine import CPU
 from megapoly.config.rules import data, find_problems
 from megapoly.config.rules.facts import Facts
 from megapoly.config.schema import BlendSource, ValidationSet
@@ -160,9 +161,7 @@ def test_every_rule_has_a_case() -> None:
 def test_all_mistakes_are_reported_together(facts_of: Callable[[dict[str, Any]], Facts]) -> None:
     sources = blend("HERE/absent", source("a", weight=-1.0), source("a", weight=1.0))
     facts = facts_of(sources | validation(mean=["HERE/no*"], b=ValidationSet([], 1.0)))
-    found = find_problems(
-        facts.config, world_size=1, cuda_available=False, transformer_engine_available=False
-    )
+    found = find_problems(facts.config, world_size=1, machine=CPU)
     # Units, amount, name twice, absent file; a name that is taken, weights, pattern, empty list.
     assert len(found) == 8
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megapoly.config.machine import Machine
 from megapoly.config.rules import layout
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -155,7 +156,7 @@ CASES: list[dict[str, Any]] = [
         rule="context_parallel_attention_exists",
         wrong={COMM: "p2p"},
         words=["(p2p)", "Transformer Engine", "all_gather", "a2a"],
-        right={COMM: "p2p", "cuda_available": True, "transformer_engine_available": True},
+        right={COMM: "p2p", "machine": Machine(cuda=True, transformer_engine=True)},
         base={CP: 2, "world_size": 2},
     ),
     dict(

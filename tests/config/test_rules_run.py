@@ -7,28 +7,27 @@ from typing import Any
 
 import pytest
 
+from megapoly.config.machine import Machine
 from megapoly.config.rules import run
 
+GPU = Machine(cuda=True)
+GPU_WITH_TE = Machine(cuda=True, transformer_engine=True)
 CASES: list[dict[str, Any]] = [
     dict(
         rule="device_exists",
         wrong={"training.device": "cuda"},
         words=["(cuda)", "set cpu"],
-        right={"training.device": "cuda", "cuda_available": True},
+        right={"training.device": "cuda", "machine": GPU},
     ),
     dict(
         rule="transformer_engine_is_usable",
-        wrong={"model.transformer_engine": True, "cuda_available": True},
+        wrong={"model.transformer_engine": True, "machine": GPU},
         words=["pip install '.[gpu]'"],
-        right={
-            "model.transformer_engine": True,
-            "cuda_available": True,
-            "transformer_engine_available": True,
-        },
+        right={"model.transformer_engine": True, "machine": GPU_WITH_TE},
     ),
     dict(
         rule="transformer_engine_is_usable",
-        wrong={"model.transformer_engine": True, "transformer_engine_available": True},
+        wrong={"model.transformer_engine": True, "machine": Machine(transformer_engine=True)},
         words=["cuda, not cpu"],
         right={"model.transformer_engine": False},
     ),

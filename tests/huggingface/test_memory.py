@@ -14,6 +14,7 @@ from pathlib import Path
 from functools import partial
 import torch
 from rich.console import Console
+from megapoly.config.machine import CPU
 from megapoly.config import Config, to_yaml
 from megapoly.config.resolve import resolve
 from megapoly.huggingface import tensor_map
@@ -48,8 +49,7 @@ config = Config()
 config.model.num_layers, config.model.hidden_size = 24, 512
 config.model.num_moe_experts, config.model.moe_ffn_hidden_size = 4, 512
 config.model.vocab_size, config.training.train_iters = 8192, 1
-config = resolve(config, tokenizer_vocab_size=4096, cuda_available=False,
-                 transformer_engine_available=False)
+config = resolve(config, tokenizer_vocab_size=4096, machine=CPU)
 model = config.model
 blocks, total = [], 0
 groups = itertools.groupby(tensor_map.links(model), key=lambda link: (link.key, link.index))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megapoly.config import Config
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.huggingface.tensor_map import links
 
@@ -28,9 +29,7 @@ def model_of(fields):
     config = Config()
     config.training.train_iters = 1
     config.model = dataclasses.replace(config.model, **fields)
-    return resolve(
-        config, tokenizer_vocab_size=4096, cuda_available=False, transformer_engine_available=False
-    ).model
+    return resolve(config, tokenizer_vocab_size=4096, machine=CPU).model
 
 
 def blocks_of(model):

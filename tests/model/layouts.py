@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from torch import Tensor
 
 from megapoly.config import Config
+from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.resolve import resolve
 from megapoly.data.loader import Batch, BatchLayout
@@ -58,9 +59,7 @@ def small_config(options: dict[str, Any]) -> Config:
         assert name in OPTIONS, name
         section, _, field = name.rpartition(".")
         setattr(getattr(config, section), field, value)
-    return resolve(
-        config, tokenizer_vocab_size=128, cuda_available=False, transformer_engine_available=False
-    )
+    return resolve(config, tokenizer_vocab_size=128, machine=CPU)
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import pytest
 from layouts import run_models, small_config
 
 from megapoly.config import ModelConfig
+from megapoly.config.machine import CPU
 from megapoly.config.rules import find_problems
 from megapoly.parallel_check.layouts import all_layouts, covering, parse
 
@@ -84,8 +85,7 @@ def runs(options, layout):
     return not find_problems(
         small_config(options | layout.options),
         world_size=layout.world_size,
-        cuda_available=False,
-        transformer_engine_available=False,
+        machine=CPU,
     )
 
 

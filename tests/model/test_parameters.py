@@ -9,6 +9,7 @@ import torch
 from layouts import EXPERTS, small_config
 
 from megapoly.config import Config, load_yaml
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import ParallelConfig
 from megapoly.model.builder import gpt_model
@@ -40,9 +41,7 @@ def recipe(name: str, activation: str) -> Config:
     config.parallel = ParallelConfig()
     config.model.activation = activation
     assert config.model.vocab_size is not None
-    return resolve(
-        config, tokenizer_vocab_size=0, cuda_available=False, transformer_engine_available=False
-    )
+    return resolve(config, tokenizer_vocab_size=0, machine=CPU)
 
 
 def count(configs: list[Config]) -> list[tuple[int, int]]:

@@ -9,12 +9,12 @@ import torch
 
 from megapoly.config import configure
 from megapoly.errors import ConfigError
-from megapoly.platform import transformer_engine_available
+from megapoly.platform import this_machine
 
 RECIPE = Path(__file__).parents[2] / "examples" / "configs" / "moe_tiny.yaml"
 
 pytestmark = pytest.mark.skipif(
-    transformer_engine_available(), reason="Transformer Engine is installed"
+    this_machine().transformer_engine, reason="Transformer Engine is installed"
 )
 
 
@@ -28,6 +28,7 @@ def problems_of(*words):
 
 def test_on_cuda_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     (problem,) = problems_of("--training.device", "cuda")
     assert "`pip install '.[gpu]'`" in problem
     assert "`model.transformer_engine` (True)" in problem

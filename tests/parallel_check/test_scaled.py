@@ -6,6 +6,7 @@ from math import gcd
 import pytest
 
 from megapoly.config import load_yaml
+from megapoly.config.machine import CPU
 from megapoly.config.rules import find_problems
 from megapoly.parallel_check.layouts import parse
 from megapoly.parallel_check.scaled import scaled_down
@@ -59,8 +60,7 @@ def test_recipes_scale_down(recipe):
         problems = find_problems(
             parse(name).applied_to(small),
             world_size=processes,
-            cuda_available=False,
-            transformer_engine_available=False,
+            machine=CPU,
         )
         assert problems == []
 

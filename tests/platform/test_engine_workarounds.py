@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import Config
 from megapoly.ops import polynorm
@@ -43,9 +44,7 @@ def recompute_polynorm():
     platform = select_platform("cpu")
     config = Config()
     config.training.train_iters = 1
-    config = resolve(
-        config, tokenizer_vocab_size=8, cuda_available=False, transformer_engine_available=False
-    )
+    config = resolve(config, tokenizer_vocab_size=8, machine=CPU)
     calls = []
     with process_groups(config, platform):
         all_reduce = dist.all_reduce
@@ -130,9 +129,7 @@ def draw():
     config = Config()
     config.parallel.tensor_model_parallel_size = 2
     config.training.train_iters = 1
-    config = resolve(
-        config, tokenizer_vocab_size=8, cuda_available=False, transformer_engine_available=False
-    )
+    config = resolve(config, tokenizer_vocab_size=8, machine=CPU)
     with process_groups(config, select_platform("cpu")):
         assert parallel_state.get_tensor_model_parallel_world_size() == 2
         with get_cuda_rng_tracker().fork():

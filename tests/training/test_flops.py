@@ -4,6 +4,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from megapoly.config import Config
+from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.testing import run_on_ranks
@@ -34,8 +35,7 @@ def configuration(**model):
             train_iters=1, seq_length=32, micro_batch_size=2, global_batch_size=2
         ),
     )
-    facts = {"cuda_available": False, "transformer_engine_available": False}
-    return resolve(config, tokenizer_vocab_size=4096, **facts)
+    return resolve(config, tokenizer_vocab_size=4096, machine=CPU)
 
 
 def counted_flops_per_token(config, cache_dir):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
+from megapoly.config.machine import Machine
 from megapoly.config.rules import data, layout, model, run, schedule, tasks, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
@@ -30,8 +31,7 @@ def find_problems(
     config: Config,
     *,
     world_size: int,
-    cuda_available: bool,
-    transformer_engine_available: bool,
+    machine: Machine,
     tokenizer_vocab_size: int | None = None,
 ) -> list[str]:
     """Every broken rule as one message: the rule, the values, the remedy.
@@ -39,16 +39,14 @@ def find_problems(
     Args:
         config: resolved or not; not changed.
         world_size: processes of the job.
-        cuda_available: whether this process sees a CUDA device.
-        transformer_engine_available: whether Transformer Engine is installed.
+        machine: what every process has.
         tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
             rule about it.
     """
     facts = Facts(
         config,
         world_size,
-        cuda_available,
-        transformer_engine_available,
+        machine,
         tokenizer_vocab_size,
         lm_eval_available=importlib.util.find_spec("lm_eval") is not None,
     )
@@ -59,8 +57,7 @@ def check(
     config: Config,
     *,
     world_size: int,
-    cuda_available: bool,
-    transformer_engine_available: bool,
+    machine: Machine,
     tokenizer_vocab_size: int | None = None,
     problems: Sequence[str] = (),
 ) -> None:
@@ -69,8 +66,7 @@ def check(
     Args:
         config: see there, as the following.
         world_size: see there.
-        cuda_available: see there.
-        transformer_engine_available: see there.
+        machine: see there.
         tokenizer_vocab_size: see there.
         problems: what else is wrong, reported together with the rules.
 
@@ -80,8 +76,7 @@ def check(
     found = find_problems(
         config,
         world_size=world_size,
-        cuda_available=cuda_available,
-        transformer_engine_available=transformer_engine_available,
+        machine=machine,
         tokenizer_vocab_size=tokenizer_vocab_size,
     )
     if problems or found:

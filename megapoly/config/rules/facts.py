@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megapoly.config import resolve
+from megapoly.config.machine import Machine
 from megapoly.config.options import OPTIONS
 from megapoly.config.schema import Config
 
@@ -24,8 +25,7 @@ class Facts:
 
     config: Config
     world_size: int
-    cuda_available: bool
-    transformer_engine_available: bool
+    machine: Machine
     tokenizer_vocab_size: int | None
     lm_eval_available: bool = True
 
@@ -45,14 +45,12 @@ class Facts:
     def device(self) -> str:
         """The device that training would take, ``cpu`` or ``cuda``."""
         wanted = self.config.training.device
-        return wanted if wanted != "auto" else "cuda" if self.cuda_available else "cpu"
+        return wanted if wanted != "auto" else "cuda" if self.machine.cuda else "cpu"
 
     @property
     def uses_transformer_engine(self) -> bool:
         """Whether layers would come from Transformer Engine."""
-        return resolve.uses_transformer_engine(
-            self.config.model, self.device, self.transformer_engine_available
-        )
+        return resolve.uses_transformer_engine(self.config.model, self.device, self.machine)
 
     @property
     def data_parallel_size(self) -> int | None:

@@ -10,7 +10,7 @@ from megapoly.config.rules.facts import Facts, Rule
 
 def device_exists(facts: Facts) -> Iterator[str]:
     """CUDA is there when it is asked for."""
-    if facts.config.training.device == "cuda" and not facts.cuda_available:
+    if facts.config.training.device == "cuda" and not facts.machine.cuda:
         yield (
             "`training.device` (cuda) needs a CUDA device and PyTorch built for it, and this "
             "process sees none; set cpu, or auto to take what there is"
@@ -24,7 +24,7 @@ def transformer_engine_is_usable(facts: Facts) -> Iterator[str]:
     remedy = "leave it null, which takes it when it can be used"
     if facts.device == "cpu":
         yield f"`model.transformer_engine` (True) needs `training.device` cuda, not cpu; {remedy}"
-    elif not facts.transformer_engine_available:
+    elif not facts.machine.transformer_engine:
         yield (
             "`model.transformer_engine` (True) needs Transformer Engine, which is not installed; "
             f"`pip install '.[gpu]'`, or {remedy}"

@@ -1,0 +1,23 @@
+"""What a job is to run on, as far as its configuration depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine of every process of a job: the present one, or one that is planned for.
+
+    Args:
+        cuda: whether there is a CUDA device, and a torch built for it.
+        compute_capability: of the CUDA device, such as (8, 0); None: not known.
+        transformer_engine: whether Transformer Engine is installed.
+    """
+
+    cuda: bool = False
+    compute_capability: tuple[int, int] | None = None
+    transformer_engine: bool = False
+
+
+CPU = Machine()
