@@ -1,7 +1,7 @@
 """What GPUs and the links between them can do: every hardware constant of this project.
 
-Peaks are those of dense matrix products (data sheets print twice these, "with sparsity"), bandwidths
-are of one direction (data sheets print the sum of both), and everything is the maker's figure. No
+Peaks are those of dense matrix products (data sheets print twice these, "with sparsity"), and
+bandwidths of one direction (data sheets print the sum of both). All are the maker's figures: no
 kernel and no collective reaches them, so a time that is computed from them is a lower bound.
 
 Sources, by the number in ``GPU.source``:
