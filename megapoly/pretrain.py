@@ -96,6 +96,7 @@ def pretrain(config: Config) -> None:
                 reporter.message(_summary(config, platform.describe(), num_devices))
                 for line in _data_lines(config, corpus):
                     reporter.message(line)
+                reporter.begin()
                 if loaded is not None:
                     reporter.message(f"loaded {loaded}, at step {state.iteration}")
                 train(state, reporter)

@@ -356,7 +356,8 @@ class LoggingConfig:
         detail_interval: steps between TensorBoard points of expert load and activation coefficients
             (0: none).
         tensorboard: write ``RUN_DIR/tensorboard``.
-        peak_tflops: peak of one device for MFU; null: looked up by the device's name.
+        peak_tflops: peak of one device for MFU; null: the bf16 peak of its data sheet, found by
+            its name (``megapoly/platform/gpus.py``), and no MFU where it is not among these.
     """
 
     log_interval: int = 10

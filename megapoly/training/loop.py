@@ -64,6 +64,7 @@ def train(state: TrainState, reporter: Reporter) -> None:
                 break
         if config.checkpoint.save:
             save()
+        reporter.end()
 
 
 def _due(state: TrainState, interval: int) -> bool:
