@@ -25,6 +25,10 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *tasks.RULES,
 )
+# What can be said of a job on another machine than this one, where its files are not.
+RULES_WITHOUT_FILES: tuple[Rule, ...] = tuple(
+    rule for rule in RULES if rule not in (*data.RULES, *tasks.RULES, run.loading_is_possible)
+)
 
 
 def find_problems(
@@ -33,6 +37,7 @@ def find_problems(
     world_size: int,
     machine: Machine,
     tokenizer_vocab_size: int | None = None,
+    rules: Sequence[Rule] = RULES,
 ) -> list[str]:
     """Every broken rule as one message: the rule, the values, the remedy.
 
@@ -42,6 +47,7 @@ def find_problems(
         machine: what every process has.
         tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
             rule about it.
+        rules: those in force.
     """
     facts = Facts(
         config,
@@ -50,7 +56,7 @@ def find_problems(
         tokenizer_vocab_size,
         lm_eval_available=importlib.util.find_spec("lm_eval") is not None,
     )
-    return [problem for rule in RULES for problem in rule(facts)]
+    return [problem for rule in rules for problem in rule(facts)]
 
 
 def check(

@@ -1,0 +1,1 @@
+"""What a run will take, before it is launched: parameters, memory, messages, time; a dry run."""
