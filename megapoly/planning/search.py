@@ -38,11 +38,11 @@ class Found:
 def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
     """Every layout that fits, the one with the shortest bound on its step first.
 
-    Tried are all sizes of the five kinds of parallelism, tensor parallelism within a node, experts'
-    tensor parallelism of 1 or as much as tensor; with each of them micro-batches of 1, 2, 4 and 8
-    samples, pipelines of 2 and 4 interleaved chunks, and of no recomputation, recomputation of
-    attention's core and the FFN, and of whole layers, the least that fits. The distributed
-    optimizer is on, with overlap.
+    Tried are all sizes of data, tensor (within a node), pipeline and expert parallelism, experts'
+    tensor parallelism of 1 or as much as tensor, and, where nothing fits without, context
+    parallelism; with each of them micro-batches of 1, 2, 4 and 8 samples, pipelines of 2 and 4
+    interleaved chunks, and of no recomputation, recomputation of attention's core and the FFN, and
+    of whole layers, the least that fits. The distributed optimizer is on, with overlap.
 
     Args:
         config: resolved; what is no part of the layout stays.
@@ -50,11 +50,23 @@ def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Fo
         gpu: of every process.
         allows: whether the rules let a configuration run.
     """
-    found = []
     lean = dataclasses.replace(config, data=DataConfig())  # copied thousands of times
-    for layout in _layouts(config, world_size, gpu):
+    layouts = list(_layouts(config, world_size, gpu))
+    short = [layout for layout in layouts if layout.context_parallel_size == 1]
+    long = [layout for layout in layouts if layout.context_parallel_size > 1]
+    found = _that_fit(lean, short, world_size, gpu, allows)
+    found = found or _that_fit(lean, long, world_size, gpu, allows)
+    # Of equal bounds the simplest.
+    return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
+
+
+def _that_fit(
+    config: Config, layouts: list[Layout], world_size: int, gpu: GPU, allows: Allows
+) -> list[Found]:
+    found = []
+    for layout in layouts:
         for micro_batch_size in _MICRO_BATCH_SIZES:
-            candidate = layout.applied_to(lean)
+            candidate = layout.applied_to(config)
             candidate.training.micro_batch_size = micro_batch_size
             _set_recomputation(candidate.parallel, {})
             if not allows(candidate):
@@ -62,8 +74,7 @@ def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Fo
             plan = _first_that_fits(candidate, world_size, gpu)
             if plan is not None:
                 found.append(Found(layout, _differences(config, plan.config), plan))
-    # Of equal bounds the simplest.
-    return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
+    return found
 
 
 def remedies(plan: Plan, allows: Allows) -> list[tuple[dict[str, Any], Plan]]:
@@ -179,10 +190,14 @@ def _first_that_fits(config: Config, world_size: int, gpu: GPU) -> Plan | None:
 
 
 def _differences(given: Config, found: Config) -> dict[str, Any]:
-    """Options to set, by dotted names."""
+    """Options to set, by dotted names, without those that follow from others by themselves."""
+    parallel = found.parallel
+    follow = {"parallel.sequence_parallel", "parallel.cp_comm_type"}
+    if parallel.expert_tensor_parallel_size == parallel.tensor_model_parallel_size:
+        follow.add("parallel.expert_tensor_parallel_size")
     return {
         f"{section}.{name}": value
         for section in ("parallel", "training")
         for name, value in vars(getattr(found, section)).items()
-        if value != getattr(getattr(given, section), name)
+        if value != getattr(getattr(given, section), name) and f"{section}.{name}" not in follow
     }
