@@ -191,6 +191,11 @@ def test_what_is_wrong_has_a_remedy(facts, part, found, remedy):
     assert others <= ({"extra eval"} if part == "extra hf" else set())
 
 
+@pytest.mark.parametrize("version", ["2.9.0a0+d3d172e", "2.9.0", "2.11.0+c188b533"])
+def test_builds_of_images_are_their_releases(version):
+    assert wrong(with_versions(NODE, {"transformer-engine": version})) == []
+
+
 def test_what_needs_a_gpu_to_be_opened_is_no_fault_without_one():
     failures = {"transformer-engine": "OSError: libcuda.so.1"}
     facts = with_versions(replace(LAPTOP, failures=failures), {"transformer-engine": "2.11.0"})
