@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megapoly.config.data_sources import MEAN
 from megapoly.training.evaluation import Evaluation
+from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.throughput import Throughput, shown
@@ -39,6 +40,7 @@ class Reporter:
         self._throughput = Throughput(
             state.config, device_name=state.platform.describe(), num_devices=num_devices
         )
+        self._disturbed = disturbed_steps(state.config)
         self._last_loss: dict[str, Evaluation] = {}
         self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
@@ -133,7 +135,10 @@ class Reporter:
             "learning_rate": result.learning_rate,
             "step_time_s": step_time_s,
         }
-        record |= self._throughput.add_step(step_time_s) | result.aux_losses
+        record |= self._throughput.add_step(
+            step_time_s, is_disturbed=self._state.iteration in self._disturbed
+        )
+        record |= result.aux_losses
         if self._state.platform.is_cuda:
             record["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
         for name, evaluation in evaluations.items():

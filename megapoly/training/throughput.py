@@ -28,27 +28,30 @@ class Throughput:
         self._tokens_per_step = tokens_per_step(config)
         self._flops_per_token = training_flops_per_token(config)
         self._peak = device_peak(config, device_name)
-        self._num_steps = 0
-        self._measured_s = 0.0  # of the steps after the first ones
+        self._num_warm_up_steps = 0
+        self._num_steps = 0  # that are in the mean
+        self._measured_s = 0.0  # which these took
         self._smoothed_s = 0.0
 
-    def add_step(self, step_time_s: float) -> dict[str, float]:
+    def add_step(self, step_time_s: float, *, is_disturbed: bool = False) -> dict[str, float]:
         """Count a step.
 
         Args:
             step_time_s: seconds from its start to its end, with nothing else in them.
+            is_disturbed: by a profiler: in no average.
 
         Returns:
             Its ``tokens_per_second``, ``tflops_per_device`` (model TFLOP/s) and, where the peak is
             known, ``mfu`` and ``peak_tflops``.
         """
-        self._num_steps += 1
-        if self._num_steps > WARM_UP_STEPS:
-            self._measured_s += step_time_s
-        if self._num_steps <= WARM_UP_STEPS + 1:
+        if self._num_warm_up_steps < WARM_UP_STEPS:
+            self._num_warm_up_steps += 1
             self._smoothed_s = step_time_s
-        else:
-            self._smoothed_s += _SMOOTHING * (step_time_s - self._smoothed_s)
+        elif not is_disturbed:
+            self._num_steps += 1
+            self._measured_s += step_time_s
+            weight = 1.0 if self._num_steps == 1 else _SMOOTHING
+            self._smoothed_s += weight * (step_time_s - self._smoothed_s)
         return self._of_tokens(self._tokens_per_step / step_time_s)
 
     @property
@@ -66,14 +69,12 @@ class Throughput:
         return f"{_with_prefix(self._flops_per_token)}FLOPs a token; {mfu}"
 
     def mean(self) -> str | None:
-        """Mean of the steps so far without the first ones; None if there are no others."""
-        num_steps = self._num_steps - WARM_UP_STEPS
-        if num_steps < 1:
+        """Mean of the undisturbed steps after the first ones; None if there are none."""
+        if self._num_steps == 0:
             return None
-        mean = self._of_tokens(num_steps * self._tokens_per_step / self._measured_s)
-        return f"mean of {num_steps} steps, without the first {WARM_UP_STEPS}: " + " | ".join(
-            shown(mean)
-        )
+        mean = self._of_tokens(self._num_steps * self._tokens_per_step / self._measured_s)
+        steps = f"{self._num_steps} step{'s' if self._num_steps > 1 else ''}"
+        return f"mean of {steps}, without the first {WARM_UP_STEPS}: {' | '.join(shown(mean))}"
 
     def _of_tokens(self, tokens_per_second: float) -> dict[str, float]:
         flops = self._flops_per_token * tokens_per_second / self._num_devices

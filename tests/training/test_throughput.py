@@ -65,3 +65,12 @@ def test_first_steps_are_in_no_average():
         "mean of 2 steps, without the first 2: 160 tokens/s | "
         f"{flops / 1e12:.4g} TFLOP/s a device | MFU {flops / 1e9:.1%}"
     )
+
+
+def test_disturbed_steps_are_in_no_average():
+    speed = throughput("CPU")
+    for seconds in (1.0, 1.0, 2.0):
+        speed.add_step(seconds)
+    assert speed.add_step(50.0, is_disturbed=True)["tokens_per_second"] == 320 / 50
+    assert speed.seconds_per_step == 2.0
+    assert speed.mean() == "mean of 1 step, without the first 2: 160 tokens/s"
