@@ -50,12 +50,17 @@ format: $(INSTALLED)
 # The tests open exports in the oldest transformers that they are for, too.
 TRANSFORMERS_4 := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 
+# The tests build and train layers of Transformer Engine by its Python code, which its wheel has
+# without the compiled part.
+TRANSFORMER_ENGINE := transformer-engine==2.11.0 einops==0.8.2
+
 # torch first: a CPU build that is already chosen then satisfies what the others ask for.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps --target $(VENV)/transformers-4 $(TRANSFORMERS_4)
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/transformer-engine $(TRANSFORMER_ENGINE)
 	touch $@
 
 clean:

@@ -44,6 +44,7 @@ setup(
             *EVAL,
             "matplotlib",
             "mypy",
+            "pydantic",  # Transformer Engine's Python code
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -29,6 +29,9 @@ OPTIONS_OF_EVALUATION = (
     "model.moe_router_dtype",
     "model.moe_token_dispatcher_type",
     "model.moe_grouped_gemm",
+    "model.transformer_engine",
+    "model.apply_rope_fusion",
+    "model.moe_permute_fusion",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "parallel.virtual_pipeline_model_parallel_size",
@@ -107,7 +110,10 @@ def _without_training(saved: Config, checkpoint: Path) -> Config:
     is_own_cache = saved.data.cache_dir == str(Path(saved.run_dir) / "cache")
     return Config(
         run_dir=str(run_dir),
-        model=saved.model,
+        # Kernels are those of the machine that evaluates.
+        model=dataclasses.replace(
+            saved.model, transformer_engine=None, apply_rope_fusion=None, moe_permute_fusion=None
+        ),
         parallel=ParallelConfig(distributed_timeout_minutes=timeout),
         data=dataclasses.replace(
             saved.data, blend=None, cache_dir=None if is_own_cache else saved.data.cache_dir

@@ -13,11 +13,17 @@ class Machine:
         cuda: whether there is a CUDA device, and a torch built for it.
         compute_capability: of the CUDA device, such as (8, 0); None: not known.
         transformer_engine: whether Transformer Engine is installed.
+        transformer_engine_version: such as ``2.11.0``; None: not known, or not installed.
+        apex: whether apex is installed with its kernel ``fused_weight_gradient_mlp_cuda``.
+        cuda_version: of the toolkit that torch is built with, such as (12, 9); None: not known.
     """
 
     cuda: bool = False
     compute_capability: tuple[int, int] | None = None
     transformer_engine: bool = False
+    transformer_engine_version: str | None = None
+    apex: bool = False
+    cuda_version: tuple[int, int] | None = None
 
 
 CPU = Machine()

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from megapoly.config.data_sources import blend_sources
+from megapoly.config.fp8 import FP8_OPTIONS
 from megapoly.config.machine import Machine
-from megapoly.config.schema import BlendSource, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from megapoly.config.schema import (
+    BlendSource,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 
 
 def resolve(
@@ -46,6 +54,7 @@ def resolve(
     resolved.model.transformer_engine = uses_transformer_engine(
         resolved.model, resolved.training.device, machine
     )
+    _resolve_fusions(resolved, machine)
     parallel.cp_comm_type = cp_comm_type(resolved)
     resolved.data.blend = _with_names(resolved)
     if resolved.data.cache_dir is None:
@@ -75,6 +84,28 @@ def _resolve_schedule(config: Config) -> None:
     optimizer.lr_warmup_iters, optimizer.lr_warmup_tokens = warmup, None
     optimizer.lr_decay_iters, optimizer.lr_decay_tokens = decay, None
     optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_tokens = wsd_decay, None
+
+
+def _resolve_fusions(config: Config, machine: Machine) -> None:
+    """Kernels of Transformer Engine and apex, where these are used or installed."""
+    model, training = config.model, config.training
+    if model.apply_rope_fusion is None:
+        model.apply_rope_fusion = model.transformer_engine
+    if model.moe_permute_fusion is None and model.num_moe_experts is not None:
+        model.moe_permute_fusion = model.transformer_engine
+    if training.gradient_accumulation_fusion is None:
+        training.gradient_accumulation_fusion = training.device == "cuda" and machine.apex
+
+
+def without_gpu_kernels(config: Config) -> None:
+    """Make a run's configuration one of CPU, in place; it computes the same, without FP8."""
+    config.training.device = "cpu"
+    model, training, default = config.model, config.training, TrainingConfig()
+    model.transformer_engine = model.apply_rope_fusion = False
+    model.moe_permute_fusion = None if model.num_moe_experts is None else False
+    training.gradient_accumulation_fusion = False
+    for name in FP8_OPTIONS:
+        setattr(training, name, getattr(default, name))
 
 
 def num_query_groups(model: ModelConfig) -> int:

@@ -66,6 +66,10 @@ class ModelConfig:
         moe_grouped_gemm: one grouped linear map for all experts of a rank; false: run one expert
             after another. Weights and checkpoints are the same.
         transformer_engine: build layers from Transformer Engine; null: on CUDA if it is installed.
+        apply_rope_fusion: turn queries and keys by Transformer Engine's kernel for the rotary
+            embedding; null: with ``transformer_engine``.
+        moe_permute_fusion: sort tokens by expert, and back, with Transformer Engine's kernels;
+            null: with ``transformer_engine``.
     """
 
     num_layers: int = 4
@@ -104,6 +108,8 @@ class ModelConfig:
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
     moe_grouped_gemm: bool = True
     transformer_engine: bool | None = None
+    apply_rope_fusion: bool | None = None
+    moe_permute_fusion: bool | None = None
 
 
 @dataclass
@@ -292,6 +298,19 @@ class TrainingConfig:
         seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
             layout.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
+        fp8: multiply the matrices of the layers in FP8, by Transformer Engine; the rest stays in
+            bfloat16, and weights as with ``bf16``. ``e4m3``: all of them in this format,
+            ``hybrid``: gradients in e5m2; null: no FP8.
+        fp8_recipe: what shares one scaling factor in FP8, found how: a tensor, from its present
+            values (``tensorwise``) or those of earlier steps (``delayed``); blocks of 128 values
+            (``blockwise``), blocks of 32 (``mxfp8``).
+        fp8_amax_history_len: with ``delayed``: how many forward passes are looked back on.
+        fp8_amax_compute_algo: with ``delayed``: scale by the largest of these (``max``), or by the
+            last.
+        first_last_layers_bf16: keep the first and the last layer in bfloat16; not with ``delayed``.
+        gradient_accumulation_fusion: add up the weight gradients of a step, in fp32, within the
+            matrix products that make them; null: on CUDA if apex, whose kernel it needs, is
+            installed.
         device: where to train; ``auto`` takes CUDA when there is one.
         eval_interval: steps between evaluations (0: none); the last step evaluates too.
         eval_iters: global batches of one evaluation of each validation set; null: the whole set.
@@ -311,6 +330,12 @@ class TrainingConfig:
     global_batch_size: int = 8
     seed: int = 1234
     bf16: bool = False
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    fp8_amax_history_len: int = 1024
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    first_last_layers_bf16: bool = False
+    gradient_accumulation_fusion: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_interval: int = 0
     eval_iters: int | None = 10

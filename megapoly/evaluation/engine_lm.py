@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from megapoly.config.fp8 import sequence_multiple
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
@@ -263,9 +264,9 @@ class EngineLM(TemplateLM):
                 totals[places] = result[: len(places)].cpu()
 
     def _padded(self, length: int) -> int:
-        """The next length that sequence and context parallelism can cut."""
+        """The next length that sequence and context parallelism can cut, and FP8 multiply."""
         parallel = self._state.config.parallel
-        multiple = parallel.tensor_model_parallel_size
+        multiple = parallel.tensor_model_parallel_size * sequence_multiple(self._state.config)
         if parallel.context_parallel_size > 1:
             multiple *= 2 * parallel.context_parallel_size
         return -(-length // multiple) * multiple

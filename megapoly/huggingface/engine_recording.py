@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megapoly.config import Config
+from megapoly.config.resolve import without_gpu_kernels
 from megapoly.config.schema import ParallelConfig
 from megapoly.huggingface.checkpoint_reader import CheckpointReader, read_description
 from megapoly.huggingface.recording import Recording, rows_for_every_expert, sums_of_rows
@@ -72,9 +73,9 @@ def _of_one_process(config: Config) -> Config:
     """The same model without any parallelism or GPU libraries, in fp32."""
     config = copy.deepcopy(config)
     config.parallel = ParallelConfig(expert_tensor_parallel_size=1, sequence_parallel=False)
-    config.model.transformer_engine = False
+    without_gpu_kernels(config)
     config.model.activation_backend = "reference"
-    config.training.bf16, config.training.device = False, "cpu"
+    config.training.bf16 = False
     return config
 
 

@@ -260,8 +260,13 @@ def _recipe(config: Config, output: Path) -> str:
     """What a run needs to go on: the model, its tokenizer, this checkpoint."""
     whole, default = yaml.safe_load(to_yaml(config)), yaml.safe_load(to_yaml(Config()))
     model = {k: v for k, v in whole["model"].items() if v != default["model"][k]}
-    # The layout decides of these.
-    for name in ("transformer_engine", "make_vocab_size_divisible_by"):
+    # The machine and the layout decide of these.
+    for name in (
+        "transformer_engine",
+        "apply_rope_fusion",
+        "moe_permute_fusion",
+        "make_vocab_size_divisible_by",
+    ):
         model.pop(name, None)
     recipe = {
         "model": model,

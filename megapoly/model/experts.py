@@ -57,17 +57,28 @@ class GroupedExperts(TEGroupedMLP):
     ) -> tuple[Tensor, None]:
         """[rows, h] -> [rows, h], for rows sorted by expert.
 
+        For FP8 the rows of each expert are filled up to a multiple with rows of zeros, of
+        probability 0. The activation makes them zeros again, and their gradients are zeros: they
+        add nothing to that of a weight or a coefficient.
+
         Args:
             permuted_local_hidden_states: [rows, h].
             tokens_per_expert: [num_local_experts] rows of each expert.
             permuted_probs: [rows] router probability of each row.
         """
-        splits = tokens_per_expert.tolist()
-        intermediate, _ = self.linear_fc1(permuted_local_hidden_states, splits)
+        hidden_states, probs = permuted_local_hidden_states, permuted_probs
+        rows = splits = tokens_per_expert.tolist()
+        if self.config.fp8:
+            hidden_states, splits = self.quantization_padding(hidden_states, rows)
+            probs = self.quantization_padding(probs.unsqueeze(-1), rows)[0].squeeze(-1)
+            tokens_per_expert = torch.tensor(splits)
+        intermediate, _ = self.linear_fc1(hidden_states, splits)
         intermediate = self.activation_func(
-            intermediate, probs=permuted_probs, tokens_per_expert=tokens_per_expert
+            intermediate, probs=probs, tokens_per_expert=tokens_per_expert
         )
         output, _ = self.linear_fc2(intermediate, splits)
+        if self.config.fp8:
+            output = self.quantization_unpadding(output, rows)
         return output, None
 
 
@@ -121,9 +132,12 @@ class SequentialExperts(SequentialMLP):
         probs = permuted_probs.split(splits)
         outputs = []
         for i, linears in enumerate(self.local_experts):
-            intermediate, _ = linears.linear_fc1(hidden_states[i])
-            intermediate = self.activation_func(intermediate, probs=probs[i], expert=i)
-            outputs.append(linears.linear_fc2(intermediate)[0])
+            rows, probs_of_rows = hidden_states[i], probs[i]
+            if self.config.fp8:  # as in GroupedExperts
+                rows, probs_of_rows = self._pad_tensor_for_quantization(rows, probs_of_rows)
+            intermediate, _ = linears.linear_fc1(rows)
+            intermediate = self.activation_func(intermediate, probs=probs_of_rows, expert=i)
+            outputs.append(linears.linear_fc2(intermediate)[0][: splits[i]])
         return torch.cat(outputs), None
 
     def sharded_state_dict(

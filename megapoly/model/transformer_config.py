@@ -41,10 +41,10 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         use_te_activation_func=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        # Needs apex's kernels also with Transformer Engine (tensor_parallel/layers.py:924).
-        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,  # there are no biases
+        masked_softmax_fusion=False,  # of an attention that is not used
+        apply_rope_fusion=bool(model.apply_rope_fusion),
+        gradient_accumulation_fusion=bool(config.training.gradient_accumulation_fusion),
         attention_softmax_in_fp32=True,
         # megapoly.model.initialization sets the weights, the same at every layout.
         perform_initialization=False,
@@ -69,6 +69,7 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not (on_cpu or interleaved),
         **_moe_arguments(config),
+        **_fp8_arguments(config),
     )
 
 
@@ -90,4 +91,20 @@ def _moe_arguments(config: Config) -> dict[str, object]:
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
         "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
         "moe_grouped_gemm": model.moe_grouped_gemm,
+        "moe_permute_fusion": bool(model.moe_permute_fusion),
     }
+
+
+def _fp8_arguments(config: Config) -> dict[str, object]:
+    """Matrix products alone; weights stay in bf16 (`fp8_param`), and so does attention.
+
+    Initial weights, the optimizer's master weights and checkpoints are then those of bf16.
+    """
+    training = config.training
+    if training.fp8 is None:
+        return {}
+    arguments: dict[str, object] = {"fp8": training.fp8, "fp8_recipe": training.fp8_recipe}
+    if training.fp8_recipe == "delayed":
+        arguments["fp8_amax_history_len"] = training.fp8_amax_history_len
+        arguments["fp8_amax_compute_algo"] = training.fp8_amax_compute_algo
+    return arguments | {"first_last_layers_bf16": training.first_last_layers_bf16}

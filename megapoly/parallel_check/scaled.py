@@ -6,7 +6,7 @@ import copy
 
 from megapoly.config import Config
 from megapoly.config.machine import CPU
-from megapoly.config.resolve import num_query_groups, resolve
+from megapoly.config.resolve import num_query_groups, resolve, without_gpu_kernels
 from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.data.tokenizer import load_tokenizer
 
@@ -49,7 +49,6 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
         global_batch_size=GLOBAL_BATCH_SIZE,
         seed=config.training.seed,
         bf16=bf16,
-        device="cpu",
     )
     optimizer = small.optimizer
     optimizer.lr = optimizer.min_lr = _LEARNING_RATE
@@ -57,6 +56,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     optimizer.lr_warmup_tokens = optimizer.lr_decay_iters = optimizer.lr_decay_tokens = None
     optimizer.lr_wsd_decay_iters = optimizer.lr_wsd_decay_tokens = None
     _one_process(small)
+    without_gpu_kernels(small)
     return resolve(
         small,
         tokenizer_vocab_size=vocab_size,
@@ -92,7 +92,6 @@ def _scale_model(model: ModelConfig, builtin_vocab_size: int) -> None:
             setattr(model, name, _like(getattr(model, name), 48, 24))
     model.hidden_dropout = model.attention_dropout = 0.0
     model.activation_backend = "reference"
-    model.transformer_engine = False
 
 
 def _one_process(config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -43,13 +45,27 @@ class Platform:
 
 
 def this_machine() -> Machine:
-    """The machine of this process; Transformer Engine, which needs a GPU's libraries, unopened."""
+    """The machine of this process; packages that need a GPU's libraries are not opened."""
     cuda = torch.cuda.is_available()
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("transformer_engine")
     return Machine(
         cuda=cuda,
         compute_capability=torch.cuda.get_device_capability() if cuda else None,
         transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine_version=version,
+        apex=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        cuda_version=_two_numbers(torch.version.cuda),
     )
+
+
+def _two_numbers(version: str | None) -> tuple[int, int] | None:
+    """(12, 9) of ``12.9``."""
+    if version is None:
+        return None
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_device(name: str, device: str) -> None:

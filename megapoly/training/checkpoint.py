@@ -41,6 +41,7 @@ _MAY_CHANGE = {
     "make_vocab_size_divisible_by",
     "moe_token_dispatcher_type",
     "moe_grouped_gemm",
+    "moe_permute_fusion",
     "moe_router_dtype",
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
@@ -49,6 +50,8 @@ _MAY_CHANGE = {
     "init_method",
     "init_method_std",
     "scale_residual_init",
+    "transformer_engine",
+    "apply_rope_fusion",
 }
 
 
@@ -141,16 +144,16 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         load_weights(state, path)
         state.optimizer.reload_model_params()
         return
-    _check_model(state.config, path, imported=False)
+    _check_model(state.config, path)
     with torch.no_grad():
         _check_data(state, position, path)
         same_ranks = position["layout"] == _layout(state.config)
-        saved_in_bf16 = load_yaml(path / "config.yaml").training.bf16
-        expected = _state_to_load(state, saved_in_bf16=saved_in_bf16)
+        expected = _state_to_load(state, load_yaml(path / "config.yaml"))
         if same_ranks:
             expected["random_state"] = _random_state_entry(state)
         loaded = dist_checkpointing.load(expected, str(path))
-        _load_model_state(state, loaded["model"])
+        # Not there where the optimizer brings all that the model has.
+        _load_model_state(state, loaded.get("model", {}))
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
@@ -172,16 +175,16 @@ def load_weights(state: ModelState, path: Path) -> None:
     Raises:
         CheckpointError: it is not complete, or of another model.
     """
-    imported = holds_weights_alone(read_position(path))
-    _check_model(state.config, path, imported=imported)
-    expected = _without_module_states(_model_state(state)) if imported else _model_state(state)
+    read_position(path)  # which only a complete checkpoint has
+    _check_model(state.config, path)
+    expected = _model_state(state, with_scales=False)
     loaded = dist_checkpointing.load({"model": expected}, str(path))
     with torch.no_grad():
         _load_model_state(state, loaded["model"])
 
 
 def _state_to_save(state: TrainState) -> dict[str, Any]:
-    model = _model_state(state)
+    model = _model_state(state, with_scales=_scales_have_history(state.config))
     return {
         "model": model,
         "optimizer": optimizer_state.state_to_save(state.optimizer, model, checkpoint_metadata()),
@@ -190,38 +193,53 @@ def _state_to_save(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _state_to_load(state: TrainState, *, saved_in_bf16: bool) -> dict[str, Any]:
+def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
     """Parameters are read with the optimizer's state, in fp32."""
-    model = _model_state(state)
+    with_scales = _scales_have_history(state.config)
+    if with_scales and not _scales_have_history(saved):
+        logger.info("scaling factors of FP8 begin anew: the checkpoint has none")
+        with_scales = False
+    model = _model_state(state, with_scales=with_scales)
     return {
         "model": {
             chunk: optimizer_state.without_parameters(entries, state.optimizer)
             for chunk, entries in model.items()
         },
         "optimizer": optimizer_state.state_to_load(
-            state.optimizer, model, saved_in_bf16=saved_in_bf16
+            state.optimizer, model, saved_in_bf16=saved.training.bf16
         ),
         "scheduler": state.scheduler.state_dict(),
     }
 
 
-def _model_state(state: ModelState) -> dict[str, Any]:
-    """Entries of each chunk of an interleaved stage, whose layers are numbered from 0."""
+def _model_state(state: ModelState, *, with_scales: bool) -> dict[str, Any]:
+    """Entries of each chunk of an interleaved stage, whose layers are numbered from 0.
+
+    Beside weights the engine's modules have ``_extra_state``, empty but for FP8, and others in each
+    family of layers. Left out, a checkpoint loads with Transformer Engine and without.
+
+    Args:
+        state: whose model it is.
+        with_scales: keep it, for the history of FP8's scaling factors.
+    """
     metadata = checkpoint_metadata()
-    return {
+    entries = {
         str(i): unwrap(chunk).sharded_state_dict(metadata=metadata)
         for i, chunk in enumerate(state.chunks)
     }
-
-
-def _without_module_states(model_state: dict[str, Any]) -> dict[str, Any]:
-    """Weights alone: an imported checkpoint has no states of the engine's modules."""
     return {
         chunk: {
-            name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)
+            name: entry
+            for name, entry in of_chunk.items()
+            if with_scales or not isinstance(entry, ShardedObject)
         }
-        for chunk, entries in model_state.items()
+        for chunk, of_chunk in entries.items()
     }
+
+
+def _scales_have_history(config: Config) -> bool:
+    """Whether FP8 scales by earlier steps; other recipes have nothing to remember."""
+    return config.training.fp8 is not None and config.training.fp8_recipe == "delayed"
 
 
 def _load_model_state(state: ModelState, loaded: dict[str, Any]) -> None:
@@ -288,14 +306,13 @@ def holds_weights_alone(position: dict[str, Any]) -> bool:
     return position.get("weights_only", False)
 
 
-def _check_model(config: Config, path: Path, *, imported: bool) -> None:
+def _check_model(config: Config, path: Path) -> None:
     saved, current = load_yaml(path / "config.yaml").model, config.model
-    may_change = _MAY_CHANGE | ({"transformer_engine"} if imported else set())
     differences = [
         f"`model.{field.name}` is {getattr(current, field.name)} here and "
         f"{getattr(saved, field.name)} in the checkpoint"
         for field in dataclasses.fields(current)
-        if field.name not in may_change
+        if field.name not in _MAY_CHANGE
         and getattr(saved, field.name) != getattr(current, field.name)
     ]
     if differences:

@@ -74,6 +74,35 @@ def test_experts_default_to_the_dense_width() -> None:
     assert resolve(config).model.moe_ffn_hidden_size == 768
 
 
+def test_kernels_are_taken_where_they_are_installed() -> None:
+    config = make()
+    config.model.num_moe_experts = 8
+    everything = Machine(cuda=True, transformer_engine=True, apex=True)
+    resolved = resolve(config, machine=everything)
+    assert resolved.model.apply_rope_fusion is True
+    assert resolved.model.moe_permute_fusion is True
+    assert resolved.training.gradient_accumulation_fusion is True
+    assert resolve(make(), machine=everything).model.moe_permute_fusion is None  # dense
+    for machine in (CPU, Machine(cuda=True)):
+        resolved = resolve(config, machine=machine)
+        assert resolved.model.apply_rope_fusion is False
+        assert resolved.model.moe_permute_fusion is False
+        assert resolved.training.gradient_accumulation_fusion is False
+
+
+@pytest.mark.parametrize("experts", [None, 8])
+def test_a_run_of_gpus_becomes_one_of_cpu(experts: int | None) -> None:
+    config = make(bf16=True, fp8="hybrid", fp8_recipe="delayed", fp8_amax_history_len=4)
+    config.model.num_moe_experts = experts
+    on_gpu = resolve(config, machine=Machine(cuda=True, transformer_engine=True, apex=True))
+    on_cpu = copy.deepcopy(on_gpu)
+    sizes.without_gpu_kernels(on_cpu)
+    assert find_problems(on_cpu, world_size=1, machine=CPU) == []
+    expected = make(bf16=True)
+    expected.model.num_moe_experts = experts
+    assert on_cpu == resolve(expected)
+
+
 @pytest.mark.parametrize(
     ("cuda", "installed", "device", "engine"),
     [

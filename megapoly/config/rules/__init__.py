@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from megapoly.config.machine import Machine
-from megapoly.config.rules import data, layout, model, profile, run, schedule, tasks, values
+from megapoly.config.rules import data, gpu, layout, model, profile, run, schedule, tasks, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
@@ -22,6 +22,7 @@ RULES: tuple[Rule, ...] = (
     *layout.RULES,
     *schedule.RULES,
     *run.RULES,
+    *gpu.RULES,
     *profile.RULES,
     *data.RULES,
     *tasks.RULES,

@@ -52,7 +52,7 @@ def ffn_widths_divide(facts: Facts) -> Iterator[str]:
     model = facts.config.model
     if facts.activation is None:
         return
-    for name, size, ranks, num_ranks in _ffn_widths(facts):
+    for name, size, ranks, num_ranks in ffn_widths(facts):
         if not resolve.takes_two_thirds(model):
             yield from must_be_multiple(f"`model.{name}`", size, num_ranks, ranks)
             continue
@@ -65,7 +65,7 @@ def ffn_widths_divide(facts: Facts) -> Iterator[str]:
         )
 
 
-def _ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
+def ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
     """Each FFN width that is set: its option, its value, the layout option that cuts it, ranks."""
     model, parallel = facts.config.model, facts.config.parallel
     tensor = parallel.tensor_model_parallel_size
@@ -86,7 +86,7 @@ def deterministic_rows_divide(facts: Facts) -> Iterator[str]:
         return
     from megapoly.ops.collectives import NUM_SEGMENTS
 
-    for name, size, ranks, num_ranks in _ffn_widths(facts):
+    for name, size, ranks, num_ranks in ffn_widths(facts):
         width = resolve.ffn_width(facts.config.model, size)
         if num_ranks > 0 and NUM_SEGMENTS % num_ranks:
             yield (

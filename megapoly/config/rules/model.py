@@ -18,6 +18,7 @@ MOE_OPTIONS = (
     "model.moe_z_loss_coeff",
     "model.moe_token_dispatcher_type",
     "model.moe_grouped_gemm",
+    "model.moe_permute_fusion",
     "parallel.expert_model_parallel_size",
 )
 COEFFICIENT_OPTIONS = (

@@ -36,6 +36,7 @@ AT_LEAST_ONE = (
     "training.seq_length",
     "training.micro_batch_size",
     "training.global_batch_size",
+    "training.fp8_amax_history_len",
     "training.eval_iters",
     "training.eval_tasks_limit",
     "logging.log_interval",

@@ -1,0 +1,145 @@
+"""Builds and trains models of Transformer Engine's layers on CPU, for test_transformer_engine.py.
+
+    python te_job.py FOLDER_OF_THE_WHEEL OUTPUT        on one process
+    RANK=.. WORLD_SIZE=2 python te_job.py ..           each rank writes OUTPUT with its number
+
+A process of its own, for the engine looks for Transformer Engine when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import te_kernels
+
+from megapoly.testing.transformer_engine import import_without_kernels
+
+folder, output = map(Path, sys.argv[1:])
+package = import_without_kernels(folder, te_kernels.KERNELS)
+# apex's kernel, which adds to the gradient of a weight.
+sys.modules["fused_weight_gradient_mlp_cuda"] = types.SimpleNamespace(
+    wgrad_gemm_accum_fp32=lambda x, grad, total: total.add_(grad.t() @ x)
+)
+
+import torch  # noqa: E402
+
+from megapoly.platform import select_platform  # noqa: E402
+
+platform = select_platform("cpu")
+te_kernels.install()
+
+from layouts import result_of_model  # noqa: E402
+from te_models import (  # noqa: E402
+    BF16,
+    EXPERTS,
+    MODELS,
+    SIZES,
+    config_of,
+    description,
+    differences,
+    first_step,
+    fp8,
+    gradients_with_rows_of,
+    history_of_scales,
+    there_and_back,
+    trained,
+)
+
+from megapoly.training.distributed import model_groups, process_group, process_groups  # noqa: E402
+
+LAYOUTS = {
+    "tensor": SIZES | {"parallel.tensor_model_parallel_size": 2},
+    "tensor, expert": EXPERTS
+    | {
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.expert_model_parallel_size": 2,
+        "parallel.expert_tensor_parallel_size": 1,
+        "model.qk_norm": "full",
+    },
+    "expert tensor": EXPERTS | {"parallel.tensor_model_parallel_size": 2},
+}
+RECOMPUTED = {
+    "nothing": {},
+    "layers": {
+        "parallel.recompute_granularity": "full",
+        "parallel.recompute_method": "uniform",
+        "parallel.recompute_num_layers": 1,
+    },
+    "experts": {
+        "parallel.recompute_granularity": "selective",
+        "parallel.recompute_modules": ["moe"],
+    },
+}
+
+
+def on_one_process():
+    results = {"version": package.__version__}
+    with process_groups(config_of(SIZES, platform), platform):
+        results["models"] = {
+            name: [
+                description(config_of(options, platform, local=local)) for local in (False, True)
+            ]
+            for name, options in MODELS.items()
+        }
+        local = {
+            name: first_step(config_of(options, platform, local=True), platform)
+            for name, options in MODELS.items()
+        }
+        results["first steps"] = {
+            name: differences(first_step(config_of(options, platform), platform), local[name])
+            for name, options in MODELS.items()
+        }
+        fused = SIZES | {"training.gradient_accumulation_fusion": True}
+        results["first steps"]["fused gradients"] = differences(
+            first_step(config_of(fused, platform), platform), local["dense"]
+        )
+        results["layouts"] = {
+            name: first_step(config_of(_of_one(options), platform, local=True), platform)
+            for name, options in LAYOUTS.items()
+        }
+        results["recomputed"] = {
+            name: trained(config_of(EXPERTS | fp8("tensorwise") | options, platform), platform, 2)
+            for name, options in RECOMPUTED.items()
+        }
+        te_kernels.quantized.clear()
+        results["fp8"] = {
+            (name, recipe): [
+                trained(config_of(MODELS[name] | options, platform), platform, 3)
+                for options in (BF16, fp8(recipe))
+            ]
+            for name in ("dense", "experts", "one after another")
+            for recipe in ("tensorwise", "delayed")
+        }
+        results["quantized"] = {str(dtype) for dtype in te_kernels.quantized}
+        experts = MODELS["coefficients of experts"] | fp8("tensorwise")
+        results["padding"] = []
+        for te_kernels.unit in (1, 16):
+            config = config_of(experts, platform)
+            found = gradients_with_rows_of(te_kernels.unit, config, platform)
+            results["padding"].append(found)
+        with tempfile.TemporaryDirectory() as here:
+            results["there and back"] = there_and_back(MODELS["experts"], platform, f"{here}/a")
+            results["history"] = history_of_scales(platform, f"{here}/b")
+    return results
+
+
+def _of_one(options):
+    return {key: value for key, value in options.items() if not key.startswith("parallel.")}
+
+
+def on_two_ranks():
+    configs = {name: config_of(options, platform) for name, options in LAYOUTS.items()}
+    results = {}
+    with process_group(next(iter(configs.values())), platform):
+        for name, config in configs.items():
+            with model_groups(config):
+                results[name] = (result_of_model(config, platform), description(config))
+    return results
+
+
+job = on_two_ranks if os.environ.get("WORLD_SIZE") == "2" else on_one_process
+torch.save(job(), f"{output}{os.environ.get('RANK', '')}")
