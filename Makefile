@@ -2,7 +2,7 @@
 #                 and let it continue a text
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
-# make check      lint, format and type checks
+# make check      lint, format and type checks; Dockerfiles and shell scripts, too
 # Each sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
 
 PYTHON ?= python3
@@ -10,6 +10,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+
+DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+SHELL_SCRIPTS := .ci/run docker/launch.sh examples/data/olmoe_mix_0924.sh examples/data/redpajama_1t.sh examples/data/tokenize_domains.sh examples/slurm/pretrain.sbatch
+# Shell to the line with `exec`, Python after it.
+SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
 
 .PHONY: pretrain test test-parallel check format clean
 
@@ -29,6 +34,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(DOCKERFILES)
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	for script in $(SHELL_AND_PYTHON); do sed '/^exec /q' $$script | $(BIN)/shellcheck - || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

