@@ -31,6 +31,7 @@ class Programs:
         self.folder = folder
         self.path = folder / "bin"
         self.path.mkdir()
+        self.started: list[subprocess.Popen[str]] = []
 
     def add(self, name: str, body: str = "") -> None:
         """Write a program that notes its words, then does what ``body`` says."""
@@ -60,7 +61,7 @@ class Programs:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         scripts = str(Path(sys.executable).parent)  # megapoly-launch
         path = os.pathsep.join([str(self.path), scripts, os.environ["PATH"]])
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words,
             cwd=cwd,
             env=inherited | {"PATH": path} | dict(variables or {}),
@@ -68,6 +69,16 @@ class Programs:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self.started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what still runs; launchers end their workers on SIGTERM."""
+        running = [process for process in self.started if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.communicate(timeout=60)
 
     def run(
         self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
@@ -83,7 +94,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
     deadline = time.monotonic() + 120
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
+            process.terminate()
             raise AssertionError(process.communicate()[0])
         time.sleep(0.05)
 

@@ -26,27 +26,26 @@ needs_no_fabric = pytest.mark.skipif(
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Programs:
+def docker(programs: Programs) -> Programs:
     """A `docker` that ends with status 3, in a folder with folders for data and results."""
-    programs = Programs(tmp_path)
     programs.add("docker", "sys.exit(3)")
     for name in ("runs", "data", "scratch", "fabric"):
-        (tmp_path / name).mkdir()
+        (programs.folder / name).mkdir()
     return programs
 
 
-def dry(programs: Programs, *words: str, **variables: str) -> list[str]:
+def dry(docker: Programs, *words: str, **variables: str) -> list[str]:
     line = ["bash", LAUNCH, "--dry-run", *words]
-    status, output = programs.run(line, variables, cwd=programs.folder)
+    status, output = docker.run(line, variables, cwd=docker.folder)
     assert status == 0, output
-    assert programs.calls("docker") == []
+    assert docker.calls("docker") == []
     return shlex.split(output)
 
 
 @needs_no_fabric
-def test_one_of_many_nodes(programs: Programs) -> None:
-    here = programs.folder
-    assert dry(programs, *MANY, *SCRIPT, NCCL_IB_HCA="mlx5", NCCL_DEBUG="INFO") == [
+def test_one_of_many_nodes(docker: Programs) -> None:
+    here = docker.folder
+    assert dry(docker, *MANY, *SCRIPT, NCCL_IB_HCA="mlx5", NCCL_DEBUG="INFO") == [
         *["docker", "run", "--rm", "--init", "--user", USER, "--workdir", "/opt/megapoly"],
         *["--stop-timeout", "600", "--no-healthcheck", "--gpus", "all", "--ipc", "host"],
         *["--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--network", "host"],
@@ -60,30 +59,30 @@ def test_one_of_many_nodes(programs: Programs) -> None:
 
 
 @needs_no_fabric
-def test_one_node_without_gpus(programs: Programs) -> None:
+def test_one_node_without_gpus(docker: Programs) -> None:
     words = ["--gpus", "none", "--shm-size", "4g", "--name", "a b", "--env", "A=it's; $HOME"]
-    mount = f"{programs.folder}/scratch:/scratch:ro"
+    mount = f"{docker.folder}/scratch:/scratch:ro"
     script = [SCRIPT[0], "--config=/scratch/a b.yaml"]
-    assert dry(programs, *words, "--mount", mount, "--", *script) == [
+    assert dry(docker, *words, "--mount", mount, "--", *script) == [
         *["docker", "run", "--rm", "--init", "--name", "a b", "--user", USER],
         *["--workdir", "/opt/megapoly", "--stop-timeout", "600", "--no-healthcheck"],
         *["--shm-size", "4g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"],
-        *["--volume", f"{programs.folder}/runs:/opt/megapoly/runs"],
-        *["--volume", f"{programs.folder}/data:/opt/megapoly/data:ro", "--volume", mount],
+        *["--volume", f"{docker.folder}/runs:/opt/megapoly/runs"],
+        *["--volume", f"{docker.folder}/data:/opt/megapoly/data:ro", "--volume", mount],
         *["--env", "A=it's; $HOME", "megapoly:cpu", "megapoly-launch"],
         *["--nproc-per-node", "2", "--standalone", *script],
     ]
 
 
-def test_variables_are_the_options(programs: Programs) -> None:
-    here = str(programs.folder)
+def test_variables_are_the_options(docker: Programs) -> None:
+    here = str(docker.folder)
     words = ["--nproc-per-node", "2", "--gpus", "0,1", "--image", "x:1", "--runs", "fabric"]
     words += ["--data", "scratch", "--shm-size", "1g", "--infiniband", f"{here}/fabric"]
-    as_options = dry(programs, *MANY, *words, *SCRIPT)
+    as_options = dry(docker, *MANY, *words, *SCRIPT)
     variables = {"NNODES": "8", "NODE_RANK": "3", "RDZV_ENDPOINT": "gpu01:29500"}
     variables |= {"NPROC_PER_NODE": "2", "GPUS": "0,1", "IMAGE": "x:1", "RUNS": "fabric"}
     variables |= {"DATA": "scratch", "SHM_SIZE": "1g", "INFINIBAND": f"{here}/fabric"}
-    assert dry(programs, *SCRIPT, **variables) == as_options
+    assert dry(docker, *SCRIPT, **variables) == as_options
     assert ["--gpus", '"device=0,1"'] == as_options[as_options.index("--gpus") :][:2]
     device = as_options.index("--device")
     assert as_options[device + 1 :][:3] == [
@@ -92,11 +91,11 @@ def test_variables_are_the_options(programs: Programs) -> None:
         "IPC_LOCK",
     ]
     # An option wins over its variable, written either way.
-    assert "y:2" in dry(programs, "--image=y:2", *SCRIPT, **variables)
+    assert "y:2" in dry(docker, "--image=y:2", *SCRIPT, **variables)
 
 
-def test_help_names_every_option_and_variable(programs: Programs) -> None:
-    status, output = programs.run(["bash", LAUNCH, "--help"])
+def test_help_names_every_option_and_variable(docker: Programs) -> None:
+    status, output = docker.run(["bash", LAUNCH, "--help"])
     assert status == 0
     source = Path(LAUNCH).read_text()
     options = set(re.findall(r"^    (--[a-z-]+)\)", source, re.MULTILINE))
@@ -134,22 +133,22 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("words, expected", REFUSALS.values(), ids=REFUSALS)
-def test_refuses(programs: Programs, words: list[str], expected: list[str]) -> None:
-    status, output = programs.run(["bash", LAUNCH, *words], cwd=programs.folder)
+def test_refuses(docker: Programs, words: list[str], expected: list[str]) -> None:
+    status, output = docker.run(["bash", LAUNCH, *words], cwd=docker.folder)
     assert status == 2
     assert len(output.splitlines()) == 1 and output.startswith("docker/launch.sh: ")
     assert [word for word in expected if word not in output] == []
-    assert programs.calls("docker") == []
+    assert docker.calls("docker") == []
 
 
-def test_status_is_passed_on_and_results_get_a_folder(programs: Programs) -> None:
-    shutil.rmtree(programs.folder / "runs")
+def test_status_is_passed_on_and_results_get_a_folder(docker: Programs) -> None:
+    shutil.rmtree(docker.folder / "runs")
     words = ["bash", LAUNCH, "--runs", "deep/runs", *SCRIPT]
-    status, output = programs.run(words, cwd=programs.folder)
+    status, output = docker.run(words, cwd=docker.folder)
     assert status == 3, output
-    (call,) = programs.calls("docker")
-    assert f"{programs.folder}/deep/runs:/opt/megapoly/runs" in call
-    assert (programs.folder / "deep/runs").is_dir()
+    (call,) = docker.calls("docker")
+    assert f"{docker.folder}/deep/runs:/opt/megapoly/runs" in call
+    assert (docker.folder / "deep/runs").is_dir()
 
 
 class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -187,11 +186,10 @@ class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             pass
 
 
-def test_docker_reads_the_line_as_it_is_meant(tmp_path: Path) -> None:
+def test_docker_reads_the_line_as_it_is_meant(tmp_path: Path, programs: Programs) -> None:
     """The request that docker's own client sends to its engine."""
     if not shutil.which("docker"):
         pytest.skip("this machine has no command `docker`")
-    programs = Programs(tmp_path)
     (tmp_path / "fabric").mkdir()
     socket = tmp_path / "engine.sock"
     with Engine(str(socket), Engine.RequestHandlerClass) as engine:

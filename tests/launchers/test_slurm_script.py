@@ -49,8 +49,7 @@ for pid in (folder / 'pids').read_text().split():
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Programs:
-    programs = Programs(tmp_path)
+def slurm(programs: Programs) -> Programs:
     programs.add("scontrol", SCONTROL)
     programs.add("scancel")
     programs.add("srun", SRUN_ENDS)
@@ -177,7 +176,7 @@ def test_options_reach_sbatch_before_the_first_command() -> None:
 
 
 def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Programs) -> None:
-    """Two nodes, USR1, the queue; then docker/launch.sh ends the run, with a `docker` of no walls."""
+    """Two nodes, USR1, the queue; then docker/launch.sh ends the run, by a `docker` of no walls."""
     slurm.add("scontrol", "print('localhost')\n")
     slurm.add("scancel", SCANCEL_SIGNALS)
     slurm.add("srun", SRUN_RUNS)
