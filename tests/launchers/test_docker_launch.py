@@ -94,6 +94,22 @@ def test_variables_are_the_options(docker: Programs) -> None:
     assert "y:2" in dry(docker, "--image=y:2", *SCRIPT, **variables)
 
 
+def test_commands_of_the_documentation(docker: Programs) -> None:
+    """Each line of docker/README.md, with its absolute folders below this test's."""
+    text = (ROOT / "docker/README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}docker/launch.sh (.+)$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for name in ("scratch/tokens", "shared/runs", "shared/data"):
+        (docker.folder / name).mkdir(parents=True)
+    for line in lines:
+        line = re.sub("/(scratch|shared)/", rf"{docker.folder}/\1/", line)
+        words = shlex.split(line, comments=True)
+        command = dry(docker, *words)
+        script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).is_file()
+        assert command[-len(words[script:]) :] == words[script:]
+
+
 def test_help_names_every_option_and_variable(docker: Programs) -> None:
     status, output = docker.run(["bash", LAUNCH, "--help"])
     assert status == 0
