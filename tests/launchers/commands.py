@@ -78,7 +78,7 @@ class Programs:
         for process in running:
             process.terminate()
         for process in running:
-            process.communicate(timeout=60)
+            process.communicate(timeout=180)
 
     def run(
         self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT

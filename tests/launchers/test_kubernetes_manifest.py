@@ -110,7 +110,7 @@ def test_its_command_runs_on_two_pods_and_says_that_it_was_stopped(
     wait_until(lambda: len(steps(run_dir)) >= 2, pods[0])
     for pod in pods:
         pod.terminate()
-    outputs = [pod.communicate(timeout=100)[0] for pod in pods]
+    outputs = [pod.communicate(timeout=180)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [143, 143], outputs
     assert "2 x CPU" in outputs[0] and "asked to stop after step" in outputs[0]
     (checkpoint,) = (run_dir / "checkpoints").iterdir()

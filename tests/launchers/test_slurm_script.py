@@ -188,7 +188,7 @@ def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Prog
     process = slurm.start(words, variables)
     wait_until(lambda: len(steps(run_dir)) >= 2, process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert slurm.calls("scancel") == [["--signal", "TERM", "4711"]]
     assert requeued(slurm), output
