@@ -2,9 +2,9 @@
 #                 and let it continue a text
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
+# make check      lint, format and type checks; Dockerfiles and shell scripts, too
 # make test-gpu   kernels, training and numerics on one GPU, then the kernels' speed; with PYTHON as it
 #                 is, whose torch is for CUDA, and no .venv
-# make check      lint, format and type checks
 # Each other sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
 
 PYTHON ?= python3
@@ -12,6 +12,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+
+DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/slurm/pretrain.sbatch
+# Shell to the line with `exec`, Python after it.
+SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
 
 .PHONY: pretrain test test-parallel test-gpu check format clean
 
@@ -42,6 +47,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(DOCKERFILES)
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	for script in $(SHELL_AND_PYTHON); do sed '/^exec /q' $$script | $(BIN)/shellcheck - || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
