@@ -3,7 +3,7 @@
 Activations are what the modules of this project's local spec keep for the backward pass; every
 entry of :func:`layer_activations` and :func:`head_activations` is one tensor that autograd saves,
 and a test compares them with what it does save. With Transformer Engine the same tensors are kept
-in other modules; that has not been measured.
+in other modules, in FP8 some of them in a byte instead of two; that has not been measured.
 
 Not in these figures, and the reason for :data:`HEADROOM`: the CUDA context and libraries, nccl's
 buffers, and what the allocator cannot use.
@@ -46,7 +46,7 @@ class Memory:
     """Bytes of one rank at the fullest moment of a step.
 
     Args:
-        weights: parameters as the model computes with them.
+        weights: parameters as the model computes with them; with FP8 these copies, too.
         gradients: fp32 buffers of all of them.
         optimizer: moments, and fp32 copies of bf16 weights; a share with the distributed optimizer.
         activations: kept for the backward pass, of all micro-batches that are under way.
@@ -76,12 +76,20 @@ def memory_of_rank(config: Config, world_size: int, stage: int) -> Memory:
     counts = counts_of_rank(config, stage)
     grid = Grid.of(config, world_size)
     return Memory(
-        weights=counts.total * element_size(config),
+        weights=counts.total * element_size(config) + _fp8_copies(config, stage),
         gradients=counts.total * _FP32,
         optimizer=_optimizer_bytes(config, grid, counts),
         activations=round(_activation_bytes(config, world_size, stage)),
         temporary=round(_temporary_bytes(config, stage)),
     )
+
+
+def _fp8_copies(config: Config, stage: int) -> int:
+    """The layers' matrices in FP8, by rows and by columns, that Transformer Engine keeps."""
+    if config.training.fp8 is None:
+        return 0
+    matrices = ("attention", "FFN", "experts", "shared expert")
+    return 2 * sum(part.on_rank for part in stage_parts(config, stage) if part.name in matrices)
 
 
 def element_size(config: Config) -> int:

@@ -147,7 +147,7 @@ def time_table(plan: Plan) -> Table:
     table = _table("time of a step, at least", "seconds:", "")
     again = recomputed_flops_per_token(plan.config) / training_flops_per_token(plan.config)
     notes = {
-        "products": f"at {plan.gpu.bf16_flops / 1e12:g} TFLOP/s"
+        "products": f"at {_peaks(plan)} TFLOP/s"
         + (f"; {again:.0%} more by recomputation" if again else ""),
         "operators": f"at {plan.gpu.memory_bandwidth / 1e9:,.0f} GB/s",
         "messages": "that are waited for",
@@ -162,6 +162,14 @@ def time_table(plan: Plan) -> Table:
     return table
 
 
+def _peaks(plan: Plan) -> str:
+    bf16 = f"{plan.gpu.bf16_flops / 1e12:g}"
+    if plan.config.training.fp8 is None:
+        return bf16
+    assert plan.gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"
+    return f"{plan.gpu.fp8_flops / 1e12:g} (FP8) and {bf16} (bf16)"
+
+
 def time_lines(plan: Plan) -> list[str]:
     """What follows from the bound."""
     config, step = plan.config, plan.step
@@ -171,9 +179,13 @@ def time_lines(plan: Plan) -> list[str]:
         f"{per_token / 1e9:.2f} GFLOP a token, {per_token * tokens_per_step(config) / 1e15:.2f} "
         f"PFLOP a step; {batches} micro-batch{'es' if batches > 1 else ''} of "
         f"{config.training.micro_batch_size} x {config.training.seq_length:,} tokens",
-        f"at most {step.mfu:.1%} MFU, {step.tokens_per_second / plan.world_size:,.0f} tokens/s a "
-        f"GPU; at least {plan.days:.2f} days for {plan.train_tokens / 1e9:,.1f}B tokens",
+        f"at most {step.mfu:.1%} MFU{_of_bf16(plan)}, "
+        f"{step.tokens_per_second / plan.world_size:,.0f} tokens/s a GPU; at least {plan.days:.2f} days for {plan.train_tokens / 1e9:,.1f}B tokens",
     ]
+
+
+def _of_bf16(plan: Plan) -> str:
+    return "" if plan.config.training.fp8 is None else " (of the bf16 peak)"
 
 
 def search_table(found: list[Found], limit: int) -> Table:

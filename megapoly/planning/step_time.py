@@ -153,9 +153,22 @@ def _product_time(config: Config, gpu: GPU, stage: int) -> float:
     stages = parallel.pipeline_model_parallel_size
     layers = 3 * forward.layers + recomputed_flops_per_token(config)
     output = 3 * forward.output_layer if stage == stages - 1 else 0
-    per_token = layers / stages + output
-    tokens = tokens_of_rank(config) / parallel.tensor_model_parallel_size
-    return tokens * per_token / gpu.bf16_flops
+    per_token = layers / stages / _rate_of_layers(config, gpu) + output / gpu.bf16_flops
+    return tokens_of_rank(config) / parallel.tensor_model_parallel_size * per_token
+
+
+def _rate_of_layers(config: Config, gpu: GPU) -> float:
+    """FLOPs a second of a layer's products: linear maps in FP8 if that is on, the rest in bf16."""
+    if config.training.fp8 is None:
+        return gpu.bf16_flops
+    assert gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"
+    forward, layers = forward_flops_per_token(config), config.model.num_layers
+    in_bf16 = forward.attention_scores + forward.router
+    in_fp8 = forward.layers - in_bf16
+    if config.training.first_last_layers_bf16:
+        in_bf16 += in_fp8 * 2 // layers
+        in_fp8 = forward.layers - in_bf16
+    return forward.layers / (in_fp8 / gpu.fp8_flops + in_bf16 / gpu.bf16_flops)
 
 
 def _operator_bytes(config: Config, stage: int) -> float:
@@ -192,7 +205,9 @@ def _operator_bytes(config: Config, stage: int) -> float:
     if stage == stages - 1:
         logits = padded_vocab_size(config) / tensor
         per_token += 5 * model.hidden_size / cut * item + logits * (2 * item + 4 * _FP32)
-    gradients = counts_of_rank(config, stage).total * (item + 2 * _FP32)
+    # Written, read again and added, or added where it is made.
+    written = 0 if config.training.gradient_accumulation_fusion else 2 * item
+    gradients = counts_of_rank(config, stage).total * (written + 2 * _FP32)
     return tokens_of_rank(config) * per_token + gradients
 
 

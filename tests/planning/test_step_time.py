@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,16 @@ def test_days_follow_from_tokens():
     plan = plan_of("moe_7b_paper", 64)
     assert plan.train_tokens == 47_684 * 4_194_304
     assert plan.days == pytest.approx(47_684 * plan.step.total / 86_400)
+
+
+def test_fp8_speeds_up_the_linear_maps_alone():
+    given, gpu = plan_of("dense_1b_paper", 32).config, GPUS["h100-80g"]
+    in_fp8 = dataclasses.replace(given, training=dataclasses.replace(given.training, fp8="hybrid"))
+    forward = forward_flops_per_token(given)
+    rest = forward.attention_scores + forward.output_layer
+    expected = 3 * 8192 * ((forward.total - rest) / 1979e12 + rest / 989.5e12)
+    assert Plan(in_fp8, 32, gpu).step.products == pytest.approx(expected)
+    # 24 layers of 4 h h + 2 h 8256, twice in a byte.
+    copies = 2 * 24 * (4 * 2048**2 + 2 * 2048 * 8256)
+    weights = [Plan(config, 32, gpu).memory[0].weights for config in (given, in_fp8)]
+    assert weights[1] - weights[0] == copies
