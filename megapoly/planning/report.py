@@ -180,7 +180,8 @@ def time_lines(plan: Plan) -> list[str]:
         f"PFLOP a step; {batches} micro-batch{'es' if batches > 1 else ''} of "
         f"{config.training.micro_batch_size} x {config.training.seq_length:,} tokens",
         f"at most {step.mfu:.1%} MFU{_of_bf16(plan)}, "
-        f"{step.tokens_per_second / plan.world_size:,.0f} tokens/s a GPU; at least {plan.days:.2f} days for {plan.train_tokens / 1e9:,.1f}B tokens",
+        f"{step.tokens_per_second / plan.world_size:,.0f} tokens/s a GPU; "
+        f"at least {plan.days:.2f} days for {plan.train_tokens / 1e9:,.1f}B tokens",
     ]
 
 
