@@ -30,15 +30,18 @@ def run_job(
     Args:
         recipe: name of a file in ``examples/configs``.
         run_dir: of the run; one that holds a checkpoint goes on from it.
-        overrides: dotted names and values, as on the command line.
+        overrides: dotted names and values, as on the command line; without ``training.device`` on
+            CPU, also where there is a GPU.
         num_ranks: processes, one thread each.
 
     Raises:
         RuntimeError: the job failed; with the traceback of a rank.
     """
-    fixed = {"run_dir": run_dir, "data.cache_dir": shared_cache().name}
-    words = [f"--{name}={value}" for name, value in (fixed | dict(overrides)).items()]
-    run_on_ranks(_job, num_ranks, words, str(RECIPES / f"{recipe}.yaml"))
+    fixed = {"run_dir": run_dir, "data.cache_dir": shared_cache().name, "training.device": "cpu"}
+    options = fixed | dict(overrides)
+    words = [f"--{name}={value}" for name, value in options.items()]
+    device = str(options["training.device"])
+    run_on_ranks(_job, num_ranks, words, str(RECIPES / f"{recipe}.yaml"), device=device)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

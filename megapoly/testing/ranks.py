@@ -16,10 +16,16 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megapoly.testing.preload"])
+# The fork server has made the engine one for CPU, in every process that it starts.
+_CONTEXT_OF_GPUS = multiprocessing.get_context("spawn")
 
 
 def run_on_ranks(
-    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 300.0
+    function: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout_s: float = 300.0,
+    device: str = "cpu",
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank of a new job, with torchrun's environment set.
 
@@ -28,6 +34,8 @@ def run_on_ranks(
         num_ranks: processes, one thread each.
         *args: for every rank the same; picklable.
         timeout_s: for all of them together.
+        device: ``cpu`` or ``cuda``: what ``function`` works on. For ``cuda`` nothing of the engine
+            is imported or changed before.
 
     Returns:
         What each rank returned.
@@ -37,11 +45,13 @@ def run_on_ranks(
         TimeoutError: some rank did not end.
     """
     port = _free_port()
-    processes, connections = [], []
+    context = _CONTEXT_OF_GPUS if device == "cuda" else _CONTEXT
+    processes: list[Any] = []
+    connections: list[Connection] = []
     for rank in range(num_ranks):
-        receiver, sender = _CONTEXT.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         environment = _environment(rank, num_ranks, port)
-        process = _CONTEXT.Process(target=_worker, args=(sender, environment, function, args))
+        process = context.Process(target=_worker, args=(sender, environment, function, args))
         process.start()
         sender.close()
         processes.append(process)
