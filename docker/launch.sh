@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Start training in a container: on this machine, or as one of the nodes of a job.
 # What it takes is in usage(), below; docker/README.md has examples.
-set -eo pipefail # not -u: to the bash of macOS an empty array is unset
+# For the bash of macOS, 3.2, too: there an empty array counts as unset, so not -u, and the pattern
+# behind =~ may have parentheses only if it is a variable.
+set -eo pipefail
+unset CDPATH # with it `cd` may go elsewhere, and prints where
 
 usage() {
     cat <<'EOF'
@@ -15,7 +18,7 @@ option                    variable         meaning (what it is unless set)
 --node-rank R             NODE_RANK        this one, 0 to N - 1; 0 keeps the log (0)
 --rdzv-endpoint HOST:PORT RDZV_ENDPOINT    node 0, as the others reach it; needed when N > 1
 --nproc-per-node P        NPROC_PER_NODE   processes of this node (one for each GPU; 2 without GPUs)
---gpus G                  GPUS             all, none, or their numbers: 0,1 (all)
+--gpus G                  GPUS             all, none, or numbers or UUIDs, of parts (MIG), too: 0,1 (all)
 --image NAME              IMAGE            (megapoly:gpu; megapoly:cpu without GPUs)
 --runs DIR                RUNS             becomes runs/ in the container (runs, made if it is absent)
 --data DIR                DATA             becomes data/, read-only (data, if there is one)
@@ -27,23 +30,42 @@ option                    variable         meaning (what it is unless set)
 --dry-run                                  print the command of docker and run nothing
 --help
 
+Beside these folders everything is the image's: megapoly, examples/, configurations. `--mount
+.:/opt/megapoly` lays this checkout over them. Exported variables of the second column count where
+their option is not given.
+
 Exported variables that begin with NCCL_, TORCH_, UCX_ or NVTE_ are set in the container, too, and so
 are GLOO_SOCKET_IFNAME, OMP_NUM_THREADS, PYTORCH_CUDA_ALLOC_CONF, HF_TOKEN, HF_HUB_OFFLINE and
 MEGAPOLY_STOPPED_STATUS. The container runs as the caller, so that results belong to the caller.
 
 SIGTERM and Ctrl-C make the job save and end with status 0; every node must get the signal. The
-status is that of megapoly-launch: 2 is a configuration, data or a checkpoint that cannot be used.
+status is that of megapoly-launch: 2 is a configuration, data or a checkpoint that cannot be used. 125
+to 127 are docker's: no engine, no image, no command.
 EOF
 }
 
 # Rule, values, remedy.
 refuse() {
-    printf 'docker/launch.sh: %s\n' "$1" >&2
-    exit 2
+    printf 'docker/launch.sh: %s\n' "$1$from_variables" >&2
+    exit "${2:-2}"
 }
 
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
+# Their names are common: someone may have exported one for something else.
+from_variables=''
+for variable in NNODES NODE_RANK RDZV_ENDPOINT NPROC_PER_NODE GPUS IMAGE RUNS DATA SHM_SIZE INFINIBAND; do
+    [ -z "${!variable}" ] || from_variables+="${from_variables:+, }$variable"
+done
+from_variables=${from_variables:+" (exported and read: $from_variables)"}
+
+number='^(0|[1-9][0-9]*)$'
+host_and_port='^([^:]+|\[[^]]+\]):([1-9][0-9]*)$' # an IPv6 address has brackets
+gpu='([0-9]+(:[0-9]+)?|(GPU|MIG)-[0-9A-Za-z/-]+)'
+several_gpus="^$gpu(,$gpu)*\$"
+all_or_none='^(all|none)$'
+mount_point='^([^:]+):(/[^:]*)(:ro)?$'
+assignment='^[A-Za-z_][A-Za-z0-9_]*(=.*)?$'
 passed_prefixes='NCCL_|TORCH_|UCX_|NVTE_'
 passed_names='GLOO_SOCKET_IFNAME|OMP_NUM_THREADS|PYTORCH_CUDA_ALLOC_CONF|HF_TOKEN|HF_HUB_OFFLINE'
 passed_names+='|MEGAPOLY_STOPPED_STATUS'
@@ -87,18 +109,18 @@ while [ $# -gt 0 ]; do
     --name) name=$2 ;;
     *) refuse "\`$1\` is not an option; --help lists them. Arguments of the script come after its name" ;;
     esac
-    [ -n "$2" ] || refuse "\`$1\` needs a value; --help says which"
+    [[ -n $2 && $2 != --* ]] || refuse "\`$1\` needs a value; --help says which"
     shift 2
 done
 
 [ ${#script[@]} -gt 0 ] || refuse "a script must be named, as examples/pretrain_moe.sh; --help shows the line"
 is_count "$nnodes" || refuse "\`--nnodes\` ($nnodes) must be a number of nodes, 1 or more"
-[[ $node_rank =~ ^(0|[1-9][0-9]*)$ ]] && [ "$node_rank" -lt "$nnodes" ] ||
+[[ $node_rank =~ $number ]] && [ "$node_rank" -lt "$nnodes" ] ||
     refuse "\`--node-rank\` ($node_rank) must be below \`--nnodes\` ($nnodes): the nodes are 0 to $((nnodes - 1))"
 if [ "$nnodes" -gt 1 ]; then
-    [[ $endpoint =~ ^[^:]+:[0-9]+$ ]] ||
+    [[ $endpoint =~ $host_and_port && ${#BASH_REMATCH[2]} -le 5 && ${BASH_REMATCH[2]} -le 65535 ]] ||
         refuse "\`--rdzv-endpoint\` (${endpoint:-not set}) must be HOST:PORT of node 0 where \`--nnodes\` ($nnodes) \
-is above 1; HOST is what the other nodes call it, and 29500 a usual port"
+is above 1; HOST is what the other nodes call it, [fd00::1] if by IPv6, PORT at most 65535, as 29500"
 elif [ -n "$endpoint" ]; then
     refuse "\`--rdzv-endpoint\` ($endpoint) is for jobs of several nodes; set \`--nnodes\` (1), or leave it out"
 fi
@@ -107,16 +129,16 @@ case $gpus in
 all) default_nproc=gpu ;;
 none) default_nproc=2 ;;
 *)
-    [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] ||
-        refuse "\`--gpus\` ($gpus) must be all, none, or numbers of GPUs with commas between, as 0,1"
-    commas=${gpus//[0-9]/}
+    [[ $gpus =~ $several_gpus ]] ||
+        refuse "\`--gpus\` ($gpus) must be all, none, or numbers or UUIDs of GPUs with commas between, as 0,1"
+    commas=${gpus//[^,]/}
     default_nproc=$((${#commas} + 1))
     ;;
 esac
 nproc=${nproc:-$default_nproc}
 is_count "$nproc" || [ "$nproc" = gpu ] ||
     refuse "\`--nproc-per-node\` ($nproc) must be a number of processes, 1 or more"
-[[ $gpus =~ ^(all|none)$ ]] || [ "$nproc" = gpu ] || [ "$nproc" -le "$default_nproc" ] ||
+[[ $gpus =~ $all_or_none ]] || [ "$nproc" = gpu ] || [ "$nproc" -le "$default_nproc" ] ||
     refuse "\`--nproc-per-node\` ($nproc) must not exceed the GPUs of \`--gpus\` $gpus ($default_nproc): \
 each process has its own"
 if [ "$gpus" = none ]; then
@@ -129,8 +151,16 @@ fi
 # An absolute path, as docker takes it; $2 is the option it came with.
 absolute() {
     [ -d "$1" ] || refuse "\`$2\` ($1) must be a folder on this machine; make it, or name another"
-    (cd "$1" && pwd)
+    (cd -- "$1" && pwd)
 }
+
+# docker reads SRC:DST.
+without_colon() {
+    [[ $1 != *:* ]] || refuse "\`$2\` ($1) must have no colon in its path, for docker; name a link to it"
+}
+
+[ -n "$dry_run" ] || command -v docker >/dev/null ||
+    refuse "the command docker must be on the PATH; install it, or run the script itself without a container" 127
 
 command=(docker run --rm --init)
 [ -z "$name" ] || command+=(--name "$name")
@@ -150,38 +180,56 @@ command+=(--ulimit memlock=-1 --ulimit stack=67108864)
 [ "$nnodes" -eq 1 ] || command+=(--network host)
 if [ -n "$infiniband" ] || [ -d /dev/infiniband ]; then
     devices=$(absolute "${infiniband:-/dev/infiniband}" --infiniband)
+    without_colon "$devices" --infiniband
     command+=(--device "$devices:/dev/infiniband" --cap-add IPC_LOCK)
 fi
 
-[ -n "$dry_run" ] || mkdir -p "$runs"
+[ -n "$dry_run" ] || mkdir -p -- "$runs"
 if [ -d "$runs" ]; then runs=$(absolute "$runs" --runs); elif [[ $runs != /* ]]; then runs=$PWD/$runs; fi
+without_colon "$runs" --runs
 command+=(--volume "$runs:$workdir/runs")
 if [ -n "$data" ] || [ -d data ]; then
     data=$(absolute "${data:-data}" --data)
+    without_colon "$data" --data
     command+=(--volume "$data:$workdir/data:ro")
 fi
 targets=("$workdir")
+kept=("$workdir/runs") # what is written there outlives the container
 for mount in "${mounts[@]}"; do
-    [[ $mount =~ ^([^:]+):(/[^:]*)(:ro)?$ ]] ||
+    [[ $mount =~ $mount_point ]] ||
         refuse "\`--mount\` ($mount) must be SRC:DST, DST from the root, as /scratch/me:/scratch; \
 :ro behind it forbids writing"
     targets+=("${BASH_REMATCH[2]%/}")
+    [ -n "${BASH_REMATCH[3]}" ] || kept+=("${BASH_REMATCH[2]%/}")
     options=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
     source_path=$(absolute "${BASH_REMATCH[1]}" --mount)
+    without_colon "$source_path" --mount
     command+=(--volume "$source_path:$options")
 done
+
+# Whether a path of the container is one of the folders that follow, or in one.
+is_within() {
+    local path=$1 folder
+    for folder in "${@:2}"; do [[ $path/ != "$folder"/* ]] || return 0; done
+    return 1
+}
 
 # A path from the root means a file of the container: one of a mount, or of the image.
 for ((i = 1; i < ${#script[@]}; i++)); do
     case ${script[i]} in
-    --config) config=${script[i + 1]} ;;
-    --config=*) config=${script[i]#--config=} ;;
+    --config | --run_dir) option=${script[i]} value=${script[i + 1]} ;;
+    --config=* | --run_dir=*) option=${script[i]%%=*} value=${script[i]#*=} ;;
     *) continue ;;
     esac
-    [[ $config == /* ]] || continue
-    for target in "${targets[@]}"; do [[ $config != "$target"/* ]] || continue 2; done
-    refuse "\`--config\` ($config) must be in a folder of the container, ${targets[*]}; \
-add \`--mount ${config%/*}:${config%/*}\`"
+    if [ "$option" = --run_dir ]; then
+        path=$value
+        [[ $path == /* ]] || path=$workdir/$path
+        is_within "$path" "${kept[@]}" || refuse "\`--run_dir\` ($value) must be in a folder that outlives the \
+container, runs (\`--runs DIR\`) or one of \`--mount DIR:DIR\`"
+    elif [[ $value == /* ]]; then
+        is_within "$value" "${targets[@]}" || refuse "\`--config\` ($value) must be in a folder of the container, \
+${targets[*]}; add \`--mount ${value%/*}:${value%/*}\`"
+    fi
 done
 
 # By name: values stay out of the process list and of --dry-run.
@@ -189,7 +237,7 @@ while read -r variable; do
     command+=(--env "$variable")
 done < <(compgen -e | LC_ALL=C sort | grep -E "^(${passed_prefixes}|(${passed_names})\$)")
 for variable in "${variables[@]}"; do
-    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*(=.*)?$ ]] || refuse "\`--env\` ($variable) must be NAME or NAME=VALUE"
+    [[ $variable =~ $assignment ]] || refuse "\`--env\` ($variable) must be NAME or NAME=VALUE"
     command+=(--env "$variable")
 done
 
@@ -197,7 +245,8 @@ command+=("$image" megapoly-launch --nproc-per-node "$nproc")
 if [ "$nnodes" -gt 1 ]; then
     # Static: node 0 opens the port, and the ranks are in the order of the nodes.
     command+=(--nnodes "$nnodes" --node-rank "$node_rank")
-    command+=(--master-addr "${endpoint%:*}" --master-port "${endpoint##*:}")
+    host=${endpoint%:*} host=${host#[} host=${host%]}
+    command+=(--master-addr "$host" --master-port "${endpoint##*:}")
 else
     command+=(--standalone)
 fi

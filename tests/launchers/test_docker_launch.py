@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import socketserver
+import subprocess
 import threading
 from pathlib import Path
 
@@ -134,12 +135,23 @@ REFUSALS = {
     "processes": (["--nproc-per-node", "eight", "s"], ["(eight)", "number of processes"]),
     "too many": (["--gpus", "0,1", "--nproc-per-node", "4", "s"], ["(4)", "--gpus", "(2)"]),
     "gpu processes": (["--gpus", "none", "--nproc-per-node", "gpu", "s"], ["(gpu)", "(none)"]),
+    "port": (["--nnodes", "2", "--rdzv-endpoint", "a:65536", "s"], ["(a:65536)", "65535"]),
+    "bare IPv6": (["--nnodes", "2", "--rdzv-endpoint", "fd00::1:29500", "s"], ["[fd00::1]"]),
+    "part of a list": (["--gpus", "0,", "s"], ["(0,)", "commas"]),
     "unknown": (["--gpu", "all", "s"], ["`--gpu`", "--help"]),
     "no value": (["--image"], ["`--image`", "value"]),
+    "option for value": (["--name", "--dry-run", "s"], ["`--name`", "value"]),
     "no script": (["--nnodes", "1"], ["script", "examples/pretrain_moe.sh"]),
     "mount": (["--mount", "scratch", "s"], ["(scratch)", "SRC:DST"]),
     "no folder": (["--mount", "absent:/x", "s"], ["--mount", "(absent)", "folder"]),
     "no data": (["--data", "absent", "s"], ["--data", "(absent)", "folder"]),
+    "colon": (["--runs", "a:b", "s"], ["--runs", "a:b)", "colon"]),
+    "run_dir": (
+        ["s", "--run_dir", "/shared/runs/moe"],
+        ["(/shared/runs/moe)", "outlives", "--mount"],
+    ),
+    "run_dir of the image": (["s", "--run_dir=out/moe"], ["(out/moe)", "outlives"]),
+    "run_dir read-only": (["--mount", ".:/x:ro", "s", "--run_dir", "/x/a"], ["(/x/a)"]),
     "variable": (["--env", "A B", "s"], ["--env", "(A B)", "NAME"]),
     "config": (
         ["s", "--config", "/etc/my/c.yaml"],
@@ -165,6 +177,64 @@ def test_status_is_passed_on_and_results_get_a_folder(docker: Programs) -> None:
     (call,) = docker.calls("docker")
     assert f"{docker.folder}/deep/runs:/opt/megapoly/runs" in call
     assert (docker.folder / "deep/runs").is_dir()
+
+
+def test_folders_are_those_of_this_folder(docker: Programs) -> None:
+    """Whatever the user's shell has for `cd`; and a run may be where another folder is mounted."""
+    elsewhere = docker.folder / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    words = ["--data", "data", "--mount", "scratch:/scratch", "s", "--run_dir", "/scratch"]
+    command = dry(docker, *words, CDPATH=str(elsewhere))
+    assert f"{docker.folder}/data:/opt/megapoly/data:ro" in command
+    assert f"{docker.folder}/scratch:/scratch" in command
+    # The checkout in place of the image's.
+    words = ["--mount", ".:/opt/megapoly", "s", "--run_dir=out/a"]
+    assert dry(docker, *words)[-1] == "--run_dir=out/a"
+
+
+@pytest.mark.parametrize(
+    "gpus, num_processes",
+    [("GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "1"), ("MIG-1a/2/0,1:0,3", "3")],
+)
+def test_gpus_by_uuid_and_their_parts(docker: Programs, gpus: str, num_processes: str) -> None:
+    command = dry(docker, "--gpus", gpus, "s")
+    assert f'"device={gpus}"' in command
+    assert command[command.index("--nproc-per-node") + 1] == num_processes
+
+
+def test_node_0_by_its_ipv6_address(docker: Programs) -> None:
+    command = dry(docker, *MANY[:4], "--rdzv-endpoint", "[fd00::1]:29500", "s")
+    assert command[command.index("--master-addr") :][:4] == [
+        *["--master-addr", "fd00::1", "--master-port", "29500"]
+    ]
+
+
+def test_refusals_name_the_variables_that_count(docker: Programs) -> None:
+    line = ["bash", LAUNCH, "--gpus", "none", "s"]
+    status, output = docker.run(line, {"DATA": "x.csv", "NODE_RANK": "0"}, cwd=docker.folder)
+    assert status == 2 and output.endswith("(exported and read: NODE_RANK, DATA)\n"), output
+
+
+def test_without_docker_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "id", "env"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        ["bash", LAUNCH, "s"],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path / "bin")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 127 and "docker must be on the PATH" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", ["docker/launch.sh", "examples/slurm/pretrain.sbatch"])
+def test_bash_of_macos_reads_every_pattern(path: str) -> None:
+    """Bash 3.2 takes no parenthesis behind =~ but in a variable."""
+    patterns = re.findall(r"=~ (\S+)", (ROOT / path).read_text())
+    assert patterns and [pattern for pattern in patterns if "(" in pattern] == []
 
 
 class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
