@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -29,13 +30,14 @@ from megapoly.pretrain import STATUS_FILE, STOPPED
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
 
 # Seconds that workers have for saving before they are killed (torchrun's own default: 30).
+_SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _SHUTDOWN_TIMEOUT_S = "600"
 
 
 def main() -> int:
     """Run torchrun on the command line's words; see the module for the status."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
+    os.environ.setdefault(_SHUTDOWN_TIMEOUT, _SHUTDOWN_TIMEOUT_S)
     stopped_status = os.environ.get(STOPPED_STATUS, "0")
     if not (stopped_status.isdecimal() and int(stopped_status) <= 255):
         print(
@@ -44,12 +46,29 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
         status = _run(status_file)
         stopped = status_file.exists() and status_file.read_text() == STOPPED
         return int(stopped_status) if status == 0 and stopped else status
+
+
+def _let_workers_save(timeout_s: int) -> None:
+    """Torch 2.10, as in docker/Dockerfile, reads no such variable and kills workers after 30 s.
+
+    (pytorch/pytorch#172596; torch 2.13 reads it.) Without a signal of its own `close` ends the
+    other workers of one that failed, and keeps its time: they may hang.
+    """
+    close = PContext.close
+
+    def patient_close(
+        self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30
+    ) -> None:
+        close(self, death_sig, timeout if death_sig is None else timeout_s)
+
+    PContext.close = patient_close  # type: ignore[method-assign]
 
 
 def _run(status_file: Path) -> int:

@@ -1,0 +1,50 @@
+"""megapoly-launch gives workers time to save, by whichever torch it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from commands import Programs, wait_until
+
+# torchrun as torch 2.10 has it: it reads no variable. Its 30 seconds are one.
+OLD_TORCHRUN = """
+import signal, sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import PContext
+
+def shutdown(self, death_sig=signal.SIGTERM, timeout=None):
+    if self._pcontext:
+        self._pcontext.close(death_sig)
+
+LocalElasticAgent._shutdown = shutdown
+PContext.close.__defaults__ = (None, 1)
+from megapoly.launch import main
+sys.exit(main())
+"""
+# One whose checkpoint takes 2.5 seconds.
+WORKER = """
+import os, pathlib, signal, sys, time
+
+def save(*signal_and_frame):
+    time.sleep(2.5)
+    pathlib.Path(os.environ["MEGAPOLY_STATUS_FILE"]).write_text("stopped")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+def test_workers_have_time_to_save_by_an_older_torchrun(tmp_path: Path, programs: Programs) -> None:
+    (tmp_path / "old.py").write_text(OLD_TORCHRUN)
+    (tmp_path / "worker.py").write_text(WORKER)
+    began = tmp_path / "began"
+    words = [sys.executable, str(tmp_path / "old.py"), "--standalone", "--nproc-per-node", "1"]
+    variables = {"MEGAPOLY_STOPPED_STATUS": "75", "OMP_NUM_THREADS": "1"}
+    process = programs.start([*words, str(tmp_path / "worker.py"), str(began)], variables)
+    wait_until(began.exists, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
