@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ JOB = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
     "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_END_TIME": str(int(time.time()) + 24 * 3600),
     "SLURM_CPUS_ON_NODE": "128",
     "SLURM_GPUS_ON_NODE": "8",
 }
@@ -77,7 +79,8 @@ def test_a_launcher_on_each_node(slurm: Programs) -> None:
 
 
 def test_in_a_container(slurm: Programs) -> None:
-    variables = JOB | {"SRUN_STATUS": "0", "CONTAINER": "megapoly.sqsh"}
+    slurm.add("srun", "sys.exit('PYTHONPATH' in os.environ or 'PYTHONHOME' in os.environ)\n")
+    variables = JOB | {"CONTAINER": "megapoly.sqsh", "PYTHONPATH": "/opt/modules/python"}
     variables |= {"MOUNTS": "/shared:/shared", "NPROC_PER_NODE": "4", "MASTER_PORT": "1234"}
     status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
     assert status == 0, output
@@ -87,6 +90,7 @@ def test_in_a_container(slurm: Programs) -> None:
         *["--container-image", "megapoly.sqsh"],
         *["--container-mounts", f"{ROOT}:/opt/megapoly,/shared:/shared"],
         *["--container-workdir", "/opt/megapoly", "--no-container-mount-home"],
+        "--container-writable",
     ]
     assert call[call.index("--nproc-per-node") + 1] == "4"
     assert call[call.index("--master-port") + 1] == "1234"
@@ -110,6 +114,30 @@ def test_preempted_job_is_requeued_but_not_for_ever(slurm: Programs) -> None:
         ["bash", str(SBATCH), *MOE], variables | {"SLURM_RESTART_COUNT": "2"}
     )
     assert status == 0 and "start 3," in output and requeued(slurm)
+
+
+def test_task_of_an_array_is_requeued_alone(slurm: Programs) -> None:
+    """The first task's number is the array's: Slurm would take it for all of them."""
+    slurm.add("srun", SRUN_WAITS)
+    variables = JOB | {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "1"}
+    process = slurm.start(["bash", str(SBATCH), *MOE], variables)
+    wait_until(lambda: bool(slurm.calls("srun")), process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    assert slurm.calls("scancel") == [["--signal", "TERM", "4711_1"]]
+    assert slurm.calls("scontrol")[-1] == ["requeue", "4711_1"]
+
+
+def test_less_time_than_the_signal_has_is_no_loop(slurm: Programs) -> None:
+    """Slurm signals such a job at once, whenever it starts."""
+    slurm.add("srun", SRUN_WAITS)
+    variables = JOB | {"SLURM_JOB_END_TIME": str(int(time.time()) + 590)}
+    process = slurm.start(["bash", str(SBATCH), *MOE], variables)
+    wait_until(lambda: bool(slurm.calls("srun")), process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "`--time`" in output and not requeued(slurm)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["batch", "plain"])
@@ -199,7 +227,7 @@ def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Prog
 
     slurm.add("docker", "command = words[words.index('megapoly:cpu') + 1:]\n" + EXEC)
     launch = ["bash", str(ROOT / "docker/launch.sh"), "--gpus", "none", "--nproc-per-node", "1"]
-    launch += ["--runs", str(tmp_path / "runs"), *script]
+    launch += ["--runs", str(tmp_path), "--mount", f"{tmp_path}/runs:{tmp_path}/runs", *script]
     last = str(stopped_at + 1)
     variables = {"OMP_NUM_THREADS": "1", "MEGAPOLY_STOPPED_STATUS": "75"}
     status, output = slurm.run([*launch, "--training.train_iters", last], variables)
