@@ -1,5 +1,13 @@
-"""Assertions of the shared checks say what they compared."""
+"""What holds for all tests on a GPU."""
+
+import os
 
 import pytest
 
+# Assertions of the shared checks say what they compared.
 pytest.register_assert_rewrite("gpu_jobs")
+
+# NVIDIA's images let fp32 be multiplied in TF32, which is 2^-11 off. Read when torch and cuBLAS are
+# first used, here or by the processes of a job.
+os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"

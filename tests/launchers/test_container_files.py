@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,9 +88,21 @@ def test_context_is_the_tracked_files() -> None:
         "runs/a/b",
         "data/x.bin",
         "megapoly.egg-info/x",
+        # As the head of pretrain.sbatch has them in the checkout.
+        "megapoly.sqsh",
+        "megapoly-4711.log",
     ):
         assert is_ignored(path), path
     assert is_ignored("megapoly/data/__pycache__/corpus.pyc") and not is_ignored("megapoly/data")
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_layers_of_the_user_and_of_torch(dockerfile: str) -> None:
+    """The log that useradd makes is as long as the UID is high; torch's index lacks our pins."""
+    (user,) = [rest for word, rest in instructions(dockerfile) if "useradd" in rest]
+    assert "useradd --no-log-init " in user
+    steps = [step for _, rest in instructions(dockerfile) for step in rest.split("&&")]
+    assert all("--no-deps" in step for step in steps if "download.pytorch.org" in step)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -144,20 +157,34 @@ def test_pins_leave_out_what_the_image_brings(tmp_path: Path) -> None:
     assert printed == "not-to-be-found==1.0\n"
 
 
-def test_linters_take_every_file() -> None:
-    """What `make check` passes to hadolint and shellcheck is every file of that kind."""
-    names = ["DOCKERFILES", "SHELL_SCRIPTS", "SHELL_AND_PYTHON"]
+def values_of_make(*names: str) -> dict[str, str]:
+    """What variables of the Makefile stand for."""
     shown = "shown:;@" + ";".join(f"echo '$({name})'" for name in names)
     make = ["make", "--no-print-directory", "-f", "Makefile", "-f", "-", "shown"]
     found = subprocess.run(make, cwd=ROOT, input=shown, check=True, capture_output=True, text=True)
-    assigned = dict(zip(names, found.stdout.splitlines(), strict=True))
+    return dict(zip(names, found.stdout.splitlines(), strict=True))
+
+
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="there is no command `make`")
+
+
+@needs_make
+def test_cpu_image_has_what_tests_open_beside() -> None:
+    (install,) = [rest for _, rest in instructions("docker/Dockerfile.cpu") if "[test]" in rest]
+    for packages in values_of_make("TRANSFORMERS_4", "TRANSFORMER_ENGINE").values():
+        assert packages in " ".join(install.split())
+
+
+@needs_make
+def test_linters_take_every_file() -> None:
+    """What `make check` passes to hadolint and shellcheck is every file of that kind."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    assigned = values_of_make("DOCKERFILES", "SHELL_SCRIPTS", "SHELL_AND_PYTHON")
     found = [path.name for path in (ROOT / "docker").glob("Dockerfile*")]
     assert sorted(f"docker/{name}" for name in found) == sorted(assigned["DOCKERFILES"].split())
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
-        pytest.skip("not a checkout")
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     scripts = []
     for path in listed.stdout.splitlines():
         file = ROOT / path

@@ -174,6 +174,12 @@ def test_slurm_script_refuses(
     assert slurm.calls("srun") == []
 
 
+def test_no_launcher_starts_where_the_first_node_is_not_known(slurm: Programs) -> None:
+    slurm.add("scontrol", "sys.exit('scontrol: Zero Bytes were transmitted or received')\n")
+    status, output = slurm.run(["bash", str(SBATCH), *MOE], JOB | {"SRUN_STATUS": "0"})
+    assert status == 1 and "Zero Bytes" in output and slurm.calls("srun") == []
+
+
 def test_the_papers_jobs_fit_their_nodes() -> None:
     """The lines at the head of the file, with the GPUs of a node that it asks for."""
     text = SBATCH.read_text()
