@@ -55,7 +55,7 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
     from megapoly.platform.device import this_machine
 
     machine = this_machine()
-    vocab_size = _tokenizer_vocab_size(config)
+    vocab_size = tokenizer_vocab_size(config)
     check(
         config,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -71,7 +71,7 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
     )
 
 
-def _tokenizer_vocab_size(config: Config) -> int | None:
+def tokenizer_vocab_size(config: Config) -> int | None:
     """Ids of the tokenizer; None if its file does not exist, which has a rule of its own."""
     from megapoly.data.tokenizer import load_tokenizer
 

@@ -275,7 +275,8 @@ def _cuda_literals_mean_cpu() -> None:
             return result
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("megatron.core.optimizer"):
-            return result.replace("torch.", "torch.cuda.", 1)
+            # A dry run's parameters: "torch.meta.FloatTensor".
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
     torch.Tensor.type = type_  # type: ignore[assignment,method-assign]
