@@ -14,7 +14,9 @@ from megapoly.config.schema import Config
 
 
 def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Config:
-    """Parse, check and resolve; ``--help`` and ``--print_config`` print (on rank 0) and exit.
+    """Parse, check and resolve; what asks for something else than a run does that, and exits.
+
+    These are ``--help``, ``--print_config`` and ``--dry-run``, of which rank 0 prints the outcome.
 
     Needs no process group: the size of the job and the rank are read from ``WORLD_SIZE`` and
     ``RANK``, which torchrun sets; without them the job is one process.
@@ -30,8 +32,13 @@ def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Con
     Raises:
         ConfigError: what cannot be parsed, or else every broken rule.
         DataError: the tokenizer's file exists and cannot be used.
+        SystemExit: nothing is to be trained; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
+    if arguments.dry_run is not None:
+        from megapoly.planning.dry_run_command import run_command
+
+        raise SystemExit(run_command(arguments.config, arguments.dry_run))
     resolved = check_and_resolve(arguments.config)
     if arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
