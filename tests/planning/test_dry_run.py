@@ -88,7 +88,7 @@ def test_paper_models_add_up_to_the_digit():
     assert each.gradient_bytes == pytest.approx(4 * each.parameters, rel=1e-5)
     shard = each.dense_parameters / 64 + each.expert_parameters / 8
     assert each.optimizer_bytes == pytest.approx(12 * shard, rel=1e-4)
-    assert large.seconds < 30
+    assert large.seconds < 60
 
 
 def real_bytes(config):
