@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel.schedules import (
     get_pp_rank_microbatches,
@@ -88,12 +89,15 @@ def measure_activations(
     Raises:
         NotImplementedError: some operator needs data.
     """
+    if config.parallel.overlap_param_gather:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook(param_sync=False)  # gathers parameters in place
     live = LiveBytes()
+    buffers = _engine_buffers(config, chunks)
+    live.leave_out(buffers)
     for chunk in chunks:
         live.leave_out(chunk.parameters())
         live.leave_out(p.main_grad for p in chunk.parameters())
-        if config.parallel.overlap_param_gather:
-            chunk.disable_forward_pre_hook(param_sync=False)  # gathers parameters in place
     # By default on the CPU, as in training: the engine reads some tensors that it makes there.
     with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"), live:
         kept, outputs = [], []
@@ -106,7 +110,18 @@ def measure_activations(
             with chunk.no_sync():
                 output.backward(torch.empty_like(output))
             del output
-    return ActivationBytes(tuple(kept), live.most - sum(kept))
+    passing = live.most - sum(kept) + sum(buffer.nbytes for buffer in buffers)
+    return ActivationBytes(tuple(kept), passing)
+
+
+def _engine_buffers(config: Config, chunks: Sequence[DistributedDataParallel]) -> list[Tensor]:
+    """Memory that the engine makes in a first pass and keeps, for what ranks gather."""
+    if not config.parallel.sequence_parallel:
+        return []
+    with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"):
+        for chunk in chunks:
+            _forward(config, chunk)
+    return list(parallel_state.get_global_memory_buffer().buffer.values())
 
 
 def _forward(config: Config, chunk: DistributedDataParallel) -> Tensor:
@@ -160,6 +175,7 @@ def _shapes_of_cuda() -> Iterator[None]:
         replaced(F, "scaled_dot_product_attention", _flash_attention),
         replaced(attention, "causal_lower_right", lambda *sizes: None),
         replaced(F, "rms_norm", _fused_rms_norm),
+        replaced(F, "dropout", _fused_dropout),
         replaced(Tensor, "masked_select", _routed_places),
     ):
         yield
@@ -182,6 +198,13 @@ def _flash_attention(
 
 def _fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
     return _FusedRMSNorm.apply(x, weight)
+
+
+def _fused_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    """CUDA's kernel, which keeps a byte of each number."""
+    return torch.native_dropout(x, p, training)[0] if p and training else x
 
 
 class _FusedRMSNorm(Function):
