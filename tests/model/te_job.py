@@ -76,8 +76,35 @@ RECOMPUTED = {
 }
 
 
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+CUDAS = ["12.8", "12.9", "13.0"]
+
+
+def recipes():
+    """Which devices Transformer Engine lets a recipe run on, and what rows it fills up to."""
+    from transformer_engine.common import recipe
+    from transformer_engine.pytorch import quantization
+
+    kinds = {
+        "delayed": (recipe.DelayedScaling(), quantization.check_fp8_support),
+        "tensorwise": (recipe.Float8CurrentScaling(), quantization.check_fp8_support),
+        "blockwise": (recipe.Float8BlockScaling(), quantization.check_fp8_block_scaling_support),
+        "mxfp8": (recipe.MXFP8BlockScaling(), quantization.check_mxfp8_support),
+    }
+    installed, found = torch.version.cuda, {}
+    for name, (kind, check) in kinds.items():
+        for capability in CAPABILITIES:
+            quantization.get_device_compute_capability = lambda capability=capability: capability
+            for torch.version.cuda in CUDAS:
+                found[name, capability, torch.version.cuda] = check.__wrapped__()[0]
+        found[name] = quantization.get_align_size_for_quantization(kind)
+    torch.version.cuda = installed
+    quantization.get_device_compute_capability = lambda: (9, 0)
+    return found
+
+
 def on_one_process():
-    results = {"version": package.__version__}
+    results = {"version": package.__version__, "recipes": recipes()}
     with process_groups(config_of(SIZES, platform), platform):
         results["models"] = {
             name: [

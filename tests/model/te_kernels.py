@@ -190,6 +190,7 @@ TORCH_DTYPE = {"kFloat32": torch.float32, "kBFloat16": torch.bfloat16}
 _PLACES = [f"GEMM{i}_{kind}" for i in (1, 2, 3) for kind in ("INPUT", "WEIGHT", "OUTPUT")]
 _GRAD_PLACES = [f"GRAD_{kind}{i}" for i in (1, 2, 3) for kind in ("OUTPUT", "INPUT")]
 KERNELS = dict(
+    get_cublasLt_version=lambda: 120900,
     FP8FwdTensors=enum.IntEnum("FP8FwdTensors", _PLACES, start=0),
     FP8BwdTensors=enum.IntEnum("FP8BwdTensors", _GRAD_PLACES, start=0),
     generic_gemm=generic_gemm,

@@ -17,6 +17,7 @@ from layouts import Result
 from te_models import MODELS
 
 from megapoly.config import configure
+from megapoly.config.fp8 import RECIPES
 from megapoly.errors import ConfigError
 from megapoly.platform import this_machine
 from megapoly.testing.ranks import _free_port
@@ -193,6 +194,19 @@ def test_parallel_forms_are_those_of_one_process(jobs, layout):
         assert (actual.gradients[name] - gradient).norm() < 5e-6 * gradient.norm(), name
     norms = [rank.grad_norm for rank in (*actual.ranks, *expected.ranks)]
     assert norms == pytest.approx([norms[-1]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run_where_transformer_engine_lets_them(one_process, name):
+    found = one_process["recipes"]
+    cases = [case for case in found if case[0] == name]
+    assert len(cases) == 21
+    for _, capability, cuda in cases:
+        major, minor = cuda.split(".")
+        new_enough = (int(major), int(minor)) >= (RECIPES[name].cuda or (0, 0))
+        runs = RECIPES[name].runs_on(capability) and new_enough
+        assert found[name, capability, cuda] is runs, (capability, cuda)
+    assert found[name] == RECIPES[name].multiple
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
