@@ -27,9 +27,10 @@ sys.modules["fused_weight_gradient_mlp_cuda"] = types.SimpleNamespace(
 
 import torch  # noqa: E402
 
-from megapoly.platform import select_platform  # noqa: E402
+from megapoly.platform import engine_workarounds, select_platform  # noqa: E402
 
 platform = select_platform("cpu")
+engine_workarounds.install_with_transformer_engine()  # as on CUDA
 te_kernels.install()
 
 from layouts import result_of_model  # noqa: E402
@@ -158,13 +159,36 @@ def _of_one(options):
     return {key: value for key, value in options.items() if not key.startswith("parallel.")}
 
 
+sums = []  # of PolyNorm's statistics, over ranks
+
+
+def count_sums():
+    from megapoly.ops import collectives
+
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        if sys._getframe(1).f_globals["__name__"] == collectives.__name__:
+            sums.append(kwargs)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+
+
 def on_two_ranks():
+    count_sums()
     configs = {name: config_of(options, platform) for name, options in LAYOUTS.items()}
     results = {}
     with process_group(next(iter(configs.values())), platform):
         for name, config in configs.items():
             with model_groups(config):
                 results[name] = (result_of_model(config, platform), description(config))
+        with model_groups(configs["tensor"]):
+            for name in ("nothing", "layers"):
+                options = LAYOUTS["tensor"] | fp8("tensorwise") | RECOMPUTED[name]
+                sums.clear()
+                losses = trained(config_of(options, platform), platform, 2)
+                results[f"recomputed {name}"] = (losses, len(sums))
     return results
 
 

@@ -241,6 +241,15 @@ def test_recomputation_in_fp8_changes_nothing(one_process):
     assert losses["layers"] == losses["experts"] == losses["nothing"]
 
 
+def test_recomputation_in_fp8_repeats_no_sum_over_ranks(jobs):
+    (losses, sums), (recomputed, sums_recomputed) = (
+        jobs[1][f"recomputed {what}"] for what in ("nothing", "layers")
+    )
+    assert recomputed == losses
+    # Two steps of two micro-batches, two layers, forward and backward.
+    assert sums_recomputed == sums == 2 * 2 * 2 * 2
+
+
 def test_checkpoints_go_from_one_family_of_layers_to_the_other_and_back(one_process):
     result = one_process["there and back"]
     assert result["same"] == [True, True]
