@@ -2,8 +2,10 @@
 #                 and let it continue a text
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
-# make check      lint, format and type checks
-# Each sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
+# make check      lint, format and type checks; Dockerfiles and shell scripts, too
+# make test-gpu   kernels, training and numerics on one GPU, then the kernels' speed; with PYTHON as it
+#                 is, whose torch is for CUDA, and no .venv
+# Each other sets up .venv first. PYTHON chooses the interpreter, TORCH the torch to install.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,7 +13,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: pretrain test test-parallel check format clean
+DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
+SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/slurm/pretrain.sbatch
+# Shell to the line with `exec`, Python after it.
+SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
+
+.PHONY: pretrain test test-parallel test-gpu check format clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
@@ -25,10 +32,24 @@ test: $(INSTALLED)
 test-parallel: $(INSTALLED)
 	$(BIN)/python -m pytest -m parallel
 
+# Not .venv's: torch there is a build for CPU unless TORCH says else, and a container brings its own,
+# with other packages, whose warnings are not errors. Nothing is written but GPU_REPORT.
+GPU_REPORT ?= runs/benchmark_ops.json
+
+test-gpu:
+	$(PYTHON) tools/doctor.py
+	$(PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: $(PYTHON) sees no CUDA device")'
+	$(PYTHON) -m pytest -m gpu -W default -p no:cacheprovider tests/gpu tests/ops
+	mkdir -p $(dir $(GPU_REPORT))
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) tools/benchmark_ops.py --device cuda --operators polynorm polyrelu --json $(GPU_REPORT)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint $(DOCKERFILES)
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	for script in $(SHELL_AND_PYTHON); do sed '/^exec /q' $$script | $(BIN)/shellcheck - || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

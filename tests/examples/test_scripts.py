@@ -12,6 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapoly import launch
+from megapoly.pretrain import COMPLETE, STATUS_FILE, STOPPED
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -115,6 +116,29 @@ def test_unknown_option_names_the_nearest(tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "`model.num_layer`" in output and "`model.num_layers`" in output
+
+
+@pytest.mark.parametrize("end, expected", [(STOPPED, 75), (COMPLETE, 0), (None, 0)])
+def test_launcher_tells_a_stopped_run_from_a_complete_one(monkeypatch, end, expected):
+    """On hosts where torchrun ends by itself, too: another host's launcher got the signal."""
+
+    def run(words):
+        if end is not None:
+            Path(os.environ[STATUS_FILE]).write_text(end)
+
+    monkeypatch.setattr(launch, "torchrun", run)
+    monkeypatch.setenv(STATUS_FILE, "restored after the test")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert launch.main() == 0
+    monkeypatch.setenv("MEGAPOLY_STOPPED_STATUS", "75")
+    assert launch.main() == expected
+
+
+def test_launcher_refuses_what_is_no_status(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "torchrun", lambda words: pytest.fail("nothing must start"))
+    monkeypatch.setenv("MEGAPOLY_STOPPED_STATUS", "256")
+    assert launch.main() == 2
+    assert "`MEGAPOLY_STOPPED_STATUS` (256)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapoly.config import Config, load_yaml
-from megapoly.config.schema import TrainingConfig
+from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.testing import run_job
 from megapoly.training.evaluation import Evaluation, weighted_mean
 from megapoly.training.reporter import Reporter, _drop_after
@@ -31,6 +31,7 @@ OVERRIDES = {
     "training.eval_iters": 1,
     "optimizer.lr_warmup_iters": 2,
     "logging.log_interval": 1,
+    "logging.peak_tflops": 0.25,
     "logging.detail_interval": 2,
     "checkpoint.save": False,
     "parallel.pipeline_model_parallel_size": 1,
@@ -60,6 +61,7 @@ def test_every_step_has_its_line(run):
     for line in metrics:
         assert line["consumed_tokens"] == line["iteration"] * 4 * 32
         assert line["tokens_per_second"] == pytest.approx(4 * 32 / line["step_time_s"])
+        assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 0.25)
         assert math.isfinite(line["lm_loss"]) and line["grad_norm"] > 0
         assert line["load_balancing_loss"] > 0.99  # 1 when the experts are balanced
         assert line["z_loss"] > 0
@@ -127,8 +129,11 @@ def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[
     if num_sets > 1:
         evaluations["mean"] = Evaluation(9.0, 10 * num_sets)
     state = SimpleNamespace(
-        config=Config(training=TrainingConfig(train_iters=20, eval_interval=1)),
-        platform=SimpleNamespace(is_cuda=False),
+        config=Config(
+            model=ModelConfig(vocab_size=4096),
+            training=TrainingConfig(train_iters=20, eval_interval=1),
+        ),
+        platform=SimpleNamespace(is_cuda=False, describe=lambda: "CPU, 1 thread"),
         iteration=10,
         consumed_tokens=0,
     )

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 
 from megapoly.config.machine import Machine
-from megapoly.config.rules import data, gpu, layout, model, run, schedule, tasks, values
+from megapoly.config.rules import data, gpu, layout, model, profile, run, schedule, tasks, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
@@ -23,8 +23,20 @@ RULES: tuple[Rule, ...] = (
     *schedule.RULES,
     *run.RULES,
     *gpu.RULES,
+    *profile.RULES,
     *data.RULES,
     *tasks.RULES,
+)
+
+# About what the configuration reads, on the machine that runs it.
+RULES_ON_FILES: frozenset[Rule] = frozenset(
+    {
+        data.token_files_exist,
+        data.tokenizer_exists,
+        run.checkpoint_exists,
+        tasks.task_data_exists,
+        tasks.harness_is_installed,
+    }
 )
 
 
@@ -34,6 +46,7 @@ def find_problems(
     world_size: int,
     machine: Machine,
     tokenizer_vocab_size: int | None = None,
+    with_files: bool = True,
 ) -> list[str]:
     """Every broken rule as one message: the rule, the values, the remedy.
 
@@ -43,6 +56,8 @@ def find_problems(
         machine: what every process has.
         tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
             rule about it.
+        with_files: whether what the configuration reads has to be here; false for a job that is
+            planned for other machines.
     """
     facts = Facts(
         config,
@@ -51,7 +66,8 @@ def find_problems(
         tokenizer_vocab_size,
         lm_eval_available=importlib.util.find_spec("lm_eval") is not None,
     )
-    return [problem for rule in RULES for problem in rule(facts)]
+    rules = [rule for rule in RULES if with_files or rule not in RULES_ON_FILES]
+    return [problem for rule in rules for problem in rule(facts)]
 
 
 def check(
@@ -60,6 +76,7 @@ def check(
     world_size: int,
     machine: Machine,
     tokenizer_vocab_size: int | None = None,
+    with_files: bool = True,
     problems: Sequence[str] = (),
 ) -> None:
     """Refuse a configuration that breaks a rule; arguments as :func:`find_problems`.
@@ -69,6 +86,7 @@ def check(
         world_size: see there.
         machine: see there.
         tokenizer_vocab_size: see there.
+        with_files: see there.
         problems: what else is wrong, reported together with the rules.
 
     Raises:
@@ -79,6 +97,7 @@ def check(
         world_size=world_size,
         machine=machine,
         tokenizer_vocab_size=tokenizer_vocab_size,
+        with_files=with_files,
     )
     if problems or found:
         raise ConfigError([*problems, *found])

@@ -55,7 +55,7 @@ def learning_rates_are_ordered(facts: Facts) -> Iterator[str]:
 
 def warmup_ends_before_decay(facts: Facts) -> Iterator[str]:
     """The engine's scheduler needs a step between the two."""
-    if not _has_lengths(facts):
+    if not has_lengths(facts):
         return
     warmup, decay = resolve.lr_warmup_iters(facts.config), resolve.lr_decay_iters(facts.config)
     if warmup >= decay:
@@ -86,7 +86,7 @@ def wsd_has_its_options(facts: Facts) -> Iterator[str]:
 
 def wsd_decay_fits(facts: Facts) -> Iterator[str]:
     """The decay at the end begins after the warm-up."""
-    if not _has_lengths(facts) or facts.config.optimizer.lr_decay_style != "WSD":
+    if not has_lengths(facts) or facts.config.optimizer.lr_decay_style != "WSD":
         return
     warmup, decay = resolve.lr_warmup_iters(facts.config), resolve.lr_decay_iters(facts.config)
     end = resolve.lr_wsd_decay_iters(facts.config) or 0
@@ -99,7 +99,7 @@ def wsd_decay_fits(facts: Facts) -> Iterator[str]:
 
 def constant_rate_has_no_decay(facts: Facts) -> Iterator[str]:
     """A constant learning rate never decays, so a length of the decay says nothing."""
-    if not _has_lengths(facts) or facts.config.optimizer.lr_decay_style != "constant":
+    if not has_lengths(facts) or facts.config.optimizer.lr_decay_style != "constant":
         return
     decay = resolve.lr_decay_iters(facts.config)
     if decay != resolve.train_iters(facts.config):
@@ -110,7 +110,7 @@ def constant_rate_has_no_decay(facts: Facts) -> Iterator[str]:
         )
 
 
-def _has_lengths(facts: Facts) -> bool:
+def has_lengths(facts: Facts) -> bool:
     """Whether all lengths can be worked out in steps; what prevents it has rules of its own."""
     config = facts.config
     pairs = [[value_of(config, form) for form in forms] for forms in STEP_AND_TOKEN_FORMS]

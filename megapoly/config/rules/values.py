@@ -40,6 +40,8 @@ AT_LEAST_ONE = (
     "training.eval_iters",
     "training.eval_tasks_limit",
     "logging.log_interval",
+    "logging.profile_step_start",
+    "logging.profile_step_end",
 )
 AT_LEAST_ZERO = (
     "model.moe_aux_loss_coeff",

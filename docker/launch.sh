@@ -1,0 +1,211 @@
+#!/usr/bin/env bash
+# Start training in a container: on this machine, or as one of the nodes of a job.
+# What it takes is in usage(), below; docker/README.md has examples.
+set -eo pipefail # not -u: to the bash of macOS an empty array is unset
+
+usage() {
+    cat <<'EOF'
+usage: docker/launch.sh [option ...] [--] SCRIPT [argument ...]
+
+Runs megapoly-launch (torchrun) in a container, on SCRIPT (examples/pretrain_moe.sh, say) with its
+arguments: the same --config and overrides as without a container.
+
+option                    variable         meaning (what it is unless set)
+--nnodes N                NNODES           nodes of the job (1)
+--node-rank R             NODE_RANK        this one, 0 to N - 1; 0 keeps the log (0)
+--rdzv-endpoint HOST:PORT RDZV_ENDPOINT    node 0, as the others reach it; needed when N > 1
+--nproc-per-node P        NPROC_PER_NODE   processes of this node (one for each GPU; 2 without GPUs)
+--gpus G                  GPUS             all, none, or their numbers: 0,1 (all)
+--image NAME              IMAGE            (megapoly:gpu; megapoly:cpu without GPUs)
+--runs DIR                RUNS             becomes runs/ in the container (runs, made if it is absent)
+--data DIR                DATA             becomes data/, read-only (data, if there is one)
+--mount SRC:DST[:ro]                       another folder; may be repeated
+--env NAME[=VALUE]                         another variable; may be repeated
+--shm-size SIZE           SHM_SIZE         shared memory of its own, as 64g (the machine's: --ipc=host)
+--infiniband DIR          INFINIBAND       devices of the fabric (/dev/infiniband, if there is one)
+--name NAME                                of the container, for `docker stop NAME` (docker's choice)
+--dry-run                                  print the command of docker and run nothing
+--help
+
+Exported variables that begin with NCCL_, TORCH_, UCX_ or NVTE_ are set in the container, too, and so
+are GLOO_SOCKET_IFNAME, OMP_NUM_THREADS, PYTORCH_CUDA_ALLOC_CONF, HF_TOKEN, HF_HUB_OFFLINE and
+MEGAPOLY_STOPPED_STATUS. The container runs as the caller, so that results belong to the caller.
+
+SIGTERM and Ctrl-C make the job save and end with status 0; every node must get the signal. The
+status is that of megapoly-launch: 2 is a configuration, data or a checkpoint that cannot be used.
+EOF
+}
+
+# Rule, values, remedy.
+refuse() {
+    printf 'docker/launch.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
+
+passed_prefixes='NCCL_|TORCH_|UCX_|NVTE_'
+passed_names='GLOO_SOCKET_IFNAME|OMP_NUM_THREADS|PYTORCH_CUDA_ALLOC_CONF|HF_TOKEN|HF_HUB_OFFLINE'
+passed_names+='|MEGAPOLY_STOPPED_STATUS'
+workdir=/opt/megapoly # WORKDIR of the images
+nnodes=${NNODES:-1}
+node_rank=${NODE_RANK:-0}
+endpoint=${RDZV_ENDPOINT:-}
+nproc=${NPROC_PER_NODE:-}
+gpus=${GPUS:-all}
+image=${IMAGE:-}
+runs=${RUNS:-runs}
+data=${DATA:-}
+shm_size=${SHM_SIZE:-}
+infiniband=${INFINIBAND:-}
+name='' dry_run='' script=()
+mounts=() variables=()
+
+while [ $# -gt 0 ]; do
+    case $1 in
+    --help) usage && exit 0 ;;
+    --dry-run) dry_run=yes && shift && continue ;;
+    --) shift && script=("$@") && break ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; # --option=value
+    -*) ;;
+    *) script=("$@") && break ;;
+    esac
+    [ $# -gt 1 ] || set -- "$1" ''
+    case $1 in
+    --nnodes) nnodes=$2 ;;
+    --node-rank) node_rank=$2 ;;
+    --rdzv-endpoint) endpoint=$2 ;;
+    --nproc-per-node) nproc=$2 ;;
+    --gpus) gpus=$2 ;;
+    --image) image=$2 ;;
+    --runs) runs=$2 ;;
+    --data) data=$2 ;;
+    --mount) mounts+=("$2") ;;
+    --env) variables+=("$2") ;;
+    --shm-size) shm_size=$2 ;;
+    --infiniband) infiniband=$2 ;;
+    --name) name=$2 ;;
+    *) refuse "\`$1\` is not an option; --help lists them. Arguments of the script come after its name" ;;
+    esac
+    [ -n "$2" ] || refuse "\`$1\` needs a value; --help says which"
+    shift 2
+done
+
+[ ${#script[@]} -gt 0 ] || refuse "a script must be named, as examples/pretrain_moe.sh; --help shows the line"
+is_count "$nnodes" || refuse "\`--nnodes\` ($nnodes) must be a number of nodes, 1 or more"
+[[ $node_rank =~ ^(0|[1-9][0-9]*)$ ]] && [ "$node_rank" -lt "$nnodes" ] ||
+    refuse "\`--node-rank\` ($node_rank) must be below \`--nnodes\` ($nnodes): the nodes are 0 to $((nnodes - 1))"
+if [ "$nnodes" -gt 1 ]; then
+    [[ $endpoint =~ ^[^:]+:[0-9]+$ ]] ||
+        refuse "\`--rdzv-endpoint\` (${endpoint:-not set}) must be HOST:PORT of node 0 where \`--nnodes\` ($nnodes) \
+is above 1; HOST is what the other nodes call it, and 29500 a usual port"
+elif [ -n "$endpoint" ]; then
+    refuse "\`--rdzv-endpoint\` ($endpoint) is for jobs of several nodes; set \`--nnodes\` (1), or leave it out"
+fi
+
+case $gpus in
+all) default_nproc=gpu ;;
+none) default_nproc=2 ;;
+*)
+    [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+        refuse "\`--gpus\` ($gpus) must be all, none, or numbers of GPUs with commas between, as 0,1"
+    commas=${gpus//[0-9]/}
+    default_nproc=$((${#commas} + 1))
+    ;;
+esac
+nproc=${nproc:-$default_nproc}
+is_count "$nproc" || [ "$nproc" = gpu ] ||
+    refuse "\`--nproc-per-node\` ($nproc) must be a number of processes, 1 or more"
+[[ $gpus =~ ^(all|none)$ ]] || [ "$nproc" = gpu ] || [ "$nproc" -le "$default_nproc" ] ||
+    refuse "\`--nproc-per-node\` ($nproc) must not exceed the GPUs of \`--gpus\` $gpus ($default_nproc): \
+each process has its own"
+if [ "$gpus" = none ]; then
+    [ "$nproc" != gpu ] || refuse "\`--nproc-per-node\` (gpu) needs GPUs; set a number, or \`--gpus\` (none) to all"
+    image=${image:-megapoly:cpu}
+else
+    image=${image:-megapoly:gpu}
+fi
+
+# An absolute path, as docker takes it; $2 is the option it came with.
+absolute() {
+    [ -d "$1" ] || refuse "\`$2\` ($1) must be a folder on this machine; make it, or name another"
+    (cd "$1" && pwd)
+}
+
+command=(docker run --rm --init)
+[ -z "$name" ] || command+=(--name "$name")
+command+=(--user "$(id -u):$(id -g)" --workdir "$workdir")
+# Time to save a checkpoint before docker kills it, as megapoly-launch gives its workers.
+command+=(--stop-timeout 600)
+# The image's health check starts a second program on the GPUs, whose memory the job may need.
+command+=(--no-healthcheck)
+case $gpus in
+all) command+=(--gpus all) ;;
+none) ;;
+*) command+=(--gpus "\"device=$gpus\"") ;; # docker reads a list with commas, unless quoted in it
+esac
+if [ -n "$shm_size" ]; then command+=(--shm-size "$shm_size"); else command+=(--ipc host); fi
+# Fabric and pinned memory: no limit on locked pages; NVIDIA's images ask for the stack.
+command+=(--ulimit memlock=-1 --ulimit stack=67108864)
+[ "$nnodes" -eq 1 ] || command+=(--network host)
+if [ -n "$infiniband" ] || [ -d /dev/infiniband ]; then
+    devices=$(absolute "${infiniband:-/dev/infiniband}" --infiniband)
+    command+=(--device "$devices:/dev/infiniband" --cap-add IPC_LOCK)
+fi
+
+[ -n "$dry_run" ] || mkdir -p "$runs"
+if [ -d "$runs" ]; then runs=$(absolute "$runs" --runs); elif [[ $runs != /* ]]; then runs=$PWD/$runs; fi
+command+=(--volume "$runs:$workdir/runs")
+if [ -n "$data" ] || [ -d data ]; then
+    data=$(absolute "${data:-data}" --data)
+    command+=(--volume "$data:$workdir/data:ro")
+fi
+targets=("$workdir")
+for mount in "${mounts[@]}"; do
+    [[ $mount =~ ^([^:]+):(/[^:]*)(:ro)?$ ]] ||
+        refuse "\`--mount\` ($mount) must be SRC:DST, DST from the root, as /scratch/me:/scratch; \
+:ro behind it forbids writing"
+    targets+=("${BASH_REMATCH[2]%/}")
+    options=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
+    source_path=$(absolute "${BASH_REMATCH[1]}" --mount)
+    command+=(--volume "$source_path:$options")
+done
+
+# A path from the root means a file of the container: one of a mount, or of the image.
+for ((i = 1; i < ${#script[@]}; i++)); do
+    case ${script[i]} in
+    --config) config=${script[i + 1]} ;;
+    --config=*) config=${script[i]#--config=} ;;
+    *) continue ;;
+    esac
+    [[ $config == /* ]] || continue
+    for target in "${targets[@]}"; do [[ $config != "$target"/* ]] || continue 2; done
+    refuse "\`--config\` ($config) must be in a folder of the container, ${targets[*]}; \
+add \`--mount ${config%/*}:${config%/*}\`"
+done
+
+# By name: values stay out of the process list and of --dry-run.
+while read -r variable; do
+    command+=(--env "$variable")
+done < <(compgen -e | LC_ALL=C sort | grep -E "^(${passed_prefixes}|(${passed_names})\$)")
+for variable in "${variables[@]}"; do
+    [[ $variable =~ ^[A-Za-z_][A-Za-z0-9_]*(=.*)?$ ]] || refuse "\`--env\` ($variable) must be NAME or NAME=VALUE"
+    command+=(--env "$variable")
+done
+
+command+=("$image" megapoly-launch --nproc-per-node "$nproc")
+if [ "$nnodes" -gt 1 ]; then
+    # Static: node 0 opens the port, and the ranks are in the order of the nodes.
+    command+=(--nnodes "$nnodes" --node-rank "$node_rank")
+    command+=(--master-addr "${endpoint%:*}" --master-port "${endpoint##*:}")
+else
+    command+=(--standalone)
+fi
+command+=("${script[@]}")
+
+if [ -n "$dry_run" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+exec "${command[@]}"

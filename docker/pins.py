@@ -1,0 +1,35 @@
+"""Of the pins in a constraints file, those of packages that are not installed here.
+
+    python docker/pins.py docker/constraints.txt
+
+NVIDIA's image brings torch, Transformer Engine, flash-attn and what belongs to them in builds of
+its own, and keeps these by a constraints file of its own. A pin of ours beside one of theirs, with
+another version, would leave pip no solution.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from importlib.metadata import distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def pins_of_absent(lines: Iterable[str], installed: Iterable[str]) -> list[str]:
+    """Lines of a constraints file whose package is not among ``installed``, comments left out."""
+    present = {canonicalize_name(name) for name in installed}
+    pins = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    return [pin for pin in pins if canonicalize_name(Requirement(pin).name) not in present]
+
+
+def main() -> None:
+    """Print the pins of the file that the command line names."""
+    installed = [distribution.metadata["Name"] for distribution in distributions()]
+    print("\n".join(pins_of_absent(Path(sys.argv[1]).read_text().splitlines(), installed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""Memory of one rank, in bytes: weights, gradients, optimizer state, activations, work space.
+
+Activations are what the modules of this project's local spec keep for the backward pass; every
+entry of :func:`layer_activations` and :func:`head_activations` is one tensor that autograd saves,
+and a test compares them with what it does save. With Transformer Engine the same tensors are kept
+in other modules, in FP8 some of them in a byte instead of two; that has not been measured.
+
+Not in these figures, and the reason for :data:`HEADROOM`: the CUDA context and libraries, nccl's
+buffers, and what the allocator cannot use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megapoly.activations import registry
+from megapoly.config import Config, ffn_width, padded_vocab_size
+from megapoly.config.resolve import num_microbatches
+from megapoly.planning.parameters import Counts, counts_of_rank, stage_parts
+from megapoly.planning.ranks import Grid
+
+# Share of the device's memory that a layout has to leave free to count as fitting.
+HEADROOM = 0.1
+
+_FP32 = 4
+
+
+class Saved(NamedTuple):
+    """A tensor that is kept for the backward pass.
+
+    Args:
+        name: of the tensor, and of the module that keeps it.
+        size: bytes for each token of the micro-batch on this rank (of seq_length / cp tokens).
+        module: part of the layer: ``attention`` core, ``ffn`` (``mlp`` or ``moe`` of
+            ``parallel.recompute_modules``), or '' for what no option recomputes alone.
+    """
+
+    name: str
+    size: float
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the fullest moment of a step.
+
+    Args:
+        weights: parameters as the model computes with them; with FP8 these copies, too.
+        gradients: fp32 buffers of all of them.
+        optimizer: moments, and fp32 copies of bf16 weights; a share with the distributed optimizer.
+        activations: kept for the backward pass, of all micro-batches that are under way.
+        temporary: the largest tensors that live for a moment.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def memory_of_rank(config: Config, world_size: int, stage: int) -> Memory:
+    """Memory of each rank of a pipeline stage.
+
+    Args:
+        config: resolved.
+        world_size: processes.
+        stage: pipeline stage.
+    """
+    counts = counts_of_rank(config, stage)
+    grid = Grid.of(config, world_size)
+    return Memory(
+        weights=counts.total * element_size(config) + _fp8_copies(config, stage),
+        gradients=counts.total * _FP32,
+        optimizer=_optimizer_bytes(config, grid, counts),
+        activations=round(_activation_bytes(config, world_size, stage)),
+        temporary=round(_temporary_bytes(config, stage)),
+    )
+
+
+def _fp8_copies(config: Config, stage: int) -> int:
+    """The layers' matrices in FP8, by rows and by columns, that Transformer Engine keeps."""
+    if config.training.fp8 is None:
+        return 0
+    matrices = ("attention", "FFN", "experts", "shared expert")
+    return 2 * sum(part.on_rank for part in stage_parts(config, stage) if part.name in matrices)
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if config.training.bf16 else _FP32
+
+
+def tokens_of_rank(config: Config) -> int:
+    """Tokens of a micro-batch on one rank, before sequence parallelism."""
+    training = config.training
+    samples = training.micro_batch_size * training.seq_length
+    return samples // config.parallel.context_parallel_size
+
+
+def optimizer_bytes_per_parameter(config: Config) -> int:
+    """Two fp32 moments and, of bf16 weights, an fp32 copy."""
+    return (3 if config.training.bf16 else 2) * _FP32
+
+
+def _optimizer_bytes(config: Config, grid: Grid, counts: Counts) -> int:
+    per_parameter = optimizer_bytes_per_parameter(config)
+    if not config.parallel.use_distributed_optimizer:
+        return counts.total * per_parameter
+    sizes = grid.sizes
+    dense = -(-counts.dense // (sizes["dp"] * sizes["cp"]))
+    return (dense + -(-counts.routed // sizes["edp"])) * per_parameter
+
+
+def layer_activations(config: Config) -> list[Saved]:
+    """What one layer keeps of one token.
+
+    Args:
+        config: resolved. Routing is taken to be balanced.
+    """
+    model, parallel = config.model, config.parallel
+    assert model.kv_channels is not None and model.num_query_groups is not None
+    tensor, item = parallel.tensor_model_parallel_size, element_size(config)
+    cut = tensor if parallel.sequence_parallel else 1
+    hidden = model.hidden_size * item / cut
+    statistic = _FP32 / cut
+    heads = model.num_attention_heads / tensor
+    query = heads * model.kv_channels
+    key = model.num_query_groups * model.kv_channels / tensor
+    saved = [
+        Saved("input of the attention norm", hidden),
+        Saved("statistic of the attention norm", statistic),
+        Saved("input of the QKV projection", hidden),
+        Saved("queries, keys, values", (query + 2 * key) * item),
+    ]
+    if model.qk_norm == "full":
+        # In fp32 before the norm, in the model's precision before its weight.
+        size = (query + key) * (_FP32 + item) + 2 * _FP32
+        saved.append(Saved("inputs of QK-norms", size))
+    if model.qk_norm == "head":
+        groups = model.num_query_groups / tensor
+        saved.append(Saved("statistics of QK-norms", (heads + groups) * _FP32))
+    gathered = parallel.context_parallel_size if parallel.cp_comm_type == "all_gather" else 1
+    # Sines and cosines, for queries and for keys, are the same for every sample.
+    rotation = 4 * model.kv_channels * item / config.training.micro_batch_size
+    saved += [
+        Saved("rotation of queries and keys", rotation),
+        Saved("rotated queries", query * item),
+        Saved("rotated keys", key * item * gathered),
+        *([Saved("gathered values", key * item * gathered)] if gathered > 1 else []),
+        Saved(
+            "logarithms of the softmax sums",
+            heads * _FP32,
+            "core_attn",
+        ),
+        Saved("output of attention", query * item),
+        Saved("input of the FFN norm", hidden),
+        Saved("statistic of the FFN norm", statistic),
+        Saved("input of the FFN", hidden),
+    ]
+    if model.hidden_dropout:
+        saved.append(Saved("masks of dropout", 2 * model.hidden_size / cut))
+    return saved + (_moe_activations(config, cut) if model.num_moe_experts else _dense_ffn(config))
+
+
+def _dense_ffn(config: Config) -> list[Saved]:
+    width = ffn_width(config.model, config.model.ffn_hidden_size)
+    saved = _ffn(config, width / config.parallel.tensor_model_parallel_size, rows=1.0)
+    return [entry._replace(module="mlp") for entry in saved]
+
+
+def _ffn(config: Config, width: float, rows: float, *, is_routed: bool = False) -> list[Saved]:
+    """FC1's output, what the activation adds, FC2's input, for ``rows`` rows of a token."""
+    name = config.model.activation
+    activation = registry.get(name)
+    row = width * element_size(config) * rows
+    saved = []
+    if name != "relu":  # which keeps its output, that FC2 keeps, too
+        saved.append(Saved("output of FC1", row * (2 if activation.gated else 1)))
+    if not activation.has_coefficients:
+        if activation.gated:
+            saved.append(Saved("activated half", row))
+        if is_routed:
+            saved.append(Saved("output of the activation", row))
+    if activation.normalized:
+        saved.append(Saved("roots of PolyNorm", config.model.activation_order * _FP32 * rows))
+    return [*saved, Saved("input of FC2", row)]
+
+
+def _moe_activations(config: Config, cut: int) -> list[Saved]:
+    model, parallel = config.model, config.parallel
+    assert model.num_moe_experts is not None and model.moe_ffn_hidden_size is not None
+    assert parallel.expert_tensor_parallel_size is not None, "resolve first"
+    rows = rows_of_experts(config)
+    width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
+    scores = (4 * _FP32 + 1) * model.num_moe_experts + _FP32
+    choices = 3 * 8 * model.moe_router_topk
+    saved = [
+        Saved("scores and choices of the router", (scores + choices) / cut),
+        Saved("tokens of the experts", model.hidden_size * element_size(config) * rows),
+        Saved("probabilities of the experts", _FP32 * rows),
+        *_ffn(config, width, rows, is_routed=True),
+    ]
+    if model.moe_shared_expert_intermediate_size:
+        shared = ffn_width(model, model.moe_shared_expert_intermediate_size)
+        saved += _ffn(config, shared / parallel.tensor_model_parallel_size, rows=1.0)
+    return [entry._replace(module="moe") for entry in saved]
+
+
+def rows_of_experts(config: Config) -> float:
+    """Rows of this rank's experts for each token of the micro-batch, with balanced routing."""
+    parallel = config.parallel
+    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    assert parallel.expert_tensor_parallel_size is not None, "resolve first"
+    return config.model.moe_router_topk * parallel.expert_tensor_parallel_size / cut
+
+
+def head_activations(config: Config) -> list[Saved]:
+    """What final norm, output layer and loss keep of one token."""
+    parallel, hidden = config.parallel, config.model.hidden_size * element_size(config)
+    tensor = parallel.tensor_model_parallel_size
+    cut = tensor if parallel.sequence_parallel else 1
+    return [
+        Saved("input of the final norm", hidden / cut),
+        Saved("statistic of the final norm", _FP32 / cut),
+        Saved("input of the output layer", hidden / cut),
+        Saved("softmax over the vocabulary", padded_vocab_size(config) / tensor * _FP32),
+        Saved("targets and their mask", 8 + 1),
+    ]
+
+
+def kept_by_layer(config: Config) -> tuple[float, float]:
+    """Bytes a token that a recomputed layer keeps, and that it makes anew to go backward."""
+    saved = layer_activations(config)
+    everything = sum(entry.size for entry in saved)
+    granularity = config.parallel.recompute_granularity
+    if granularity is None:
+        return everything, 0.0
+    if granularity == "full":
+        first = saved[0].size  # the layer's input
+        return first, everything - first
+    anew = sum(s.size for s in saved if s.module in config.parallel.recompute_modules)
+    return everything - anew, anew
+
+
+def _activation_bytes(config: Config, world_size: int, stage: int) -> float:
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    layers = config.model.num_layers // (stages * chunks)
+    per_chunk, anew = _of_chunk(config, layers)
+    head = sum(s.size for s in head_activations(config)) if stage == stages - 1 else 0.0
+    under_way = chunks_under_way(config, world_size, stage)
+    return tokens_of_rank(config) * (under_way * per_chunk + anew + head)
+
+
+def _of_chunk(config: Config, layers: int) -> tuple[float, float]:
+    """Bytes a token that the layers of a chunk keep, and the most that are made anew at once."""
+    parallel = config.parallel
+    kept, anew = kept_by_layer(config)
+    if parallel.recompute_granularity != "full":
+        return layers * kept, anew
+    assert parallel.recompute_num_layers is not None, "the rules want it"
+    if parallel.recompute_method == "uniform":
+        together = parallel.recompute_num_layers
+        return layers / together * kept, (together - 1) * kept + together * anew
+    recomputed = min(parallel.recompute_num_layers, layers)
+    return recomputed * kept + (layers - recomputed) * (kept + anew), anew
+
+
+def chunks_under_way(config: Config, world_size: int, stage: int) -> int:
+    """Forward passes of a stage's chunk that wait for their backward pass, at most.
+
+    One forward, one backward (pipeline_parallel/schedules.py of Megatron-Core 0.16.1).
+    """
+    parallel = config.parallel
+    stages, batches = parallel.pipeline_model_parallel_size, num_microbatches(config, world_size)
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return min(batches, stages - stage)
+    warmup = (stages - stage - 1) * 2 + (chunks - 1) * stages
+    return min(batches * chunks, warmup + 1)
+
+
+def _temporary_bytes(config: Config, stage: int) -> float:
+    """The largest of: loss, FFN's backward pass; and the gradient of the largest matrix."""
+    item, tokens = element_size(config), tokens_of_rank(config)
+    parallel = config.parallel
+    candidates: list[float] = [tokens * 2 * _largest_ffn_row(config) * item]
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        # Logits in the model's precision beside the softmax, and later their gradient.
+        logits = padded_vocab_size(config) / parallel.tensor_model_parallel_size
+        candidates.append(tokens * logits * item)
+    largest_matrix = max(part.on_rank for part in stage_parts(config, stage))
+    return max(candidates) + largest_matrix * item
+
+
+def _largest_ffn_row(config: Config) -> float:
+    model, parallel = config.model, config.parallel
+    gated = 2 if registry.get(model.activation).gated else 1
+    if not model.num_moe_experts:
+        dense = ffn_width(model, model.ffn_hidden_size)
+        return gated * dense / parallel.tensor_model_parallel_size
+    assert model.moe_ffn_hidden_size is not None
+    assert parallel.expert_tensor_parallel_size is not None, "resolve first"
+    width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
+    return rows_of_experts(config) * max(gated * width, model.hidden_size)

@@ -1,0 +1,203 @@
+"""Layouts that fit, by the bound on their time; what to change where a plan does not fit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megapoly.config import Config
+from megapoly.config.schema import DataConfig, ParallelConfig
+from megapoly.parallel_check.layouts import Layout
+from megapoly.planning.plan import Plan
+from megapoly.platform.gpus import GPU
+
+_MICRO_BATCH_SIZES = (1, 2, 4, 8)
+_CHUNKS = (1, 2, 4)
+
+Allows = Callable[[Config], bool]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits.
+
+    Args:
+        layout: sizes.
+        options: what sets it, by dotted names, where it differs from what was given.
+        plan: of it.
+    """
+
+    layout: Layout
+    options: dict[str, Any]
+    plan: Plan
+
+
+def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
+    """Every layout that fits, the one with the shortest bound on its step first.
+
+    Tried are all sizes of data, tensor (within a node), pipeline and expert parallelism, experts'
+    tensor parallelism of 1 or as much as tensor, and, where nothing fits without, context
+    parallelism; with each of them micro-batches of 1, 2, 4 and 8 samples, pipelines of 2 and 4
+    interleaved chunks, and of no recomputation, recomputation of attention's core and the FFN, and
+    of whole layers, the least that fits. The distributed optimizer is on, with overlap.
+
+    Args:
+        config: resolved; what is no part of the layout stays.
+        world_size: processes.
+        gpu: of every process.
+        allows: whether the rules let a configuration run.
+    """
+    lean = dataclasses.replace(config, data=DataConfig())  # copied thousands of times
+    layouts = list(_layouts(config, world_size, gpu))
+    short = [layout for layout in layouts if layout.context_parallel_size == 1]
+    long = [layout for layout in layouts if layout.context_parallel_size > 1]
+    found = _that_fit(lean, short, world_size, gpu, allows)
+    found = found or _that_fit(lean, long, world_size, gpu, allows)
+    # Of equal bounds the simplest.
+    return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
+
+
+def _that_fit(
+    config: Config, layouts: list[Layout], world_size: int, gpu: GPU, allows: Allows
+) -> list[Found]:
+    found = []
+    for layout in layouts:
+        for micro_batch_size in _MICRO_BATCH_SIZES:
+            candidate = layout.applied_to(config)
+            candidate.training.micro_batch_size = micro_batch_size
+            _set_recomputation(candidate.parallel, {})
+            if not allows(candidate):
+                continue
+            plan = _first_that_fits(candidate, world_size, gpu)
+            if plan is not None:
+                found.append(Found(layout, _differences(config, plan.config), plan))
+    return found
+
+
+def remedies(plan: Plan, allows: Allows) -> list[tuple[dict[str, Any], Plan]]:
+    """Single changes with which a plan that does not fit would, and the plans with them.
+
+    Args:
+        plan: that does not fit.
+        allows: whether the rules let a configuration run.
+    """
+    config = plan.config
+    changes: list[dict[str, Any]] = []
+    if not config.parallel.use_distributed_optimizer:
+        changes.append({"parallel.use_distributed_optimizer": True})
+    if config.training.micro_batch_size > 1:
+        changes.append({"training.micro_batch_size": config.training.micro_batch_size // 2})
+    for values in _recomputations(config)[1:]:
+        changes.append({f"parallel.{name}": value for name, value in values.items()})
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "context_parallel_size",
+    ):
+        changes.append({f"parallel.{name}": 2 * getattr(config.parallel, name)})
+    found = []
+    for change in changes:
+        candidate = copy.deepcopy(config)
+        _follow_tensor_parallelism(candidate, change)
+        for key, value in change.items():
+            section, _, name = key.partition(".")
+            setattr(getattr(candidate, section), name, value)
+        if allows(candidate):
+            changed = Plan(candidate, plan.world_size, plan.gpu)
+            if changed.fits:
+                found.append((change, changed))
+    return sorted(found, key=lambda item: item[1].step.total)
+
+
+def _follow_tensor_parallelism(config: Config, change: dict[str, Any]) -> None:
+    """Resolved values that a change of the layout would have resolved otherwise."""
+    if "parallel.tensor_model_parallel_size" in change:
+        config.parallel.sequence_parallel = True
+    if "parallel.context_parallel_size" in change and config.parallel.cp_comm_type is None:
+        config.parallel.cp_comm_type = "p2p" if config.model.transformer_engine else "all_gather"
+
+
+def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
+    model = config.model
+    experts = model.num_moe_experts or 1
+    for tensor in _divisors(min(gpu.gpus_per_node, world_size)):
+        for context in _divisors(world_size // tensor):
+            for stages in _divisors(world_size // tensor // context):
+                if model.num_layers % stages:
+                    continue
+                dense = Layout(
+                    tensor_model_parallel_size=tensor,
+                    context_parallel_size=context,
+                    pipeline_model_parallel_size=stages,
+                    expert_tensor_parallel_size=tensor,
+                    data_parallel_size=world_size // tensor // context // stages,
+                    cp_comm_type="p2p" if model.transformer_engine else "all_gather",
+                    distributed_optimizer=True,
+                )
+                for chunks in _CHUNKS if stages > 1 else (1,):
+                    for expert in _divisors(experts):
+                        for expert_tensor in {1, tensor} if model.num_moe_experts else {tensor}:
+                            yield dataclasses.replace(
+                                dense,
+                                virtual_pipeline_model_parallel_size=chunks,
+                                expert_model_parallel_size=expert,
+                                expert_tensor_parallel_size=expert_tensor,
+                            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _recomputations(config: Config) -> list[dict[str, Any]]:
+    """Options of recomputation, from none to all of it."""
+    ffn = "moe" if config.model.num_moe_experts else "mlp"
+    return [
+        {},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", ffn]},
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ]
+
+
+def _set_recomputation(parallel: ParallelConfig, values: dict[str, Any]) -> None:
+    default = ParallelConfig()
+    for name in (
+        "recompute_granularity",
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+    ):
+        setattr(parallel, name, values.get(name, getattr(default, name)))
+
+
+def _first_that_fits(config: Config, world_size: int, gpu: GPU) -> Plan | None:
+    """With the least recomputation."""
+    for values in _recomputations(config):
+        candidate = copy.deepcopy(config)
+        _set_recomputation(candidate.parallel, values)
+        plan = Plan(candidate, world_size, gpu)
+        if plan.fits:
+            return plan
+    return None
+
+
+def _differences(given: Config, found: Config) -> dict[str, Any]:
+    """Options to set, by dotted names, without those that follow from others by themselves."""
+    parallel = found.parallel
+    follow = {"parallel.sequence_parallel", "parallel.cp_comm_type"}
+    if parallel.expert_tensor_parallel_size == parallel.tensor_model_parallel_size:
+        follow.add("parallel.expert_tensor_parallel_size")
+    return {
+        f"{section}.{name}": value
+        for section in ("parallel", "training")
+        for name, value in vars(getattr(found, section)).items()
+        if value != getattr(getattr(given, section), name) and f"{section}.{name}" not in follow
+    }

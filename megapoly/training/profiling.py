@@ -1,0 +1,171 @@
+"""A trace of chosen steps on chosen ranks, by torch's profiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
+
+from megapoly.config import Config
+from megapoly.training.state import TrainState
+
+# Operators in the table beside the trace.
+_TABLE_ROWS = 25
+
+
+def disturbed_steps(config: Config) -> range:
+    """Steps whose time says nothing about the run: those of the trace, and the one before.
+
+    Before the first one the profiler starts, which takes seconds on a GPU.
+    """
+    logging = config.logging
+    if not logging.profile:
+        return range(0)
+    return range(logging.profile_step_start - 1, logging.profile_step_end + 1)
+
+
+class StepProfiler:
+    """Writes ``RUN_DIR/profile/rank_R.steps_A-B.json.gz`` and a table of operators, ``.txt``.
+
+    The trace opens in Perfetto, ``chrome://tracing`` and TensorBoard. In it are the steps as
+    ``ProfilerStep#N``, N as in the log, and in each the ranges ``gradients`` and ``update``, with
+    the engine's own timers inside: ``forward-compute`` and ``backward-compute`` of each
+    micro-batch, ``all-grads-sync``, sends and receives, the parts of the optimizer.
+
+    An evaluation or checkpoint among the steps is in the step that follows it.
+
+    A run that starts behind the first of the steps traces the rest of them; one that ends among
+    them writes what there is.
+
+    Args:
+        state: the run, restored.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        logging = state.config.logging
+        self._state = state
+        self._first = max(logging.profile_step_start, state.iteration + 1)
+        self._last = logging.profile_step_end
+        self._is_due = logging.profile and self._first <= self._last
+        self._is_mine = self._is_due and dist.get_rank() in logging.profile_ranks
+        # The step before is a warm-up, where this process makes it.
+        self._begin = max(self._first - 1, state.iteration + 1)
+        self._profile: profile | None = None
+
+    def describe(self) -> str | None:
+        """What is going to be traced; None without ``logging.profile``."""
+        logging = self._state.config.logging
+        if not logging.profile:
+            return None
+        steps = f"steps {self._first} to {self._last}"
+        if not self._is_due:
+            asked = f"{logging.profile_step_start} to {self._last}"
+            return f"no trace: steps {asked} are behind step {self._state.iteration}"
+        ranks = ", ".join(map(str, logging.profile_ranks))
+        return f"tracing {steps} of ranks {ranks} into {self._folder}"
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._state.config.run_dir) / "profile"
+
+    def begin_step(self) -> None:
+        """Call before each step, outside of its time."""
+        if not self._is_mine or self._profile is not None:
+            return
+        step = self._state.iteration + 1
+        if step != self._begin:
+            return
+        activities = [ProfilerActivity.CPU]
+        if self._state.platform.is_cuda:
+            activities.append(ProfilerActivity.CUDA)
+        self._profile = profile(
+            activities=activities,
+            schedule=self._action,
+            on_trace_ready=self._write,
+            record_shapes=True,
+        )
+        self._profile.step_num = step
+        self._profile.start()
+        _set_timers(self._state, _EngineRanges())
+
+    def end_step(self) -> None:
+        """Call after each step, outside of its time; collective after the last one of a trace."""
+        if self._profile is not None:
+            self._profile.step()
+        if self._is_due and self._state.iteration == self._last:
+            self._close()
+            # Writing takes seconds, which else would be in the others' next step.
+            dist.barrier()
+
+    def _action(self, step: int) -> ProfilerAction:
+        step = max(step, self._begin)  # torch asks for step 0 before its number can be set
+        if step < self._first:
+            return ProfilerAction.WARMUP
+        if step < self._last:
+            return ProfilerAction.RECORD
+        return ProfilerAction.RECORD_AND_SAVE if step == self._last else ProfilerAction.NONE
+
+    def _write(self, trace: profile) -> None:
+        """Called by torch while the trace stops."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        last = min(self._last, self._state.iteration)
+        stem = self._folder / f"rank_{dist.get_rank()}.steps_{self._first}-{last}"
+        partial = stem.with_name(f"{stem.name}.partial.json.gz")
+        trace.export_chrome_trace(str(partial))
+        partial.replace(stem.with_name(f"{stem.name}.json.gz"))
+        device = "cuda" if self._state.platform.is_cuda else "cpu"
+        table = trace.key_averages().table(
+            sort_by=f"self_{device}_time_total", row_limit=_TABLE_ROWS, max_name_column_width=60
+        )
+        stem.with_name(f"{stem.name}.txt").write_text(table)
+
+    def _close(self) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile, self._is_mine = None, False
+            _set_timers(self._state, None)
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+
+class _EngineRanges:
+    """In the place of the engine's timers (core/timers.py): what they would time are ranges."""
+
+    def __init__(self) -> None:
+        self._ranges: dict[str, _EngineRange] = {}
+
+    def __call__(self, name: str, log_level: int | None = None) -> _EngineRange:
+        return self._ranges.setdefault(name, _EngineRange(name))
+
+
+class _EngineRange:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._range: record_function | None = None
+
+    def start(self, barrier: bool = False) -> None:
+        self._range = record_function(self._name)
+        self._range.__enter__()
+
+    def stop(self, barrier: bool = False) -> None:
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+
+
+def _set_timers(state: TrainState, timers: _EngineRanges | None) -> None:
+    optimizers: list[Any] = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+    for owner in (*state.chunks, *optimizers):
+        owner.config.timers = timers

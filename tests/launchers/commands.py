@@ -1,0 +1,109 @@
+"""Programs of a cluster that stand on the PATH in tests and note how they were called."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# A job of some seconds, on one process or two.
+TINY = """
+    --model.num_layers 2 --model.hidden_size 64 --model.activation_backend reference
+    --training.seq_length 32 --training.micro_batch_size 1 --training.global_batch_size 2
+    --optimizer.lr_warmup_iters 2 --optimizer.lr_decay_iters 400 --training.eval_interval 0
+    --logging.tensorboard false
+""".split()
+
+
+class Programs:
+    """Programs in a folder, each a few lines of Python that see their arguments as ``words``.
+
+    Args:
+        folder: where they and their notes are kept.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / "bin"
+        self.path.mkdir()
+        self.started: list[subprocess.Popen[str]] = []
+
+    def add(self, name: str, body: str = "") -> None:
+        """Write a program that notes its words, then does what ``body`` says."""
+        program = self.path / name
+        program.write_text(
+            f"#!{sys.executable}\n"
+            "import json, os, pathlib, signal, subprocess, sys, time\n"
+            f"folder, words = pathlib.Path({str(self.folder)!r}), sys.argv[1:]\n"
+            f"with (folder / '{name}.jsonl').open('a') as notes:\n"
+            "    print(json.dumps(words), file=notes, flush=True)\n" + body
+        )
+        program.chmod(0o755)
+
+    def calls(self, name: str) -> list[list[str]]:
+        """Words of every call so far."""
+        notes = self.folder / f"{name}.jsonl"
+        return (
+            [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
+        )
+
+    def start(
+        self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> subprocess.Popen[str]:
+        """Start a command that finds these programs first, and no settings of this machine's."""
+        foreign = ("SLURM", "PET_", "NCCL_", "TORCH_", "UCX_", "NVTE_", "GLOO_", "OMP_", "HF_")
+        foreign += ("PYTORCH_", "MEGAPOLY_")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        scripts = str(Path(sys.executable).parent)  # megapoly-launch
+        path = os.pathsep.join([str(self.path), scripts, os.environ["PATH"]])
+        process = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env=inherited | {"PATH": path} | dict(variables or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End what still runs; launchers end their workers on SIGTERM."""
+        running = [process for process in self.started if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.communicate(timeout=180)
+
+    def run(
+        self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> tuple[int, str]:
+        """Status and output of a command; see :meth:`start`."""
+        process = self.start(words, variables, cwd)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Return when a condition holds; fail with the output when the process ends before."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.05)
+
+
+def steps(run_dir: Path) -> list[int]:
+    """Steps of which the run's log tells."""
+    log = run_dir / "metrics.jsonl"
+    return (
+        [json.loads(line)["iteration"] for line in log.read_text().splitlines()]
+        if log.exists()
+        else []
+    )

@@ -1,0 +1,166 @@
+"""The images cannot be built here: what can be known of their files without an engine."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
+# docker/Dockerfile says where from.
+GPU_IMAGE = {
+    "torch": "2.10.0a0+a36e1d39eb.nv26.01.42222806",
+    "transformer_engine": "2.11.0+c188b533",
+    "triton": "3.6.0",
+}
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    lines = (ROOT / dockerfile).read_text().splitlines()
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    joined = text.replace("\\\n", " ").splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined) if word]
+
+
+def is_ignored(path: str) -> bool:
+    """As docker reads .dockerignore: a pattern is of a whole path, or of a folder above."""
+    patterns = (ROOT / ".dockerignore").read_text().splitlines()
+    parts = path.split("/")
+    above = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    for pattern in (line for line in patterns if line and not line.startswith("#")):
+        any_depth = pattern.startswith("**/")
+        for name in above:
+            if any_depth and fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern[3:]):
+                return True
+            same_depth = name.count("/") == pattern.count("/")
+            if not any_depth and same_depth and fnmatch.fnmatch(name, pattern):
+                return True
+    return False
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """What setup.py asks for by extra; "" stands for every installation."""
+    given: dict = {}
+    source = (ROOT / "setup.py").read_text().replace("from setuptools import", "# from")
+    scope = {"setup": given.update, "find_packages": lambda **options: []}
+    source = source.replace("\nsetup(", "\nsetup(dict(").rstrip().removesuffix(")") + "))"
+    exec(source, scope | {"__file__": str(ROOT / "setup.py")})
+    lists = {"": given["install_requires"], **given["extras_require"]}
+    return {extra: [Requirement(line) for line in lines] for extra, lines in lists.items()}
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "docker/constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_what_is_copied_exists_and_reaches_the_builder(dockerfile: str) -> None:
+    copies = [rest.split() for word, rest in instructions(dockerfile) if word == "COPY"]
+    sources = [source for *group, _ in copies for source in group]
+    assert sources[-1] == "." and "setup.py" in sources
+    for source in sources:
+        assert (ROOT / source).exists() and not is_ignored(source), source
+
+
+def test_context_is_the_tracked_files() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    tracked = listed.stdout.splitlines()
+    assert [path for path in tracked if is_ignored(path)] == []
+    for path in (
+        ".git/config",
+        ".venv/bin/python",
+        "runs/a/b",
+        "data/x.bin",
+        "megapoly.egg-info/x",
+    ):
+        assert is_ignored(path), path
+    assert is_ignored("megapoly/data/__pycache__/corpus.pyc") and not is_ignored("megapoly/data")
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_image_runs_as_a_user_and_asks_doctor(dockerfile: str) -> None:
+    found = instructions(dockerfile)
+    assert [rest for word, rest in found if word == "USER"] == ["$UID:$GID"]
+    assert [rest for word, rest in found if word == "WORKDIR"] == ["/opt/megapoly"]
+    (check,) = [rest for word, rest in found if word == "HEALTHCHECK"]
+    assert check.endswith('CMD ["python", "tools/doctor.py"]')
+    (base,) = [rest for word, rest in found if word == "FROM"]
+    assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a stated release"
+    # Dependencies are a layer below the sources.
+    words = [word if word != "COPY" else rest for word, rest in found]
+    assert words.index("RUN", words.index("setup.py pyproject.toml ./")) < words.index(". .")
+
+
+def test_every_requirement_is_pinned_to_what_setup_takes() -> None:
+    pinned = pins()
+    lists = requirements()
+    for requirement in [*lists[""], *lists["test"]]:
+        version = pinned[canonicalize_name(requirement.name)]
+        assert version in requirement.specifier, requirement
+
+
+def test_gpu_image_has_what_setup_takes() -> None:
+    """An installed pre-release of torch counts, or pip would replace NVIDIA's."""
+    lists = requirements()
+    (torch,) = [r for r in lists[""] if r.name == "torch"]
+    (engine,) = [r for r in lists["gpu"] if r.name == "transformer-engine"]
+    (triton,) = [r for r in lists["test"] if r.name == "triton"]
+    # As pip asks of what is installed.
+    assert torch.specifier.contains(GPU_IMAGE["torch"], prereleases=True)
+    assert not torch.specifier.contains("2.14.0a0+x.nv27.01", prereleases=True)
+    assert engine.specifier.contains(GPU_IMAGE["transformer_engine"])
+    assert triton.specifier.contains(GPU_IMAGE["triton"])
+    text = (ROOT / "docker/Dockerfile").read_text()
+    assert all(version in text for version in GPU_IMAGE.values())
+
+
+def test_pins_leave_out_what_the_image_brings(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("docker_pins", ROOT / "docker/pins.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lines = ["# comment", "PyYAML==6.0.3", "flash_attn==2.8", "lm_eval==0.4.13", ""]
+    kept = module.pins_of_absent(lines, ["pyyaml", "Flash-Attn", "torch"])
+    assert kept == ["lm_eval==0.4.13"]
+    # The command, in this environment: torch is installed, and so is not printed.
+    file = tmp_path / "pins.txt"
+    file.write_text("torch==2.13.0\nnot-to-be-found==1.0\n")
+    command = [sys.executable, str(ROOT / "docker/pins.py"), str(file)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed == "not-to-be-found==1.0\n"
+
+
+def test_linters_take_every_file() -> None:
+    """What `make check` passes to hadolint and shellcheck is every file of that kind."""
+    makefile = (ROOT / "Makefile").read_text()
+    assigned = dict(re.findall(r"^(\w+) := (.+)$", makefile, re.MULTILINE))
+    found = [path.name for path in (ROOT / "docker").glob("Dockerfile*")]
+    assert sorted(f"docker/{name}" for name in found) == sorted(assigned["DOCKERFILES"].split())
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    scripts = []
+    for path in listed.stdout.splitlines():
+        file = ROOT / path
+        if file.is_file() and file.stat().st_size < 1_000_000:
+            if file.read_bytes().startswith(b"#!/usr/bin/env bash"):
+                scripts.append(path)
+    both = [path for path in scripts if path.startswith("examples/pretrain_")]
+    assert sorted(set(scripts) - set(both)) == sorted(assigned["SHELL_SCRIPTS"].split())
+    assert sorted(both) == sorted(assigned["SHELL_AND_PYTHON"].split())

@@ -1,0 +1,235 @@
+"""docker/launch.sh: its line for docker, what docker's client makes of that, and its refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import shlex
+import shutil
+import socketserver
+import threading
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Programs
+
+LAUNCH = str(ROOT / "docker/launch.sh")
+USER = f"{os.getuid()}:{os.getgid()}"
+MANY = ["--nnodes", "8", "--node-rank", "3", "--rdzv-endpoint", "gpu01:29500"]
+SCRIPT = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
+needs_no_fabric = pytest.mark.skipif(
+    Path("/dev/infiniband").exists(), reason="this machine has a fabric, which would be passed on"
+)
+
+
+@pytest.fixture
+def docker(programs: Programs) -> Programs:
+    """A `docker` that ends with status 3, in a folder with folders for data and results."""
+    programs.add("docker", "sys.exit(3)")
+    for name in ("runs", "data", "scratch", "fabric"):
+        (programs.folder / name).mkdir()
+    return programs
+
+
+def dry(docker: Programs, *words: str, **variables: str) -> list[str]:
+    line = ["bash", LAUNCH, "--dry-run", *words]
+    status, output = docker.run(line, variables, cwd=docker.folder)
+    assert status == 0, output
+    assert docker.calls("docker") == []
+    return shlex.split(output)
+
+
+@needs_no_fabric
+def test_one_of_many_nodes(docker: Programs) -> None:
+    here = docker.folder
+    assert dry(docker, *MANY, *SCRIPT, NCCL_IB_HCA="mlx5", NCCL_DEBUG="INFO") == [
+        *["docker", "run", "--rm", "--init", "--user", USER, "--workdir", "/opt/megapoly"],
+        *["--stop-timeout", "600", "--no-healthcheck", "--gpus", "all", "--ipc", "host"],
+        *["--ulimit", "memlock=-1", "--ulimit", "stack=67108864", "--network", "host"],
+        *["--volume", f"{here}/runs:/opt/megapoly/runs"],
+        *["--volume", f"{here}/data:/opt/megapoly/data:ro"],
+        *["--env", "NCCL_DEBUG", "--env", "NCCL_IB_HCA"],
+        *["megapoly:gpu", "megapoly-launch", "--nproc-per-node", "gpu"],
+        *["--nnodes", "8", "--node-rank", "3"],
+        *["--master-addr", "gpu01", "--master-port", "29500", *SCRIPT],
+    ]
+
+
+@needs_no_fabric
+def test_one_node_without_gpus(docker: Programs) -> None:
+    words = ["--gpus", "none", "--shm-size", "4g", "--name", "a b", "--env", "A=it's; $HOME"]
+    mount = f"{docker.folder}/scratch:/scratch:ro"
+    script = [SCRIPT[0], "--config=/scratch/a b.yaml"]
+    assert dry(docker, *words, "--mount", mount, "--", *script) == [
+        *["docker", "run", "--rm", "--init", "--name", "a b", "--user", USER],
+        *["--workdir", "/opt/megapoly", "--stop-timeout", "600", "--no-healthcheck"],
+        *["--shm-size", "4g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"],
+        *["--volume", f"{docker.folder}/runs:/opt/megapoly/runs"],
+        *["--volume", f"{docker.folder}/data:/opt/megapoly/data:ro", "--volume", mount],
+        *["--env", "A=it's; $HOME", "megapoly:cpu", "megapoly-launch"],
+        *["--nproc-per-node", "2", "--standalone", *script],
+    ]
+
+
+def test_variables_are_the_options(docker: Programs) -> None:
+    here = str(docker.folder)
+    words = ["--nproc-per-node", "2", "--gpus", "0,1", "--image", "x:1", "--runs", "fabric"]
+    words += ["--data", "scratch", "--shm-size", "1g", "--infiniband", f"{here}/fabric"]
+    as_options = dry(docker, *MANY, *words, *SCRIPT)
+    variables = {"NNODES": "8", "NODE_RANK": "3", "RDZV_ENDPOINT": "gpu01:29500"}
+    variables |= {"NPROC_PER_NODE": "2", "GPUS": "0,1", "IMAGE": "x:1", "RUNS": "fabric"}
+    variables |= {"DATA": "scratch", "SHM_SIZE": "1g", "INFINIBAND": f"{here}/fabric"}
+    assert dry(docker, *SCRIPT, **variables) == as_options
+    assert ["--gpus", '"device=0,1"'] == as_options[as_options.index("--gpus") :][:2]
+    device = as_options.index("--device")
+    assert as_options[device + 1 :][:3] == [
+        f"{here}/fabric:/dev/infiniband",
+        "--cap-add",
+        "IPC_LOCK",
+    ]
+    # An option wins over its variable, written either way.
+    assert "y:2" in dry(docker, "--image=y:2", *SCRIPT, **variables)
+
+
+def test_commands_of_the_documentation(docker: Programs) -> None:
+    """Each line of docker/README.md, with its absolute folders below this test's."""
+    text = (ROOT / "docker/README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}docker/launch.sh (.+)$", text, re.MULTILINE)
+    assert len(lines) == 4
+    for name in ("scratch/tokens", "shared/runs", "shared/data"):
+        (docker.folder / name).mkdir(parents=True)
+    for line in lines:
+        line = re.sub("/(scratch|shared)/", rf"{docker.folder}/\1/", line)
+        words = shlex.split(line, comments=True)
+        command = dry(docker, *words)
+        script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
+        assert (ROOT / words[script]).is_file()
+        assert command[-len(words[script:]) :] == words[script:]
+
+
+def test_help_names_every_option_and_variable(docker: Programs) -> None:
+    status, output = docker.run(["bash", LAUNCH, "--help"])
+    assert status == 0
+    source = Path(LAUNCH).read_text()
+    options = set(re.findall(r"^    (--[a-z-]+)\)", source, re.MULTILINE))
+    options -= {"--config"}  # of the script
+    assert len(options) == 15
+    assert options == set(re.findall(r"^(--[a-z-]+)", output, re.MULTILINE))
+    variables = set(re.findall(r"=\$\{([A-Z_]+):-", source))
+    assert len(variables) == 10
+    assert variables == set(re.findall(r"^--\S+ \S+ +([A-Z_]+) ", output, re.MULTILINE))
+
+
+REFUSALS = {
+    "no endpoint": (["--nnodes", "2", "s"], ["--rdzv-endpoint", "not set", "(2)", "29500"]),
+    "no port": (["--nnodes", "2", "--rdzv-endpoint", "gpu01", "s"], ["(gpu01)", "HOST:PORT"]),
+    "rank": ([*MANY[:2], "--node-rank", "8", "s"], ["--node-rank", "(8)", "0 to 7"]),
+    "rank of one": (["--node-rank", "1", "s"], ["(1)", "--nnodes", "0 to 0"]),
+    "lone endpoint": (["--rdzv-endpoint", "a:1", "s"], ["(a:1)", "--nnodes"]),
+    "nodes": (["--nnodes", "0", "s"], ["--nnodes", "(0)", "1 or more"]),
+    "gpus": (["--gpus", "two", "s"], ["--gpus", "(two)", "all, none", "0,1"]),
+    "processes": (["--nproc-per-node", "eight", "s"], ["(eight)", "number of processes"]),
+    "too many": (["--gpus", "0,1", "--nproc-per-node", "4", "s"], ["(4)", "--gpus", "(2)"]),
+    "gpu processes": (["--gpus", "none", "--nproc-per-node", "gpu", "s"], ["(gpu)", "(none)"]),
+    "unknown": (["--gpu", "all", "s"], ["`--gpu`", "--help"]),
+    "no value": (["--image"], ["`--image`", "value"]),
+    "no script": (["--nnodes", "1"], ["script", "examples/pretrain_moe.sh"]),
+    "mount": (["--mount", "scratch", "s"], ["(scratch)", "SRC:DST"]),
+    "no folder": (["--mount", "absent:/x", "s"], ["--mount", "(absent)", "folder"]),
+    "no data": (["--data", "absent", "s"], ["--data", "(absent)", "folder"]),
+    "variable": (["--env", "A B", "s"], ["--env", "(A B)", "NAME"]),
+    "config": (
+        ["s", "--config", "/etc/my/c.yaml"],
+        ["(/etc/my/c.yaml)", "--mount /etc/my:/etc/my"],
+    ),
+}
+
+
+@pytest.mark.parametrize("words, expected", REFUSALS.values(), ids=REFUSALS)
+def test_refuses(docker: Programs, words: list[str], expected: list[str]) -> None:
+    status, output = docker.run(["bash", LAUNCH, *words], cwd=docker.folder)
+    assert status == 2
+    assert len(output.splitlines()) == 1 and output.startswith("docker/launch.sh: ")
+    assert [word for word in expected if word not in output] == []
+    assert docker.calls("docker") == []
+
+
+def test_status_is_passed_on_and_results_get_a_folder(docker: Programs) -> None:
+    shutil.rmtree(docker.folder / "runs")
+    words = ["bash", LAUNCH, "--runs", "deep/runs", *SCRIPT]
+    status, output = docker.run(words, cwd=docker.folder)
+    assert status == 3, output
+    (call,) = docker.calls("docker")
+    assert f"{docker.folder}/deep/runs:/opt/megapoly/runs" in call
+    assert (docker.folder / "deep/runs").is_dir()
+
+
+class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Docker's engine as far as its client asks before a container starts; then it declines."""
+
+    daemon_threads = True
+    created: dict
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):  # noqa: D106
+        def answer(self, status: int, content: dict) -> None:
+            body = json.dumps(content).encode()
+            with contextlib.suppress(BrokenPipeError):  # the client need not wait for it
+                self.send_response(status)
+                self.send_header("API-Version", "1.41")
+                self.send_header("OSType", "linux")
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else body)
+
+        def do_GET(self) -> None:
+            self.answer(200, {"OSType": "linux"})
+
+        do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if "/containers/create" in self.path:
+                self.server.created = json.loads(body)
+                self.answer(201, {"Id": "c0ffee", "Warnings": []})
+            else:
+                self.answer(500, {"message": "no container is started here"})
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+
+def test_docker_reads_the_line_as_it_is_meant(tmp_path: Path, programs: Programs) -> None:
+    """The request that docker's own client sends to its engine."""
+    if not shutil.which("docker"):
+        pytest.skip("this machine has no command `docker`")
+    (tmp_path / "fabric").mkdir()
+    socket = tmp_path / "engine.sock"
+    with Engine(str(socket), Engine.RequestHandlerClass) as engine:
+        threading.Thread(target=engine.serve_forever, daemon=True).start()
+        words = [*MANY, "--gpus", "0,1", "--infiniband", "fabric", "--mount", ".:/scratch:ro"]
+        variables = {"DOCKER_HOST": f"unix://{socket}", "NCCL_IB_HCA": "mlx5"}
+        line = ["bash", LAUNCH, *words, "--env", "A=b c", *SCRIPT]
+        status, output = programs.run(line, variables, cwd=tmp_path)
+        engine.shutdown()
+    assert status and "received 500" in output, output
+    asked, host = engine.created, engine.created["HostConfig"]
+    assert asked["Image"] == "megapoly:gpu" and asked["User"] == USER
+    assert asked["Cmd"][:3] == ["megapoly-launch", "--nproc-per-node", "2"]
+    assert asked["Cmd"][-3:] == SCRIPT and not asked.get("Entrypoint")
+    assert asked["StopTimeout"] == 600 and asked["Healthcheck"]["Test"] == ["NONE"]
+    assert {"NCCL_IB_HCA=mlx5", "A=b c"} <= set(asked["Env"])
+    (gpus,) = host["DeviceRequests"]
+    assert gpus["DeviceIDs"] == ["0", "1"] and gpus["Capabilities"] == [["gpu"]]
+    assert host["NetworkMode"] == host["IpcMode"] == "host"
+    assert host["Init"] and host["AutoRemove"] and host["CapAdd"][0].endswith("IPC_LOCK")
+    limits = {limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in host["Ulimits"]}
+    assert limits == {"memlock": (-1, -1), "stack": (67108864, 67108864)}
+    mounts = {f"{tmp_path}/runs:/opt/megapoly/runs", f"{tmp_path}:/scratch:ro"}
+    assert set(host["Binds"]) == mounts and len(host["Binds"]) == 2
+    (device,) = host["Devices"]
+    assert device["PathOnHost"] == f"{tmp_path}/fabric"
+    assert device["PathInContainer"] == "/dev/infiniband"

@@ -1,0 +1,211 @@
+"""examples/slurm/pretrain.sbatch: what it asks of Slurm, and what becomes of a job at each end."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from commands import ROOT, TINY, Programs, steps, wait_until
+
+from megapoly.config.machine import Machine
+from megapoly.config.parsing import load_yaml
+from megapoly.config.rules import find_problems
+
+SBATCH = ROOT / "examples/slurm/pretrain.sbatch"
+MOE = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
+JOB = {
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_CPUS_ON_NODE": "128",
+    "SLURM_GPUS_ON_NODE": "8",
+}
+# As Slurm's programs, as far as the script can tell. `srun` starts a task for each node on this
+# machine, with the same words, and passes the signals of `scancel` on; its status is the highest.
+SCONTROL = "if words[0] == 'show': print('gpu07\\ngpu08')\n"
+SRUN_ENDS = "sys.exit(int(os.environ['SRUN_STATUS']))\n"
+SRUN_WAITS = """
+while not (folder / 'scancel.jsonl').exists():
+    time.sleep(0.02)
+sys.exit(75)
+"""
+SRUN_RUNS = """
+count = int(words[words.index('--ntasks') + 1])
+task = words[words.index('sh'):]
+tasks = [
+    subprocess.Popen(task, env=os.environ | {'SLURM_NODEID': str(node)}) for node in range(count)
+]
+(folder / 'pids').write_text(' '.join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCANCEL_SIGNALS = """
+for pid in (folder / 'pids').read_text().split():
+    os.kill(int(pid), signal.SIGTERM)
+"""
+
+
+@pytest.fixture
+def slurm(programs: Programs) -> Programs:
+    programs.add("scontrol", SCONTROL)
+    programs.add("scancel")
+    programs.add("srun", SRUN_ENDS)
+    return programs
+
+
+def requeued(slurm: Programs) -> bool:
+    return ["requeue", "4711"] in slurm.calls("scontrol")
+
+
+def test_a_launcher_on_each_node(slurm: Programs) -> None:
+    more = ["--run_dir", "/shared/a b"]
+    variables = JOB | {"SRUN_STATUS": "0"}
+    status, output = slurm.run(["bash", str(SBATCH), *MOE, *more], variables)
+    assert status == 0, output
+    assert slurm.calls("scontrol") == [["show", "hostnames", "gpu[07-08]"]]
+    (call,) = slurm.calls("srun")
+    assert call == [
+        *["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"],
+        *["--cpus-per-task", "128", "--cpu-bind", "none", "--wait", "600"],
+        *["sh", "-c", 'exec megapoly-launch --node-rank "$SLURM_NODEID" "$@"', "sh"],
+        *["--nnodes", "2", "--nproc-per-node", "8"],
+        *["--master-addr", "gpu07", "--master-port", "24711", *MOE, *more],
+    ]
+
+
+def test_in_a_container(slurm: Programs) -> None:
+    variables = JOB | {"SRUN_STATUS": "0", "CONTAINER": "megapoly.sqsh"}
+    variables |= {"MOUNTS": "/shared:/shared", "NPROC_PER_NODE": "4", "MASTER_PORT": "1234"}
+    status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
+    assert status == 0, output
+    (call,) = slurm.calls("srun")
+    container = call[call.index("--wait") + 2 : call.index("sh")]
+    assert container == [
+        *["--container-image", "megapoly.sqsh"],
+        *["--container-mounts", f"{ROOT}:/opt/megapoly,/shared:/shared"],
+        *["--container-workdir", "/opt/megapoly", "--no-container-mount-home"],
+    ]
+    assert call[call.index("--nproc-per-node") + 1] == "4"
+    assert call[call.index("--master-port") + 1] == "1234"
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 137])
+def test_complete_and_failed_jobs_stay_so(slurm: Programs, status: int) -> None:
+    variables = JOB | {"SRUN_STATUS": str(status)}
+    assert slurm.run(["bash", str(SBATCH), *MOE], variables)[0] == status
+    assert not requeued(slurm)
+
+
+def test_preempted_job_is_requeued_but_not_for_ever(slurm: Programs) -> None:
+    """Slurm signals the launchers alone: only their status tells that the run is not complete."""
+    variables = JOB | {"SRUN_STATUS": "75", "MAX_REQUEUES": "3"}
+    status, output = slurm.run(
+        ["bash", str(SBATCH), *MOE], variables | {"SLURM_RESTART_COUNT": "3"}
+    )
+    assert status == 75 and "`MAX_REQUEUES` (3)" in output and not requeued(slurm)
+    status, output = slurm.run(
+        ["bash", str(SBATCH), *MOE], variables | {"SLURM_RESTART_COUNT": "2"}
+    )
+    assert status == 0 and "start 3," in output and requeued(slurm)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["batch", "plain"])
+def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
+    """Where only the shell was signalled, and where Slurm signals all and forgets the job."""
+    slurm.add("srun", SRUN_WAITS)
+    slurm.add("scancel", "" if known else "sys.exit('Invalid job id specified')")
+    process = slurm.start(["bash", str(SBATCH), *MOE], JOB)
+    wait_until(lambda: bool(slurm.calls("srun")), process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "cancelled" in output and "Invalid" not in output
+    assert not requeued(slurm)
+    assert slurm.calls("scancel") == [["--signal", "TERM", "4711"]]
+
+
+@pytest.mark.parametrize(
+    "words, variables, expected",
+    [
+        ([], {}, ["(not named)", "examples/pretrain_moe.sh"]),
+        (["pretrain.sh"], {}, ["(pretrain.sh)", "checkout"]),
+        (["README.md"], {"SLURM_SUBMIT_DIR": str(ROOT / "tests")}, ["README.md", "tests"]),
+        (MOE, {"SLURM_GPUS_ON_NODE": ""}, ["NPROC_PER_NODE", "not set", "--gpus-per-node 8"]),
+        (MOE, {"NPROC_PER_NODE": "all"}, ["NPROC_PER_NODE", "(all"]),
+        (MOE, {"MAX_REQUEUES": "-1"}, ["MAX_REQUEUES", "(-1)"]),
+    ],
+)
+def test_slurm_script_refuses(
+    slurm: Programs, words: list[str], variables: dict[str, str], expected: list[str]
+) -> None:
+    status, output = slurm.run(["bash", str(SBATCH), *words], JOB | variables)
+    assert status == 2 and len(output.splitlines()) == 1, output
+    assert [word for word in expected if word not in output] == []
+    assert slurm.calls("srun") == []
+
+
+def test_the_papers_jobs_fit_their_nodes() -> None:
+    """The lines at the head of the file, with the GPUs of a node that it asks for."""
+    text = SBATCH.read_text()
+    head = text[: text.index("#SBATCH")].replace("# ", "").replace("\\\n", " ")
+    (gpus,) = re.findall(r"^#SBATCH --gpus-per-node=(\d+)$", text, re.MULTILINE)
+    jobs = {}
+    for line in re.findall(r"^ +sbatch (.+)$", head, re.MULTILINE):
+        words = shlex.split(line)
+        assert words[2] == "examples/slurm/pretrain.sbatch" and (ROOT / words[3]).is_file()
+        jobs[words[words.index("--config") + 1]] = int(words[1]) * int(gpus)
+    assert jobs == {
+        "examples/configs/dense_1b_paper.yaml": 32,
+        "examples/configs/moe_7b_paper.yaml": 64,
+    }
+    a100 = Machine(cuda=True, compute_capability=(8, 0), transformer_engine=True)
+    for config, world_size in jobs.items():
+        problems = find_problems(load_yaml(ROOT / config), world_size=world_size, machine=a100)
+        assert [problem for problem in problems if "`data." not in problem] == []
+
+
+def test_options_reach_sbatch_before_the_first_command() -> None:
+    lines = SBATCH.read_text().splitlines()
+    options = [line for line in lines if line.startswith("#SBATCH")]
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(lines.index(option) < first_command for option in options)
+    assert {"#SBATCH --requeue", "#SBATCH --signal=B:USR1@600"} <= set(options)
+    assert "#SBATCH --ntasks-per-node=1" in options
+
+
+def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Programs) -> None:
+    """Two nodes, USR1, the queue; then docker/launch.sh ends the run, by a `docker` of no walls."""
+    slurm.add("scontrol", "print('localhost')\n")
+    slurm.add("scancel", SCANCEL_SIGNALS)
+    slurm.add("srun", SRUN_RUNS)
+    run_dir = tmp_path / "runs" / "one"
+    options = [*TINY, "--run_dir", str(run_dir), "--data.cache_dir", str(tmp_path / "cache")]
+    script = ["examples/pretrain_dense.sh", *options]
+    variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    words = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]
+    process = slurm.start(words, variables)
+    wait_until(lambda: len(steps(run_dir)) >= 2, process)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert slurm.calls("scancel") == [["--signal", "TERM", "4711"]]
+    assert requeued(slurm), output
+    (checkpoint,) = (run_dir / "checkpoints").iterdir()
+    stopped_at = steps(run_dir)[-1]
+    assert checkpoint.name == f"iter_{stopped_at:07d}" and stopped_at < 400
+    assert "2 processes" not in output and "2 x CPU" in output
+
+    slurm.add("docker", "command = words[words.index('megapoly:cpu') + 1:]\n" + EXEC)
+    launch = ["bash", str(ROOT / "docker/launch.sh"), "--gpus", "none", "--nproc-per-node", "1"]
+    launch += ["--runs", str(tmp_path / "runs"), *script]
+    last = str(stopped_at + 1)
+    variables = {"OMP_NUM_THREADS": "1", "MEGAPOLY_STOPPED_STATUS": "75"}
+    status, output = slurm.run([*launch, "--training.train_iters", last], variables)
+    assert status == 0, output
+    assert f"at step {stopped_at}" in output and steps(run_dir)[-1] == stopped_at + 1
+
+
+# A container without walls.
+EXEC = "os.execvp(command[0], command)\n"

@@ -1,0 +1,39 @@
+"""Models that tests plan and build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megapoly.config import Config
+from megapoly.config.machine import CPU
+from megapoly.config.options import OPTIONS
+from megapoly.config.resolve import resolve
+
+_SMALL = {
+    "model.num_layers": 2,
+    "model.hidden_size": 64,
+    "model.num_attention_heads": 4,
+    "model.ffn_hidden_size": 96,
+    "model.vocab_size": 250,
+    "model.activation_backend": "reference",
+    "training.device": "cpu",
+    "training.train_iters": 1,
+    "training.seq_length": 32,
+    "training.micro_batch_size": 2,
+    "training.global_batch_size": 8,
+}
+EXPERTS = {
+    "model.num_moe_experts": 4,
+    "model.moe_router_topk": 2,
+    "model.moe_ffn_hidden_size": 48,
+}
+
+
+def small_model(options: dict[str, Any]) -> Config:
+    """A resolved configuration with options set by their dotted names."""
+    config = Config()
+    for name, value in (_SMALL | options).items():
+        assert name in OPTIONS, name
+        section, _, field = name.rpartition(".")
+        setattr(getattr(config, section), field, value)
+    return resolve(config, tokenizer_vocab_size=250, machine=CPU)

@@ -1,0 +1,94 @@
+"""tools/plan.py as its users call it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "examples" / "configs"
+MOE = ["--config", str(CONFIGS / "moe_7b_paper.yaml"), "--world-size", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    main = importlib.import_module("plan").main
+
+    def call(*words, status=0):
+        assert main(list(words)) == status
+        return capsys.readouterr()
+
+    return call
+
+
+def test_json_has_plain_integers(run, tmp_path):
+    found = json.loads(run(*MOE, "--gpu", "a100-80g", "--json").out)
+    assert found["total_parameters"] == 6_919_161_920
+    assert found["active_parameters"] == 1_282_017_344
+    assert found["flops"]["per_step"] == found["flops"]["per_token"] * 4_194_304
+    assert found["memory"]["fits"] is True
+    assert sum(found["parameters"].values()) == found["total_parameters"]
+    (rank,) = found["memory"]["ranks_of_stage"]
+    parts = ("weights", "gradients", "optimizer", "activations", "temporary")
+    assert rank["total"] == sum(rank[part] for part in parts)
+    run(*MOE, "--json", str(tmp_path / "plan.json"))
+    assert json.loads((tmp_path / "plan.json").read_text()) == found
+
+
+def test_tables_say_the_same(run):
+    found = json.loads(run(*MOE, "--json").out)
+    text = run(*MOE).out
+    assert f"at most {found['mfu']:.1%} MFU" in text
+    assert f"at least {found['days']:.2f} days for 200.0B tokens" in text
+    for message in found["collectives"]:
+        assert message["name"] in text and f"{message['sent_bytes'] / 1e9:,.3f}" in text
+    assert "6,919,161,920" in text and "fits in 71.10 GiB" in text
+    assert "expert 8 1 2 .. 7 the node's own link" in re.sub(" +", " ", text)
+
+
+def test_what_does_not_fit_has_remedies_that_fit(run):
+    words = ["--config", MOE[1], "--world-size", "8", "--gpu", "a100-40g"]
+    given = run(*words, "--training.micro_batch_size", "4", "--json", status=1)
+    found = json.loads(given.out)
+    assert not found["memory"]["fits"] and found["suggestions"]
+    for suggestion in found["suggestions"]:
+        change = plan_words(suggestion["options"])
+        changed = json.loads(run(*words, "--training.micro_batch_size", "4", *change, "--json").out)
+        assert changed["memory"]["fits"]
+        (rank,) = changed["memory"]["ranks_of_stage"]
+        assert rank["total"] == suggestion["memory"]
+
+
+def plan_words(options):
+    return [word for key, value in options.items() for word in (f"--{key}", json.dumps(value))]
+
+
+def test_search_finds_layouts_that_fit_in_order(run):
+    words = ["--config", str(CONFIGS / "dense_1b_paper.yaml"), "--world-size", "8"]
+    found = json.loads(run(*words, "--gpu", "a100-40g", "--search", "5", "--json").out)
+    layouts = found["search"]
+    assert len(layouts) == 5
+    assert [item["step_seconds"] for item in layouts] == sorted(
+        item["step_seconds"] for item in layouts
+    )
+    changed = json.loads(
+        run(*words, "--gpu", "a100-40g", *plan_words(layouts[-1]["options"]), "--json").out
+    )
+    assert changed["step_seconds"]["total"] == pytest.approx(layouts[-1]["step_seconds"])
+    assert changed["memory"]["fits"]
+
+
+def test_a_layout_that_breaks_rules_is_refused(run):
+    errors = run("--config", MOE[1], "--world-size", "60", status=2).err
+    assert "the number of processes (60) must be divisible by" in errors
+
+
+def test_without_a_vocabulary_it_says_what_to_set(run):
+    words = ["--data.tokenizer", "nowhere.json", "--model.vocab_size", "null"]
+    assert "set the number of token ids" in run(*MOE, *words, status=2).err

@@ -1,0 +1,138 @@
+"""What a run will take, before any machine is rented: parameters, memory, messages, time.
+
+    python tools/plan.py --config examples/configs/moe_7b_paper.yaml --world-size 64 --gpu a100-80g
+
+Prints the model's parameters, the layout's ranks, the memory of a rank, every message of a step
+with the link that it crosses, and a lower bound on the time of a step, so an upper bound on MFU.
+With --search also the layouts that fit, the fastest first. Needs neither the data nor a GPU.
+
+The exit status is 0 when the configuration can run and fits, 1 when it does not fit, 2 when it
+cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from command_line import parser_of, quieten, run, whole
+from rich.console import Console
+
+from megapoly.config import Config
+from megapoly.config.machine import Machine
+from megapoly.config.parsing import parse as parse_config
+from megapoly.config.rules import find_problems
+from megapoly.errors import MegapolyError
+from megapoly.platform.gpus import GPUS
+
+RECIPE = Path(__file__).resolve().parents[1] / "examples" / "configs" / "moe_7b_paper.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plan; see the module for the exit status."""
+    options, words = _parser().parse_known_args(argv)
+    quieten()
+    try:
+        given = parse_config(
+            ["--config", str(options.config), *words], default_recipe=RECIPE, program="plan"
+        )
+        return _plan(options, given.config)
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of(__doc__)
+    parser.epilog = "Options of the configuration, --SECTION.FIELD VALUE, override the recipe's."
+    add = parser.add_argument
+    add("--config", type=Path, default=RECIPE, metavar="FILE", help="recipe (moe_7b_paper)")
+    add("--world-size", type=whole(1), required=True, metavar="N", help="GPUs")
+    add("--gpu", choices=GPUS, default="a100-80g", help="of every process (a100-80g)")
+    add(
+        "--local-spec",
+        action="store_true",
+        help="plan for machines without Transformer Engine",
+    )
+    add(
+        "--search",
+        nargs="?",
+        type=whole(1),
+        const=10,
+        metavar="N",
+        help="show the N layouts (10) that fit and may be fastest",
+    )
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write everything as JSON to FILE, or in place of the tables to the terminal",
+    )
+    return parser
+
+
+def _plan(options: argparse.Namespace, config: Config) -> int:
+    # Here and not above: --help and a wrong option answer without waiting for torch.
+    from megapoly.planning import report
+    from megapoly.planning.plan import Plan
+    from megapoly.planning.planned_config import planned_config
+    from megapoly.planning.search import remedies, search
+
+    gpu, world_size = GPUS[options.gpu], options.world_size
+    machine = Machine(
+        cuda=True,
+        compute_capability=gpu.compute_capability,
+        transformer_engine=not options.local_spec,
+    )
+    allows = partial(_allows, world_size=world_size, machine=machine)
+    plan = Plan(planned_config(config, world_size, machine), world_size, gpu)
+    changes = [] if plan.fits else remedies(plan, allows)
+    found = search(plan.config, world_size, gpu, allows) if options.search else []
+    values: dict[str, Any] = plan.as_dict()
+    values["suggestions"] = [
+        {"options": change, "memory": changed.memory[changed.fullest].total}
+        for change, changed in changes
+    ]
+    if options.search:
+        values["search"] = [
+            {
+                "options": item.options,
+                "memory": item.plan.memory[item.plan.fullest].total,
+                "step_seconds": item.plan.step.total,
+                "mfu": item.plan.step.mfu,
+                "days": item.plan.days,
+            }
+            for item in found[: options.search]
+        ]
+    text = json.dumps(values, indent=2)
+    if options.json == "-":
+        print(text)
+        return 0 if plan.fits else 1
+    if options.json:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    console = Console()
+    report.show(plan, console)
+    if not plan.fits:
+        console.print("With one of these it would fit:" if changes else report.NOTHING_ALONE)
+        for line in report.suggestions(changes):
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    if options.search:
+        console.print(report.search_table(found, options.search))
+        if found:
+            best = report.words(found[0].options) or "as configured"
+            console.print(f"first: {best}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if plan.fits else 1
+
+
+def _allows(config: Config, *, world_size: int, machine: Machine) -> bool:
+    return not find_problems(config, world_size=world_size, machine=machine, with_files=False)
+
+
+if __name__ == "__main__":
+    run(main)
