@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from megapoly.config import Config
 from megapoly.config.machine import Machine
-from megapoly.config.resolve import num_microbatches
+from megapoly.config.resolve import num_microbatches, without_fp8
 from megapoly.config.schema import ParallelConfig
 from megapoly.model.builder import unwrap
 from megapoly.model.parameters import ParameterCount, count_parameters
@@ -163,6 +163,12 @@ def dry_run(
     start = time.perf_counter()
     select_platform("cpu")
     unusable = _transformer_engine_is_unusable(config, machine)
+    if config.training.fp8 is not None and config.model.transformer_engine is None:
+        # The rules of FP8 are those of a machine that has it; the weights are those of bf16.
+        has_it = dataclasses.replace(machine, transformer_engine=True)
+        planned_config(config, world_size, has_it, problems=unusable)
+        config = copy.deepcopy(config)
+        without_fp8(config.training)
     machine = dataclasses.replace(machine, transformer_engine=bool(config.model.transformer_engine))
     config = planned_config(config, world_size, machine, problems=unusable)
     count, sizes = _whole_model(config)

@@ -209,6 +209,18 @@ def test_rules_hold_for_the_planned_job_and_files_may_be_elsewhere():
         dry_run(recipe("moe_7b_paper", "--model.transformer_engine", "true"), 64, A100)
 
 
+def test_fp8_is_refused_as_on_the_machine_and_changes_no_weight():
+    from megapoly.planning.dry_run import dry_run
+
+    words = ["--training.device", "auto", "--training.fp8", "hybrid"]
+    with pytest.raises(ConfigError, match=r"8\.9 or above, and this GPU has 8\.0"):
+        dry_run(small(*words), 1, A100)
+    h100 = Machine(cuda=True, compute_capability=(9, 0))
+    fp8, bf16 = run((small(*words), 1), (small(), 1), machine=h100)
+    assert fp8.total_parameters == bf16.total_parameters > 0
+    assert fp8.problems == ()
+
+
 def test_script_shows_the_ranks_once(tmp_path):
     command = ["bash", str(ROOT / "examples" / "pretrain_dense.sh"), "--dry_run", "--gpu=h200"]
     command += ["--world-size", "4", "--run_dir", str(tmp_path / "run"), *PP2]
