@@ -26,7 +26,7 @@ from rich.console import Console
 from megapoly.config import Config
 from megapoly.config.machine import Machine
 from megapoly.config.parsing import parse as parse_config
-from megapoly.config.rules import RULES_WITHOUT_FILES, find_problems
+from megapoly.config.rules import find_problems
 from megapoly.errors import MegapolyError
 from megapoly.platform.gpus import GPUS
 
@@ -81,7 +81,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     # Here and not above: --help and a wrong option answer without waiting for torch.
     from megapoly.planning import report
     from megapoly.planning.plan import Plan
-    from megapoly.planning.planned import check_and_resolve
+    from megapoly.planning.planned_config import planned_config
     from megapoly.planning.search import remedies, search
 
     gpu, world_size = GPUS[options.gpu], options.world_size
@@ -91,7 +91,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         transformer_engine=not options.local_spec,
     )
     allows = partial(_allows, world_size=world_size, machine=machine)
-    plan = Plan(check_and_resolve(config, world_size=world_size, machine=machine), world_size, gpu)
+    plan = Plan(planned_config(config, world_size, machine), world_size, gpu)
     changes = [] if plan.fits else remedies(plan, allows)
     found = search(plan.config, world_size, gpu, allows) if options.search else []
     values: dict[str, Any] = plan.as_dict()
@@ -131,10 +131,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
 
 
 def _allows(config: Config, *, world_size: int, machine: Machine) -> bool:
-    problems = find_problems(
-        config, world_size=world_size, machine=machine, rules=RULES_WITHOUT_FILES
-    )
-    return not problems
+    return not find_problems(config, world_size=world_size, machine=machine, with_files=False)
 
 
 if __name__ == "__main__":

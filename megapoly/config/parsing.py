@@ -30,16 +30,31 @@ STEP_AND_TOKEN_FORMS = (
 
 
 @dataclass(frozen=True)
+class DryRunOptions:
+    """What a dry run is of.
+
+    Args:
+        world_size: ranks of the job; None: as many as this job has.
+        gpu: that the job is meant for, as ``megapoly/platform/gpus.py`` names it.
+    """
+
+    world_size: int | None = None
+    gpu: str = "a100-80g"
+
+
+@dataclass(frozen=True)
 class Arguments:
     """What a command line asks for.
 
     Args:
         config: recipe and overrides, not resolved.
         print_config: show the resolved configuration instead of running.
+        dry_run: build the ranks of a job without data instead of running; None: run.
     """
 
     config: Config
     print_config: bool
+    dry_run: DryRunOptions | None = None
 
 
 def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Arguments:
@@ -48,7 +63,7 @@ def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Argumen
     Args:
         argv: words after the program's name: ``--config FILE.yaml`` (several: later ones go before
             earlier ones), ``--section.field value`` or ``--section.field=value``,
-            ``--print_config``, ``--help``.
+            ``--print_config``, ``--dry-run`` with ``--world-size`` and ``--gpu``, ``--help``.
         default_recipe: the recipe when ``argv`` names none.
         program: name to show in the help.
 
@@ -68,9 +83,10 @@ def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Argumen
     for recipe in words.recipes or [default_recipe]:
         values = _merge(values, _read_recipe(recipe, problems))
     values = _merge(values, _read_overrides(words.overrides, problems))
+    dry_run = _dry_run_options(words, problems)
     if problems:
         raise ConfigError(problems)
-    return Arguments(_build(values), words.print_config)
+    return Arguments(_build(values), words.print_config, dry_run)
 
 
 def override(config: Config, words: Sequence[str]) -> list[str]:
@@ -88,8 +104,11 @@ def override(config: Config, words: Sequence[str]) -> list[str]:
     """
     split = _split(words)
     problems = list(split.problems)
-    if split.recipes or split.print_config or split.help:
-        problems.append("`--config`, `--print_config` and `--help` have no place among overrides")
+    if split.recipes or split.print_config or split.help or split.dry_run or split.of_dry_run:
+        problems.append(
+            "`--config`, `--print_config`, `--dry-run` and its options, and `--help` have no place "
+            "among overrides"
+        )
     values = _read_overrides(split.overrides, problems)
     if problems:
         raise ConfigError(problems)
@@ -153,6 +172,24 @@ def help_text(program: str, default_recipe: Path) -> str:
         default=SUPPRESS,
         help="print the resolved configuration and exit",
     )
+    dry_run = parser.add_argument_group(
+        "dry run: build the model of every distinct rank of a job on this CPU, without data and "
+        "other processes, compare the ranks with the whole model and exit"
+    )
+    dry_run.add_argument("--dry-run", action="store_true", default=SUPPRESS, help="do that")
+    dry_run.add_argument(
+        "--world-size",
+        metavar="VALUE",
+        type=int,
+        default=SUPPRESS,
+        help="ranks of the job (without it as many as WORLD_SIZE says, which torchrun sets)",
+    )
+    dry_run.add_argument(
+        "--gpu",
+        metavar="VALUE",
+        default=DryRunOptions.gpu,
+        help="what each rank is meant to run on, of megapoly/platform/gpus.py",
+    )
     groups = {
         name: parser.add_argument_group(f"{name}: {title[0].lower()}{title[1:].rstrip('.')}")
         for name, title in SECTIONS.items()
@@ -189,7 +226,12 @@ class _Words:
     overrides: list[tuple[str, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     print_config: bool = False
+    dry_run: bool = False
+    of_dry_run: dict[str, str | None] = field(default_factory=dict)
     help: bool = False
+
+
+_OF_DRY_RUN = ("world-size", "gpu")
 
 
 def _split(argv: Sequence[str]) -> _Words:
@@ -201,6 +243,8 @@ def _split(argv: Sequence[str]) -> _Words:
             words.help = True
         elif word == "--print_config":
             words.print_config = True
+        elif word in ("--dry-run", "--dry_run"):
+            words.dry_run = True
         elif not word.startswith("--"):
             words.problems.append(
                 f"`{word}` belongs to no option; write `--section.field value`, a list as '[a, b]'"
@@ -208,13 +252,39 @@ def _split(argv: Sequence[str]) -> _Words:
         else:
             follows = bool(pending) and not pending[0].startswith("--")
             value = text if equals else pending.pop(0) if follows else None
-            if key != "config":
+            if key.replace("_", "-") in _OF_DRY_RUN:
+                words.of_dry_run[key.replace("_", "-")] = value
+            elif key != "config":
                 words.overrides.append((key, value))
             elif value:
                 words.recipes.append(Path(value))
             else:
                 words.problems.append("`--config` needs a file: `--config FILE.yaml`")
     return words
+
+
+def _dry_run_options(words: _Words, problems: list[str]) -> DryRunOptions | None:
+    """Options of a dry run; what is wrong is appended to ``problems``."""
+    if words.dry_run and words.print_config:
+        problems.append("`--dry-run` and `--print_config` are two things to do; choose one")
+    if words.of_dry_run and not words.dry_run:
+        names = " and ".join(f"`--{name}`" for name in words.of_dry_run)
+        problems.append(
+            f"{names}: nothing reads this without `--dry-run`; add that, or leave it out"
+        )
+    size, gpu = words.of_dry_run.get("world-size", "1"), words.of_dry_run.get("gpu", "none")
+    if size is None or not size.isdecimal() or int(size) < 1:
+        problems.append(f"`--world-size` ({size or ''}) must be a number of ranks, 1 or more")
+        return None
+    if gpu is None:
+        problems.append("`--gpu` needs a name of `megapoly/platform/gpus.py`, such as a100-80g")
+        return None
+    if not words.dry_run:
+        return None
+    return DryRunOptions(
+        world_size=int(size) if "world-size" in words.of_dry_run else None,
+        gpu=gpu if "gpu" in words.of_dry_run else DryRunOptions.gpu,
+    )
 
 
 def _read_overrides(

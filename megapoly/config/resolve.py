@@ -100,12 +100,17 @@ def _resolve_fusions(config: Config, machine: Machine) -> None:
 def without_gpu_kernels(config: Config) -> None:
     """Make a run's configuration one of CPU, in place; it computes the same, without FP8."""
     config.training.device = "cpu"
-    model, training, default = config.model, config.training, TrainingConfig()
+    model, training = config.model, config.training
     model.transformer_engine = model.apply_rope_fusion = False
     model.moe_permute_fusion = None if model.num_moe_experts is None else False
     training.gradient_accumulation_fusion = False
+    without_fp8(training)
+
+
+def without_fp8(training: TrainingConfig) -> None:
+    """Leave FP8 and its options out, in place: the same weights, checkpoints and optimizer."""
     for name in FP8_OPTIONS:
-        setattr(training, name, getattr(default, name))
+        setattr(training, name, getattr(TrainingConfig(), name))
 
 
 def num_query_groups(model: ModelConfig) -> int:

@@ -14,7 +14,9 @@ from megapoly.config.schema import Config
 
 
 def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Config:
-    """Parse, check and resolve; ``--help`` and ``--print_config`` print (on rank 0) and exit.
+    """Parse, check and resolve; what asks for something else than a run does that, and exits.
+
+    These are ``--help``, ``--print_config`` and ``--dry-run``, of which rank 0 prints the outcome.
 
     Needs no process group: the size of the job and the rank are read from ``WORLD_SIZE`` and
     ``RANK``, which torchrun sets; without them the job is one process.
@@ -30,8 +32,13 @@ def configure(argv: Sequence[str], *, default_recipe: Path, program: str) -> Con
     Raises:
         ConfigError: what cannot be parsed, or else every broken rule.
         DataError: the tokenizer's file exists and cannot be used.
+        SystemExit: nothing is to be trained; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
+    if arguments.dry_run is not None:
+        from megapoly.planning.dry_run_command import run_command
+
+        raise SystemExit(run_command(arguments.config, arguments.dry_run))
     resolved = check_and_resolve(arguments.config)
     if arguments.print_config:
         if os.environ.get("RANK", "0") == "0":
@@ -55,7 +62,7 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
     from megapoly.platform.device import this_machine
 
     machine = this_machine()
-    vocab_size = _tokenizer_vocab_size(config)
+    vocab_size = tokenizer_vocab_size(config)
     check(
         config,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -71,7 +78,7 @@ def check_and_resolve(config: Config, problems: Sequence[str] = ()) -> Config:
     )
 
 
-def _tokenizer_vocab_size(config: Config) -> int | None:
+def tokenizer_vocab_size(config: Config) -> int | None:
     """Ids of the tokenizer; None if its file does not exist, which has a rule of its own."""
     from megapoly.data.tokenizer import load_tokenizer
 

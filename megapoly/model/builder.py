@@ -88,7 +88,9 @@ def build_chunks(config: Config, platform: Platform) -> list[MegatronModule]:
     Returns:
         As of :func:`build_model`, without a wrapper for data parallelism.
     """
-    engine = transformer_config(config, on_cpu=not platform.is_cuda)
+    # Transformer Engine's would be made on the CPU itself, not on torch's default device.
+    on_cpu = not (platform.is_cuda or config.model.transformer_engine)
+    engine = transformer_config(config, on_cpu=on_cpu)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if num_chunks is None else list(range(num_chunks))
     chunks = [gpt_model(config, engine, vp_stage=stage).to(platform.device) for stage in stages]

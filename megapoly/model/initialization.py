@@ -26,7 +26,7 @@ def initialize_weights(
     Matrices are normal with ``init_method_std`` (``truncated_normal``: cut at 3 std); those that
     write to the residual stream, with it divided by sqrt(2 num_layers) if ``scale_residual_init``.
     Norm weights are one, rows that pad the vocabulary zero. Activation coefficients keep the
-    registry's values.
+    registry's values. On the meta device there is nothing to set, and parameters are marked alone.
 
     Args:
         chunk: the model, or its part on this pipeline stage.
@@ -43,7 +43,8 @@ def initialize_weights(
             if _SET_ELSEWHERE in entry.key:
                 continue
             for shard in _shards(entry):
-                _fill(shard, model, seed)
+                if not shard.data.is_meta:
+                    _fill(shard, model, seed)
                 if shard.local_shape != shard.global_shape[shard.prepend_axis_num :]:
                     # The engine marks these only where it sets weights itself
                     # (tensor_parallel/layers.py:130); the gradient norm counts unmarked parameters

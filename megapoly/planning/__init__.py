@@ -1,1 +1,1 @@
-"""What a run will take, before it is launched: parameters, memory, messages, time; a dry run."""
+"""What a job needs of machines that are not at hand: computed, and built without them."""

@@ -1,9 +1,10 @@
 """Memory of one rank, in bytes: weights, gradients, optimizer state, activations, work space.
 
-Activations are what the modules of this project's local spec keep for the backward pass; every
-entry of :func:`layer_activations` and :func:`head_activations` is one tensor that autograd saves,
-and a test compares them with what it does save. With Transformer Engine the same tensors are kept
-in other modules, in FP8 some of them in a byte instead of two; that has not been measured.
+Activations are what the modules of this project's local spec keep for the backward pass; the
+entries of :func:`layer_activations` and :func:`head_activations` are tensors that autograd saves,
+and tests compare them with what it does save, and all of this with dry runs. With Transformer
+Engine the same tensors are kept in other modules, in FP8 some of them in a byte instead of two;
+that has not been measured.
 
 Not in these figures, and the reason for :data:`HEADROOM`: the CUDA context and libraries, nccl's
 buffers, and what the allocator cannot use.
@@ -137,8 +138,14 @@ def layer_activations(config: Config) -> list[Saved]:
         Saved("input of the attention norm", hidden),
         Saved("statistic of the attention norm", statistic),
         Saved("input of the QKV projection", hidden),
-        Saved("queries, keys, values", (query + 2 * key) * item),
     ]
+    # Values are a part of it. Ranks of a context that gather keys and values, or exchange heads,
+    # keep what they then have instead; the core's inputs are kept where the core is recomputed.
+    exchanged = parallel.cp_comm_type in ("all_gather", "a2a")
+    recomputed = parallel.recompute_granularity == "selective"
+    recomputed = recomputed and "core_attn" in parallel.recompute_modules
+    if not exchanged or recomputed or model.qk_norm == "head":
+        saved.append(Saved("queries, keys, values", (query + 2 * key) * item))
     if model.qk_norm == "full":
         # In fp32 before the norm, in the model's precision before its weight.
         size = (query + key) * (_FP32 + item) + 2 * _FP32
@@ -146,19 +153,17 @@ def layer_activations(config: Config) -> list[Saved]:
     if model.qk_norm == "head":
         groups = model.num_query_groups / tensor
         saved.append(Saved("statistics of QK-norms", (heads + groups) * _FP32))
-    gathered = parallel.context_parallel_size if parallel.cp_comm_type == "all_gather" else 1
     # Sines and cosines, for queries and for keys, are the same for every sample.
     rotation = 4 * model.kv_channels * item / config.training.micro_batch_size
+    saved.append(Saved("rotation of queries and keys", rotation))
+    if not exchanged or recomputed:
+        saved.append(Saved("rotated queries and keys", (query + key) * item))
+    if exchanged:
+        ranks = parallel.context_parallel_size if parallel.cp_comm_type == "all_gather" else 1
+        inside = 2 * query + 2 * key * ranks  # queries, the core's output, keys and values
+        saved.append(Saved("attention over the context", inside * item, "core_attn"))
     saved += [
-        Saved("rotation of queries and keys", rotation),
-        Saved("rotated queries", query * item),
-        Saved("rotated keys", key * item * gathered),
-        *([Saved("gathered values", key * item * gathered)] if gathered > 1 else []),
-        Saved(
-            "logarithms of the softmax sums",
-            heads * _FP32,
-            "core_attn",
-        ),
+        Saved("logarithms of the softmax sums", heads * _FP32, "core_attn"),
         Saved("output of attention", query * item),
         Saved("input of the FFN norm", hidden),
         Saved("statistic of the FFN norm", statistic),
@@ -250,28 +255,50 @@ def kept_by_layer(config: Config) -> tuple[float, float]:
 
 
 def _activation_bytes(config: Config, world_size: int, stage: int) -> float:
-    parallel = config.parallel
-    stages = parallel.pipeline_model_parallel_size
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    layers = config.model.num_layers // (stages * chunks)
-    per_chunk, anew = _of_chunk(config, layers)
-    head = sum(s.size for s in head_activations(config)) if stage == stages - 1 else 0.0
+    is_last = stage == config.parallel.pipeline_model_parallel_size - 1
     under_way = chunks_under_way(config, world_size, stage)
-    return tokens_of_rank(config) * (under_way * per_chunk + anew + head)
+    assert config.model.kv_channels is not None, "resolve first"
+    frequencies = config.model.kv_channels * _FP32 / config.training.micro_batch_size
+    kept = under_way * (_kept_by_chunk(config) + frequencies)
+    # What goes to the next chunk is kept, too; the last chunk of all keeps the head's.
+    kept += (under_way - is_last) * layer_activations(config)[0].size
+    if is_last:
+        kept += sum(saved.size for saved in head_activations(config))
+    return tokens_of_rank(config) * kept
 
 
-def _of_chunk(config: Config, layers: int) -> tuple[float, float]:
-    """Bytes a token that the layers of a chunk keep, and the most that are made anew at once."""
+def _layers_of_chunk(config: Config) -> int:
     parallel = config.parallel
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    return config.model.num_layers // (parallel.pipeline_model_parallel_size * chunks)
+
+
+def _kept_by_chunk(config: Config) -> float:
+    """Bytes a token that the layers of a chunk keep."""
+    parallel, layers = config.parallel, _layers_of_chunk(config)
     kept, anew = kept_by_layer(config)
     if parallel.recompute_granularity != "full":
-        return layers * kept, anew
+        return layers * kept
+    assert parallel.recompute_num_layers is not None, "the rules want it"
+    if parallel.recompute_method == "uniform":
+        return layers / parallel.recompute_num_layers * kept
+    recomputed = min(parallel.recompute_num_layers, layers)
+    return recomputed * kept + (layers - recomputed) * (kept + anew)
+
+
+def _made_anew(config: Config) -> float:
+    """Bytes a token that recomputation holds at once, beyond what was freed before it begins."""
+    parallel, layers = config.parallel, _layers_of_chunk(config)
+    kept, anew = kept_by_layer(config)
+    if parallel.recompute_granularity != "full":
+        return anew
     assert parallel.recompute_num_layers is not None, "the rules want it"
     if parallel.recompute_method == "uniform":
         together = parallel.recompute_num_layers
-        return layers / together * kept, (together - 1) * kept + together * anew
-    recomputed = min(parallel.recompute_num_layers, layers)
-    return recomputed * kept + (layers - recomputed) * (kept + anew), anew
+        return (together - 1) * kept + together * anew
+    # Layers that are not recomputed come last, and go backward first.
+    freed = max(0, layers - parallel.recompute_num_layers) * (kept + anew)
+    return max(0.0, anew - freed)
 
 
 def chunks_under_way(config: Config, world_size: int, stage: int) -> int:
@@ -289,25 +316,34 @@ def chunks_under_way(config: Config, world_size: int, stage: int) -> int:
 
 
 def _temporary_bytes(config: Config, stage: int) -> float:
-    """The largest of: loss, FFN's backward pass; and the gradient of the largest matrix."""
-    item, tokens = element_size(config), tokens_of_rank(config)
-    parallel = config.parallel
-    candidates: list[float] = [tokens * 2 * _largest_ffn_row(config) * item]
+    """The most that is held for a moment: in the loss, or where a layer goes backward.
+
+    With sequence parallelism the engine keeps one buffer for the gathered input of a matrix
+    (tensor_parallel/layers.py of Megatron-Core 0.16.1).
+    """
+    parallel, item = config.parallel, element_size(config)
+    tensor, model = parallel.tensor_model_parallel_size, config.model
+    gradients = _gradients_of_ffn(config) * item
+    logits = head = 0.0
     if stage == parallel.pipeline_model_parallel_size - 1:
-        # Logits in the model's precision beside the softmax, and later their gradient.
-        logits = padded_vocab_size(config) / parallel.tensor_model_parallel_size
-        candidates.append(tokens * logits * item)
-    largest_matrix = max(part.on_rank for part in stage_parts(config, stage))
-    return max(candidates) + largest_matrix * item
+        # In the model's precision beside the softmax in fp32, and later their gradient.
+        logits = padded_vocab_size(config) / tensor * item
+        head = sum(saved.size for saved in head_activations(config))
+    buffer = model.hidden_size * item if parallel.sequence_parallel else 0
+    most = max(logits, gradients - head, _made_anew(config) + gradients - head)
+    return tokens_of_rank(config) * (most + buffer)
 
 
-def _largest_ffn_row(config: Config) -> float:
+def _gradients_of_ffn(config: Config) -> float:
+    """Numbers a token of the gradients that are held at once where an FFN goes backward."""
     model, parallel = config.model, config.parallel
-    gated = 2 if registry.get(model.activation).gated else 1
-    if not model.num_moe_experts:
-        dense = ffn_width(model, model.ffn_hidden_size)
-        return gated * dense / parallel.tensor_model_parallel_size
-    assert model.moe_ffn_hidden_size is not None
     assert parallel.expert_tensor_parallel_size is not None, "resolve first"
+    rows = 1 + registry.get(model.activation).gated, 1  # of FC1's output, FC2's input
+    if not model.num_moe_experts:
+        width = ffn_width(model, model.ffn_hidden_size) / parallel.tensor_model_parallel_size
+        return sum(rows) * width
+    assert model.moe_ffn_hidden_size is not None
     width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
-    return rows_of_experts(config) * max(gated * width, model.hidden_size)
+    # Or of the experts' tokens, as they are sent, gathered and sorted: seen in dry runs.
+    copies = 4 if parallel.expert_tensor_parallel_size == 1 else 6
+    return rows_of_experts(config) * max(sum(rows) * width, copies * model.hidden_size)

@@ -110,6 +110,7 @@ def select_platform(device: str) -> Platform:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local_rank)
         engine_workarounds.install_without_transformer_engine()
+        engine_workarounds.install_with_transformer_engine()
         return Platform(torch.device("cuda", local_rank), "nccl")
     engine_workarounds.install_on_cpu()
     return Platform(torch.device("cpu"), "gloo")

@@ -2,9 +2,11 @@
 
 The engine is written for CUDA. :func:`install_on_cpu` lets its training path run on CPU with gloo;
 :func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
-any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving. Each
-function below names the places in ``megatron/core/`` that make it necessary.
-Nothing of ``install_on_cpu`` touches a CUDA run.
+any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving, and
+:func:`install_with_transformer_engine` about the former in FP8. Each function below names the
+places in ``megatron/core/`` that make it necessary. Nothing of ``install_on_cpu`` touches a CUDA
+run. What a dry run replaces, for as long as it lasts, is in :mod:`megapoly.planning.fake_job` and
+:mod:`megapoly.planning.activations`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ def install_on_every_device() -> None:
     """Spare recomputation PolyNorm's collective, and saving a process; once is enough."""
     if "every" not in _installed:
         _installed.add("every")
-        _recomputation_keeps_row_statistics()
+        from megatron.core.tensor_parallel.random import CheckpointFunction
+
+        _recomputation_keeps_row_statistics(CheckpointFunction)
         _saving_starts_no_manager()
 
 
@@ -69,17 +73,28 @@ def install_without_transformer_engine() -> None:
         _gradient_norm_is_summed_in_fp64()
 
 
-def _recomputation_keeps_row_statistics() -> None:
+def install_with_transformer_engine() -> None:
+    """Spare recomputation in FP8, which is Transformer Engine's, the same as the engine's own."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if "te" in _installed or not HAVE_TE:
+        return
+    _installed.add("te")
+    from transformer_engine.pytorch.distributed import _CheckpointFunction
+
+    _recomputation_keeps_row_statistics(_CheckpointFunction)
+
+
+def _recomputation_keeps_row_statistics(checkpoint_function: Any) -> None:
     """Recomputing a layer runs its forward pass again, with PolyNorm's all-reduce.
 
     ``CheckpointFunction`` (tensor_parallel/random.py:496) has no hook for what to keep, so the
-    statistics of its region are kept beside what it saves.
+    statistics of its region are kept beside what it saves; nor has ``_CheckpointFunction``
+    (transformer_engine/pytorch/distributed.py:319), which the engine takes for FP8.
     """
-    from megatron.core.tensor_parallel.random import CheckpointFunction
-
     from megapoly.ops.recomputation import keeping_row_statistics, reusing_row_statistics
 
-    run, recompute = CheckpointFunction.forward, CheckpointFunction.backward
+    run, recompute = checkpoint_function.forward, checkpoint_function.backward
 
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.row_statistics = []
@@ -90,8 +105,8 @@ def _recomputation_keeps_row_statistics() -> None:
         with reusing_row_statistics(ctx.row_statistics):
             return recompute(ctx, *grads)
 
-    CheckpointFunction.forward = staticmethod(forward)
-    CheckpointFunction.backward = staticmethod(backward)
+    checkpoint_function.forward = staticmethod(forward)
+    checkpoint_function.backward = staticmethod(backward)
 
 
 def _saving_starts_no_manager() -> None:
@@ -275,7 +290,8 @@ def _cuda_literals_mean_cpu() -> None:
             return result
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("megatron.core.optimizer"):
-            return result.replace("torch.", "torch.cuda.", 1)
+            # A dry run's parameters: "torch.meta.FloatTensor".
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
     torch.Tensor.type = type_  # type: ignore[assignment,method-assign]

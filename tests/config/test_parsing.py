@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from megapoly.config.options import OPTIONS, options_of
-from megapoly.config.parsing import Arguments, help_text, load_yaml, parse, to_dict, to_yaml
+from megapoly.config.parsing import (
+    Arguments,
+    DryRunOptions,
+    help_text,
+    load_yaml,
+    parse,
+    to_dict,
+    to_yaml,
+)
 from megapoly.config.schema import BlendSource, Config, ValidationSet
 from megapoly.errors import ConfigError
 
@@ -298,3 +306,22 @@ def test_help_exits_and_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> N
         parse(["--help"], default_recipe=Path("absent.yaml"), program="megapoly train")
     assert stopped.value.code == 0
     assert "usage: megapoly train" in capsys.readouterr().out
+
+
+def test_dry_run_has_options_of_its_own(recipe: Path) -> None:
+    def dry_run(*words: str) -> DryRunOptions | None:
+        return parse(words, default_recipe=recipe, program="x").dry_run
+
+    assert dry_run() is None
+    assert dry_run("--dry_run") == DryRunOptions(world_size=None, gpu="a100-80g")
+    for words in (["--world-size", "64"], ["--world_size=64"]):
+        assert dry_run("--dry-run", *words, "--gpu", "h200") == DryRunOptions(64, "h200")
+    for words, problem in (
+        (["--world-size", "64"], "without `--dry-run`"),
+        (["--dry-run", "--world-size", "0"], r"\(0\) must be a number of ranks"),
+        (["--dry-run", "--world-size"], "must be a number of ranks"),
+        (["--dry-run", "--gpu"], "`--gpu` needs a name"),
+        (["--dry-run", "--print_config"], "choose one"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            dry_run(*words)

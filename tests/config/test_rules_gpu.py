@@ -127,14 +127,19 @@ CASES: list[dict[str, Any]] = [
         rule="fp8_recipe_runs_on_device",
         base=FP8,
         wrong={"machine": H100, RECIPE: "mxfp8"},
-        words=["(mxfp8)", "10.0 or above and below 12.0", "has 9.0", "blockwise or tensorwise"],
+        words=[
+            "(mxfp8)",
+            "10.0 or above and below 12.0",
+            "has 9.0",
+            "blockwise, tensorwise or delayed",
+        ],
         right={"machine": B200, RECIPE: "mxfp8"},
     ),
     dict(
         rule="fp8_recipe_runs_on_device",
         base=FP8,
         wrong={"machine": RTX, RECIPE: "mxfp8"},
-        words=["has 12.0", "blockwise or tensorwise"],
+        words=["has 12.0", "blockwise, tensorwise or delayed"],
         right={"machine": machine(None), RECIPE: "mxfp8"},
     ),
     dict(

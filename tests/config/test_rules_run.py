@@ -38,7 +38,7 @@ CASES: list[dict[str, Any]] = [
         right={"checkpoint.load_weights_only": True, "checkpoint.load": "HERE"},
     ),
     dict(
-        rule="loading_is_possible",
+        rule="checkpoint_exists",
         wrong={"checkpoint.load": "HERE/absent"},
         words=["absent", "does not exist"],
     ),

@@ -1,5 +1,7 @@
 """Log-likelihoods at any layout are those of one process, computed by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import WITH_HARNESS
 from evaluation_jobs import TEXTS
@@ -38,3 +40,16 @@ def test_harness_counts_right_answers(evaluated, model, layout):
     assert first.harness["acc,none"] == pytest.approx(accuracy)
     # The harness gives results to one process of a host.
     assert all(outcome.harness is None for outcome in others)
+
+
+@pytest.mark.parametrize(("recipe", "length"), [(None, 6), ("tensorwise", 32), ("blockwise", 256)])
+def test_sequences_are_as_long_as_ranks_and_fp8_divide(recipe, length):
+    from megapoly.config.schema import Config
+    from megapoly.evaluation.engine_lm import EngineLM
+
+    config = Config()
+    config.parallel.tensor_model_parallel_size = 2
+    if recipe is not None:
+        config.training.fp8, config.training.fp8_recipe = "hybrid", recipe
+    model = SimpleNamespace(_state=SimpleNamespace(config=config))
+    assert EngineLM._padded(model, 5) == length

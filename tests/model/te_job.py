@@ -27,9 +27,10 @@ sys.modules["fused_weight_gradient_mlp_cuda"] = types.SimpleNamespace(
 
 import torch  # noqa: E402
 
-from megapoly.platform import select_platform  # noqa: E402
+from megapoly.platform import engine_workarounds, select_platform  # noqa: E402
 
 platform = select_platform("cpu")
+engine_workarounds.install_with_transformer_engine()  # as on CUDA
 te_kernels.install()
 
 from layouts import result_of_model  # noqa: E402
@@ -76,8 +77,35 @@ RECOMPUTED = {
 }
 
 
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]
+CUDAS = ["12.8", "12.9", "13.0"]
+
+
+def recipes():
+    """Which devices Transformer Engine lets a recipe run on, and what rows it fills up to."""
+    from transformer_engine.common import recipe
+    from transformer_engine.pytorch import quantization
+
+    kinds = {
+        "delayed": (recipe.DelayedScaling(), quantization.check_fp8_support),
+        "tensorwise": (recipe.Float8CurrentScaling(), quantization.check_fp8_support),
+        "blockwise": (recipe.Float8BlockScaling(), quantization.check_fp8_block_scaling_support),
+        "mxfp8": (recipe.MXFP8BlockScaling(), quantization.check_mxfp8_support),
+    }
+    installed, found = torch.version.cuda, {}
+    for name, (kind, check) in kinds.items():
+        for capability in CAPABILITIES:
+            quantization.get_device_compute_capability = lambda capability=capability: capability
+            for torch.version.cuda in CUDAS:
+                found[name, capability, torch.version.cuda] = check.__wrapped__()[0]
+        found[name] = quantization.get_align_size_for_quantization(kind)
+    torch.version.cuda = installed
+    quantization.get_device_compute_capability = lambda: (9, 0)
+    return found
+
+
 def on_one_process():
-    results = {"version": package.__version__}
+    results = {"version": package.__version__, "recipes": recipes()}
     with process_groups(config_of(SIZES, platform), platform):
         results["models"] = {
             name: [
@@ -131,13 +159,36 @@ def _of_one(options):
     return {key: value for key, value in options.items() if not key.startswith("parallel.")}
 
 
+sums = []  # of PolyNorm's statistics, over ranks
+
+
+def count_sums():
+    from megapoly.ops import collectives
+
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        if sys._getframe(1).f_globals["__name__"] == collectives.__name__:
+            sums.append(kwargs)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+
+
 def on_two_ranks():
+    count_sums()
     configs = {name: config_of(options, platform) for name, options in LAYOUTS.items()}
     results = {}
     with process_group(next(iter(configs.values())), platform):
         for name, config in configs.items():
             with model_groups(config):
                 results[name] = (result_of_model(config, platform), description(config))
+        with model_groups(configs["tensor"]):
+            for name in ("nothing", "layers"):
+                options = LAYOUTS["tensor"] | fp8("tensorwise") | RECOMPUTED[name]
+                sums.clear()
+                losses = trained(config_of(options, platform), platform, 2)
+                results[f"recomputed {name}"] = (losses, len(sums))
     return results
 
 

@@ -166,15 +166,24 @@ def quantize(x, quantizer, out=None, noop=None):
         quantizer.amax.copy_(torch.maximum(quantizer.amax, largest))
         scale = quantizer.scale.clone()
     else:
+        if quantizer.with_amax_reduction:
+            group = quantizer.amax_reduction_group
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
         scale = torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0)
     largest = torch.finfo(dtype).max
     data = (x.float() * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
     if quantizer.rowwise_usage:
         out._data = data
     if quantizer.columnwise_usage:
-        out._transpose, out._transpose_invalid = data.flatten(0, -2).t().contiguous(), False
+        out._transpose, out._transpose_invalid = fp8_transpose(data, None), False
     out._scale_inv = (1 / scale).reshape(1)
     return out
+
+
+def fp8_transpose(data, dtype, *, out=None):
+    """[.., columns] -> [columns, ..]."""
+    transpose = data.movedim(-1, 0).contiguous()
+    return transpose if out is None else out.copy_(transpose)
 
 
 def split_quantize(x, splits, quantizers):
@@ -190,6 +199,8 @@ TORCH_DTYPE = {"kFloat32": torch.float32, "kBFloat16": torch.bfloat16}
 _PLACES = [f"GEMM{i}_{kind}" for i in (1, 2, 3) for kind in ("INPUT", "WEIGHT", "OUTPUT")]
 _GRAD_PLACES = [f"GRAD_{kind}{i}" for i in (1, 2, 3) for kind in ("OUTPUT", "INPUT")]
 KERNELS = dict(
+    fp8_transpose=fp8_transpose,
+    get_cublasLt_version=lambda: 120900,
     FP8FwdTensors=enum.IntEnum("FP8FwdTensors", _PLACES, start=0),
     FP8BwdTensors=enum.IntEnum("FP8BwdTensors", _GRAD_PLACES, start=0),
     generic_gemm=generic_gemm,

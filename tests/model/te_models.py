@@ -191,7 +191,9 @@ def history_of_scales(platform: Platform, folder: Any) -> dict[str, Any]:
 
 def _histories(state: TrainState) -> dict[str, torch.Tensor]:
     modules = unwrap(state.chunks[0]).named_modules()
-    metadata = {name: getattr(module, "fp8_meta", {}) for name, module in modules}
+    # Attention, which has no weights, is in bf16.
+    with_weights = ((n, m) for n, m in modules if any(True for _ in m.parameters(recurse=False)))
+    metadata = {name: getattr(module, "fp8_meta", {}) for name, module in with_weights}
     return {
         name: each["scaling_fwd"].amax_history.cpu().clone()
         for name, each in metadata.items()

@@ -17,6 +17,7 @@ from layouts import Result
 from te_models import MODELS
 
 from megapoly.config import configure
+from megapoly.config.fp8 import RECIPES
 from megapoly.errors import ConfigError
 from megapoly.platform import this_machine
 from megapoly.testing.ranks import _free_port
@@ -195,6 +196,19 @@ def test_parallel_forms_are_those_of_one_process(jobs, layout):
     assert norms == pytest.approx([norms[-1]] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run_where_transformer_engine_lets_them(one_process, name):
+    found = one_process["recipes"]
+    cases = [case for case in found if case[0] == name]
+    assert len(cases) == 21
+    for _, capability, cuda in cases:
+        major, minor = cuda.split(".")
+        new_enough = (int(major), int(minor)) >= (RECIPES[name].cuda or (0, 0))
+        runs = RECIPES[name].runs_on(capability) and new_enough
+        assert found[name, capability, cuda] is runs, (capability, cuda)
+    assert found[name] == RECIPES[name].multiple
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 @pytest.mark.parametrize("name", ["dense", "experts", "one after another"])
 def test_fp8_trains_as_bf16_does(one_process, name, recipe):
@@ -225,6 +239,15 @@ def test_rows_that_fill_up_an_expert_change_no_gradient(one_process):
 def test_recomputation_in_fp8_changes_nothing(one_process):
     losses = one_process["recomputed"]
     assert losses["layers"] == losses["experts"] == losses["nothing"]
+
+
+def test_recomputation_in_fp8_repeats_no_sum_over_ranks(jobs):
+    (losses, sums), (recomputed, sums_recomputed) = (
+        jobs[1][f"recomputed {what}"] for what in ("nothing", "layers")
+    )
+    assert recomputed == losses
+    # Two steps of two micro-batches, two layers, forward and backward.
+    assert sums_recomputed == sums == 2 * 2 * 2 * 2
 
 
 def test_checkpoints_go_from_one_family_of_layers_to_the_other_and_back(one_process):

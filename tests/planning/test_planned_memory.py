@@ -115,7 +115,8 @@ def test_states_of_the_papers_dense_model():
     layer = 2 * (10 * hidden + 2 * 8256) + 4 * 16 + 4 * 3 + 2 * 4
     rotation = 4 * 128 * 2 / 2
     head = 2 * (2 * hidden) + 4 * 32_000 + 4 + 9
-    assert found.activations == tokens * (24 * (layer + rotation) + head)
+    frequencies = 128 * 4 / 2  # of the rotation
+    assert found.activations == tokens * (24 * (layer + rotation) + head + frequencies)
     config.parallel.use_distributed_optimizer = False
     assert memory_of_rank(config, 32, stage=0).optimizer == 12 * parameters
 

@@ -27,9 +27,16 @@ RULES: tuple[Rule, ...] = (
     *data.RULES,
     *tasks.RULES,
 )
-# What can be said of a job on another machine than this one, where its files are not.
-RULES_WITHOUT_FILES: tuple[Rule, ...] = tuple(
-    rule for rule in RULES if rule not in (*data.RULES, *tasks.RULES, run.loading_is_possible)
+
+# About what the configuration reads, on the machine that runs it.
+RULES_ON_FILES: frozenset[Rule] = frozenset(
+    {
+        data.token_files_exist,
+        data.tokenizer_exists,
+        run.checkpoint_exists,
+        tasks.task_data_exists,
+        tasks.harness_is_installed,
+    }
 )
 
 
@@ -39,7 +46,7 @@ def find_problems(
     world_size: int,
     machine: Machine,
     tokenizer_vocab_size: int | None = None,
-    rules: Sequence[Rule] = RULES,
+    with_files: bool = True,
 ) -> list[str]:
     """Every broken rule as one message: the rule, the values, the remedy.
 
@@ -49,7 +56,8 @@ def find_problems(
         machine: what every process has.
         tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
             rule about it.
-        rules: those in force.
+        with_files: whether what the configuration reads has to be here; false for a job that is
+            planned for other machines.
     """
     facts = Facts(
         config,
@@ -58,6 +66,7 @@ def find_problems(
         tokenizer_vocab_size,
         lm_eval_available=importlib.util.find_spec("lm_eval") is not None,
     )
+    rules = [rule for rule in RULES if with_files or rule not in RULES_ON_FILES]
     return [problem for rule in rules for problem in rule(facts)]
 
 
@@ -67,6 +76,7 @@ def check(
     world_size: int,
     machine: Machine,
     tokenizer_vocab_size: int | None = None,
+    with_files: bool = True,
     problems: Sequence[str] = (),
 ) -> None:
     """Refuse a configuration that breaks a rule; arguments as :func:`find_problems`.
@@ -76,6 +86,7 @@ def check(
         world_size: see there.
         machine: see there.
         tokenizer_vocab_size: see there.
+        with_files: see there.
         problems: what else is wrong, reported together with the rules.
 
     Raises:
@@ -86,6 +97,7 @@ def check(
         world_size=world_size,
         machine=machine,
         tokenizer_vocab_size=tokenizer_vocab_size,
+        with_files=with_files,
     )
     if problems or found:
         raise ConfigError([*problems, *found])

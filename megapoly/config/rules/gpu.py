@@ -120,7 +120,7 @@ def fp8_recipe_runs_on_device(facts: Facts) -> Iterator[str]:
             f"`training.fp8_recipe` ({name}) needs compute capability {_range(recipe)}, and this "
             f"GPU has {_dotted(capability)}; "
             + (
-                f"take {' or '.join(reversed(possible))}"
+                f"take {_one_of(possible[::-1])}"
                 if possible
                 else "set `training.fp8` to null: bf16 is the fastest that it has"
             )
@@ -174,6 +174,11 @@ def fp8_sizes_fit(facts: Facts) -> Iterator[str]:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
+
+
+def _one_of(names: list[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _range(recipe: Recipe) -> str:

@@ -44,6 +44,11 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
             "`checkpoint.accept_other_data` (True): nothing reads this with `checkpoint.resume` "
             "(False) and `checkpoint.load` (null), which begin anew; leave it out"
         )
+
+
+def checkpoint_exists(facts: Facts) -> Iterator[str]:
+    """The checkpoint to start from is there."""
+    checkpoint = facts.config.checkpoint
     if checkpoint.load is not None and not Path(checkpoint.load).exists():
         yield (
             f"`checkpoint.load` ({checkpoint.load}) does not exist; give a folder such as "
@@ -55,4 +60,5 @@ RULES: tuple[Rule, ...] = (
     device_exists,
     transformer_engine_is_usable,
     loading_is_possible,
+    checkpoint_exists,
 )
