@@ -46,6 +46,7 @@ class Activation:
         coefficients: initial values of every learned vector, by name, for a given order.
         tensor_parallel_sum: see :class:`TensorParallelSum`.
         hidden_act: transformers' name of it in a gated FFN such as Llama's; None: it has none.
+        keeps_input: whether its backward pass needs its input, and not its output alone.
     """
 
     function: Callable[..., Tensor]
@@ -53,6 +54,7 @@ class Activation:
     coefficients: Callable[[int], dict[str, list[float]]] | None = None
     tensor_parallel_sum: TensorParallelSum = TensorParallelSum.NOTHING
     hidden_act: str | None = None
+    keeps_input: bool = True
 
     @property
     def has_coefficients(self) -> bool:
@@ -99,7 +101,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "geglu": Activation(_pointwise(F.gelu), gated=True, hidden_act="gelu"),
     "gelu": Activation(_pointwise(F.gelu)),
     "silu": Activation(_pointwise(F.silu)),
-    "relu": Activation(_pointwise(F.relu)),
+    "relu": Activation(_pointwise(F.relu), keeps_input=False),
     "squared_relu": Activation(_pointwise(_squared_relu)),
     "polyrelu": Activation(polyrelu, False, _ascending, _GRADIENTS),
     "polyprelu": Activation(polyrelu, False, _ascending_with_slope, _GRADIENTS),

@@ -182,11 +182,10 @@ def _dense_ffn(config: Config) -> list[Saved]:
 
 def _ffn(config: Config, width: float, rows: float, *, is_routed: bool = False) -> list[Saved]:
     """FC1's output, what the activation adds, FC2's input, for ``rows`` rows of a token."""
-    name = config.model.activation
-    activation = registry.get(name)
+    activation = registry.get(config.model.activation)
     row = width * element_size(config) * rows
     saved = []
-    if name != "relu":  # which keeps its output, that FC2 keeps, too
+    if activation.keeps_input:  # others keep their output, which FC2 keeps, too
         saved.append(Saved("output of FC1", row * (2 if activation.gated else 1)))
     if not activation.has_coefficients:
         if activation.gated:

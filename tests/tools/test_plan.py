@@ -91,4 +91,4 @@ def test_a_layout_that_breaks_rules_is_refused(run):
 
 def test_without_a_vocabulary_it_says_what_to_set(run):
     words = ["--data.tokenizer", "nowhere.json", "--model.vocab_size", "null"]
-    assert "set the number of token ids" in run(*MOE, *words, status=2).err
+    assert "set `--model.vocab_size`" in run(*MOE, *words, status=2).err
