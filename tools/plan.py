@@ -7,13 +7,14 @@ with the link that it crosses, and a lower bound on the time of a step, so an up
 With --search also the layouts that fit, the fastest first. Needs neither the data nor a GPU.
 
 The exit status is 0 when the configuration can run and fits, 1 when it does not fit, 2 when it
-cannot run.
+cannot run, or the plan not be written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from megapoly.config import Config
 from megapoly.config.machine import Machine
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import RULES_WITHOUT_FILES, find_problems
-from megapoly.errors import MegapolyError
+from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.gpus import GPUS
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "configs" / "moe_7b_paper.yaml"
@@ -44,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plan(options, given.config)
     except MegapolyError as error:
         print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:
+        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
         return 2
 
 
@@ -84,6 +91,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     from megapoly.planning.planned import check_and_resolve
     from megapoly.planning.search import remedies, search
 
+    _refuse_cpu(config)
     gpu, world_size = GPUS[options.gpu], options.world_size
     machine = Machine(
         cuda=True,
@@ -91,9 +99,10 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         transformer_engine=not options.local_spec,
     )
     allows = partial(_allows, world_size=world_size, machine=machine)
-    plan = Plan(check_and_resolve(config, world_size=world_size, machine=machine), world_size, gpu)
-    changes = [] if plan.fits else remedies(plan, allows)
-    found = search(plan.config, world_size, gpu, allows) if options.search else []
+    resolve = partial(check_and_resolve, world_size=world_size, machine=machine)
+    plan = Plan(resolve(config), world_size, gpu)
+    changes = [] if plan.fits else remedies(plan, config, resolve)
+    found = search(plan.config, config, world_size, gpu, allows) if options.search else []
     values: dict[str, Any] = plan.as_dict()
     values["suggestions"] = [
         {"options": change, "memory": changed.memory[changed.fullest].total}
@@ -128,6 +137,16 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
             best = report.words(found[0].options) or "as configured"
             console.print(f"first: {best}", highlight=False, markup=False, soft_wrap=True)
     return 0 if plan.fits else 1
+
+
+def _refuse_cpu(config: Config) -> None:
+    """A plan is of GPUs; the file of a run on CPU says that there is none in several places."""
+    if config.training.device != "cpu":
+        return
+    names = ("transformer_engine", "apply_rope_fusion", "moe_permute_fusion")
+    off = [f"--model.{name} null" for name in names if getattr(config.model, name) is False]
+    change = " ".join(["--training.device auto", *off])
+    raise ConfigError([f"`training.device` (cpu) has no place in a plan of GPUs; add {change}"])
 
 
 def _allows(config: Config, *, world_size: int, machine: Machine) -> bool:
