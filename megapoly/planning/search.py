@@ -42,9 +42,7 @@ class Found:
     plan: Plan
 
 
-def search(
-    config: Config, given: Config, world_size: int, gpu: GPU, allows: Allows
-) -> list[Found]:
+def search(config: Config, given: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
     """Every layout that fits, the one with the shortest bound on its step first.
 
     Tried are all sizes of data, tensor (within a node), pipeline and expert parallelism, experts'
