@@ -137,8 +137,10 @@ def layer_activations(config: Config) -> list[Saved]:
         Saved("input of the attention norm", hidden),
         Saved("statistic of the attention norm", statistic),
         Saved("input of the QKV projection", hidden),
-        Saved("queries, keys, values", (query + 2 * key) * item),
     ]
+    is_copied = _exchanges_copies(config)
+    if not is_copied:
+        saved.append(Saved("queries, keys, values", (query + 2 * key) * item))
     if model.qk_norm == "full":
         # In fp32 before the norm, in the model's precision before its weight.
         size = (query + key) * (_FP32 + item) + 2 * _FP32
@@ -146,20 +148,17 @@ def layer_activations(config: Config) -> list[Saved]:
     if model.qk_norm == "head":
         groups = model.num_query_groups / tensor
         saved.append(Saved("statistics of QK-norms", (heads + groups) * _FP32))
-    gathered = parallel.context_parallel_size if parallel.cp_comm_type == "all_gather" else 1
     # Sines and cosines, for queries and for keys, are the same for every sample.
     rotation = 4 * model.kv_channels * item / config.training.micro_batch_size
+    copies = parallel.context_parallel_size if parallel.cp_comm_type == "all_gather" else 1
     saved += [
         Saved("rotation of queries and keys", rotation),
         Saved("rotated queries", query * item),
-        Saved("rotated keys", key * item * gathered),
-        *([Saved("gathered values", key * item * gathered)] if gathered > 1 else []),
-        Saved(
-            "logarithms of the softmax sums",
-            heads * _FP32,
-            "core_attn",
-        ),
+        Saved("rotated keys", key * item * (copies if is_copied else 1)),
+        *([Saved("exchanged values", key * item * copies)] if is_copied else []),
+        Saved("logarithms of the softmax sums", heads * _FP32, "core_attn"),
         Saved("output of attention", query * item),
+        *([Saved("exchanged output of attention", query * item)] if is_copied else []),
         Saved("input of the FFN norm", hidden),
         Saved("statistic of the FFN norm", statistic),
         Saved("input of the FFN", hidden),
@@ -167,6 +166,18 @@ def layer_activations(config: Config) -> list[Saved]:
     if model.hidden_dropout:
         saved.append(Saved("masks of dropout", 2 * model.hidden_size / cut))
     return saved + (_moe_activations(config, cut) if model.num_moe_experts else _dense_ffn(config))
+
+
+def _exchanges_copies(config: Config) -> bool:
+    """Whether ranks that share sequences keep what they exchange in place of what they made.
+
+    Other than by a ring; recomputation of attention's core exchanges anew.
+    """
+    parallel = config.parallel
+    recomputes_core = (
+        parallel.recompute_granularity == "selective" and "core_attn" in parallel.recompute_modules
+    )
+    return parallel.cp_comm_type in ("all_gather", "a2a") and not recomputes_core
 
 
 def _dense_ffn(config: Config) -> list[Saved]:
@@ -257,7 +268,8 @@ def _activation_bytes(config: Config, world_size: int, stage: int) -> float:
     per_chunk, anew = _of_chunk(config, layers)
     head = sum(s.size for s in head_activations(config)) if stage == stages - 1 else 0.0
     under_way = chunks_under_way(config, world_size, stage)
-    return tokens_of_rank(config) * (under_way * per_chunk + anew + head)
+    # What the head keeps is free again when the last layer is made anew.
+    return tokens_of_rank(config) * (under_way * per_chunk + max(anew, head))
 
 
 def _of_chunk(config: Config, layers: int) -> tuple[float, float]:
@@ -270,8 +282,11 @@ def _of_chunk(config: Config, layers: int) -> tuple[float, float]:
     if parallel.recompute_method == "uniform":
         together = parallel.recompute_num_layers
         return layers / together * kept, (together - 1) * kept + together * anew
+    # The chunk's first layers; the others have been through their backward pass when these are made
+    # anew, and what they kept is free.
     recomputed = min(parallel.recompute_num_layers, layers)
-    return recomputed * kept + (layers - recomputed) * (kept + anew), anew
+    others = layers - recomputed
+    return recomputed * kept + others * (kept + anew), 0.0 if others else anew
 
 
 def chunks_under_way(config: Config, world_size: int, stage: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kept_jobs import NORMS, kept_by_rank
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from small_models import EXPERTS, small_model
 
@@ -17,11 +18,10 @@ from megapoly.model.builder import build_chunks
 from megapoly.planning import memory
 from megapoly.planning.memory import chunks_under_way, memory_of_rank
 from megapoly.platform import select_platform
+from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 
 BF16 = {"training.bf16": True}
-# torch's RMSNorm keeps other tensors on CPU than on a GPU.
-NORMS = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
 NORMS_OF_PLAN = ("attention norm", "FFN norm", "statistics of QK-norms")
 HEAD_NORMS = ("q_layernorm", "k_layernorm")
 GRANULARITY = "parallel.recompute_granularity"
@@ -100,6 +100,80 @@ def test_a_layer_keeps_what_is_planned(options):
     head = [s.size for s in memory.head_activations(config) if "final norm" not in s.name]
     token_ids = 8
     assert rest == pytest.approx(sum(head) + token_ids, rel=1e-3)
+
+
+T, P, C = (
+    f"parallel.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")
+)
+COMM, MODULES = "parallel.cp_comm_type", "parallel.recompute_modules"
+# Wide enough that what is not planned, token ids and the angles of rotation, is little.
+WIDE = BF16 | {
+    "model.num_layers": 4,
+    "model.hidden_size": 256,
+    "model.num_attention_heads": 16,
+    "model.ffn_hidden_size": 384,
+    "model.vocab_size": 1000,
+}
+FULL = {
+    GRANULARITY: "full",
+    "parallel.recompute_method": "uniform",
+    "parallel.recompute_num_layers": 1,
+}
+BLOCK = FULL | {"parallel.recompute_method": "block"}
+TWO = {"parallel.recompute_num_layers": 2}
+PARTS = {GRANULARITY: "selective", MODULES: ["core_attn", "mlp"]}
+GROUPS = {"model.num_query_groups": 8}
+INTERLEAVED = {"parallel.virtual_pipeline_model_parallel_size": 2, "model.num_layers": 8}
+LAYOUTS = {
+    "1": (1, {}, {"all layers recomputed": FULL, "two of four": BLOCK | TWO, "parts": PARTS}),
+    "TP 2": (
+        2,
+        {T: 2},
+        {"dense": GROUPS, "without sequence": {"parallel.sequence_parallel": False}},
+    ),
+    "CP 2, heads": (2, {C: 2, COMM: "a2a"}, {"dense": GROUPS, "recomputed": GROUPS | PARTS}),
+    "CP 2, gathered": (2, {C: 2, COMM: "all_gather"}, {"recomputed": GROUPS | PARTS}),
+    "PP 2": (2, {P: 2}, {"dense": {}, "all layers recomputed": FULL}),
+    "PP 2, interleaved": (2, {P: 2}, {"dense": INTERLEAVED, "blocks": INTERLEAVED | BLOCK}),
+}
+
+
+@pytest.fixture
+def without_norms(monkeypatch):
+    """Plans that leave out what norms keep, but for the input of a layer that is recomputed."""
+    layer, head = memory.layer_activations, memory.head_activations
+
+    def layer_without(config):
+        first, *others = layer(config)
+        is_full = config.parallel.recompute_granularity == "full"
+        others = [saved for saved in others if not saved.name.endswith(NORMS_OF_PLAN)]
+        return [first, *others] if is_full else others
+
+    monkeypatch.setattr(memory, "layer_activations", layer_without)
+    monkeypatch.setattr(
+        memory,
+        "head_activations",
+        lambda config: [saved for saved in head(config) if "final norm" not in saved.name],
+    )
+
+
+@pytest.mark.parametrize(("num_ranks", "options", "models"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.usefixtures("without_norms")
+def test_most_that_a_step_keeps_at_once(num_ranks, options, models):
+    configs = {name: small_model(WIDE | options | model) for name, model in models.items()}
+    ranks = run_on_ranks(kept_by_rank, num_ranks, configs)
+    for name, config in configs.items():
+        stages = config.parallel.pipeline_model_parallel_size
+        for stage in range(stages):
+            planned = memory_of_rank(config, num_ranks, stage).activations
+            if config.parallel.recompute_method == "block":
+                # Inputs of the layers that are not recomputed: half of all are not.
+                norms = config.model.num_layers // stages // 2 * 256 * 2
+                under_way = chunks_under_way(config, num_ranks, stage)
+                chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+                planned -= under_way * norms // chunks * memory.tokens_of_rank(config)
+            found = ranks[stage * num_ranks // stages][name]
+            assert found == pytest.approx(planned, rel=0.01), (name, stage)
 
 
 def test_states_of_the_papers_dense_model():
