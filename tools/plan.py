@@ -54,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Console(Console):
+    """One that does not end the program with 1, which means that the plan does not fit."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
     parser.epilog = "Options of the configuration, --SECTION.FIELD VALUE, override the recipe's."
@@ -121,11 +128,11 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         ]
     text = json.dumps(values, indent=2)
     if options.json == "-":
-        print(text)
+        print(text, flush=True)
         return 0 if plan.fits else 1
     if options.json:
         Path(options.json).write_text(text + "\n", encoding="utf-8")
-    console = Console()
+    console = _Console()
     report.show(plan, console)
     if not plan.fits:
         console.print("With one of these it would fit:" if changes else report.NOTHING_ALONE)

@@ -145,8 +145,9 @@ def test_a_run_on_cpu_can_be_planned_for_gpus(run, tmp_path):
     assert json.loads(run(*words, *change, "--json").out) == json.loads(run(*recipe).out)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    command = [sys.executable, "tools/plan.py", *MOE, "--json"]
+@pytest.mark.parametrize("form", [["--json"], []], ids=["JSON", "tables"])
+def test_a_reader_that_has_seen_enough_is_no_error(form):
+    command = [sys.executable, "tools/plan.py", *MOE, *form]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
