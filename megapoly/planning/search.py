@@ -68,6 +68,25 @@ def search(config: Config, given: Config, world_size: int, gpu: GPU, allows: All
     return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
 
 
+def allowed_layout(given: Config, world_size: int, gpu: GPU, allows: Allows) -> Config | None:
+    """A configuration with some layout that the rules let run; None if the layout is not at fault.
+
+    Args:
+        given: not resolved; its own layout is refused.
+        world_size: processes.
+        gpu: of every process.
+        allows: whether the rules let a configuration run.
+    """
+    for layout in _layouts(given, world_size, gpu):
+        for micro_batch_size in _MICRO_BATCH_SIZES:
+            candidate = layout.applied_to(given)
+            candidate.training.micro_batch_size = micro_batch_size
+            _set_recomputation(candidate.parallel, {})
+            if allows(candidate):
+                return candidate
+    return None
+
+
 def _that_fit(
     config: Config,
     given: Config,

@@ -111,6 +111,20 @@ def test_options_of_a_search_are_added_to_what_is_given(run, given):
         assert max(s["total"] for s in changed["memory"]["ranks_of_stage"]) == layout["memory"]
 
 
+def test_a_search_needs_no_layout_that_can_run(run):
+    words = ["--config", str(CONFIGS / "dense_1b_paper.yaml"), "--world-size", "64"]
+    refused = run(*words, "--search", "3", status=2)
+    assert "must be divisible by `training.micro_batch_size`" in refused.err
+    (line,) = (line for line in refused.out.splitlines() if line.startswith("first: "))
+    change = shlex.split(line.removeprefix("first: "))
+    found = json.loads(run(*words, *change, "--json").out)
+    asked = json.loads(run(*words, "--search", "3", "--json", status=2).out)
+    assert asked["search"][0]["step_seconds"] == found["step_seconds"]["total"]
+    assert len(asked["problems"]) == 1
+    # What no layout mends is an error as ever.
+    run(*words, "--search", "--training.fp8", "hybrid", status=2)
+
+
 def test_the_first_of_a_search_is_a_command_line(run):
     text = run(*MOE[:2], "--world-size", "8", "--gpu", "a100-40g", "--search", "1", status=1).out
     line = next(line for line in text.splitlines() if line.startswith("first: "))
