@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -39,11 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = gather(all_packages())
     lines = examine(facts)
     usable = all(line.status != "wrong" for line in lines)
-    if options.json:
-        found = {"usable": usable, "lines": [asdict(line) for line in lines]}
-        print(json.dumps(found | {"facts": asdict(facts)}, indent=2))
-    else:
-        print_lines(lines)
+    try:
+        if options.json:
+            found = {"usable": usable, "lines": [asdict(line) for line in lines]}
+            print(json.dumps(found | {"facts": asdict(facts)}, indent=2), flush=True)
+        else:
+            print_lines(lines)
+    except (BrokenPipeError, SystemExit):  # rich's; whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if usable else 1
 
 

@@ -4,21 +4,23 @@
 
 Prints the model's parameters, the layout's ranks, the memory of a rank, every message of a step
 with the link that it crosses, and a lower bound on the time of a step, so an upper bound on MFU.
-With --search also the layouts that fit, the fastest first. Needs neither the data nor a GPU.
+With --search also the layouts that fit, the fastest first, or these alone where the layout of the
+configuration cannot run. Needs neither the data nor a GPU.
 
 The exit status is 0 when the configuration can run and fits, 1 when it does not fit, 2 when it
-cannot run.
+cannot run, or the plan not be written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line import parser_of, quieten, run, whole
 from rich.console import Console
@@ -27,8 +29,11 @@ from megapoly.config import Config
 from megapoly.config.machine import Machine
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
-from megapoly.errors import MegapolyError
+from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.gpus import GPUS
+
+if TYPE_CHECKING:
+    from megapoly.planning.search import Found
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "configs" / "moe_7b_paper.yaml"
 
@@ -45,6 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:
+        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+class _Console(Console):
+    """One that does not end the program with 1, which means that the plan does not fit."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,8 +100,9 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     from megapoly.planning import report
     from megapoly.planning.plan import Plan
     from megapoly.planning.planned_config import planned_config
-    from megapoly.planning.search import remedies, search
+    from megapoly.planning.search import allowed_layout, remedies, search
 
+    _refuse_cpu(config)
     gpu, world_size = GPUS[options.gpu], options.world_size
     machine = Machine(
         cuda=True,
@@ -91,43 +110,83 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         transformer_engine=not options.local_spec,
     )
     allows = partial(_allows, world_size=world_size, machine=machine)
-    plan = Plan(planned_config(config, world_size, machine), world_size, gpu)
-    changes = [] if plan.fits else remedies(plan, allows)
-    found = search(plan.config, world_size, gpu, allows) if options.search else []
-    values: dict[str, Any] = plan.as_dict()
+    resolve = partial(planned_config, world_size=world_size, machine=machine)
+    try:
+        resolved = resolve(config)
+    except ConfigError as error:
+        base = allowed_layout(config, world_size, gpu, allows) if options.search else None
+        if base is None:
+            raise
+        found = search(resolve(base), config, world_size, gpu, allows)
+        values = {"problems": error.problems, "search": _found_values(found, options.search)}
+        if _writes(options, values):
+            print(error, file=sys.stderr)
+            _show_search(found, options.search)
+        return 2
+    plan = Plan(resolved, world_size, gpu)
+    changes = [] if plan.fits else remedies(plan, config, resolve)
+    values = plan.as_dict()
     values["suggestions"] = [
         {"options": change, "memory": changed.memory[changed.fullest].total}
         for change, changed in changes
     ]
     if options.search:
-        values["search"] = [
-            {
-                "options": item.options,
-                "memory": item.plan.memory[item.plan.fullest].total,
-                "step_seconds": item.plan.step.total,
-                "mfu": item.plan.step.mfu,
-                "days": item.plan.days,
-            }
-            for item in found[: options.search]
-        ]
-    text = json.dumps(values, indent=2)
-    if options.json == "-":
-        print(text)
+        found = search(plan.config, config, world_size, gpu, allows)
+        values["search"] = _found_values(found, options.search)
+    if not _writes(options, values):
         return 0 if plan.fits else 1
-    if options.json:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
-    console = Console()
+    console = _Console()
     report.show(plan, console)
     if not plan.fits:
         console.print("With one of these it would fit:" if changes else report.NOTHING_ALONE)
         for line in report.suggestions(changes):
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     if options.search:
-        console.print(report.search_table(found, options.search))
-        if found:
-            best = report.words(found[0].options) or "as configured"
-            console.print(f"first: {best}", highlight=False, markup=False, soft_wrap=True)
+        _show_search(found, options.search)
     return 0 if plan.fits else 1
+
+
+def _found_values(found: list[Found], limit: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "options": item.options,
+            "memory": item.plan.memory[item.plan.fullest].total,
+            "step_seconds": item.plan.step.total,
+            "mfu": item.plan.step.mfu,
+            "days": item.plan.days,
+        }
+        for item in found[:limit]
+    ]
+
+
+def _writes(options: argparse.Namespace, values: dict[str, Any]) -> bool:
+    """Write JSON to where it is asked for; whether there are tables to show besides."""
+    text = json.dumps(values, indent=2)
+    if options.json == "-":
+        print(text, flush=True)
+    elif options.json:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return bool(options.json != "-")
+
+
+def _show_search(found: list[Found], limit: int) -> None:
+    from megapoly.planning import report
+
+    console = _Console()
+    console.print(report.search_table(found, limit))
+    if found:
+        best = report.words(found[0].options) or "as configured"
+        console.print(f"first: {best}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_cpu(config: Config) -> None:
+    """A plan is of GPUs; the file of a run on CPU says that there is none in several places."""
+    if config.training.device != "cpu":
+        return
+    names = ("transformer_engine", "apply_rope_fusion", "moe_permute_fusion")
+    off = [f"--model.{name} null" for name in names if getattr(config.model, name) is False]
+    change = " ".join(["--training.device auto", *off])
+    raise ConfigError([f"`training.device` (cpu) has no place in a plan of GPUs; add {change}"])
 
 
 def _allows(config: Config, *, world_size: int, machine: Machine) -> bool:

@@ -222,9 +222,20 @@ def system_facts() -> SystemFacts:
 
 
 def _cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    try:
+        limit = cores_of_quota(Path("/sys/fs/cgroup/cpu.max").read_text())
+    except OSError:
+        limit = None
+    return cores if limit is None else min(cores, limit)
+
+
+def cores_of_quota(text: str) -> int | None:
+    """Whole cores of a control group's ``cpu.max``, microseconds and their period; None: all."""
+    quota, period = text.split()
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def _memory_bytes() -> int:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megapoly.config import Config
+from megapoly.config.resolve import (
+    cp_comm_type,
+    expert_tensor_parallel_size,
+    uses_sequence_parallel,
+)
 from megapoly.config.schema import DataConfig, ParallelConfig
+from megapoly.errors import ConfigError
 from megapoly.parallel_check.layouts import Layout
 from megapoly.planning.plan import Plan
 from megapoly.platform.gpus import GPU
@@ -18,6 +24,7 @@ _MICRO_BATCH_SIZES = (1, 2, 4, 8)
 _CHUNKS = (1, 2, 4)
 
 Allows = Callable[[Config], bool]
+Resolve = Callable[[Config], Config]
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Found:
 
     Args:
         layout: sizes.
-        options: what sets it, by dotted names, where it differs from what was given.
+        options: what sets it, by dotted names, beside what was given.
         plan: of it.
     """
 
@@ -35,7 +42,7 @@ class Found:
     plan: Plan
 
 
-def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
+def search(config: Config, given: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
     """Every layout that fits, the one with the shortest bound on its step first.
 
     Tried are all sizes of data, tensor (within a node), pipeline and expert parallelism, experts'
@@ -46,6 +53,7 @@ def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Fo
 
     Args:
         config: resolved; what is no part of the layout stays.
+        given: the same before it was resolved, to which the options are added.
         world_size: processes.
         gpu: of every process.
         allows: whether the rules let a configuration run.
@@ -54,14 +62,38 @@ def search(config: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Fo
     layouts = list(_layouts(config, world_size, gpu))
     short = [layout for layout in layouts if layout.context_parallel_size == 1]
     long = [layout for layout in layouts if layout.context_parallel_size > 1]
-    found = _that_fit(lean, short, world_size, gpu, allows)
-    found = found or _that_fit(lean, long, world_size, gpu, allows)
+    found = _that_fit(lean, given, short, world_size, gpu, allows)
+    found = found or _that_fit(lean, given, long, world_size, gpu, allows)
     # Of equal bounds the simplest.
     return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
 
 
+def allowed_layout(given: Config, world_size: int, gpu: GPU, allows: Allows) -> Config | None:
+    """A configuration with some layout that the rules let run; None if the layout is not at fault.
+
+    Args:
+        given: not resolved; its own layout is refused.
+        world_size: processes.
+        gpu: of every process.
+        allows: whether the rules let a configuration run.
+    """
+    for layout in _layouts(given, world_size, gpu):
+        for micro_batch_size in _MICRO_BATCH_SIZES:
+            candidate = layout.applied_to(given)
+            candidate.training.micro_batch_size = micro_batch_size
+            _set_recomputation(candidate.parallel, {})
+            if allows(candidate):
+                return candidate
+    return None
+
+
 def _that_fit(
-    config: Config, layouts: list[Layout], world_size: int, gpu: GPU, allows: Allows
+    config: Config,
+    given: Config,
+    layouts: list[Layout],
+    world_size: int,
+    gpu: GPU,
+    allows: Allows,
 ) -> list[Found]:
     found = []
     for layout in layouts:
@@ -73,52 +105,48 @@ def _that_fit(
                 continue
             plan = _first_that_fits(candidate, world_size, gpu)
             if plan is not None:
-                found.append(Found(layout, _differences(config, plan.config), plan))
+                found.append(Found(layout, _options(given, plan.config), plan))
     return found
 
 
-def remedies(plan: Plan, allows: Allows) -> list[tuple[dict[str, Any], Plan]]:
+def remedies(plan: Plan, given: Config, resolve: Resolve) -> list[tuple[dict[str, Any], Plan]]:
     """Single changes with which a plan that does not fit would, and the plans with them.
 
     Args:
         plan: that does not fit.
-        allows: whether the rules let a configuration run.
+        given: its configuration before it was resolved, so that what follows from a change does.
+        resolve: checks and resolves a configuration; raises ConfigError if it cannot run.
     """
-    config = plan.config
-    changes: list[dict[str, Any]] = []
+    found = []
+    for change in _changes(plan.config):
+        candidate = copy.deepcopy(given)
+        for key, value in change.items():
+            section, _, name = key.partition(".")
+            setattr(getattr(candidate, section), name, value)
+        try:
+            changed = Plan(resolve(candidate), plan.world_size, plan.gpu)
+        except ConfigError:
+            continue
+        if changed.fits:
+            found.append((change, changed))
+    return sorted(found, key=lambda item: item[1].step.total)
+
+
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
+    """One at a time, what may make a resolved configuration fit."""
     if not config.parallel.use_distributed_optimizer:
-        changes.append({"parallel.use_distributed_optimizer": True})
+        yield {"parallel.use_distributed_optimizer": True}
     if config.training.micro_batch_size > 1:
-        changes.append({"training.micro_batch_size": config.training.micro_batch_size // 2})
+        yield {"training.micro_batch_size": config.training.micro_batch_size // 2}
     for values in _recomputations(config)[1:]:
-        changes.append({f"parallel.{name}": value for name, value in values.items()})
+        yield {f"parallel.{name}": value for name, value in values.items()}
     for name in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "expert_model_parallel_size",
         "context_parallel_size",
     ):
-        changes.append({f"parallel.{name}": 2 * getattr(config.parallel, name)})
-    found = []
-    for change in changes:
-        candidate = copy.deepcopy(config)
-        _follow_tensor_parallelism(candidate, change)
-        for key, value in change.items():
-            section, _, name = key.partition(".")
-            setattr(getattr(candidate, section), name, value)
-        if allows(candidate):
-            changed = Plan(candidate, plan.world_size, plan.gpu)
-            if changed.fits:
-                found.append((change, changed))
-    return sorted(found, key=lambda item: item[1].step.total)
-
-
-def _follow_tensor_parallelism(config: Config, change: dict[str, Any]) -> None:
-    """Resolved values that a change of the layout would have resolved otherwise."""
-    if "parallel.tensor_model_parallel_size" in change:
-        config.parallel.sequence_parallel = True
-    if "parallel.context_parallel_size" in change and config.parallel.cp_comm_type is None:
-        config.parallel.cp_comm_type = "p2p" if config.model.transformer_engine else "all_gather"
+        yield {f"parallel.{name}": 2 * getattr(config.parallel, name)}
 
 
 def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
@@ -189,15 +217,28 @@ def _first_that_fits(config: Config, world_size: int, gpu: GPU) -> Plan | None:
     return None
 
 
-def _differences(given: Config, found: Config) -> dict[str, Any]:
-    """Options to set, by dotted names, without those that follow from others by themselves."""
-    parallel = found.parallel
-    follow = {"parallel.sequence_parallel", "parallel.cp_comm_type"}
-    if parallel.expert_tensor_parallel_size == parallel.tensor_model_parallel_size:
-        follow.add("parallel.expert_tensor_parallel_size")
-    return {
-        f"{section}.{name}": value
-        for section in ("parallel", "training")
-        for name, value in vars(getattr(found, section)).items()
-        if value != getattr(getattr(given, section), name) and f"{section}.{name}" not in follow
+def _options(given: Config, found: Config) -> dict[str, Any]:
+    """Options that make a layout of a configuration, by dotted names.
+
+    Args:
+        given: not resolved.
+        found: resolved.
+    """
+    # What null stands for in the layout that was found.
+    null = copy.deepcopy(found.parallel)
+    null.expert_tensor_parallel_size = null.sequence_parallel = null.cp_comm_type = None
+    follow = {
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(null),
+        "sequence_parallel": uses_sequence_parallel(null),
+        "cp_comm_type": cp_comm_type(dataclasses.replace(found, parallel=null)),
     }
+    options: dict[str, Any] = {}
+    for name, value in vars(found.parallel).items():
+        if name in follow and value == follow[name]:
+            value = None
+        # Of what follows from the rest, a value that is given may be the right one.
+        if getattr(given.parallel, name) not in (value, getattr(found.parallel, name)):
+            options[f"parallel.{name}"] = value
+    if given.training.micro_batch_size != found.training.micro_batch_size:
+        options["training.micro_batch_size"] = found.training.micro_batch_size
+    return options

@@ -4,14 +4,18 @@ A stage's micro-batch takes at least what its matrix products need at the device
 other operators need to read and write their operands once at the memory's bandwidth, and what its
 messages need that the engine waits for at the links' bandwidth. A pipeline takes at least
 
-    batches * (slowest stage) + (sum of the other stages) / chunks
+    max over stages of batches * (stage) + (sum of the stages before it) / chunks
 
-then come what data parallelism cannot hide behind one micro-batch, and the optimizer. Kernels below
-the peak, latencies, launches, imbalance of experts and of ranks come on top in every real run.
+since a stage's first micro-batch comes through those before it, and the gradient of its last one
+goes back through them; stages behind it may work beside it. Then come what data parallelism cannot
+hide behind one micro-batch, and the optimizer. Kernels below the peak, latencies, launches,
+imbalance of experts and of ranks come on top in every real run. Not assumed are sums in switches
+(SHARP), which would halve an all-reduce.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megapoly.activations import registry
@@ -40,7 +44,7 @@ class StepTime:
         products: matrix products of the slowest stage, all micro-batches.
         operators: its other operators.
         messages: its messages that are waited for, without those of data parallelism.
-        bubble: waiting of the slowest stage for the others.
+        bubble: of one micro-batch, the work of the stages before the slowest.
         data_parallel: messages of data parallelism beyond what one micro-batch hides.
         optimizer: reading and writing the optimizer's state.
         tokens: of a step.
@@ -113,25 +117,38 @@ def step_time(config: Config, world_size: int, gpu: GPU) -> StepTime:
         )
         for stage in range(num_stages)
     ]
-    slowest = max(stages, key=lambda stage: stage.total)
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
-    others = sum(stage.total for stage in stages) - slowest.total
+    slowest, before = pipeline_bound([stage.total for stage in stages], batches, chunks)
+    # After the last backward pass of the slowest stage; those of the stages before it take so long.
+    exposed = [_exposed_time(messages, stage) for messages, stage in zip(sent, stages, strict=True)]
+    ends = [(max(0.0, exposed[i] - waiting), i) for i, waiting in ((0, 0.0), (slowest, before))]
+    data_parallel, last = max(ends)
     return StepTime(
-        products=batches * slowest.products,
-        operators=batches * slowest.operators,
-        messages=batches * slowest.messages,
-        bubble=others / chunks,
-        data_parallel=max(
-            _exposed_time(messages, stage) for messages, stage in zip(sent, stages, strict=True)
-        ),
-        optimizer=max(
-            _optimizer_bytes(config, world_size, stage) / gpu.memory_bandwidth
-            for stage in range(num_stages)
-        ),
+        products=batches * stages[slowest].products,
+        operators=batches * stages[slowest].operators,
+        messages=batches * stages[slowest].messages,
+        bubble=before,
+        data_parallel=data_parallel,
+        optimizer=_optimizer_bytes(config, world_size, last) / gpu.memory_bandwidth,
         tokens=tokens_per_step(config),
         flops=float(training_flops_per_token(config)) * tokens_per_step(config),
         peak=gpu.bf16_flops * world_size,
     )
+
+
+def pipeline_bound(stages: Sequence[float], batches: int, chunks: int = 1) -> tuple[int, float]:
+    """The stage that bounds a pipeline, and how long it waits for those before it.
+
+    The pipeline takes at least ``batches * stages[slowest] + waiting``.
+
+    Args:
+        stages: seconds of one micro-batch, forward and backward.
+        batches: micro-batches.
+        chunks: interleaved ones of a stage.
+    """
+    before = [sum(stages[:i]) / chunks for i in range(len(stages))]
+    slowest = max(range(len(stages)), key=lambda i: batches * stages[i] + before[i])
+    return slowest, before[slowest]
 
 
 def _is_data(collective: Collective) -> bool:
@@ -151,10 +168,22 @@ def _product_time(config: Config, gpu: GPU, stage: int) -> float:
     parallel = config.parallel
     forward = forward_flops_per_token(config)
     stages = parallel.pipeline_model_parallel_size
-    layers = 3 * forward.layers + recomputed_flops_per_token(config)
     output = 3 * forward.output_layer if stage == stages - 1 else 0
-    per_token = layers / stages / _rate_of_layers(config, gpu) + output / gpu.bf16_flops
+    layers = 3 * forward.layers / _rate_of_layers(config, gpu) + _recomputed_time(config, gpu)
+    per_token = layers / stages + output / gpu.bf16_flops
     return tokens_of_rank(config) / parallel.tensor_model_parallel_size * per_token
+
+
+def _recomputed_time(config: Config, gpu: GPU) -> float:
+    """Seconds of a token's products that are made twice: whole layers, or the parts that are."""
+    parallel, recomputed = config.parallel, recomputed_flops_per_token(config)
+    if config.training.fp8 is None or parallel.recompute_granularity == "full":
+        return recomputed / _rate_of_layers(config, gpu)
+    assert gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"
+    in_bf16 = 0
+    if "core_attn" in parallel.recompute_modules and recomputed:
+        in_bf16 = forward_flops_per_token(config).attention_scores
+    return in_bf16 / gpu.bf16_flops + (recomputed - in_bf16) / gpu.fp8_flops
 
 
 def _rate_of_layers(config: Config, gpu: GPU) -> float:
@@ -176,15 +205,19 @@ def _operator_bytes(config: Config, stage: int) -> float:
 
     Each reads its operands and writes its results once: a norm 2 forward and 3 backward, a residual
     sum 3 and 1, a rotation 2 and 2, an activation 2 and 3 (gated 3 and 5, of which the halves
-    count apart), a permutation of the experts' rows 2 and 2; the loss reads and writes logits in
-    fp32. The gradient of each weight is added to its fp32 sum.
+    count apart); the loss reads and writes logits in fp32. Experts' rows are copied out of the
+    tokens and added up to tokens, forward and backward, and sorted by expert before and after them
+    where a rank has several. A weight's gradient is read and added to its fp32 sum, unless the
+    product does that.
     """
     model, parallel = config.model, config.parallel
     assert model.kv_channels is not None and model.num_query_groups is not None
     tensor, item = parallel.tensor_model_parallel_size, element_size(config)
     cut = tensor if parallel.sequence_parallel else 1
     keys = (model.num_attention_heads + model.num_query_groups) * model.kv_channels / tensor
-    layer = (2 * 5 + 2 * 4) * model.hidden_size / cut + 4 * keys
+    # In FP8 a norm before a linear map may write a byte for two.
+    in_a_byte = 0.0 if config.training.fp8 is None else 0.5 if model.num_moe_experts else 1.0
+    layer = (2 * 5 + 2 * 4 - in_a_byte) * model.hidden_size / cut + 4 * keys
     if model.qk_norm != "none":
         layer += 5 * keys
     gated = registry.get(model.activation).gated
@@ -194,7 +227,7 @@ def _operator_bytes(config: Config, stage: int) -> float:
         assert parallel.expert_tensor_parallel_size is not None, "resolve first"
         rows = rows_of_experts(config)
         width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
-        layer += rows * (passes * width + 2 * 4 * model.hidden_size)
+        layer += rows * passes * width + _permuted(config) * model.hidden_size
         if model.moe_shared_expert_intermediate_size:
             shared = ffn_width(model, model.moe_shared_expert_intermediate_size)
             layer += passes * shared / tensor
@@ -205,10 +238,21 @@ def _operator_bytes(config: Config, stage: int) -> float:
     if stage == stages - 1:
         logits = padded_vocab_size(config) / tensor
         per_token += 5 * model.hidden_size / cut * item + logits * (2 * item + 4 * _FP32)
-    # Written, read again and added, or added where it is made.
-    written = 0 if config.training.gradient_accumulation_fusion else 2 * item
-    gradients = counts_of_rank(config, stage).total * (written + 2 * _FP32)
-    return tokens_of_rank(config) * per_token + gradients
+    added = 0 if config.training.gradient_accumulation_fusion else item + 2 * _FP32
+    return tokens_of_rank(config) * per_token + counts_of_rank(config, stage).total * added
+
+
+def _permuted(config: Config) -> float:
+    """Rows of the hidden size that dispatching a token reads and writes, forward and backward."""
+    model, parallel = config.model, config.parallel
+    rows = rows_of_experts(config)
+    if model.moe_token_dispatcher_type == "allgather":
+        return 4 * rows
+    assert model.num_moe_experts is not None
+    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    copied = 4 * (model.moe_router_topk + 1) / cut
+    has_several = model.num_moe_experts > parallel.expert_model_parallel_size
+    return copied + (8 * rows if has_several else 0)
 
 
 def _optimizer_bytes(config: Config, world_size: int, stage: int) -> float:

@@ -13,7 +13,8 @@ Sources, by the number in ``GPU.source``:
 4. NVIDIA HGX B200 data sheet, figures of the board divided by its eight GPUs. Node: as 2.
 
 PCIe cards have no NVLink between all GPUs of a node: their link is PCIe's, x16, and one network
-adapter for each GPU, as fast as in the DGX of its generation, is assumed.
+adapter for each GPU, as fast as in the DGX of its generation, is assumed. A bridge, which joins two
+or four of them, is not: in groups that it joins a time from this table is no bound.
 """
 
 from __future__ import annotations

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from megapoly.doctor.checks import Line, examine
-from megapoly.doctor.facts import DoctorFacts, GPUFacts, SystemFacts, TorchFacts, parse_gpus
+from megapoly.doctor.facts import (
+    DoctorFacts,
+    GPUFacts,
+    SystemFacts,
+    TorchFacts,
+    cores_of_quota,
+    parse_gpus,
+)
 from megapoly.doctor.requirements import EXTRAS, GPU, PYTHON, REQUIRED, all_packages
 
 ROOT = Path(__file__).parents[2]
@@ -220,3 +227,24 @@ def test_requirements_are_those_of_the_packaging():
     assert f'python_requires="{PYTHON}"' in setup
     required = re.search(r"install_requires=\[(.*?)\n    \]", setup, re.DOTALL).group(1)
     assert len(re.findall(r'^ +"', required, re.MULTILINE)) == len(REQUIRED)
+
+
+@pytest.mark.parametrize(
+    "capability, formats",
+    [
+        ("7.0", "no bf16 units"),
+        ("8.0", "bf16"),
+        ("8.9", "bf16, FP8"),
+        ("10.0", "bf16, FP8, MXFP8"),
+        ("12.0", "bf16, FP8"),  # Transformer Engine has no MXFP8 for it
+    ],
+)
+def test_formats_of_a_gpu_are_those_that_training_takes(capability, formats):
+    facts = replace(NODE, gpus=(GPUFacts("a card", "590.48.01", "81920", capability),))
+    assert line_of(facts, "GPU").use.split("; ")[0] == formats
+
+
+def test_a_container_may_use_the_cores_of_its_quota():
+    assert cores_of_quota("max 100000\n") is None
+    assert cores_of_quota("400000 100000\n") == 4
+    assert cores_of_quota("50000 100000\n") == 1

@@ -79,14 +79,15 @@ def messages_of_rank(configs: dict[str, Config]) -> dict[str, dict[str, int]]:
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
             with _Counter() as counter:
-                batches = _batches(config, state.layout)
+                batches = batches_of(config, state.layout)
                 run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
                 state.optimizer.step()
             counted[name] = dict(counter.bytes)
     return counted
 
 
-def _batches(config: Config, layout: BatchLayout) -> Iterator[dict[str, Tensor]]:
+def batches_of(config: Config, layout: BatchLayout) -> Iterator[dict[str, Tensor]]:
+    """Random tokens, a micro-batch at a time."""
     length, vocab_size = config.training.seq_length, config.model.vocab_size
     for places in layout.micro_batches(0):
         tokens = torch.randint(vocab_size, (len(places), length))

@@ -102,6 +102,13 @@ def test_a_layer_keeps_what_is_planned(options):
     assert rest == pytest.approx(sum(head) + token_ids, rel=1e-3)
 
 
+T, P, C = (
+    f"parallel.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")
+)
+COMM, MODULES = "parallel.cp_comm_type", "parallel.recompute_modules"
+
+
+# Wide enough that what is not planned, token ids and the angles of rotation, is little.
 def test_states_of_the_papers_dense_model():
     recipe = Path(__file__).parents[2] / "examples" / "configs" / "dense_1b_paper.yaml"
     config = resolve(load_yaml(recipe), tokenizer_vocab_size=0, machine=Machine(cuda=True))

@@ -11,6 +11,7 @@ from megapoly.config.machine import Machine
 from megapoly.config.parsing import load_yaml
 from megapoly.config.resolve import resolve
 from megapoly.planning.plan import Plan
+from megapoly.planning.step_time import pipeline_bound
 from megapoly.platform.gpus import GPUS
 from megapoly.training.flops import forward_flops_per_token
 
@@ -77,6 +78,55 @@ def test_a_pipeline_waits_for_its_ends():
     assert interleaved.bubble < 0.6 * step.bubble
 
 
+def one_forward_one_backward(stages, batches):
+    """Seconds of the schedule with stages' seconds of one micro-batch, a third of them forward."""
+    done, clocks = {}, [0.0] * len(stages)
+    orders = []
+    for i in range(len(stages)):
+        warm_up = min(len(stages) - 1 - i, batches)
+        order = [("forward", batch) for batch in range(warm_up)]
+        for batch in range(batches - warm_up):
+            order += [("forward", batch + warm_up), ("backward", batch)]
+        orders.append(order + [("backward", batch) for batch in range(batches - warm_up, batches)])
+    while any(orders):
+        for i, order in enumerate(orders):
+            while order:
+                way, batch = order[0]
+                other = i - 1 if way == "forward" else i + 1
+                needed = (way, batch, other) if 0 <= other < len(stages) else ("forward", batch, i)
+                if (i, way) != (0, "forward") and needed not in done:
+                    break
+                clocks[i] = max(clocks[i], done.get(needed, 0.0))
+                clocks[i] += stages[i] * (1 if way == "forward" else 2) / 3
+                done[(way, batch, i)] = clocks[i]
+                order.pop(0)
+    return max(clocks)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4, 9])
+@pytest.mark.parametrize("stages", [(1, 1, 1, 1), (1, 1, 3), (5, 1, 1, 1), (2, 3, 1), (1, 4, 2, 3)])
+def test_no_schedule_is_faster_than_the_bound(stages, batches):
+    slowest, waiting = pipeline_bound(stages, batches)
+    bound, took = batches * stages[slowest] + waiting, one_forward_one_backward(stages, batches)
+    assert bound <= took * (1 + 1e-9)
+    if max(stages) == stages[-1]:
+        assert bound == pytest.approx(took)
+
+
+def test_operators_of_experts():
+    # Elements of a token: norms and residual sums; rotation, QK-norm; of 8 experts the activation,
+    # rows copied, sorted, sorted back, and added up; final norm. Then logits, and gradients.
+    layer = 18 * 2048 + (4 + 5) * 2 * 2048 + 8 * 5 * 1536 + (4 * (8 + 1) + 8 * 8) * 2048
+    token = 2 * (16 * layer + 5 * 2048) + 50_304 * (2 * 2 + 4 * 4)
+    plan = plan_of("moe_7b_paper", 64)
+    gradients = plan.counts[0].total * (2 + 8)
+    expected = (8192 * token + gradients) / 2039e9
+    assert plan.step.operators == pytest.approx(8 * expected)
+    plan.config.training.gradient_accumulation_fusion = True
+    fused = Plan(plan.config, 64, A100).step.operators
+    assert plan.step.operators - fused == pytest.approx(8 * gradients / 2039e9)
+
+
 def test_days_follow_from_tokens():
     plan = plan_of("moe_7b_paper", 64)
     assert plan.train_tokens == 47_684 * 4_194_304
@@ -90,6 +140,9 @@ def test_fp8_speeds_up_the_linear_maps_alone():
     rest = forward.attention_scores + forward.output_layer
     expected = 3 * 8192 * ((forward.total - rest) / 1979e12 + rest / 989.5e12)
     assert Plan(in_fp8, 32, gpu).step.products == pytest.approx(expected)
+    parallel = dataclasses.replace(given.parallel, recompute_granularity="selective")
+    recomputed = Plan(dataclasses.replace(in_fp8, parallel=parallel), 32, gpu).step.products
+    assert recomputed - expected == pytest.approx(8192 * forward.attention_scores / 989.5e12)
     # 24 layers of 4 h h + 2 h 8256, twice in a byte.
     copies = 2 * 24 * (4 * 2048**2 + 2 * 2048 * 8256)
     weights = [Plan(config, 32, gpu).memory[0].weights for config in (given, in_fp8)]

@@ -58,3 +58,11 @@ def test_a_package_that_breaks_on_opening_is_found(tmp_path):
 
 def test_wrong_options_end_with_2(tmp_path):
     assert run("--yaml", folder=tmp_path).returncode == 2
+
+
+def test_the_status_is_the_same_for_a_reader_that_has_seen_enough(report):
+    command = [sys.executable, str(DOCTOR)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == report.returncode

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +84,96 @@ def test_search_finds_layouts_that_fit_in_order(run):
     )
     assert changed["step_seconds"]["total"] == pytest.approx(layouts[-1]["step_seconds"])
     assert changed["memory"]["fits"]
+
+
+TENSOR, EXPERT_TENSOR = (f"--parallel.{k}_parallel_size" for k in ("tensor_model", "expert_tensor"))
+EXPLICIT = {
+    "nothing": [],
+    "sequence parallelism": [TENSOR, "2", "--parallel.sequence_parallel", "true"],
+    "experts' tensor parallelism": [TENSOR, "2", EXPERT_TENSOR, "2"],
+    "context parallelism": [
+        "--parallel.context_parallel_size",
+        "2",
+        "--parallel.cp_comm_type",
+        "a2a",
+    ],
+}
+
+
+@pytest.mark.parametrize("given", EXPLICIT.values(), ids=EXPLICIT)
+def test_options_of_a_search_are_added_to_what_is_given(run, given):
+    words = [*MOE[:2], "--world-size", "16", *given]
+    layouts = json.loads(run(*words, "--search", "1000", "--json").out)["search"]
+    assert len(layouts) > 100
+    for layout in (layouts[0], *layouts[:: len(layouts) // 8]):
+        changed = json.loads(run(*words, *plan_words(layout["options"]), "--json").out)
+        assert changed["step_seconds"]["total"] == layout["step_seconds"], layout
+        assert max(s["total"] for s in changed["memory"]["ranks_of_stage"]) == layout["memory"]
+
+
+def test_a_search_needs_no_layout_that_can_run(run):
+    words = ["--config", str(CONFIGS / "dense_1b_paper.yaml"), "--world-size", "64"]
+    refused = run(*words, "--search", "3", status=2)
+    assert "must be divisible by `training.micro_batch_size`" in refused.err
+    (line,) = (line for line in refused.out.splitlines() if line.startswith("first: "))
+    change = shlex.split(line.removeprefix("first: "))
+    found = json.loads(run(*words, *change, "--json").out)
+    asked = json.loads(run(*words, "--search", "3", "--json", status=2).out)
+    assert asked["search"][0]["step_seconds"] == found["step_seconds"]["total"]
+    assert len(asked["problems"]) == 1
+    # What no layout mends is an error as ever.
+    run(*words, "--search", "--training.fp8", "hybrid", status=2)
+
+
+def test_the_first_of_a_search_is_a_command_line(run):
+    text = run(*MOE[:2], "--world-size", "8", "--gpu", "a100-40g", "--search", "1", status=1).out
+    line = next(line for line in text.splitlines() if line.startswith("first: "))
+    words = shlex.split(line.removeprefix("first: "))
+    assert "fits in" in run(*MOE[:2], "--world-size", "8", "--gpu", "a100-40g", *words).out
+
+
+def test_what_follows_from_a_remedy_follows(run):
+    words = ["--world-size", "16", "--parallel.expert_model_parallel_size", "4"]
+    words = [*MOE[:2], *words, "--training.seq_length", "16384"]
+    found = json.loads(run(*words, "--json", status=1).out)["suggestions"]
+    (tensor,) = (item for item in found if TENSOR.strip("-") in item["options"])
+    changed = json.loads(run(*words, *plan_words(tensor["options"]), "--json").out)
+    assert changed["layout"]["etp"] == 2
+    assert changed["memory"]["ranks_of_stage"][0]["total"] == tensor["memory"]
+
+
+def test_a_run_on_cpu_can_be_planned_for_gpus(run, tmp_path):
+    from megapoly.config import to_yaml
+    from megapoly.config.machine import CPU
+    from megapoly.config.parsing import load_yaml
+    from megapoly.config.resolve import resolve
+
+    config = load_yaml(CONFIGS / "moe_tiny.yaml")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(resolve(config, tokenizer_vocab_size=4096, machine=CPU)))
+    words = ["--config", str(path), "--world-size", "2"]
+    error = run(*words, status=2).err
+    assert "`training.device` (cpu)" in error
+    change = error.strip().rpartition("; add ")[2].split()
+    recipe = ["--config", str(CONFIGS / "moe_tiny.yaml"), "--world-size", "2", "--json"]
+    assert json.loads(run(*words, *change, "--json").out) == json.loads(run(*recipe).out)
+
+
+@pytest.mark.parametrize("form", [["--json"], []], ids=["JSON", "tables"])
+def test_a_reader_that_has_seen_enough_is_no_error(form):
+    command = [sys.executable, "tools/plan.py", *MOE, *form]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    with process:
+        assert process.stderr.read() == ""
+    assert process.returncode == 2
+
+
+def test_a_file_that_cannot_be_written_is_named(run, tmp_path):
+    path = tmp_path / "nowhere" / "plan.json"
+    assert f"`{path}`: No such file" in run(*MOE, "--json", str(path), status=2).err
 
 
 def test_a_layout_that_breaks_rules_is_refused(run):
