@@ -273,14 +273,17 @@ def _pipeline(counter: _Counter) -> Iterator[Collective]:
     forward = chunks - (1 if counter.is_last else 0)
     backward = chunks - (1 if counter.is_first else 0)
     per_stage = counter.grid.world_size // stages
-    place = counter.first_rank % per_stage
     to, back = (counter.stage + 1) % stages, (counter.stage - 1) % stages
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     for name, calls, other in (
         ("hidden states, pipeline", forward, to),
         ("gradients, pipeline", backward, back),
     ):
-        link = Link.between([counter.first_rank, other * per_stage + place], counter.gpu)
+        # The slowest of them, where stages do not begin with a node; nodes repeat the pattern.
+        ends = [counter.first_rank, other * per_stage]
+        places = range(min(per_stage, counter.gpu.gpus_per_node))
+        links = [Link.between([rank + i for rank in ends], counter.gpu) for i in places]
+        link = max(links, key=lambda link: link.nodes)
         if calls:
             yield Collective(
                 name, "send", ("pp",), size, calls * counter.batches, link, hidden=interleaved

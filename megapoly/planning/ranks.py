@@ -90,12 +90,14 @@ class Link:
     Args:
         size: ranks of the group.
         on_node: ranks of the group on one node, at most.
+        fewest: the same, at least, of the nodes that the group is on.
         nodes: nodes that the group is on.
         gpu: gives the bandwidths.
     """
 
     size: int
     on_node: int
+    fewest: int
     nodes: int
     gpu: GPU
 
@@ -106,7 +108,8 @@ class Link:
         for rank in ranks:
             node = rank // gpu.gpus_per_node
             nodes[node] = nodes.get(node, 0) + 1
-        return Link(len(ranks), max(nodes.values()), len(nodes), gpu)
+        counts = nodes.values()
+        return Link(len(ranks), max(counts), min(counts), len(nodes), gpu)
 
     @property
     def name(self) -> str:
@@ -124,7 +127,7 @@ class Link:
         Args:
             size: bytes of the whole tensor, that is, of all ranks' parts together.
         """
-        through_network = size * (self.nodes - 1) / self.nodes / self.on_node
+        through_network = size * (self.size - self.fewest) / self.size / self.fewest
         inside = size * (self.on_node - 1) / self.on_node
         return max(through_network / self.gpu.network_bandwidth, inside / self.gpu.link_bandwidth)
 
@@ -134,7 +137,7 @@ class Link:
         Args:
             size: bytes that one rank holds before.
         """
-        to_others = size * (self.size - self.on_node) / self.size
+        to_others = size * (self.size - self.fewest) / self.size
         inside = size * (self.on_node - 1) / self.size
         return max(to_others / self.gpu.network_bandwidth, inside / self.gpu.link_bandwidth)
 

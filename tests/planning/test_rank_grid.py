@@ -6,6 +6,7 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 from small_models import EXPERTS, small_model
 
+from megapoly.planning.collectives import collectives
 from megapoly.planning.ranks import Grid, Link
 from megapoly.platform.gpus import GPUS
 
@@ -72,3 +73,22 @@ def test_a_link_is_as_fast_as_its_slowest_part():
     assert both.exchange_time(16e9) == pytest.approx(8e9 / 25e9)
     assert node.exchange_time(16e9) == pytest.approx(14e9 / 300e9)
     assert Link.between([0], A100).name == "none"
+
+
+def test_a_group_waits_for_the_node_with_the_fewest_of_its_ranks():
+    # 8 and 4 ranks: 8/12 of 12 GB enter the second node by 4 adapters of 25 GB/s.
+    uneven = Link.between(list(range(12)), A100)
+    assert uneven.gather_time(12e9) == pytest.approx(12e9 * 8 / 12 / 4 / 25e9)
+    # Of what a rank of that node sends, 8 of 12 parts leave it.
+    assert uneven.exchange_time(12e9) == pytest.approx(8e9 / 25e9)
+
+
+def test_a_pipeline_sends_over_the_network_where_any_rank_has_to():
+    options = {
+        "parallel.pipeline_model_parallel_size": 2,
+        "training.micro_batch_size": 1,
+        "training.global_batch_size": 12,
+    }
+    # Stages of 6: ranks 0 and 6 are on one node, 2 and 8 are not.
+    sends = [m for m in collectives(small_model(options), 12, A100, 0) if m.kind == "send"]
+    assert sends and all(message.link.name == "network" for message in sends)
