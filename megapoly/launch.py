@@ -48,6 +48,7 @@ def main() -> int:
         return 2
     _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
     with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder  # torchrun leaves a folder behind, whose files nobody asked for
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
         status = _run(status_file)
