@@ -48,7 +48,6 @@ def main() -> int:
         return 2
     _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
     with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder  # torchrun leaves a folder behind, whose files nobody asked for
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
         status = _run(status_file)
@@ -73,6 +72,8 @@ def _let_workers_save(timeout_s: int) -> None:
 
 
 def _run(status_file: Path) -> int:
+    # torchrun leaves a folder for logs behind, which nobody asked for: it goes with this one's.
+    usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
     try:
         torchrun(sys.argv[1:])
     except SignalException as error:
@@ -86,6 +87,8 @@ def _run(status_file: Path) -> int:
             print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode  # as a shell reports it
         return failure.exitcode
+    finally:
+        tempfile.tempdir = usual
     return 0
 
 
