@@ -72,6 +72,8 @@ def _let_workers_save(timeout_s: int) -> None:
 
 
 def _run(status_file: Path) -> int:
+    # torchrun leaves a folder for logs behind, which nobody asked for: it goes with this one's.
+    usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
     try:
         torchrun(sys.argv[1:])
     except SignalException as error:
@@ -85,6 +87,8 @@ def _run(status_file: Path) -> int:
             print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode  # as a shell reports it
         return failure.exitcode
+    finally:
+        tempfile.tempdir = usual
     return 0
 
 

@@ -114,6 +114,9 @@ def test_image_runs_as_a_user_and_asks_doctor(dockerfile: str) -> None:
     assert check.endswith('CMD ["python", "tools/doctor.py"]')
     (base,) = [rest for word, rest in found if word == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a stated release"
+    # Any user may write there (--user), and nothing of a build's own home is asked for.
+    assert any("chmod 0777 /home/megapoly" in rest for word, rest in found if word == "RUN")
+    assert any("HOME=/home/megapoly USER=" in rest for word, rest in found if word == "ENV")
     # Dependencies are a layer below the sources.
     words = [word if word != "COPY" else rest for word, rest in found]
     assert words.index("RUN", words.index("setup.py pyproject.toml ./")) < words.index(". .")
@@ -140,6 +143,14 @@ def test_gpu_image_has_what_setup_takes() -> None:
     assert triton.specifier.contains(GPU_IMAGE["triton"])
     text = (ROOT / "docker/Dockerfile").read_text()
     assert all(version in text for version in GPU_IMAGE.values())
+
+
+def test_gpu_image_keeps_its_packages() -> None:
+    (install,) = [rest for _, rest in instructions("docker/Dockerfile") if "pip install" in rest]
+    steps = [" ".join(step.split()) for step in install.split("&&")]
+    pins = steps.index("python docker/pins.py docker/constraints.txt >/tmp/pins.txt")
+    (pip,) = [step for step in steps if step.startswith("pip install")]
+    assert "--constraint /tmp/pins.txt " in pip and steps.index(pip) > pins
 
 
 def test_pins_leave_out_what_the_image_brings(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Programs
+from commands import ROOT, Programs, wait_until
 
 LAUNCH = str(ROOT / "docker/launch.sh")
 USER = f"{os.getuid()}:{os.getgid()}"
@@ -122,6 +122,28 @@ def test_help_names_every_option_and_variable(docker: Programs) -> None:
     variables = set(re.findall(r"=\$\{([A-Z_]+):-", source))
     assert len(variables) == 10
     assert variables == set(re.findall(r"^--\S+ \S+ +([A-Z_]+) ", output, re.MULTILINE))
+
+
+def test_exported_variables_that_help_names_are_passed_on(docker: Programs) -> None:
+    _, text = docker.run(["bash", LAUNCH, "--help"])
+    (listed,) = re.findall(r"Exported variables that begin with (.+?)\.", text, re.DOTALL)
+    names = [name + "X" if name.endswith("_") else name for name in re.findall("[A-Z_]+", listed)]
+    assert len(names) == 10
+    command = dry(docker, "s", **dict.fromkeys(names, "1"), PYTHONPATH="/x")
+    passed = [b for a, b in zip(command, command[1:], strict=False) if a == "--env"]
+    assert passed == sorted(names)
+
+
+def test_sigterm_is_dockers(docker: Programs) -> None:
+    """As a service or a scheduler sends it, to one process; docker's client passes it on."""
+    wait = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    wait += "(folder / 'ready').touch()\ntime.sleep(60)\n"
+    docker.add("docker", wait)
+    process = docker.start(["bash", LAUNCH, *SCRIPT], cwd=docker.folder)
+    wait_until((docker.folder / "ready").exists, process)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 75
 
 
 REFUSALS = {

@@ -81,6 +81,9 @@ def test_pods_are_as_the_images_and_the_operator_need_them(manifest: dict[str, A
         assert f"ARG GID={pod['securityContext']['fsGroup']}\n" in dockerfile
         mounts = {mount["mountPath"]: mount["name"] for mount in main["volumeMounts"]}
         assert set(mounts) == {"/dev/shm", "/opt/megapoly/data", "/opt/megapoly/runs"}
+        read_only = {mount["mountPath"] for mount in main["volumeMounts"] if mount.get("readOnly")}
+        assert read_only == {"/opt/megapoly/data"}
+        assert any(word.startswith("--run_dir=runs/") for word in main["command"])
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         assert set(mounts.values()) == set(volumes)

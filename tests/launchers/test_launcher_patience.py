@@ -42,9 +42,12 @@ def test_workers_have_time_to_save_by_an_older_torchrun(tmp_path: Path, programs
     (tmp_path / "worker.py").write_text(WORKER)
     began = tmp_path / "began"
     words = [sys.executable, str(tmp_path / "old.py"), "--standalone", "--nproc-per-node", "1"]
+    (tmp_path / "tmp").mkdir()
     variables = {"MEGAPOLY_STOPPED_STATUS": "75", "OMP_NUM_THREADS": "1"}
+    variables["TMPDIR"] = str(tmp_path / "tmp")
     process = programs.start([*words, str(tmp_path / "worker.py"), str(began)], variables)
     wait_until(began.exists, process)
     process.terminate()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
+    assert list((tmp_path / "tmp").iterdir()) == []

@@ -79,11 +79,12 @@ def test_a_launcher_on_each_node(slurm: Programs) -> None:
 
 
 def test_in_a_container(slurm: Programs) -> None:
-    slurm.add("srun", "sys.exit('PYTHONPATH' in os.environ or 'PYTHONHOME' in os.environ)\n")
+    names = ["PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "MEGAPOLY_STOPPED_STATUS"]
+    slurm.add("srun", f"print([os.environ.get(name) for name in {names}])\n")
     variables = JOB | {"CONTAINER": "megapoly.sqsh", "PYTHONPATH": "/opt/modules/python"}
     variables |= {"MOUNTS": "/shared:/shared", "NPROC_PER_NODE": "4", "MASTER_PORT": "1234"}
     status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
-    assert status == 0, output
+    assert status == 0 and output.endswith("[None, None, '1', '75']\n"), output
     (call,) = slurm.calls("srun")
     container = call[call.index("--wait") + 2 : call.index("sh")]
     assert container == [
