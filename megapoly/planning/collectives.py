@@ -328,8 +328,10 @@ def _data_parallel(counter: _Counter) -> Iterator[Collective]:
             f"weights of {name}", "all-gather", axes, size, calls, hidden=hidden
         )
     if parallel.sequence_parallel:
-        norms = sum(p.on_rank for p in layer_parts(config) if p.name == "norms") * counter.layers
-        yield from counter.make("gradients of norms", "all-reduce", ("tp",), norms * _FP32, 1)
+        whole = [p.on_rank for p in layer_parts(config) if p.name in ("norms", "router")]
+        name = "gradients of norms" + (", router" if config.model.num_moe_experts else "")
+        size = sum(whole) * counter.layers * _FP32
+        yield from counter.make(name, "all-reduce", ("tp",), size, 1)
     if not config.model.untie_embeddings_and_output_weights and (
         counter.is_first != counter.is_last
     ):
