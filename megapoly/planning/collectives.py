@@ -329,9 +329,8 @@ def _data_parallel(counter: _Counter) -> Iterator[Collective]:
         )
     if parallel.sequence_parallel:
         whole = [p.on_rank for p in layer_parts(config) if p.name in ("norms", "router")]
-        name = "gradients of norms" + (", router" if config.model.num_moe_experts else "")
         size = sum(whole) * counter.layers * _FP32
-        yield from counter.make(name, "all-reduce", ("tp",), size, 1)
+        yield from counter.make("gradients of whole parts", "all-reduce", ("tp",), size, 1)
     if not config.model.untie_embeddings_and_output_weights and (
         counter.is_first != counter.is_last
     ):
