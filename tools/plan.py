@@ -108,6 +108,8 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         cuda=True,
         compute_capability=gpu.compute_capability,
         transformer_engine=not options.local_spec,
+        # The configuration says so where it was resolved on a machine that has it.
+        apex=bool(config.training.gradient_accumulation_fusion),
     )
     allows = partial(_allows, world_size=world_size, machine=machine)
     resolve = partial(planned_config, world_size=world_size, machine=machine)

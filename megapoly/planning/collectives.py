@@ -210,30 +210,44 @@ def _expert_parallel(counter: _Counter) -> Iterator[Collective]:
         return
     cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     tokens = counter.tokens / cut
-    passes = counter.forwards("moe") + counter.backwards
-    row = model.hidden_size * counter.item
+    forwards, backwards = counter.forwards("moe"), counter.backwards
+    row, score = model.hidden_size * counter.item, _router_item(config)
+    # What experts return is added up over ranks in the router's precision (token_dispatcher.py).
+    added = model.hidden_size * score
     if model.moe_token_dispatcher_type == "allgather":
         axes = ("etp", "ep")
         whole = tokens * len(counter.grid.group(*axes))
-        yield from counter.make("tokens to all experts", "all-gather", axes, whole * row, passes)
-        yield from counter.make(
-            "tokens back from experts", "reduce-scatter", axes, whole * row, passes
+        scores = whole * model.num_moe_experts * score
+        chosen = whole * model.num_moe_experts  # a byte each
+        gathered: tuple[tuple[str, Kind, float, float], ...] = (
+            ("tokens to all experts", "all-gather", whole * row, forwards),
+            ("tokens back from experts", "reduce-scatter", whole * added, forwards),
+            ("gradients to all experts", "all-gather", whole * added, backwards),
+            ("gradients of tokens", "reduce-scatter", whole * row, backwards),
+            ("routes to all experts", "all-gather", scores + chosen, forwards),
+            ("gradients of routes", "reduce-scatter", scores, backwards),
         )
-        scores = whole * model.num_moe_experts * _FP32
-        routes, forwards = scores / _FP32 * (_FP32 + 1), counter.forwards("moe")
-        yield from counter.make("routes to all experts", "all-gather", axes, routes, forwards)
-        name = "gradients of routes"
-        yield from counter.make(name, "reduce-scatter", axes, scores, counter.backwards)
+        for name, kind, size, calls in gathered:
+            yield from counter.make(name, kind, axes, size, calls)
         return
-    rows = tokens * model.moe_router_topk
-    yield from counter.make(
-        "tokens to experts", "all-to-all", ("ep",), rows * (row + _FP32), passes
-    )
-    yield from counter.make("tokens back from experts", "all-to-all", ("ep",), rows * row, passes)
+    rows, passes = tokens * model.moe_router_topk, forwards + backwards
     whole = rows * counter.grid.sizes["etp"]
-    name, shared = "tokens, expert tensor", ("etp",)
-    yield from counter.make(name, "all-gather", shared, whole * (row + _FP32), passes)
-    yield from counter.make(name, "reduce-scatter", shared, whole * row, passes)
+    sent: tuple[tuple[str, Kind, str, float, float], ...] = (
+        ("tokens to experts", "all-to-all", "ep", rows * (row + score), passes),
+        ("tokens back from experts", "all-to-all", "ep", rows * row, passes),
+        ("tokens, expert tensor", "all-gather", "etp", whole * (row + score), forwards),
+        ("results, expert tensor", "reduce-scatter", "etp", whole * added, forwards),
+        ("gradients, expert tensor", "all-gather", "etp", whole * added, backwards),
+        ("gradients, expert tensor", "reduce-scatter", "etp", whole * (row + score), backwards),
+    )
+    for name, kind, axis, size, calls in sent:
+        yield from counter.make(name, kind, (axis,), size, calls)
+
+
+def _router_item(config: Config) -> int:
+    """Bytes of a score of the router."""
+    precision = config.model.moe_router_dtype
+    return element_size(config) if precision is None else {"fp32": _FP32, "fp64": _FP64}[precision]
 
 
 def _context_parallel(counter: _Counter) -> Iterator[Collective]:
@@ -314,8 +328,9 @@ def _data_parallel(counter: _Counter) -> Iterator[Collective]:
             f"weights of {name}", "all-gather", axes, size, calls, hidden=hidden
         )
     if parallel.sequence_parallel:
-        norms = sum(p.on_rank for p in layer_parts(config) if p.name == "norms") * counter.layers
-        yield from counter.make("gradients of norms", "all-reduce", ("tp",), norms * _FP32, 1)
+        whole = [p.on_rank for p in layer_parts(config) if p.name in ("norms", "router")]
+        size = sum(whole) * counter.layers * _FP32
+        yield from counter.make("gradients of whole parts", "all-reduce", ("tp",), size, 1)
     if not config.model.untie_embeddings_and_output_weights and (
         counter.is_first != counter.is_last
     ):

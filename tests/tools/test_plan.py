@@ -159,6 +159,23 @@ def test_a_run_on_cpu_can_be_planned_for_gpus(run, tmp_path):
     assert json.loads(run(*words, *change, "--json").out) == json.loads(run(*recipe).out)
 
 
+def test_a_run_on_gpus_can_be_planned_as_it_was(run, tmp_path):
+    from megapoly.config import to_yaml
+    from megapoly.config.machine import Machine
+    from megapoly.config.parsing import load_yaml
+    from megapoly.config.resolve import resolve
+
+    config = load_yaml(CONFIGS / "moe_7b_paper.yaml")
+    machine = Machine(cuda=True, transformer_engine=True, apex=True)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(resolve(config, tokenizer_vocab_size=0, machine=machine)))
+    found = json.loads(run("--config", str(path), "--world-size", "64", "--json").out)
+    given = json.loads(run(*MOE, "--json").out)
+    assert found["memory"] == given["memory"]
+    # The products add to the gradients themselves.
+    assert found["step_seconds"]["operators"] < given["step_seconds"]["operators"]
+
+
 @pytest.mark.parametrize("form", [["--json"], []], ids=["JSON", "tables"])
 def test_a_reader_that_has_seen_enough_is_no_error(form):
     command = [sys.executable, "tools/plan.py", *MOE, *form]
