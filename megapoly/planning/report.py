@@ -147,7 +147,7 @@ def time_table(plan: Plan) -> Table:
     table = _table("time of a step, at least", "seconds:", "")
     again = recomputed_flops_per_token(plan.config) / training_flops_per_token(plan.config)
     notes = {
-        "products": f"at {_peaks(plan)} TFLOP/s"
+        "products": f"at {_peaks(plan)}"
         + (f"; {again:.0%} more by recomputation" if again else ""),
         "operators": f"at {plan.gpu.memory_bandwidth / 1e9:,.0f} GB/s",
         "messages": "that are waited for",
@@ -164,10 +164,13 @@ def time_table(plan: Plan) -> Table:
 
 def _peaks(plan: Plan) -> str:
     bf16 = f"{plan.gpu.bf16_flops / 1e12:g}"
+    unit = "TFLOP/s"
+    if not plan.config.training.bf16:
+        return f"{bf16} {unit}, the peak of bf16; that of fp32 is far below"
     if plan.config.training.fp8 is None:
-        return bf16
+        return f"{bf16} {unit}"
     assert plan.gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"
-    return f"{plan.gpu.fp8_flops / 1e12:g} (FP8) and {bf16} (bf16)"
+    return f"{plan.gpu.fp8_flops / 1e12:g} (FP8) and {bf16} (bf16) {unit}"
 
 
 def time_lines(plan: Plan) -> list[str]:
@@ -186,7 +189,8 @@ def time_lines(plan: Plan) -> list[str]:
 
 
 def _of_bf16(plan: Plan) -> str:
-    return "" if plan.config.training.fp8 is None else " (of the bf16 peak)"
+    training = plan.config.training
+    return "" if training.bf16 and training.fp8 is None else " (of the bf16 peak)"
 
 
 def search_table(found: list[Found], limit: int) -> Table:

@@ -54,6 +54,13 @@ def test_tables_say_the_same(run):
     assert "expert 8 1 2 .. 7 the node's own link" in re.sub(" +", " ", text)
 
 
+def test_in_fp32_the_peak_is_said_to_be_that_of_bf16(run):
+    text = run(*MOE, "--training.bf16", "false").out
+    assert "at 312 TFLOP/s, the peak of bf16; that of fp32 is far below" in text
+    assert "% MFU (of the bf16 peak)" in text
+    assert "of bf16" not in run(*MOE).out
+
+
 def test_what_does_not_fit_has_remedies_that_fit(run):
     words = ["--config", MOE[1], "--world-size", "8", "--gpu", "a100-40g"]
     given = run(*words, "--training.micro_batch_size", "4", "--json", status=1)
