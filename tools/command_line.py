@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from megapoly.errors import MegapolyError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,6 +84,21 @@ def number(
         return value
 
     return parse
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """The status of a program's work; 2, with a message, for what a user or a file causes."""
+    try:
+        return work()
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except OSError as error:
+        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def run(main: Callable[[], int]) -> None:

@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import parser_of, quieten, run, whole
+from command_line import parser_of, quieten, run, status_of, whole
 from rich.console import Console
 
 from megapoly.config import Config
 from megapoly.config.machine import Machine
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
-from megapoly.errors import ConfigError, MegapolyError
+from megapoly.errors import ConfigError
 from megapoly.platform.gpus import GPUS
 
 if TYPE_CHECKING:
@@ -42,20 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan; see the module for the exit status."""
     options, words = _parser().parse_known_args(argv)
     quieten()
-    try:
+
+    def plan() -> int:
         given = parse_config(
             ["--config", str(options.config), *words], default_recipe=RECIPE, program="plan"
         )
         return _plan(options, given.config)
-    except MegapolyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-    except OSError as error:
-        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
-        return 2
+
+    return status_of(plan)
 
 
 class _Console(Console):

@@ -38,9 +38,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from command_line import status_of
 from rich.console import Console
 
-from megapoly.errors import MegapolyError
 from megapoly.preprocess import commands
 from megapoly.preprocess.options import PreprocessOptions
 
@@ -67,19 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, _stop)
-    try:
+
+    def work() -> int:
         if words and words[0] in commands.COMMANDS:
             return commands.run(words[0], words[1:])
         return _preprocess(words)
-    except MegapolyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-    except OSError as error:
-        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
-        return 2
+
+    try:
+        return status_of(work)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from what is finished", file=sys.stderr)
         return 130
