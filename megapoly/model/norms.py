@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
+from torch.autograd.function import Function
 
 from megapoly.ops.collectives import sum_over_ranks
 
@@ -74,10 +76,7 @@ class ProjectionRMSNorm(MegatronModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[s, b, heads / tp, d] -> the same shape and dtype; the mean is fp32."""
-        flat = x.flatten(-2).float()  # [s, b, heads / tp * d]
-        square_sum = sum_over_ranks(flat.square().sum(-1, keepdim=True), self.tp_group)
-        normalised = flat * (square_sum / self.width + self.eps).rsqrt()
-        return (normalised.type_as(x) * self.weight).view(x.shape)
+        return _NormalizedProjection.apply(x, self.weight, self.tp_group, self.width, self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
@@ -92,3 +91,32 @@ class ProjectionRMSNorm(MegatronModule):
             dp_cp_group=metadata["dp_cp_group"],
         )
         return {name: tensor}
+
+
+class _NormalizedProjection(Function):
+    """y = w (x r),  r = 1 / sqrt(mean(x^2) + eps); keeps x itself and r, fp32 [s, b, 1].
+
+    The product x r is rounded to the dtype of x before its weight, as torch's own RMSNorm has it.
+    With z = x r and g = w dL/dy:  dL/dx = r (g - z mean(g z)),  dL/dw = sum of dL/dy z.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group: dist.ProcessGroup, width: int, eps: float
+    ) -> Tensor:
+        flat = x.flatten(-2).float()  # [s, b, heads / tp * d]
+        square_sum = sum_over_ranks(flat.square().sum(-1, keepdim=True), group)
+        rsqrt = (square_sum / width + eps).rsqrt()
+        ctx.save_for_backward(x, weight, rsqrt)
+        ctx.group, ctx.width = group, width
+        return ((flat * rsqrt).type_as(x) * weight).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, weight, rsqrt = ctx.saved_tensors
+        grad = grads[0].flatten(-2)
+        z = x.flatten(-2).float() * rsqrt
+        grad_weight = (grad * z.type_as(x)).flatten(0, -2).sum(0)
+        g = (grad * weight).float()
+        mean = sum_over_ranks((g * z).sum(-1, keepdim=True), ctx.group) / ctx.width
+        return (rsqrt * (g - z * mean)).type_as(x).view(x.shape), grad_weight, None, None, None

@@ -90,23 +90,6 @@ def tree_sum(parts: Tensor) -> Tensor:
     return parts[0]
 
 
-class _SumOverRanks(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_reduce_sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _all_reduce_sum(grads[0], ctx.group), None
-
-
-def _all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    x = x.clone()
-    dist.all_reduce(x, group=group)
-    return x
-
-
 class _ScaleGradient(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, factor: float) -> Tensor:
@@ -119,12 +102,11 @@ class _ScaleGradient(Function):
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of a per-row statistic over the ranks that share the row.
-
-    Every rank goes on with the sum for its own columns, so the gradient is the sum over the ranks
-    too: one all-reduce in each direction.
-    """
-    return _SumOverRanks.apply(x, group) if is_split(group) else x
+    """Sum of a per-row statistic over the ranks that share the row; not for autograd."""
+    if is_split(group):
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+    return x
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -144,15 +144,14 @@ def layer_activations(config: Config) -> list[Saved]:
     exchanged = parallel.cp_comm_type in ("all_gather", "a2a")
     recomputed = parallel.recompute_granularity == "selective"
     recomputed = recomputed and "core_attn" in parallel.recompute_modules
-    if not exchanged or recomputed or model.qk_norm == "head":
+    if not exchanged or recomputed or model.qk_norm != "none":
         saved.append(Saved("queries, keys, values", (query + 2 * key) * item))
-    if model.qk_norm == "full":
-        # In fp32 before the norm, in the model's precision before its weight.
-        size = (query + key) * (_FP32 + item) + 2 * _FP32
-        saved.append(Saved("inputs of QK-norms", size))
-    if model.qk_norm == "head":
-        groups = model.num_query_groups / tensor
-        saved.append(Saved("statistics of QK-norms", (heads + groups) * _FP32))
+    if model.qk_norm != "none":
+        norms = heads + model.num_query_groups / tensor if model.qk_norm == "head" else 2
+        saved.append(Saved("statistics of QK-norms", norms * _FP32))
+        if model.num_query_groups < model.num_attention_heads:
+            # Heads of a group lie apart in what the projection made.
+            saved.append(Saved("queries in the order of heads", query * item))
     # Sines and cosines, for queries and for keys, are the same for every sample.
     rotation = 4 * model.kv_channels * item / config.training.micro_batch_size
     saved.append(Saved("rotation of queries and keys", rotation))

@@ -73,25 +73,23 @@ def test_no_rows():
 
 
 def collectives():
-    """Value and gradient of a sum; rank r holds r + 1, the gradient that comes is r + 5."""
+    """A sum of r + 1 over ranks r, beside what is summed."""
     dist.init_process_group("gloo")
     group, rank = dist.group.WORLD, dist.get_rank()
     try:
-        x = torch.tensor([rank + 1.0], requires_grad=True)
-        y = sum_over_ranks(x, group)
-        y.backward(torch.tensor([rank + 5.0]))
-        return is_split(group), y.item(), x.grad.item(), x.item()
+        x = torch.tensor([rank + 1.0])
+        return is_split(group), sum_over_ranks(x, group).item(), x.item()
     finally:
         dist.destroy_process_group()
 
 
 def test_sum_over_ranks():
     for rank, result in enumerate(run_on_ranks(collectives, 2)):
-        assert result == (True, 3.0, 11.0, rank + 1.0)
+        assert result == (True, 3.0, rank + 1.0)
 
 
 def test_sum_without_a_group():
-    x = torch.ones(2, requires_grad=True)
+    x = torch.ones(2)
     assert not is_split(None) and sum_over_ranks(x, None) is x
 
 

@@ -104,7 +104,7 @@ def test_memory_of_every_distinct_rank(name):
         assert memory.gradients == pytest.approx(rank.gradient_bytes, rel=1e-4)
         assert memory.optimizer == pytest.approx(rank.optimizer_bytes, rel=1e-4)
         # Of routing a few numbers a token and expert are kept that the plan leaves out.
-        assert memory.activations == pytest.approx(rank.activation_bytes, rel=5e-3)
+        assert memory.activations == pytest.approx(rank.activation_bytes, rel=1e-2)
         # An estimate.
         assert 0.97 < memory.temporary / rank.passing_bytes < 1.3
         assert memory.total == pytest.approx(rank.total_bytes, rel=0.02)
