@@ -17,7 +17,7 @@ RELU_METHODS = ("relu", "relu_")
 
 
 class PolyReLU(nn.Module):
-    """``megapoly.ops.polyrelu``, uncompiled, with r + 1 coefficients of its own, ascending powers."""
+    """``megapoly.ops.polyrelu``, uncompiled, with coefficients of its own, ascending powers."""
 
     def __init__(self, coefficients: Sequence[float], dtype: torch.dtype):
         super().__init__()

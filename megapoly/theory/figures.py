@@ -114,8 +114,8 @@ def _lemma_a4(results: Results) -> Figure:
         )
         exact = all(r["exact"] for r in shown)
         axes.set_title(
-            f"order r = {order}; {'equal' if exact else 'NOT equal'} in rational arithmetic for "
-            f"{len(shown)} n",
+            f"order r = {order}; {'equal' if exact else 'NOT equal'} in rational arithmetic, "
+            f"{len(shown)} exponents",
             fontsize=10,
             loc="left",
         )
@@ -148,7 +148,7 @@ def _imitations(results: Results, lines: Report, title: str) -> Figure:
         errors.plot(eps, [r["error"] for r in shown], "o-", color=colour, markersize=4, label=group)
     middle = shown[len(shown) // 2]
     squared = [middle["parameters_by_log_squared"] * math.log(e) ** 2 for e in eps]
-    sizes.plot(eps, squared, "--", color=GREY, linewidth=1, label=r"like $\ln^2(1/eps)$")
+    sizes.plot(eps, squared, "--", color=GREY, linewidth=1, label="like ln$^2$(1/eps)")
     sizes.set_ylabel("parameters")
     sizes.set_ylim(bottom=0)
     errors.plot(eps, eps, "--", color=GREY, linewidth=1, label="allowed")
@@ -174,6 +174,8 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("parameters")
         axes.set_ylabel("sup error on a grid")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom=bottom * (bottom / top) ** 0.15)  # room for the legend
         axes.set_title(f"d = {d}", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="lower left")
     figure.legend(

@@ -152,6 +152,11 @@ def random_network(depth: int, width: int, order: int = 3, seed: int = 0) -> Net
         a = 2 * torch.rand(size, dtype=torch.float64, generator=generator) - 1
         return (a / a.abs().sum()).tolist()
 
+    def positive_bias(size: int) -> list[float]:
+        """Most units are then not 0 everywhere."""
+        *weights, bias = unit_norm(size)
+        return [*weights, abs(bias)]
+
     builder = Builder(2, order)
 
     def affine(values: Sequence[Value], numbers: Sequence[float]) -> Value:
@@ -163,7 +168,7 @@ def random_network(depth: int, width: int, order: int = 3, seed: int = 0) -> Net
     values = builder.inputs
     for _ in range(depth):
         values = [
-            builder.unit(affine(values, unit_norm(len(values) + 1)), unit_norm(order + 1))
+            builder.unit(affine(values, positive_bias(len(values) + 1)), unit_norm(order + 1))
             for _ in range(width)
         ]
     return builder.build([affine(values, [*unit_norm(width), 0.0])])

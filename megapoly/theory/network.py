@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megapoly.errors import ShapeError
 
-# Points that pass through a network at once: 1024 of 50,000 units are 400 MB.
-CHUNK_POINTS = 1024
+# Points that pass through a network at once: 128 of 50,000 units are 50 MB.
+CHUNK_POINTS = 128
 
 
 @dataclass(frozen=True)

@@ -171,8 +171,11 @@ def _taylor_network(
             a *= math.prod(scale**i for (_, scale), i in zip(variables, orders, strict=True))
             polynomial = polynomial + _monomial(variables, orders, builder, arithmetic) * a
             limit += abs(a)
-        # ReLU products take values in [-1, 1] alone.
-        total = total + arithmetic.product(bump, polynomial * (1 / limit)) * limit
+        if polynomial.terms:
+            # ReLU products take values in [-1, 1] alone.
+            total = total + arithmetic.product(bump, polynomial * (1 / limit)) * limit
+        else:
+            total = total + bump * polynomial.constant
     return builder.build([total])
 
 
