@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not importlib.util.find_spec("matplotlib"):
             raise UnavailableError("The figures need matplotlib: `pip install matplotlib`.")
+        arguments.output.mkdir(parents=True, exist_ok=True)
         write(arguments.output, measure_all())
     except MegapolyError as error:
         print(error, file=sys.stderr)
@@ -103,7 +104,6 @@ def write(folder: Path, report: dict[str, Any]) -> None:
     """theory.json and the figures."""
     from megapoly.theory import figures  # matplotlib
 
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "theory.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, figure in figures.draw_all(report).items():
         figure.savefig(folder / f"{name}.png", dpi=160)

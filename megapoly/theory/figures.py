@@ -47,6 +47,7 @@ def _panels(heights: Sequence[float], title: str) -> tuple[Figure, list[Axes]]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e5e5e5", linewidth=0.6)
         axes.set_axisbelow(True)
+    figure.supxlabel("python -m megapoly.theory --output FOLDER", fontsize=7, color=GREY)
     figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
     return figure, list(panels[:, 0])
 
