@@ -1,0 +1,89 @@
+"""A ReLU network of any architecture as the PolyReLU network that equals it: Theorem 1."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from megapoly.errors import UnavailableError
+from megapoly.ops import polyrelu
+
+RELU_FUNCTIONS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
+RELU_METHODS = ("relu", "relu_")
+
+
+class PolyReLU(nn.Module):
+    """``megapoly.ops.polyrelu``, uncompiled, with coefficients of its own, ascending powers."""
+
+    def __init__(self, coefficients: Sequence[float], dtype: torch.dtype):
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.tensor(coefficients, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape; as ``x``."""
+        return polyrelu(x, self.coefficients, backend="reference")
+
+
+def relu_to_polyrelu(network: nn.Module, order: int = 3) -> fx.GraphModule:
+    """The PolyReLU network that equals a ReLU network.
+
+        ReLU(x) = PolyReLU(x) for a = (0, 1, 0, .., 0)
+
+    Source: PolyCom (ICLR 2025), Lemma 1 and Theorem 1. Each ReLU of the graph, whether a module, a
+    function or a method, becomes a PolyReLU; whatever else the network does stays. It holds where
+    every ReLU(x)^r is finite, bit for bit, and not on the theorem's [-1, 1]^d alone.
+
+    Args:
+        network: what torch.fx can trace: no control flow that depends on values.
+        order: r, 2 to 4.
+
+    Returns:
+        A copy with r + 1 coefficients more for each ReLU (a module that is called twice counts
+        once): depth, width and weights are those of ``network``.
+
+    Raises:
+        UnavailableError: the network cannot be traced, or has no ReLU.
+    """
+    try:
+        traced = fx.symbolic_trace(copy.deepcopy(network))
+    except Exception as error:  # noqa: BLE001 -- tracing runs the network's own code
+        raise UnavailableError(
+            f"torch.fx cannot trace this {type(network).__name__} ({error}): write its control "
+            "flow without values of tensors."
+        ) from error
+    parameter = next(network.parameters(), None)
+    dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
+    found = 0
+    for name, module in list(traced.named_modules()):
+        if isinstance(module, nn.ReLU):
+            traced.set_submodule(name, _as_relu(order, dtype))
+            found += 1
+    for node in list(traced.graph.nodes):
+        if _is_relu_call(node):
+            name = f"polyrelu_{found}"
+            traced.add_submodule(name, _as_relu(order, dtype))
+            with traced.graph.inserting_after(node):
+                call = traced.graph.call_module(
+                    name, (node.args[0] if node.args else node.kwargs["input"],)
+                )
+            node.replace_all_uses_with(call)
+            traced.graph.erase_node(node)
+            found += 1
+    if not found:
+        raise UnavailableError(f"This {type(network).__name__} has no ReLU to replace.")
+    traced.recompile()
+    return traced
+
+
+def _as_relu(order: int, dtype: torch.dtype) -> PolyReLU:
+    return PolyReLU([0.0, 1.0] + [0.0] * (order - 1), dtype)
+
+
+def _is_relu_call(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in RELU_METHODS
+    return node.op == "call_function" and node.target in RELU_FUNCTIONS
