@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 Report = dict[str, Any]
@@ -179,16 +180,15 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
         axes.set_ylim(bottom=bottom * (bottom / top) ** 0.15)  # room for the legend
         axes.set_title(f"d = {d}", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.legend(
-        handles=[
-            Line2D([], [], color="black", marker="o", markersize=4, label="PolyReLU"),
-            Line2D([], [], color="black", marker="s", fillstyle="none", ls="--", label="ReLU"),
-            Line2D([], [], color=GREY, linestyle=":", label="slope -n/d"),
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=9,
+    kinds = [
+        Line2D([], [], color="black", marker="o", markersize=4, label="PolyReLU"),
+        Line2D([], [], color="black", marker="s", fillstyle="none", ls="--", label="ReLU"),
+        Line2D([], [], color=GREY, linestyle=":", label="slope -n/d"),
+    ]
+    labels = [str(kind.get_label()) for kind in kinds]
+    # A second legend, beside that of the axes.
+    panels[-1].add_artist(
+        Legend(panels[-1], kinds, labels, loc="upper right", frameon=False, fontsize=8)
     )
     return figure
 
