@@ -179,14 +179,14 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
         axes.set_ylim(bottom=bottom * (bottom / top) ** 0.15)  # room for the legend
         axes.set_title(f"d = {d}", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.legend(
+    panels[0].add_artist(panels[0].get_legend())  # a second legend replaces the first
+    panels[0].legend(
         handles=[
             Line2D([], [], color="black", marker="o", markersize=4, label="PolyReLU"),
             Line2D([], [], color="black", marker="s", fillstyle="none", ls="--", label="ReLU"),
             Line2D([], [], color=GREY, linestyle=":", label="slope -n/d"),
         ],
-        loc="outside lower center",
-        ncols=3,
+        loc="upper right",
         frameon=False,
         fontsize=9,
     )
