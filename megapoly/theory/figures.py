@@ -179,7 +179,9 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
         axes.set_ylim(bottom=bottom * (bottom / top) ** 0.15)  # room for the legend
         axes.set_title(f"d = {d}", fontsize=10, loc="left")
         axes.legend(frameon=False, fontsize=8, loc="lower left")
-    panels[0].add_artist(panels[0].get_legend())  # a second legend replaces the first
+    slopes_legend = panels[0].get_legend()
+    assert slopes_legend is not None
+    panels[0].add_artist(slopes_legend)  # a second legend replaces the first
     panels[0].legend(
         handles=[
             Line2D([], [], color="black", marker="o", markersize=4, label="PolyReLU"),
