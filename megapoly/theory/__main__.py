@@ -25,10 +25,10 @@ from megapoly.theory import measure
 EXPONENTS = sorted({*range(1, 33), *(int(2 ** (i / 8)) for i in range(40, 81)), 63, 127, 255, 511})
 TOLERANCES = [10.0**-k for k in range(1, 13)]
 CELLS = {
-    (1, "polyrelu"): (2, 4, 8, 16, 32, 64),
-    (1, "relu"): (2, 4, 8, 16, 32, 64),
-    (2, "polyrelu"): (2, 4, 8, 16),
-    (2, "relu"): (2, 4, 8, 12),
+    (1, "PolyReLU"): (2, 4, 8, 16, 32, 64),
+    (1, "ReLU"): (2, 4, 8, 16, 32, 64),
+    (2, "PolyReLU"): (2, 4, 8, 16),
+    (2, "ReLU"): (2, 4, 8, 12),
 }
 SMOOTHNESS = {1: (1, 2, 3, 4), 2: (2, 3)}
 # Before it 2 N + 1 is too far from 2 N for a slope in N.

@@ -196,10 +196,10 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
 def _error_line(axes: Axes, shown: Results, d: int, n: int, kind: str, slopes: Results) -> None:
     found = {(r["d"], r["n"], r["kind"]): r["slope"] for r in slopes}
     size, error = [r["parameters"] for r in shown], [r["error"] for r in shown]
-    if kind == "relu":
+    if kind == "ReLU":
         axes.plot(size, error, "s--", color=COLOURS[n - 1], fillstyle="none", markersize=4)
         return
-    label = f"n = {n}: slopes {found[d, n, 'polyrelu']:.2f}, ReLU {found[d, n, 'relu']:.2f}"
+    label = f"n = {n}: slopes {found[d, n, 'PolyReLU']:.2f}, ReLU {found[d, n, 'ReLU']:.2f}"
     axes.plot(size, error, "o-", color=COLOURS[n - 1], markersize=4, label=label)
     reference = [error[-1] * (s / size[-1]) ** (-n / d) for s in size]
     axes.plot(size, reference, ":", color=GREY, linewidth=1)

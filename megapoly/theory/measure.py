@@ -175,12 +175,12 @@ def random_network(depth: int, width: int, order: int = 3, seed: int = 0) -> Net
 
 
 def theorem_3(d: int, n: int, all_cells: Sequence[int], kind: str) -> list[Numbers]:
-    """Sup error on a grid, and size, of ``kind`` polyrelu or relu, for each N of ``all_cells``."""
+    """Sup error on a grid, and size, of ``kind`` PolyReLU or ReLU, for each N of ``all_cells``."""
     function = WAVES[d]
     side = torch.linspace(-1, 1, GRID[d], dtype=torch.float64)
     x = torch.cartesian_prod(*[side] * d).reshape(-1, d)
     build: Callable[[Wave, int, int], Network]
-    build = polyrelu_network if kind == "polyrelu" else relu_network
+    build = polyrelu_network if kind == "PolyReLU" else relu_network
     results = []
     for num_cells in all_cells:
         network = build(function, n, num_cells)

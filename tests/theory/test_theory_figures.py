@@ -12,7 +12,7 @@ def test_every_statement_is_written(
 ) -> None:
     monkeypatch.setattr(command, "EXPONENTS", [1, 5, 8])
     monkeypatch.setattr(command, "TOLERANCES", [1e-1, 1e-2, 1e-3])
-    cells = dict.fromkeys(command.CELLS, (2, 4, 6)) | {(2, "relu"): (2, 4, 5)}
+    cells = dict.fromkeys(command.CELLS, (2, 4, 6)) | {(2, "ReLU"): (2, 4, 5)}
     monkeypatch.setattr(command, "CELLS", cells)
     monkeypatch.setattr(command, "SMOOTHNESS", {1: (1, 2), 2: (1,)})
     assert command.main(["--output", str(tmp_path / "made")]) == 0

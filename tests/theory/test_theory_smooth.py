@@ -43,7 +43,7 @@ def test_taylor_sum_is_the_polynomial_where_one_bump_is_1() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_slope_in_one_dimension(n: int) -> None:
-    results = measure.theorem_3(1, n, [4, 8, 16, 32], "polyrelu")
+    results = measure.theorem_3(1, n, [4, 8, 16, 32], "PolyReLU")
     assert all(result["error"] < result["bound"] for result in results)
     # 2 N + 1 cells and not 2 N: the slope is a little steeper than -n.
     assert -1.1 * n < measure.slope(results) < -n
@@ -51,15 +51,15 @@ def test_slope_in_one_dimension(n: int) -> None:
 
 def test_slope_in_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measure.GRID, 2, 67)
-    results = measure.theorem_3(2, 2, [2, 4, 8], "polyrelu")
+    results = measure.theorem_3(2, 2, [2, 4, 8], "PolyReLU")
     assert all(result["error"] < result["bound"] for result in results)
     assert -1.2 < measure.slope(results) < -1
 
 
 def test_relu_needs_a_logarithm_more() -> None:
     cells = [4, 8, 16, 32]
-    relu = measure.theorem_3(1, 3, cells, "relu")
-    polyrelu = measure.theorem_3(1, 3, cells, "polyrelu")
+    relu = measure.theorem_3(1, 3, cells, "ReLU")
+    polyrelu = measure.theorem_3(1, 3, cells, "PolyReLU")
     # Taylor's error and, at most as much, that of the products.
     assert all(result["error"] < 2 * result["bound"] for result in relu)
     ratios = [a["parameters"] / b["parameters"] for a, b in zip(relu, polyrelu, strict=True)]
