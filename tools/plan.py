@@ -122,8 +122,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     changes = [] if plan.fits else remedies(plan, config, resolve)
     values = plan.as_dict()
     values["suggestions"] = [
-        {"options": change, "memory": changed.memory[changed.fullest].total}
-        for change, changed in changes
+        {"options": change, "memory": changed.needed_memory} for change, changed in changes
     ]
     if options.search:
         found = search(plan.config, config, world_size, gpu, allows)
@@ -145,7 +144,7 @@ def _found_values(found: list[Found], limit: int) -> list[dict[str, Any]]:
     return [
         {
             "options": item.options,
-            "memory": item.plan.memory[item.plan.fullest].total,
+            "memory": item.plan.needed_memory,
             "step_seconds": item.plan.step.total,
             "mfu": item.plan.step.mfu,
             "days": item.plan.days,

@@ -179,6 +179,11 @@ def uses_sequence_parallel(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel
 
 
+def sequence_parts(parallel: ParallelConfig) -> int:
+    """Ranks that share each sequence's activations outside the matrix products."""
+    return parallel.tensor_model_parallel_size if uses_sequence_parallel(parallel) else 1
+
+
 def uses_transformer_engine(model: ModelConfig, device: str, machine: Machine) -> bool:
     """Whether layers come from Transformer Engine: as set, or on CUDA where it is installed."""
     if model.transformer_engine is None:

@@ -166,14 +166,15 @@ def all_layouts(
     return [layout for layout in layouts if is_allowed(layout)]
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """Of a number, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _dense_layouts(world_size: int) -> Iterator[Layout]:
-    for tensor in _divisors(world_size):
-        for context in _divisors(world_size // tensor):
-            for pipeline in _divisors(world_size // tensor // context):
+    for tensor in divisors(world_size):
+        for context in divisors(world_size // tensor):
+            for pipeline in divisors(world_size // tensor // context):
                 data = world_size // tensor // context // pipeline
                 for chunks in (1, 2) if pipeline > 1 else (1,):
                     yield Layout(
@@ -192,8 +193,8 @@ def _variants(dense: Layout, num_experts: int | None) -> Iterator[Layout]:
     if num_experts:
         experts = [
             (expert, tensor)
-            for expert in _divisors(math.gcd(shared, num_experts))
-            for tensor in _divisors(shared // expert)
+            for expert in divisors(math.gcd(shared, num_experts))
+            for tensor in divisors(shared // expert)
         ]
     tensor, context = dense.tensor_model_parallel_size, dense.context_parallel_size
     for (expert, expert_tensor), sequence, comm, sharded in itertools.product(

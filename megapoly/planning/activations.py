@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megapoly.config import Config
+from megapoly.config.resolve import sequence_parts
 from megapoly.model import attention
 from megapoly.model.builder import unwrap
 from megapoly.planning.fake_job import current_device, replaced
@@ -98,8 +99,7 @@ def measure_activations(
     for chunk in chunks:
         live.leave_out(chunk.parameters())
         live.leave_out(p.main_grad for p in chunk.parameters())
-    # By default on the CPU, as in training: the engine reads some tensors that it makes there.
-    with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"), live:
+    with _as_in_training(), live:
         kept, outputs = [], []
         for chunk in chunks:
             before = live.now
@@ -118,7 +118,7 @@ def _engine_buffers(config: Config, chunks: Sequence[DistributedDataParallel]) -
     """Memory that the engine makes in a first pass and keeps, for what ranks gather."""
     if not config.parallel.sequence_parallel:
         return []
-    with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"):
+    with _as_in_training():
         for chunk in chunks:
             _forward(config, chunk)
     return list(parallel_state.get_global_memory_buffer().buffer.values())
@@ -131,7 +131,7 @@ def _forward(config: Config, chunk: DistributedDataParallel) -> Tensor:
     length = training.seq_length // parallel.context_parallel_size
     batch = training.micro_batch_size
     if not model.pre_process:
-        cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        cut = sequence_parts(parallel)
         shape = (length // cut, batch, config.model.hidden_size)
         dtype = model.config.pipeline_dtype
         received = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
@@ -166,6 +166,14 @@ def kept_by_schedule(config: Config, kept: Sequence[int], num_microbatches: int)
         now -= kept[chunks - 1 - forward[i]]
     assert len(forward) == total
     return most
+
+
+@contextlib.contextmanager
+def _as_in_training() -> Iterator[None]:
+    """What passes of a model without data need."""
+    # By default on the CPU, as in training: the engine reads some tensors that it makes there.
+    with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"):
+        yield
 
 
 @contextlib.contextmanager

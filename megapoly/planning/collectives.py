@@ -13,7 +13,7 @@ from typing import Literal
 from megapoly.activations import registry
 from megapoly.activations.registry import TensorParallelSum
 from megapoly.config import Config
-from megapoly.config.resolve import num_microbatches
+from megapoly.config.resolve import num_microbatches, sequence_parts
 from megapoly.ops.collectives import NUM_SEGMENTS
 from megapoly.planning.memory import element_size, rows_of_experts, tokens_of_rank
 from megapoly.planning.parameters import counts_of_rank, embedding_part, layer_parts
@@ -208,7 +208,7 @@ def _expert_parallel(counter: _Counter) -> Iterator[Collective]:
     model, parallel = config.model, config.parallel
     if not model.num_moe_experts:
         return
-    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     tokens = counter.tokens / cut
     forwards, backwards = counter.forwards("moe"), counter.backwards
     row, score = model.hidden_size * counter.item, _router_item(config)
@@ -279,7 +279,7 @@ def _pipeline(counter: _Counter) -> Iterator[Collective]:
     config = counter.config
     parallel = config.parallel
     stages, chunks = counter.grid.sizes["pp"], parallel.virtual_pipeline_model_parallel_size or 1
-    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     size = counter.tokens * config.model.hidden_size * counter.item / cut
     if stages == 1:
         return

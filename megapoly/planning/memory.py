@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from megapoly.activations import registry
 from megapoly.config import Config, ffn_width, padded_vocab_size
-from megapoly.config.resolve import num_microbatches
-from megapoly.planning.parameters import Counts, counts_of_rank, stage_parts
+from megapoly.config.resolve import num_microbatches, sequence_parts
+from megapoly.planning.parameters import counts_of_rank, stage_parts
 from megapoly.planning.ranks import Grid
 
 # Share of the device's memory that a layout has to leave free to count as fitting.
@@ -75,11 +75,11 @@ def memory_of_rank(config: Config, world_size: int, stage: int) -> Memory:
         stage: pipeline stage.
     """
     counts = counts_of_rank(config, stage)
-    grid = Grid.of(config, world_size)
     return Memory(
         weights=counts.total * element_size(config) + _fp8_copies(config, stage),
         gradients=counts.total * _FP32,
-        optimizer=_optimizer_bytes(config, grid, counts),
+        optimizer=updated_parameters(config, world_size, stage)
+        * optimizer_bytes_per_parameter(config),
         activations=round(_activation_bytes(config, world_size, stage)),
         temporary=round(_temporary_bytes(config, stage)),
     )
@@ -110,13 +110,14 @@ def optimizer_bytes_per_parameter(config: Config) -> int:
     return (3 if config.training.bf16 else 2) * _FP32
 
 
-def _optimizer_bytes(config: Config, grid: Grid, counts: Counts) -> int:
-    per_parameter = optimizer_bytes_per_parameter(config)
+def updated_parameters(config: Config, world_size: int, stage: int) -> int:
+    """Parameters that each rank of a pipeline stage updates: all it has, or its share of them."""
+    counts = counts_of_rank(config, stage)
     if not config.parallel.use_distributed_optimizer:
-        return counts.total * per_parameter
-    sizes = grid.sizes
+        return counts.total
+    sizes = Grid.of(config, world_size).sizes
     dense = -(-counts.dense // (sizes["dp"] * sizes["cp"]))
-    return (dense + -(-counts.routed // sizes["edp"])) * per_parameter
+    return dense + -(-counts.routed // sizes["edp"])
 
 
 def layer_activations(config: Config) -> list[Saved]:
@@ -128,7 +129,7 @@ def layer_activations(config: Config) -> list[Saved]:
     model, parallel = config.model, config.parallel
     assert model.kv_channels is not None and model.num_query_groups is not None
     tensor, item = parallel.tensor_model_parallel_size, element_size(config)
-    cut = tensor if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     hidden = model.hidden_size * item / cut
     statistic = _FP32 / cut
     heads = model.num_attention_heads / tensor
@@ -219,7 +220,7 @@ def _moe_activations(config: Config, cut: int) -> list[Saved]:
 def rows_of_experts(config: Config) -> float:
     """Rows of this rank's experts for each token of the micro-batch, with balanced routing."""
     parallel = config.parallel
-    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     assert parallel.expert_tensor_parallel_size is not None, "resolve first"
     return config.model.moe_router_topk * parallel.expert_tensor_parallel_size / cut
 
@@ -228,7 +229,7 @@ def head_activations(config: Config) -> list[Saved]:
     """What final norm, output layer and loss keep of one token."""
     parallel, hidden = config.parallel, config.model.hidden_size * element_size(config)
     tensor = parallel.tensor_model_parallel_size
-    cut = tensor if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     return [
         Saved("input of the final norm", hidden / cut),
         Saved("statistic of the final norm", _FP32 / cut),

@@ -70,6 +70,11 @@ class Plan:
         return max(range(self.num_stages), key=lambda stage: self.memory[stage].total)
 
     @property
+    def needed_memory(self) -> int:
+        """Bytes of the rank that needs most."""
+        return self.memory[self.fullest].total
+
+    @property
     def usable_memory(self) -> int:
         """Bytes that a layout may need: the device's, without what has to stay free."""
         return int(self.gpu.memory * (1.0 - HEADROOM))
@@ -77,7 +82,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every rank's memory does."""
-        return self.memory[self.fullest].total <= self.usable_memory
+        return self.needed_memory <= self.usable_memory
 
     @cached_property
     def collectives(self) -> list[list[Collective]]:
@@ -88,7 +93,7 @@ class Plan:
     @cached_property
     def step(self) -> StepTime:
         """Least time of a step."""
-        return step_time(self.config, self.world_size, self.gpu)
+        return step_time(self.config, self.world_size, self.gpu, self.collectives)
 
     @property
     def train_tokens(self) -> int:

@@ -210,7 +210,7 @@ def search_table(found: list[Found], limit: int) -> Table:
             item.layout.name,
             str(plan.config.training.micro_batch_size),
             plan.config.parallel.recompute_granularity or "",
-            _gib(plan.memory[plan.fullest].total),
+            _gib(plan.needed_memory),
             f"{plan.step.total:.3f}",
             f"{plan.step.mfu:.1%}",
             f"{plan.days:.2f}",
@@ -248,7 +248,6 @@ def _gib(size: float) -> str:
 def suggestions(found: Iterable[tuple[dict[str, Any], Plan]]) -> list[str]:
     """One line for each change that makes a plan fit."""
     return [
-        f"{words(change)}: {_gib(plan.memory[plan.fullest].total)} GiB, at least "
-        f"{plan.step.total:.3f} s a step"
+        f"{words(change)}: {_gib(plan.needed_memory)} GiB, at least {plan.step.total:.3f} s a step"
         for change, plan in found
     ]

@@ -16,7 +16,7 @@ from megapoly.config.resolve import (
 )
 from megapoly.config.schema import DataConfig, ParallelConfig
 from megapoly.errors import ConfigError
-from megapoly.parallel_check.layouts import Layout
+from megapoly.parallel_check.layouts import Layout, divisors
 from megapoly.planning.plan import Plan
 from megapoly.platform.gpus import GPU
 
@@ -152,9 +152,9 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
 def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
     model = config.model
     experts = model.num_moe_experts or 1
-    for tensor in _divisors(min(gpu.gpus_per_node, world_size)):
-        for context in _divisors(world_size // tensor):
-            for stages in _divisors(world_size // tensor // context):
+    for tensor in divisors(min(gpu.gpus_per_node, world_size)):
+        for context in divisors(world_size // tensor):
+            for stages in divisors(world_size // tensor // context):
                 if model.num_layers % stages:
                     continue
                 dense = Layout(
@@ -167,7 +167,7 @@ def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
                     distributed_optimizer=True,
                 )
                 for chunks in _CHUNKS if stages > 1 else (1,):
-                    for expert in _divisors(experts):
+                    for expert in divisors(experts):
                         for expert_tensor in {1, tensor} if model.num_moe_experts else {tensor}:
                             yield dataclasses.replace(
                                 dense,
@@ -175,10 +175,6 @@ def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
                                 expert_model_parallel_size=expert,
                                 expert_tensor_parallel_size=expert_tensor,
                             )
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _recomputations(config: Config) -> list[dict[str, Any]]:

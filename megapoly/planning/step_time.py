@@ -20,11 +20,15 @@ from dataclasses import dataclass
 
 from megapoly.activations import registry
 from megapoly.config import Config, ffn_width, padded_vocab_size
-from megapoly.config.resolve import num_microbatches, tokens_per_step
-from megapoly.planning.collectives import Collective, collectives
-from megapoly.planning.memory import element_size, rows_of_experts, tokens_of_rank
+from megapoly.config.resolve import num_microbatches, sequence_parts, tokens_per_step
+from megapoly.planning.collectives import Collective
+from megapoly.planning.memory import (
+    element_size,
+    rows_of_experts,
+    tokens_of_rank,
+    updated_parameters,
+)
 from megapoly.planning.parameters import counts_of_rank
-from megapoly.planning.ranks import Grid
 from megapoly.platform.gpus import GPU
 from megapoly.training.flops import (
     forward_flops_per_token,
@@ -98,16 +102,17 @@ class _Stage:
         return self.products + self.operators + self.messages
 
 
-def step_time(config: Config, world_size: int, gpu: GPU) -> StepTime:
+def step_time(
+    config: Config, world_size: int, gpu: GPU, sent: Sequence[list[Collective]]
+) -> StepTime:
     """The bound of a layout.
 
     Args:
         config: resolved.
         world_size: processes.
         gpu: of every rank.
+        sent: messages of a rank of each pipeline stage.
     """
-    num_stages = config.parallel.pipeline_model_parallel_size
-    sent = [collectives(config, world_size, gpu, stage) for stage in range(num_stages)]
     batches = num_microbatches(config, world_size)
     stages = [
         _Stage(
@@ -115,7 +120,7 @@ def step_time(config: Config, world_size: int, gpu: GPU) -> StepTime:
             operators=_operator_bytes(config, stage) / gpu.memory_bandwidth,
             messages=sum(c.time for c in sent[stage] if not _is_data(c) and not c.hidden) / batches,
         )
-        for stage in range(num_stages)
+        for stage in range(len(sent))
     ]
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     slowest, before = pipeline_bound([stage.total for stage in stages], batches, chunks)
@@ -213,7 +218,7 @@ def _operator_bytes(config: Config, stage: int) -> float:
     model, parallel = config.model, config.parallel
     assert model.kv_channels is not None and model.num_query_groups is not None
     tensor, item = parallel.tensor_model_parallel_size, element_size(config)
-    cut = tensor if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     keys = (model.num_attention_heads + model.num_query_groups) * model.kv_channels / tensor
     # In FP8 a norm before a linear map may write a byte for two.
     in_a_byte = 0.0 if config.training.fp8 is None else 0.5 if model.num_moe_experts else 1.0
@@ -249,7 +254,7 @@ def _permuted(config: Config) -> float:
     if model.moe_token_dispatcher_type == "allgather":
         return 4 * rows
     assert model.num_moe_experts is not None
-    cut = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    cut = sequence_parts(parallel)
     copied = 4 * (model.moe_router_topk + 1) / cut
     has_several = model.num_moe_experts > parallel.expert_model_parallel_size
     return copied + (8 * rows if has_several else 0)
@@ -257,9 +262,5 @@ def _permuted(config: Config) -> float:
 
 def _optimizer_bytes(config: Config, world_size: int, stage: int) -> float:
     """Bytes that the optimizer reads and writes: gradients twice, moments, weights."""
-    counts, sizes = counts_of_rank(config, stage), Grid.of(config, world_size).sizes
-    dense, routed = float(counts.dense), float(counts.routed)
-    if config.parallel.use_distributed_optimizer:
-        dense, routed = dense / (sizes["dp"] * sizes["cp"]), routed / sizes["edp"]
     copies = 2 * 3 * _FP32 + (2 if config.training.bf16 else 0)
-    return (dense + routed) * (2 * _FP32 + copies)
+    return updated_parameters(config, world_size, stage) * float(2 * _FP32 + copies)

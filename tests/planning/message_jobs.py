@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from layouts import random_batches
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapoly.config import Config
-from megapoly.data.loader import BatchLayout
 from megapoly.platform import select_platform
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import build_state
@@ -79,21 +79,8 @@ def messages_of_rank(configs: dict[str, Config]) -> dict[str, dict[str, int]]:
             for chunk in state.chunks:
                 chunk.zero_grad_buffer()
             with _Counter() as counter:
-                batches = batches_of(config, state.layout)
+                batches = random_batches(config, state.layout)
                 run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
                 state.optimizer.step()
             counted[name] = dict(counter.bytes)
     return counted
-
-
-def batches_of(config: Config, layout: BatchLayout) -> Iterator[dict[str, Tensor]]:
-    """Random tokens, a micro-batch at a time."""
-    length, vocab_size = config.training.seq_length, config.model.vocab_size
-    for places in layout.micro_batches(0):
-        tokens = torch.randint(vocab_size, (len(places), length))
-        yield {
-            "tokens": tokens,
-            "labels": tokens,
-            "loss_mask": torch.ones(len(tokens), length),
-            "position_ids": torch.arange(length).expand(len(tokens), -1),
-        }

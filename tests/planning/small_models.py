@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from layouts import small_config
+
 from megapoly.config import Config
-from megapoly.config.machine import CPU
-from megapoly.config.options import OPTIONS
-from megapoly.config.resolve import resolve
 
 _SMALL = {
     "model.num_layers": 2,
@@ -15,9 +14,7 @@ _SMALL = {
     "model.num_attention_heads": 4,
     "model.ffn_hidden_size": 96,
     "model.vocab_size": 250,
-    "model.activation_backend": "reference",
-    "training.device": "cpu",
-    "training.train_iters": 1,
+    "model.init_method_std": 0.02,
     "training.seq_length": 32,
     "training.micro_batch_size": 2,
     "training.global_batch_size": 8,
@@ -31,9 +28,4 @@ EXPERTS = {
 
 def small_model(options: dict[str, Any]) -> Config:
     """A resolved configuration with options set by their dotted names."""
-    config = Config()
-    for name, value in (_SMALL | options).items():
-        assert name in OPTIONS, name
-        section, _, field = name.rpartition(".")
-        setattr(getattr(config, section), field, value)
-    return resolve(config, tokenizer_vocab_size=250, machine=CPU)
+    return small_config(_SMALL | options)
