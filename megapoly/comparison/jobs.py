@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from megapoly.comparison.outcome import last_record, validation_loss
+from megapoly.comparison.outcome import is_complete, last_record, validation_loss
 from megapoly.errors import MegapolyError
 
 _POLL_S = 0.5
@@ -95,13 +95,13 @@ class JobRunner:
                 time.sleep(_POLL_S)
                 for one in list(running):
                     self._update(one)
-                    if (status := one.process.poll()) is not None:
+                    if one.process.poll() is not None:
                         running.remove(one)
-                        failed += [one.job] if status else []
-                        self._end(one, status)
+                        if not self._end(one):
+                            failed.append(one.job)
         if failed:
             raise TrialError(
-                f"{len(failed)} of {len(jobs)} trials failed: "
+                f"{len(failed)} of {len(jobs)} trials have failed: "
                 + "; ".join(f"{job.name} ({job.log})" for job in failed)
                 + ". The same command tries them again."
             )
@@ -145,21 +145,23 @@ class JobRunner:
             status = f"loss {record['lm_loss']:.4f} | ETA {eta}"
             self._progress.update(one.task, completed=step, status=status)
 
-    def _end(self, one: _Running, status: int) -> None:
+    def _end(self, one: _Running) -> bool:
+        """Say how it ended; whether its run is complete."""
         seconds = time.monotonic() - one.start
         if self._progress is not None and one.task is not None:
             self._progress.remove_task(one.task)
         self._finished += 1
-        if status:
+        if not is_complete(one.job.run_dir, one.job.steps):
             lines = one.job.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-            self._say(
-                "\n".join([f"{one.job.name}: failed, status {status}; {one.job.log}", *lines])
-            )
-            return
+            status = one.process.returncode
+            ended = f"failed, status {status}" if status else "ended before its last step"
+            self._say("\n".join([f"{one.job.name}: {ended}; {one.job.log}", *lines]))
+            return False
         self._trained += 1
         took = datetime.timedelta(seconds=round(seconds))
         self._say(f"{one.job.name}: {self._outcome(one.job)}, {took} {self._count()}")
         self._on_end(one.job, seconds)
+        return True
 
     def _count(self) -> str:
         left = (self._total - self._finished) / self._trained * (time.monotonic() - self._start)
