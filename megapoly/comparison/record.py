@@ -29,6 +29,8 @@ class Record:
         wall_time_s: of all calls together.
         trials: ``wall_time_s`` and ``phase`` (``rates``: the grid of learning rates, ``seeds``) of
             each that has ended.
+        chosen: run of the first seed at each variant's learning rate, by the variant's name; empty
+            before the grid is done.
     """
 
     path: Path
@@ -36,6 +38,7 @@ class Record:
     config: list[str]
     wall_time_s: float = 0.0
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
@@ -60,6 +63,7 @@ class Record:
             "versions": versions(),
             "wall_time_s": self.wall_time_s,
             "trials": self.trials,
+            "chosen": self.chosen,
         }
         write_text(self.path, json.dumps(content, indent=1) + "\n")
 

@@ -92,6 +92,7 @@ class Study:
             )
             self._run(runner, grid, record)
             chosen = {variant: self._best_rate(variant) for variant in self.variants}
+            record.chosen = {v.name: Trial(v, chosen[v], self.seeds[0]).name for v in chosen}
             self._run(runner, seed_trials(self.variants, chosen, self.seeds[1:]), record)
         return chosen
 

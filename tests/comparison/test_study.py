@@ -62,6 +62,10 @@ def test_each_activation_takes_its_best_rate_to_the_other_seeds(tmp_path: Path) 
         name: "seeds" if "seed_2" in name else "rates" for name in folders
     }
     assert written["wall_time_s"] > max(t["wall_time_s"] for t in written["trials"].values())
+    assert written["chosen"] == {
+        "swiglu": "swiglu.lr_0.002.seed_1",
+        "polynorm": "polynorm.lr_0.004.seed_1",
+    }
     assert written["hardware"]["cores"] >= 1
 
     again, shown, record = run(asked)
