@@ -111,6 +111,6 @@ def test_a_comparison_needs_evaluations_and_checkpoints() -> None:
 def test_tasks_come_after_the_last_step() -> None:
     config = with_tasks(base(), ["piqa"], "questions", 50)
     assert config.training.eval_tasks == ["piqa"]
-    assert config.training.eval_tasks_interval == config.training.train_iters == 500
+    assert config.training.eval_tasks_interval == config.training.train_iters == 2000
     assert (config.training.eval_tasks_data, config.training.eval_tasks_limit) == ("questions", 50)
     assert base().training.eval_tasks is None
