@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -176,10 +177,9 @@ def curves(analysis: Analysis) -> Figure | None:
         density = axes.twinx()
         density.set_yticks([])
         density.spines[:].set_visible(False)
+        x, mean_density = _mean_density(here)
+        density.fill_between(x, mean_density, color=GREY, alpha=0.3, linewidth=0)
         for c in here:
-            density.fill_between(
-                c["x"], c["density"], color=GREY, alpha=0.3 / len(here) ** 0.5, linewidth=0
-            )
             dashed = c["kind"] == "shared_experts"
             axes.plot(
                 c["x"],
@@ -201,6 +201,13 @@ def curves(analysis: Analysis) -> Figure | None:
     figure.supylabel("activation", fontsize=9)
     _title(figure, f"Activations as learned, {label_of(analysis)}")
     return figure
+
+
+def _mean_density(shown: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the densities of a layer's experts, over all their pre-activations."""
+    x = np.linspace(min(c["x"][0] for c in shown), max(c["x"][-1] for c in shown), 160)
+    each = [np.interp(x, c["x"], c["density"], left=0.0, right=0.0) for c in shown]
+    return x, np.mean(each, axis=0)
 
 
 def power_shares(analyses: Analyses) -> Figure | None:
@@ -225,7 +232,7 @@ def power_shares(analyses: Analyses) -> Figure | None:
                 color=(GREY, *COLOURS)[i],
                 edgecolor="white",
                 linewidth=0.8,
-                label="constant" if i == 0 else f"$x^{i}$",
+                label=("constant", "$x$", "$x^2$", "$x^3$", "$x^4$")[i],
             )
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axes.set_ylim(0, 1)
@@ -240,12 +247,19 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
     shown = [a for a in analyses if a.get("activations")]
     if not shown:
         return None
-    percent = ticker.PercentFormatter(1.0)
     measures: list[tuple[str, Callable[[Any], float], Any]] = [
         ("kurtosis of what FC2 gets (normal: 3)", lambda e: e["after"]["kurtosis"], None),
         ("largest / RMS in a token's row", lambda e: e["after"]["max_over_rms"], "{x:g}"),
-        ("share within 0.01 RMS of zero", lambda e: e["after"]["near_zero"], percent),
-        ("pre-activations where the curve is flat", lambda e: e["flat"], percent),
+        (
+            "share within 0.01 RMS of zero",
+            lambda e: e["after"]["near_zero"],
+            ticker.PercentFormatter(1.0),
+        ),
+        (
+            "pre-activations where the curve is flat",
+            lambda e: e["flat"],
+            ticker.PercentFormatter(1.0),
+        ),
     ]
     figure, panels = _panels([2.0] * len(measures), "Outliers and saturation of activations")
     for axes, (title, value, form) in zip(panels, measures, strict=True):
@@ -259,7 +273,7 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(ticker.NullLocator())
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
             axes.yaxis.set_major_formatter(form)
     _finish_layers(figure, panels)
     return figure
