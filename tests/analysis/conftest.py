@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from analysis_jobs import analysed
+from analysis_jobs import NUM_TOKENS, analysed
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
@@ -33,7 +33,6 @@ TINY = {
     "optimizer.lr_warmup_iters": 0,
     "logging.detail_interval": 1,
 }
-NUM_TOKENS = 48  # a sample and a half
 
 
 @pytest.fixture(scope="session")
