@@ -10,6 +10,8 @@ from typing import Any
 from megapoly.config.data_sources import MEAN
 from megapoly.errors import CheckpointError
 
+COMPARISON_FILE = "comparison.json"
+
 # Bytes of the end of metrics.jsonl that surely hold its last line.
 _TAIL = 1 << 14
 
@@ -67,3 +69,13 @@ def final_validation_loss(run_dir: Path) -> float:
             "run's end, and does not; delete the run's folder to train it anew."
         )
     return loss
+
+
+def chosen_runs(folder: Path) -> dict[str, str]:
+    """Names of the runs of the first seed at each variant's learning rate, by the variant's name.
+
+    Args:
+        folder: of a comparison; empty if it is none, or its grid is not complete.
+    """
+    path = folder / COMPARISON_FILE
+    return dict(json.loads(path.read_text()).get("chosen", {})) if path.exists() else {}

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 import megapoly
+from megapoly.comparison.outcome import COMPARISON_FILE
 from megapoly.data.files import write_text
 from megapoly.doctor.facts import system_facts
-
-FILE = "comparison.json"
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Record:
     @classmethod
     def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
         """That of a folder, which goes on with its times."""
-        record = cls(output / FILE, command, config)
+        record = cls(output / COMPARISON_FILE, command, config)
         if record.path.exists():
             written = json.loads(record.path.read_text())
             record.wall_time_s, record.trials = written["wall_time_s"], written["trials"]
