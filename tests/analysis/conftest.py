@@ -50,7 +50,8 @@ def trained(tmp_path_factory, text):
     @functools.cache
     def train(name):
         layout, run_dir = parse(name), tmp_path_factory.mktemp("run")
-        options = TINY | {"data.validation": f"{{a: {text}}}"} | layout.options
+        options = TINY | {"data.blend": f"[{text}]", "data.validation": f"{{a: {text}}}"}
+        options |= layout.options
         run_job("moe_tiny", run_dir, options, num_ranks=layout.world_size)
         return run_dir
 
