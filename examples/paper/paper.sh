@@ -2,7 +2,7 @@
 # The paper in miniature: data, comparisons, looks into the models, theory, and the page of all.
 #
 #     paper.sh OUTPUT one     one seed, one learning rate
-#     paper.sh OUTPUT full    three of each
+#     paper.sh OUTPUT full    three seeds, a grid of learning rates
 #
 # Started again it goes on where it was stopped. TEXT: a folder with a .jsonl for each domain (the built-in text, by
 # author). JOBS: runs at a time (one a core). NOTES: Markdown for the page. PYTHON: interpreter (that of the
@@ -18,22 +18,22 @@ dense=$root/examples/configs/dense_miniature.yaml
 moe=$root/examples/configs/moe_miniature.yaml
 baselines=(swiglu gelu relu)
 case $extent in
-    one) rates=() seeds=(--seeds 1) ;;
-    full) rates=(--learning-rates 2e-3 4e-3 8e-3) seeds=(--seeds 1 2 3) ;;
+    one) dense_rates=(8e-3) moe_rates=(8e-3) seeds=(1) ;;
+    full) dense_rates=(2e-3 4e-3 8e-3 1.6e-2) moe_rates=(4e-3 8e-3) seeds=(1 2 3) ;;
     *) echo "The second word must be one or full, not $extent." >&2 && exit 2 ;;
 esac
 
 compare() { # recipe, folder, options
     "$python" "$root/tools/compare_activations.py" --config "$1" --config "$output/data/data.yaml" \
-        --output "$output/$2" ${JOBS:+--jobs "$JOBS"} "${@:3}"
+        --output "$output/$2" ${JOBS:+--jobs "$JOBS"} "${@:3}" --seeds "${seeds[@]}"
 }
 
 "$python" "$root/tools/prepare_domains.py" ${TEXT:+--input "$TEXT"} --output "$output/data"
-compare "$dense" dense --activations "${baselines[@]}" polyrelu polynorm "${rates[@]}" "${seeds[@]}"
-compare "$moe" moe --activations "${baselines[@]}" polynorm "${rates[@]}" "${seeds[@]}"
-# Orders, compositions and variants of ReLU, Fig. 5: at the recipe's learning rate.
-compare "$dense" forms "${seeds[@]}" \
-    --activations squared_relu polyrelu:2 polyrelu:4 polynorm:2 polyprelu polyrelunorm
+compare "$dense" dense --activations "${baselines[@]}" polyrelu polynorm --learning-rates "${dense_rates[@]}"
+compare "$moe" moe --activations "${baselines[@]}" polynorm --learning-rates "${moe_rates[@]}"
+# Orders, compositions and variants of ReLU (Fig. 5) and what takes the place of SwiGLU's gate, at one rate.
+compare "$dense" forms --learning-rates 8e-3 --activations \
+    squared_relu polyrelu:2 polyrelu:4 polyprelu polyrelunorm gated_polynorm
 "$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
 "$python" -m megapoly.theory --output "$output/theory"
 "$python" "$root/tools/report.py" "$output/dense" "$output/moe" "$output/forms" --theory "$output/theory" \
