@@ -1,0 +1,160 @@
+"""How figures look: one palette for paper and screen, and SVG that follows the page's colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megapoly.activations import registry
+from megapoly.report.groups import Entry
+
+# Inches; 461 CSS pixels, so that letters stay readable on a phone of 360.
+WIDTH = 4.8
+DPI = 160
+INK, MUTED, GRID, PAPER = "#1d1d21", "#6c6c75", "#e6e6ea", "#ffffff"
+# By place in the registry; the page has a lighter one of each for a dark ground.
+_PALETTE = (
+    "#8a5a2b",
+    "#b38867",
+    "#2f7d4f",
+    "#7fa650",
+    "#3b6fb6",
+    "#4aa3c7",
+    "#c9871f",
+    "#d0a83e",
+    "#b3273f",
+    "#cf6a8a",
+    "#7a4fa3",
+)
+_DARK = (
+    "#c89a6a",
+    "#d8b899",
+    "#63bd88",
+    "#a9cf7c",
+    "#7fa8e6",
+    "#7fcbe8",
+    "#f0b45a",
+    "#ecd07a",
+    "#f2738a",
+    "#f0a0b8",
+    "#b994e0",
+)
+_DASHES = ((1.0, 0.0), (5.0, 2.0), (1.5, 1.5), (6.0, 2.0, 1.5, 2.0), (9.0, 3.0))
+_SETTINGS = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "megapoly",
+}
+# What figures of other packages are drawn in, by what the page makes of it.
+_VARIABLES = {
+    INK: "--ink",
+    "#000000": "--ink",
+    MUTED: "--muted",
+    "#777777": "--muted",
+    "#808080": "--muted",
+    GRID: "--grid",
+    "#e5e5e5": "--grid",
+    "#b0b0b0": "--grid",
+    "#cccccc": "--grid",
+    PAPER: "--paper",
+}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Matplotlib's settings while a figure is made or saved."""
+    with rc_context(_SETTINGS):
+        yield
+
+
+def panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of panels above each other, of these heights in inches."""
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained", facecolor=PAPER)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=GRID, linewidth=0.7)
+        panel.set_axisbelow(True)
+        panel.set_facecolor("none")
+    return figure, list(axes)
+
+
+def colour(entry: Entry) -> str:
+    """Of an activation, the same in every figure."""
+    return _PALETTE[list(registry.ACTIVATIONS).index(entry.activation) % len(_PALETTE)]
+
+
+def dashes(entries: Sequence[Entry]) -> dict[str, tuple[float, tuple[float, ...] | None]]:
+    """Line styles by label: entries of one activation are told apart by them."""
+    counts: dict[str, int] = {}
+    styles: dict[str, tuple[float, tuple[float, ...] | None]] = {}
+    for entry in entries:
+        number = counts[entry.activation] = counts.get(entry.activation, -1) + 1
+        pattern = _DASHES[number % len(_DASHES)]
+        styles[entry.label] = (0.0, pattern if number % len(_DASHES) else None)
+    return styles
+
+
+def png(figure: Figure) -> bytes:
+    """The figure on white."""
+    buffer = io.BytesIO()
+    with drawing():
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an element of a page: colours by the page's variables, ids of its own.
+
+    Args:
+        figure: drawn.
+        name: begins its ids.
+        description: for who cannot see it.
+    """
+    buffer = io.StringIO()
+    with drawing():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", _variable, text)
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough
+    # Sizes stay, families are the page's.
+    text = re.sub(r"font: ([^;\"']*?px) '[^\";]*", r"font-size: \1", text)
+    head = re.compile(r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>", re.DOTALL)
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return head.sub(rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
+
+
+def colour_variables() -> tuple[dict[str, str], dict[str, str]]:
+    """The palette as variables of the page, on light and on dark ground."""
+    names = [f"--series-{i}" for i in range(len(_PALETTE))]
+    light, dark = (zip(names, colours, strict=True) for colours in (_PALETTE, _DARK))
+    return dict(light), dict(dark)
+
+
+def _variable(match: re.Match[str]) -> str:
+    found = match.group()
+    if found in _VARIABLES:
+        return f"var({_VARIABLES[found]})"
+    return f"var(--series-{_PALETTE.index(found)})" if found in _PALETTE else found

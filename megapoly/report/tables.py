@@ -1,0 +1,339 @@
+"""The tables of a group, of plain text, for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from megapoly.activations import registry
+from megapoly.config.data_sources import MEAN
+from megapoly.report import paper, results
+from megapoly.report.groups import Entry, Group, final_loss
+from megapoly.report.results import Difference, Reach
+from megapoly.report.runs import Run
+from megapoly.report.statistics import Spread
+
+NONE = "–"
+
+
+@dataclass
+class Cell:
+    """One cell.
+
+    Args:
+        text: what it says.
+        spread: behind it, smaller.
+        below: a second line, smaller.
+        best: whether it is the best of its column.
+        value: that it is ranked by.
+    """
+
+    text: str
+    spread: str = ""
+    below: str = ""
+    best: bool = False
+    value: float | None = None
+
+
+@dataclass
+class Table:
+    """A table.
+
+    Args:
+        title: above it.
+        columns: the headings, the first of the names of the rows.
+        rows: a name and cells each.
+        notes: sentences below it.
+        of_paper: columns from this one on are the paper's.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    notes: list[str] = field(default_factory=list)
+    of_paper: int | None = None
+
+
+def tables(group: Group) -> list[Table]:
+    """Those that the runs of a group suffice for."""
+    found = [losses(group)]
+    if group.runs[0].domains:
+        found.append(domains(group))
+    if results.tasks(group):
+        found.append(tasks(group))
+    if group.reference is not None and len(group.entries) > 1:
+        found.append(tokens_to_reach(group, group.reference))
+    found.append(learning_rates(group))
+    return found
+
+
+def losses(group: Group) -> Table:
+    """Like Table 1."""
+    reported = paper.results(group.moe)
+    reference = group.reference
+    columns = ["activation", "training loss", "validation loss", "perplexity"]
+    if reference is not None:
+        columns += [f"minus {reference.label}", "lower in"]
+    columns += ["seeds", "rate", "parameters"]
+    of_paper = [
+        (title, values)
+        for title, values in (
+            ("paper: training loss", reported.training_loss),
+            ("paper: perplexity", reported.perplexity),
+            ("paper: validation loss", reported.validation_loss),
+        )
+        if any(entry.activation in values for entry in group.main)
+    ]
+    rows = []
+    for entry in group.entries:
+        cells = [
+            _spread(results.known(results.values(entry, results.training_loss)), 3),
+            _spread(results.known(results.values(entry, results.validation_loss())), 3),
+            _spread(results.known(results.values(entry, results.perplexity())), 2),
+        ]
+        if reference is not None:
+            cells += _against(entry, reference)
+        cells += [
+            Cell(str(len(entry.seeds))),
+            Cell(f"{entry.lr:g}"),
+            Cell(f"{entry.runs[0].parameters:,}"),
+        ]
+        for _, values in of_paper:
+            value = values.get(entry.activation) if entry in group.main else None
+            cells.append(Cell(NONE if value is None else f"{value:g}"))
+        rows.append((entry.label, cells))
+    _mark_best(rows, range(3))
+    run = group.runs[0]
+    notes = [
+        f"Mean ± standard deviation over seeds. Training loss: mean over the last "
+        f"{run.window_steps} of {run.steps} steps. Validation: mean over domains at the last step; "
+        "perplexity is exp of each seed's mean loss."
+    ]
+    if reference is not None:
+        notes.append(
+            f"Minus {reference.label}: difference of the final "
+            f"{'validation' if run.validation['tokens'] else 'training'} loss to {reference.label} "
+            "with the same seed, mean ± standard error."
+        )
+    if of_paper:
+        notes.append(f"Paper ({reported.models}): {reported.results}.")
+    return Table(
+        "Losses, like Table 1",
+        columns + [title for title, _ in of_paper],
+        rows,
+        notes,
+        len(columns) if of_paper else None,
+    )
+
+
+def domains(group: Group) -> Table:
+    """Like Table 2, as perplexity."""
+    names = results.domains(group)
+    names = [*names, MEAN] if len(names) > 1 else names
+    rows = []
+    for entry in group.entries:
+        cells = []
+        for name in names:
+            cell = _spread(results.known(results.values(entry, results.perplexity(name))), 2)
+            loss = results.known(results.values(entry, results.validation_loss(name)))
+            cell.below = f"{loss.mean:.3f}" if loss else ""
+            cells.append(cell)
+        rows.append((entry.label, cells))
+    _mark_best(rows, range(len(names)))
+    return Table(
+        "Perplexity by domain, like Table 2",
+        ["activation", *names],
+        rows,
+        ["Perplexity at the last step, mean ± standard deviation over seeds; below it the loss."],
+    )
+
+
+def tasks(group: Group) -> Table:
+    """Scores of the evaluation harness."""
+    names = results.tasks(group)
+    readers: list[Callable[[Run], float | None]] = [
+        lambda run, name=name: run.tasks.get(name)  # type: ignore[misc]
+        for name in names
+    ]
+    rows = [
+        (entry.label, [_spread(results.known(results.values(entry, r)), 1) for r in readers])
+        for entry in group.entries
+    ]
+    _mark_best(rows, range(len(names)), highest=True)
+    return Table(
+        "Benchmark tasks",
+        ["activation", *names],
+        rows,
+        ["Percent at the last evaluation, by the LM Evaluation Harness; mean ± deviation."],
+    )
+
+
+def tokens_to_reach(group: Group, reference: Entry) -> Table:
+    """Share of the run after which the reference's final loss is reached."""
+    reported = paper.results(group.moe).reach
+    with_paper = any(entry.activation in reported for entry in group.main)
+    rows = []
+    for entry in group.entries:
+        if entry is reference:
+            continue
+        cells = [
+            _reach(results.reach(entry, reference, validation=validation))
+            for validation in (True, False)
+        ]
+        if with_paper:
+            value = reported.get(entry.activation) if entry in group.main else None
+            cells.append(Cell(NONE if value is None else f"{value:.2f}"))
+        rows.append((entry.label, cells))
+    columns = ["activation", "by validation loss", "by training loss"]
+    window = group.runs[0].window_steps
+    return Table(
+        f"Tokens to reach the final loss of {reference.label}",
+        columns + ["paper: training loss"] * with_paper,
+        rows,
+        [
+            f"Share of the run's tokens after which the curve is first at or below the final loss "
+            f"of {reference.label} with the same seed, linear between points; mean ± standard "
+            f"deviation over the seeds that reach it. Training loss is the mean over the last "
+            f"{window} steps, and noisier: batches differ along the run."
+        ],
+        len(columns) if with_paper else None,
+    )
+
+
+def learning_rates(group: Group) -> Table:
+    """Final validation loss of each activation at each rate."""
+    rates = sorted({lr for entry in group.entries for lr in entry.rates})
+    rows = []
+    for entry in group.entries:
+        cells = []
+        for lr in rates:
+            if lr not in entry.rates:
+                cells.append(Cell(NONE))
+                continue
+            score, seeds = entry.scores[lr], len(entry.rates[lr])
+            cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
+            cell.below = f"{seeds} seeds" if seeds > 1 else "1 seed"
+            cells.append(cell)
+        rows.append((entry.label, cells))
+    kind = "validation" if group.runs[0].validation["tokens"] else "training"
+    notes = [
+        f"Final {kind} loss, mean over the seeds that all rates of the line have; bold: the rate "
+        "that all other tables and figures use."
+    ]
+    return Table(
+        "Learning rates", ["activation", *(f"{lr:g}" for lr in rates)], rows, notes + warnings(group)
+    )
+
+
+def warnings(group: Group) -> list[str]:
+    """What is doubtful about the choice of the rates."""
+    found = []
+    for entry in group.entries:
+        rates = list(entry.rates)
+        scored = {lr: score for lr, score in entry.scores.items() if score is not None}
+        if len(rates) < 2 or not scored:
+            continue
+        best = min(scored, key=lambda lr: scored[lr])
+        if best in (rates[0], rates[-1]):
+            side = "lowest" if best == rates[0] else "highest"
+            found.append(
+                f"{entry.label} is best at the {side} rate that was tried ({best:g}): its own best "
+                "may lie beyond."
+            )
+        if best != entry.lr:
+            found.append(
+                f"{entry.label} is shown at {entry.lr:g}, which has most seeds, though {best:g} is "
+                "better on the seeds that both have."
+            )
+    tried = {tuple(entry.rates) for entry in group.entries}
+    if len(tried) > 1:
+        found.append("Not every line had the same rates to choose from.")
+    elif len(next(iter(tried))) == 1:
+        found.append(
+            "One rate for all, so whichever activation it suits best is at an advantage; a grid "
+            "would tell."
+        )
+    return found
+
+
+def own_options(group: Group) -> Table:
+    """What differs between the runs of a group."""
+    rows = []
+    for entry in group.entries:
+        activation = registry.get(entry.activation)
+        run, runs = entry.runs[0], list(entry.seeds.values())
+        speed = sum(r.tokens for r in runs) / max(1e-9, sum(r.wall_time_s for r in runs))
+        cells = [
+            Cell(f"{run.parameters:,}", below=f"{run.active_parameters:,} active" * group.moe),
+            Cell("gated, two thirds as wide" if activation.gated else "ungated"),
+            Cell(f"{entry.lr:g}"),
+            Cell(", ".join(entry.seeds)),
+            Cell(duration(sum(r.wall_time_s for r in entry.runs)), below=f"{len(entry.runs)} runs"),
+            Cell(f"{speed:,.0f}"),
+        ]
+        cells += [Cell(_option(run, name)) for name in group.varied]
+        rows.append((entry.label, cells))
+    columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
+    names = [name.split(".")[-1] for name in group.varied]
+    return Table("What differs between the runs", [*columns, *names], rows)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def signed(value: float, digits: int) -> str:
+    """With its sign, minus as such."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _option(run: Run, name: str) -> str:
+    section, option = name.split(".")
+    value = run.config[section][option]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _spread(value: Spread | None, digits: int) -> Cell:
+    if value is None:
+        return Cell(NONE)
+    deviation = "" if value.deviation is None else f"± {value.deviation:.{digits}f}"
+    return Cell(f"{value.mean:.{digits}f}", deviation, value=value.mean)
+
+
+def _against(entry: Entry, reference: Entry) -> list[Cell]:
+    if entry is reference:
+        return [Cell("0"), Cell(NONE)]
+    found: Difference | None = results.difference(entry, reference, final_loss)
+    if found is None:
+        return [Cell(NONE), Cell(NONE)]
+    error = found.spread.error
+    return [
+        Cell(signed(found.spread.mean, 4), "" if error is None else f"± {error:.4f}"),
+        Cell(f"{found.below} of {found.spread.count}"),
+    ]
+
+
+def _reach(found: Reach | None) -> Cell:
+    if found is None:
+        return Cell(NONE)
+    spread = found.spread
+    if spread is None:
+        return Cell("not reached", below=f"in {found.seeds} seeds" if found.seeds > 1 else "")
+    cell = _spread(spread, 2)
+    if len(found.shares) < found.seeds:
+        cell.below = f"{len(found.shares)} of {found.seeds} seeds"
+    return cell
+
+
+def _mark_best(
+    rows: Sequence[tuple[str, list[Cell]]], columns: Sequence[int], *, highest: bool = False
+) -> None:
+    for column in columns:
+        values = [c.value for _, cells in rows if (c := cells[column]).value is not None]
+        if len(values) > 1:
+            best = max(values) if highest else min(values)  # type: ignore[type-var]
+            for _, cells in rows:
+                cells[column].best = cells[column].value == best
