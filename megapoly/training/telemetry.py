@@ -81,9 +81,7 @@ def activation_coefficients(state: TrainState) -> dict[str, float]:
 
 
 def _coefficients(layer_tag: str, name: str, module: FFNActivation) -> dict[str, float]:
-    kind = (
-        "shared_experts" if "shared_experts" in name else "experts" if module.is_expert else "ffn"
-    )
+    kind = kind_of_ffn(name, module)
     scalars = {}
     for parameter_name in module.coefficient_names:
         value = getattr(module, parameter_name).detach().float().cpu()
@@ -95,3 +93,15 @@ def _coefficients(layer_tag: str, name: str, module: FFNActivation) -> dict[str,
                 leaf = f"a{k}" if parameter_name == "coefficients" else parameter_name
                 scalars[f"{layer_tag}/{kind}{expert}/{leaf}"] = number
     return scalars
+
+
+def kind_of_ffn(name: str, module: FFNActivation) -> str:
+    """Whose activation it is: of an ``ffn``, of ``experts`` or of ``shared_experts``.
+
+    Args:
+        name: of the module within its layer.
+        module: the activation.
+    """
+    if "shared_experts" in name:
+        return "shared_experts"
+    return "experts" if module.is_expert else "ffn"

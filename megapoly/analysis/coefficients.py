@@ -1,0 +1,61 @@
+"""The coefficients that a run's activations had on the way, from its TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_PREFIX = "activation/"
+
+
+def coefficient_series(run: Path | None, iteration: int) -> dict[str, Any]:
+    """Every learned number of every activation at the steps at which it was written.
+
+    Args:
+        run: folder of the run, with ``tensorboard`` and ``metrics.jsonl``; None: there is none.
+        iteration: last step that counts, that of the checkpoint.
+
+    Returns:
+        ``tokens`` that were consumed at each step; ``series`` by tag, such as
+        ``activation/layer_00/ffn/a0``, see :mod:`megapoly.training.telemetry`; ``missing``: null,
+        or why there are none.
+    """
+    if run is None or not any((run / "tensorboard").glob("events.out.*")):
+        return _nothing("the checkpoint lies in no run with TensorBoard files")
+    if not (run / "metrics.jsonl").is_file():
+        return _nothing("the run has no metrics.jsonl, which counts the tokens of each step")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(_PREFIX)]
+    if not tags:
+        return _nothing("the run's activations have no coefficients, or none were written")
+    consumed = _consumed_tokens(run / "metrics.jsonl")
+    values = {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
+    written = set.intersection(*(set(each) for each in values.values()))
+    steps = sorted(step for step in written if step <= iteration and step in consumed)
+    return {
+        "tokens": [consumed[step] for step in steps],
+        "series": {
+            tag: [float(f"{values[tag][step]:.7g}") for step in steps] for tag in sorted(tags)
+        },
+        "missing": None,
+    }
+
+
+def _nothing(why: str) -> dict[str, Any]:
+    return {"tokens": [], "series": {}, "missing": why}
+
+
+def _consumed_tokens(metrics: Path) -> dict[int, int]:
+    """By step; a line that is being written is left out."""
+    consumed = {}
+    for line in metrics.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        consumed[record["iteration"]] = record["consumed_tokens"]
+    return consumed

@@ -1,0 +1,354 @@
+"""Figures of what :mod:`megapoly.analysis.command` wrote, one analysis or several; matplotlib."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Analysis = Mapping[str, Any]
+Analyses = Sequence[Analysis]
+
+# Told apart by the colour-blind as well, together with the markers; read on white.
+COLOURS = ("#4477aa", "#cc5533", "#228833", "#8844aa", "#bb8800", "#33a0b8", "#777777")
+MARKERS = "osD^vP*"
+GREY = "#777777"
+# Inches; at 160 dpi 800 pixels, which a phone shows without zooming.
+WIDTH = 5.0
+_WEIGHTS = {
+    "fc1": "FC1 (gated: gate and up stacked)",
+    "gate": "gate half of FC1",
+    "up": "up half of FC1",
+    "down": "FC2",
+}
+
+
+def draw_all(analyses: Analyses) -> dict[str, Figure]:
+    """The figures that there is something to draw of, by the name of the file.
+
+    Args:
+        analyses: as in analysis.json. ``label`` names one in legends; without it, its activation.
+    """
+    drawn: dict[str, Figure | None] = {
+        "effective_rank": effective_rank(analyses),
+        "similarity": similarity(analyses),
+        "expert_similarity": expert_similarity(analyses),
+        "power_shares": power_shares(analyses),
+        "activation_statistics": activation_statistics(analyses),
+    }
+    for i, analysis in enumerate(analyses):
+        suffix = f"_{i}" if len(analyses) > 1 else ""
+        drawn[f"coefficients{suffix}"] = coefficients(analysis)
+        drawn[f"curves{suffix}"] = curves(analysis)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def label_of(analysis: Analysis) -> str:
+    """What an analysis is called in legends."""
+    return str(analysis.get("label") or analysis["activation"])
+
+
+def effective_rank(analyses: Analyses) -> Figure | None:
+    """Fig. 6: effective rank of the FFN weights by layer; of experts the mean and the range."""
+    shown = [a for a in analyses if a.get("effective_rank")]
+    present = {w["weight"] for a in shown for w in a["effective_rank"]["weights"]}
+    names = [name for name in _WEIGHTS if name in present]
+    if not names:
+        return None
+    figure, panels = _panels([2.3] * len(names), "Effective rank of the FFN weights")
+    for axes, name in zip(panels, names, strict=True):
+        for a, style in zip(shown, _styles(len(shown)), strict=True):
+            values = [w for w in a["effective_rank"]["weights"] if w["weight"] == name]
+            routed = [w for w in values if w["kind"] != "shared_experts"]
+            _by_layer(axes, routed, lambda w: w["effective_rank"], label_of(a), style)
+        most = max(
+            min(w["shape"])
+            for a in shown
+            for w in a["effective_rank"]["weights"]
+            if w["weight"] == name
+        )
+        axes.set_title(f"{_WEIGHTS[name]}; at most {most}", fontsize=10, loc="left")
+        axes.set_ylabel("effective rank")
+    _finish_layers(panels, len(shown))
+    return figure
+
+
+def similarity(analyses: Analyses) -> Figure | None:
+    """Fig. 7: cosine similarity between layers' hidden states, one matrix below the other."""
+    shown = [a for a in analyses if a.get("similarity")]
+    if not shown:
+        return None
+    lowest = min(value for a in shown for row in a["similarity"]["matrix"] for value in row)
+    figure, panels = _panels([4.1] * len(shown), "Cosine similarity of hidden states", grid=False)
+    for axes, a in zip(panels, shown, strict=True):
+        matrix = a["similarity"]["matrix"]
+        names = ["emb.", *map(str, range(1, len(matrix)))]
+        image = axes.imshow(matrix, vmin=min(lowest, 0.0), vmax=1.0, cmap="viridis")
+        axes.spines[:].set_visible(False)
+        every = range(0, len(names), max(1, len(names) // 9))
+        axes.set_xticks(every, [names[i] for i in every])
+        axes.set_yticks(every, [names[i] for i in every])
+        if len(matrix) <= 9:
+            _write_cells(axes, matrix, min(lowest, 0.0))
+        off_diagonal = [v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j]
+        axes.set_title(
+            f"{label_of(a)}: mean of two layers {statistics.fmean(off_diagonal):.3f}",
+            fontsize=10,
+            loc="left",
+        )
+        axes.set_xlabel("behind layer")
+        axes.set_ylabel("behind layer")
+        figure.colorbar(image, ax=axes, shrink=0.8)
+    return figure
+
+
+def expert_similarity(analyses: Analyses) -> Figure | None:
+    """How little a layer turns the states of each expert's tokens: before and behind the layer."""
+    shown = [a for a in analyses if a.get("similarity") and a["similarity"]["experts"]]
+    if not shown:
+        return None
+    figure, (axes,) = _panels([3.2], "States before and behind a layer, by expert")
+    for i, (a, style) in enumerate(zip(shown, _styles(len(shown)), strict=True)):
+        experts = a["similarity"]["experts"]
+        shift = 0.12 * (i - (len(shown) - 1) / 2)
+        for entry in experts["per_layer"]:
+            layer = entry["layer"]
+            dots = [row[layer] for row in entry["matrix"] if row is not None]
+            axes.plot(
+                [layer + 1 + shift] * len(dots), dots, ".", color=style["color"], alpha=0.45, ms=5
+            )
+        layers = range(1, len(experts["mean"]) + 1)
+        mean = [row[j] for j, row in enumerate(experts["mean"])]
+        axes.plot(layers, mean, label=f"{label_of(a)}, mean of experts", **style)
+    axes.set_ylabel("cosine similarity")
+    axes.margins(y=0.1)
+    _finish_layers([axes], 2)
+    return figure
+
+
+def coefficients(analysis: Analysis) -> Figure | None:
+    """Each coefficient through training, one panel a power, one line a layer and expert."""
+    found = analysis.get("coefficients")
+    if not found or not found["series"]:
+        return None
+    leaves = sorted({tag.rpartition("/")[2] for tag in found["series"]})
+    figure, panels = _panels(
+        [1.9] * len(leaves), f"Coefficients through training, {label_of(analysis)}"
+    )
+    layers = analysis["num_layers"]
+    for axes, leaf in zip(panels, leaves, strict=True):
+        for tag, values in found["series"].items():
+            _, layer, *kind, last = tag.split("/")
+            if last != leaf:
+                continue
+            number = int(layer.rpartition("_")[2])
+            axes.plot(
+                found["tokens"],
+                values,
+                color=_layer_colour(number, layers),
+                linewidth=0.6 if len(kind) > 1 else 1.2,
+                linestyle="--" if "shared_experts" in kind else "-",
+                label=f"layer {number + 1}",
+            )
+        axes.set_ylabel(_power_name(leaf))
+    panels[-1].set_xlabel("tokens")
+    _legend_of_layers(panels[0], layers)
+    return figure
+
+
+def curves(analysis: Analysis) -> Figure | None:
+    """Each layer's activation over the pre-activations seen, whose density is the grey area."""
+    found = analysis.get("curves")
+    if not found:
+        return None
+    layers = sorted({c["layer"] for c in found})
+    rows = -(-len(layers) // 2)
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.7 * rows), layout="constrained", facecolor="white")
+    cells = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, layer in zip(cells, layers, strict=False):
+        here = [c for c in found if c["layer"] == layer]
+        density = axes.twinx()
+        density.set_yticks([])
+        density.spines[:].set_visible(False)
+        for c in here:
+            density.fill_between(
+                c["x"], c["density"], color=GREY, alpha=0.3 / len(here) ** 0.5, linewidth=0
+            )
+            dashed = c["kind"] == "shared_experts"
+            axes.plot(
+                c["x"],
+                c["y"],
+                color=COLOURS[1] if dashed else COLOURS[0],
+                linestyle="--" if dashed else "-",
+                linewidth=1.8 if len(here) < 3 else 0.8,
+            )
+        density.set_ylim(bottom=0, top=3 * density.get_ylim()[1])
+        _plain(axes)
+        # The curve stands before the density, whose axes are transparent but were made later.
+        axes.set_zorder(density.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.set_title(f"layer {layer + 1}", fontsize=9, loc="left")
+    for axes in cells[len(layers) :]:
+        axes.set_visible(False)
+    figure.supxlabel("pre-activation; grey: how often", fontsize=9)
+    figure.supylabel("activation", fontsize=9)
+    _title(figure, f"Activations as learned, {label_of(analysis)}")
+    return figure
+
+
+def power_shares(analyses: Analyses) -> Figure | None:
+    """Share of each power in the output by layer; of experts the mean."""
+    shown = [a for a in analyses if a.get("power_shares")]
+    if not shown:
+        return None
+    figure, panels = _panels([2.4] * len(shown), "Share of each power in the output", grid=False)
+    for axes, a in zip(panels, shown, strict=True):
+        entries = [e for e in a["power_shares"] if e["kind"] != "shared_experts"]
+        layers = sorted({e["layer"] for e in entries})
+        bottom = [0.0] * len(layers)
+        for i in range(len(entries[0]["shares"])):
+            heights = [
+                statistics.fmean(e["shares"][i] for e in entries if e["layer"] == layer)
+                for layer in layers
+            ]
+            axes.bar(
+                [layer + 1 for layer in layers],
+                heights,
+                bottom=bottom,
+                color=(GREY, *COLOURS)[i],
+                edgecolor="white",
+                linewidth=0.8,
+                label=_power_name(f"a{i}"),
+            )
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("share of mean square")
+        axes.set_title(label_of(a), fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _finish_layers(panels, 1)
+    return figure
+
+
+def activation_statistics(analyses: Analyses) -> Figure | None:
+    """Saturation and outliers by layer; of experts the mean and the range."""
+    shown = [a for a in analyses if a.get("activations")]
+    if not shown:
+        return None
+    measures: list[tuple[str, Callable[[Any], float], bool]] = [
+        ("kurtosis of what FC2 gets", lambda e: e["after"]["kurtosis"], True),
+        ("largest / RMS in a token's row", lambda e: e["after"]["max_over_rms"], True),
+        ("share within 0.01 RMS of zero", lambda e: e["after"]["near_zero"], False),
+        ("pre-activations where the curve is flat", lambda e: e["flat"], False),
+    ]
+    figure, panels = _panels([2.0] * len(measures), "Outliers and saturation of activations")
+    for axes, (title, value, logarithmic) in zip(panels, measures, strict=True):
+        for a, style in zip(shown, _styles(len(shown)), strict=True):
+            entries = [e for e in a["activations"] if e["kind"] != "shared_experts"]
+            _by_layer(axes, entries, value, label_of(a), style)
+        axes.set_title(title, fontsize=10, loc="left")
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    _finish_layers(panels, len(shown))
+    return figure
+
+
+def _by_layer(
+    axes: Axes,
+    entries: Sequence[Mapping[str, Any]],
+    value: Callable[[Any], float],
+    label: str,
+    style: dict[str, Any],
+) -> None:
+    """The mean of a layer's entries as a line, their range as a band."""
+    by_layer: dict[int, list[float]] = {}
+    for entry in entries:
+        by_layer.setdefault(entry["layer"], []).append(value(entry))
+    layers = [layer + 1 for layer in sorted(by_layer)]
+    values = [by_layer[layer - 1] for layer in layers]
+    if max(map(len, values), default=1) > 1:
+        axes.fill_between(
+            layers, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, lw=0
+        )
+    axes.plot(layers, [*map(statistics.fmean, values)], label=label, **style)
+
+
+def _panels(
+    heights: Sequence[float], title: str, *, grid: bool = True
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, 0.5 + sum(heights)), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    for axes in panels[:, 0]:
+        _plain(axes, grid=grid)
+    _title(figure, title)
+    return figure, list(panels[:, 0])
+
+
+def _title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+
+
+def _plain(axes: Axes, *, grid: bool = True) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(color="#e5e5e5", linewidth=0.6)
+
+
+def _finish_layers(panels: Sequence[Axes], num_lines: int) -> None:
+    panels[-1].set_xlabel("layer")
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if num_lines > 1:
+        panels[0].legend(frameon=False, fontsize=8, ncols=2)
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4,
+            "linewidth": 1.4,
+        }
+        for i in range(count)
+    ]
+
+
+def _layer_colour(layer: int, num_layers: int) -> Any:
+    # Not the whole map: its end is too light for a line on white.
+    return matplotlib.colormaps["viridis"](0.88 * layer / max(num_layers - 1, 1))
+
+
+def _legend_of_layers(axes: Axes, num_layers: int) -> None:
+    """First, middle and last of many layers, each once."""
+    named = {f"layer {i + 1}" for i in range(num_layers)}
+    if num_layers > 6:
+        named = {f"layer {i + 1}" for i in (0, num_layers // 2, num_layers - 1)}
+    handles, labels = axes.get_legend_handles_labels()
+    chosen = {name: handle for handle, name in zip(handles, labels, strict=True) if name in named}
+    ordered = sorted(chosen, key=lambda name: int(name.rpartition(" ")[2]))
+    axes.legend(
+        [chosen[name] for name in ordered], ordered, frameon=False, fontsize=8, ncols=len(ordered)
+    )
+
+
+def _power_name(leaf: str) -> str:
+    return f"$a_{leaf[1:]}$" if leaf[0] == "a" else leaf
+
+
+def _write_cells(axes: Axes, matrix: Sequence[Sequence[float]], lowest: float) -> None:
+    middle = lowest + 0.6 * (1.0 - lowest)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            # Not black itself: a page that makes black text light in the dark would hide it here.
+            colour = "#1a1a1a" if value > middle else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)

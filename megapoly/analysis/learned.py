@@ -1,0 +1,101 @@
+"""An activation with the coefficients that it learned, taken apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.activations.registry import Activation
+
+_COEFFICIENTS = "coefficients"
+
+
+class LearnedActivation:
+    """One coefficient set of one layer, computed by the registry's function in plain PyTorch.
+
+    What is said of a gated activation is said of the function that its gate multiplies.
+
+    Args:
+        activation: entry of the registry.
+        coefficients: learned vectors by name, each [n].
+        options: ``eps`` and ``norm`` of a normalised activation.
+    """
+
+    def __init__(
+        self,
+        activation: Activation,
+        coefficients: dict[str, Tensor],
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.activation = activation
+        self._learned = {name: value.detach().float() for name, value in coefficients.items()}
+        self._options = dict(options or {})
+        if activation.has_coefficients:
+            self._options["backend"] = "reference"
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """[r + 1], ascending powers; None: it has none."""
+        return self._learned.get(_COEFFICIENTS)
+
+    def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[n, d] -> [n, d], times the gate's other factor where it is given."""
+        return self.activation.function(x, gate=gate, **self._at(x, {}))
+
+    def power(self, x: Tensor, i: int) -> Tensor:
+        """The part of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
+        learned = self.coefficients
+        assert learned is not None
+        only = torch.zeros_like(learned)
+        only[i] = 1.0
+        return self.activation.function(x, **self._at(x, {_COEFFICIENTS: only}))
+
+    def row_norms(self, x: Tensor) -> Tensor:
+        """What divides each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
+
+            q_i = sqrt(sum_j x_j^2i / sum_j p_ij^2)   over columns whose part p_ij is not zero
+
+        Read off the output, so that it holds for every normalised activation of the registry.
+
+        Args:
+            x: [n, d], fp64.
+
+        Returns:
+            [n, r]; not a number where a row has no part.
+        """
+        learned = self.coefficients
+        assert learned is not None
+        norms = []
+        for i in range(1, len(learned)):
+            part = self.power(x, i)
+            counted = torch.where(part != 0, x**i, 0.0)
+            norms.append((counted.square().sum(-1) / part.square().sum(-1)).sqrt())
+        return torch.stack(norms, dim=-1)
+
+    def curve(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
+        """The activation as a function of one pre-activation.
+
+            y = a0 + sum_i a_i h(x)^i / q_i
+
+        Args:
+            x: [n] fp64.
+            norms: [r], q_i of a normalised activation, whose output depends on the whole row.
+
+        Returns:
+            [n] fp64.
+        """
+        if norms is None:
+            return self(x[None])[0]
+        learned = self.coefficients
+        assert learned is not None
+        own = self.row_norms(x[None])[0].nan_to_num(0.0)  # of x as if it were a row
+        y = learned[0].double().expand_as(x)
+        for i in range(1, len(learned)):
+            y = y + learned[i].double() * self.power(x[None], i)[0] * own[i - 1] / norms[i - 1]
+        return y
+
+    def _at(self, x: Tensor, others: dict[str, Tensor]) -> dict[str, Any]:
+        values = {k: v.to(x.device) for k, v in (self._learned | others).items()}
+        return {**values, **self._options}
