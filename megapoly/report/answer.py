@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megapoly.activations import registry
 from megapoly.report import results
-from megapoly.report.groups import Entry, Group, final_loss
+from megapoly.report.content import Content
+from megapoly.report.groups import Entry, Group, final_loss, group_runs
 from megapoly.report.results import Difference
 from megapoly.report.tables import signed
 
@@ -26,53 +27,83 @@ def subject(group: Group) -> Entry | None:
 
 
 def answer(group: Group) -> list[str]:
-    """One sentence about the subject against every fixed activation, one about the ranking."""
+    """One sentence about the subject against every fixed activation, others about the rest."""
     about = subject(group)
-    fixed = [entry for entry in group.main if entry.order is None]
     sentences = []
-    if about is not None and fixed:
-        sentences.append(_against(about, fixed, _kind(group)))
+    if about is not None:
+        fixed = [entry for entry in group.main if entry.order is None]
+        sentences += _against(about, fixed, _kind(group)) if fixed else []
+        for variant in group.entries:
+            if not variant.plain and variant.activation == about.activation:
+                sentences += _of_variant(variant, group)
     if len(group.entries) > 1:
         sentences.append(_ranking(group))
     return sentences
+
+
+def _of_variant(variant: Entry, group: Group) -> list[str]:
+    """Sentences about the subject with other options, against fixed ones with these."""
+    fixed = [e for e in group.entries if e.order is None and e.variant == variant.variant]
+    return _against(variant, fixed, _kind(group)) if fixed else []
+
+
+def answers(content: Content) -> str:
+    """The answers of all groups, for the terminal."""
+    groups = group_runs(content.runs, content.reference)
+    return "\n".join(f"{group.kind}: {' '.join(answer(group))}" for group in groups)
 
 
 def _kind(group: Group) -> str:
     return "validation" if group.runs[0].validation["tokens"] else "training"
 
 
-def _against(about: Entry, fixed: Sequence[Entry], kind: str) -> str:
+def _against(about: Entry, fixed: Sequence[Entry], kind: str) -> list[str]:
     found = {entry.label: results.difference(about, entry) for entry in fixed}
     known = {label: item for label, item in found.items() if item is not None}
     if not known:
-        return f"{about.label} shares no seed with a fixed activation: nothing is compared."
+        return [f"{about.label} shares no seed with a fixed activation: nothing is compared."]
     below = {label: item for label, item in known.items() if item.spread.mean < 0}
     rest = {label: item for label, item in known.items() if label not in below}
-    parts = []
-    if below:
-        parts.append("below " + _list([_one(*item) for item in below.items()]))
+    parts = [_below(below)] if below else []
     if rest:
-        parts.append("not below " + _list([_one(*item) for item in rest.items()]))
-    text = f"{about.label} ends {'; it is '.join(parts)} in {kind} loss."
-    unclear = [label for label, item in known.items() if not item.clear]
+        words = [
+            f"{label} ({_amount(item, signed(item.spread.mean, 3))}{_lower(item)})"
+            for label, item in rest.items()
+        ]
+        parts.append("not below " + _list(words))
+    text = f"{about.label} ends {', and '.join(parts)} in {kind} loss."
     if max(item.spread.count for item in known.values()) == 1:
-        return text + " With one seed nothing is known of the spread."
+        return [text, "With one seed nothing is known of the spread."]
+    unclear = [label for label, item in known.items() if not item.clear]
     if unclear:
         text += f" Against {_list(unclear)} this is within twice its standard error."
-    return text
+    return [text, "± is the standard error of differences between runs of the same seed."]
 
 
-def _one(label: str, item: Difference) -> str:
-    error, count = item.spread.error, item.spread.count
-    text = f"{label} by {abs(item.spread.mean):.3f}"
-    if item.spread.mean >= 0:
-        text = f"{label} ({signed(item.spread.mean, 3)}"
-    else:
-        text += " ("
-    if error is not None:
-        text += f"± {error:.3f}, " if text.endswith("(") else f" ± {error:.3f}, "
-        return text + f"lower in {item.below} of {count} seeds)"
-    return text.removesuffix(" (") + (")" if item.spread.mean >= 0 else "")
+def _below(found: Mapping[str, Difference]) -> str:
+    """``SwiGLU by 0.031 ± 0.004 and GELU by ..``, with the seeds once where they are the same."""
+    counts = {_count(item) for item in found.values()}
+    same = counts.pop() if len(counts) == 1 else None
+    words = [
+        f"{label} by {_amount(item, f'{-item.spread.mean:.3f}')}"
+        + (_count(item) if same is None else "")
+        for label, item in found.items()
+    ]
+    return "below " + _list(words) + (same or "")
+
+
+def _amount(item: Difference, mean: str) -> str:
+    error = item.spread.error
+    return mean if error is None else f"{mean}\u00a0±\u00a0{error:.3f}"
+
+
+def _count(item: Difference) -> str:
+    count = item.spread.count
+    return "" if count == 1 else f" in {item.below} of {count} seeds"
+
+
+def _lower(item: Difference) -> str:
+    return f", lower{_count(item)}" if item.spread.count > 1 else ""
 
 
 def _ranking(group: Group) -> str:

@@ -139,8 +139,10 @@ def _comparison(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["command"], content["trials"]  # noqa: B018: has to have them
-    except (ValueError, KeyError, TypeError) as error:
+        missing = {"command", "trials"} - content.keys()
+        if missing:
+            raise ValueError(f"{' and '.join(sorted(missing))} missing")
+    except (ValueError, AttributeError) as error:
         raise DataError(
             f"`{path}` is no file of tools/compare_activations.py ({type(error).__name__}: "
             f"{error}); let it finish, or take it away."

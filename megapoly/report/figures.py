@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from megapoly.activations import registry
 from megapoly.errors import DataError
-from megapoly.report import loss_figures
+from megapoly.report import end_figures, loss_figures
 from megapoly.report.content import Content
 from megapoly.report.groups import Entry, Group, group_runs
 from megapoly.report.loss_figures import Curves
@@ -51,6 +53,7 @@ def pictures(content: Content) -> list[Picture]:
     """All that the runs of a report suffice for, in the order of the page."""
     groups = group_runs(content.runs, content.reference)
     found = [picture for group in groups for picture in _of_group(group)]
+    found += [picture for group in groups for picture in _of_analyses(group)]
     return [*found, *_of_theory(content)]
 
 
@@ -65,7 +68,8 @@ def chosen(content: Content, names: Iterable[str]) -> list[Picture]:
         if name not in found:
             near = difflib.get_close_matches(name, found, n=1, cutoff=0.0)
             raise DataError(
-                f"`--figures` ({name}) is none of this report's: {', '.join(found) or 'it has none'}"
+                f"`--figures` ({name}) is none of this report's "
+                f"({', '.join(found) or 'it has none'})"
                 + (f"; the nearest is {near[0]}" if near else "")
             )
     return [found[name] for name in names]
@@ -88,8 +92,8 @@ def _of_group(group: Group) -> list[Picture]:
         add(
             "final_loss",
             "Final validation loss, every seed",
-            loss_figures.FINAL_CAPTION,
-            lambda: loss_figures.final_losses(group),
+            end_figures.FINAL_CAPTION,
+            lambda: end_figures.final_losses(group),
         )
     curves("training_loss", "Training loss", main, validation=False)
     if validated:
@@ -97,16 +101,16 @@ def _of_group(group: Group) -> list[Picture]:
     if with_reference:
         add(
             "tokens_to_reach",
-            f"Tokens to reach the final loss of {loss_figures.name_of(group)}",
-            loss_figures.reach_caption(group),
-            lambda: loss_figures.reaches(group),
+            f"Tokens to reach the final loss of {end_figures.name_of(group)}",
+            end_figures.reach_caption(group),
+            lambda: end_figures.reaches(group),
         )
         if len(group.runs[0].domains) > 1:
             add(
                 "domains",
                 "Every domain",
-                loss_figures.domains_caption(group),
-                lambda: loss_figures.domains_figure(group),
+                end_figures.domains_caption(group),
+                lambda: end_figures.domains_figure(group),
             )
     for name, title, entries in _ablations(group):
         curves(name, title, entries, validation=False)
@@ -114,14 +118,14 @@ def _of_group(group: Group) -> list[Picture]:
         add(
             "learning_rates",
             "Learning rates",
-            loss_figures.RATES_CAPTION,
-            lambda: loss_figures.learning_rates(group),
+            end_figures.RATES_CAPTION,
+            lambda: end_figures.learning_rates(group),
         )
     return found
 
 
 def _ablations(group: Group) -> list[tuple[str, str, list[Entry]]]:
-    """Order, compositions and variants of ReLU like Fig. 5, and models with options of their own."""
+    """Order, compositions and variants of ReLU like Fig. 5; models with options of their own."""
     plain = [entry for entry in group.entries if entry.plain]
     orders: dict[str, list[Entry]] = {}
     for entry in plain:
@@ -152,11 +156,46 @@ def _ablations(group: Group) -> list[tuple[str, str, list[Entry]]]:
     return found
 
 
+def analyses(group: Group) -> list[dict[str, Any]]:
+    """The analysis of a run of each entry that has one, at the entry's rate, with its label."""
+    found = []
+    for entry in group.entries:
+        of_runs = [run.analysis for run in entry.seeds.values() if run.analysis]
+        if of_runs:
+            found.append({**of_runs[0], "label": entry.label})
+    return found
+
+
+def _of_analyses(group: Group) -> list[Picture]:
+    from megapoly.analysis import figures
+
+    found: list[Picture] = []
+    content = analyses(group)
+
+    def add(name: str, title: str, caption: str, draw: Callable[[], Figure]) -> None:
+        section = f"{group.slug}_analysis"
+        found.append(Picture(f"{group.slug}_{name}", title, caption, section, draw))
+
+    for name, (title, caption) in _ANALYSES.items():
+        draw = getattr(figures, name)
+        if draw(content) is not None:
+            add(name, title, caption, partial(draw, content))
+    for name, (title, caption) in _ANALYSES_OF_ONE.items():
+        draw = getattr(figures, name)
+        for analysis in content:
+            if draw(analysis) is not None:
+                own = f"{name}_{_slug(analysis['label'])}"
+                add(own, f"{title}, {analysis['label']}", caption, partial(draw, analysis))
+    return found
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", label.replace("²", "2").lower()).strip("_")
+
+
 def _of_theory(content: Content) -> list[Picture]:
     if content.theory is None:
         return []
-    from megapoly.theory import figures
-
     command = f"python -m megapoly.theory --output {content.theory_folder}"
     theory: dict[str, Any] = content.theory
     return [
@@ -165,13 +204,50 @@ def _of_theory(content: Content) -> list[Picture]:
             title,
             caption,
             "theory",
-            lambda name=name: figures.draw_all(theory)[name],  # type: ignore[misc]
+            partial(_statement, theory, name),
             command,
         )
         for name, (title, caption) in _STATEMENTS.items()
     ]
 
 
+def _statement(theory: dict[str, Any], name: str) -> Figure:
+    from megapoly.theory import figures
+
+    return figures.draw_all(theory)[name]
+
+
+_ANALYSES = {
+    "effective_rank": (
+        "Effective rank of the FFN weights",
+        "exp of the entropy of the normalised singular values (Eq. 36) by layer, like Fig. 6; of "
+        "experts the mean and the range.",
+    ),
+    "similarity": (
+        "Similarity of layers",
+        "Cosine similarity between the hidden states behind any two layers on validation text, "
+        "like Fig. 7.",
+    ),
+    "expert_similarity": (
+        "Similarity before and behind a layer, by expert",
+        "Of the tokens that an expert gets: a dot an expert, a line their mean.",
+    ),
+    "power_shares": (
+        "Share of each power in the output",
+        "Mean square of each term of the polynomial by layer, as a share of their sum.",
+    ),
+    "activation_statistics": (
+        "Outliers and saturation",
+        "Statistics of the activations on validation text, by layer.",
+    ),
+}
+_ANALYSES_OF_ONE = {
+    "coefficients": ("Coefficients through training", "A line a layer, a panel a power."),
+    "curves": (
+        "Activations as learned",
+        "Over the pre-activations seen on validation text, whose density is the grey area.",
+    ),
+}
 _STATEMENTS = {
     "theorem_1": (
         "Lemma 1 and Theorem 1",

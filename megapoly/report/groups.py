@@ -140,10 +140,20 @@ class Group:
         """Of all entries."""
         return [run for entry in self.entries for run in entry.runs]
 
+    def reference_for(self, entry: Entry) -> Entry | None:
+        """The reference with the options of ``entry`` where there is one, else the reference."""
+        if self.reference is None:
+            return None
+        known = _options(self.reference.runs[0])
+        shared = {name: value for name, value in entry.variant.items() if name in known}
+        same = (e for e in self.entries if e.activation == self.reference.activation)
+        return next((e for e in same if e.variant == shared), self.reference)
+
     @cached_property
     def main(self) -> list[Entry]:
         """For each activation the plain entry of the usual order, or of the lowest there is."""
-        usual, found = ModelConfig.activation_order, {}
+        usual = ModelConfig.activation_order
+        found: dict[str, Entry] = {}
         for entry in self.entries:
             kept = found.get(entry.activation)
             if entry.plain and (kept is None or entry.order == usual):
@@ -272,7 +282,7 @@ def _entry(
     activation, order = members[0].activation, _order(members[0])
     label = registry.get(activation).title or activation
     if order is not None and (several_orders or order != ModelConfig.activation_order):
-        label += f", r = {order}"
+        label += f" r={order}"
     if variant:
         label += "; " + ", ".join(f"{k.split('.')[-1]} {_shown(v)}" for k, v in variant.items())
     return Entry(activation, order, variant, label, list(kept.values()))

@@ -54,7 +54,7 @@ DENSE = PaperResults(
     validation_loss={},
     reach={"polyrelu": 204 / 245, "polynorm": 187 / 245},
     hardware="32 x A100-80G",
-    results="training loss at 245B of 250B tokens, read off Fig. 1; perplexity of Table 1, as printed",
+    results="training loss at 245B of 250B tokens, read off Fig. 1; perplexity as in Table 1",
 )
 MOE = PaperResults(
     models="6.9B, 1.3B active, 200B tokens",

@@ -105,8 +105,10 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
     shares, seeds = {}, 0
     for seed, run in entry.seeds.items():
         other = reference.seeds.get(seed)
-        target = other and (other.validation_loss() if validation else other.training_loss)
         curve = run.validation if validation else run.training
+        if other is None:
+            continue
+        target = other.validation_loss() if validation else other.training_loss
         if target is None or len(curve["tokens"]) < 2:
             continue
         seeds += 1

@@ -12,11 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megapoly.activations import registry
+from megapoly.config.schema import ModelConfig
 from megapoly.report.groups import Entry
 
 # Inches; 461 CSS pixels, so that letters stay readable on a phone of 360.
 WIDTH = 4.8
 DPI = 160
+LINE = 1.4
+# Rows of a legend take so much, in inches.
+_LEGEND_ROW = 0.17
 INK, MUTED, GRID, PAPER = "#1d1d21", "#6c6c75", "#e6e6ea", "#ffffff"
 # By place in the registry; the page has a lighter one of each for a dark ground.
 _PALETTE = (
@@ -96,17 +100,38 @@ def panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
     return figure, list(axes)
 
 
+def legend(figure: Figure, axes: Axes) -> None:
+    """The lines of a panel by name, above all panels, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 52 // (max(map(len, labels), default=1) + 6)))
+    rows = -(-len(labels) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + rows * _LEGEND_ROW)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        fontsize=8.5,
+        handlelength=1.6,
+        columnspacing=1.2,
+        borderaxespad=0.2,
+    )
+
+
 def colour(entry: Entry) -> str:
     """Of an activation, the same in every figure."""
     return _PALETTE[list(registry.ACTIVATIONS).index(entry.activation) % len(_PALETTE)]
 
 
 def dashes(entries: Sequence[Entry]) -> dict[str, tuple[float, tuple[float, ...] | None]]:
-    """Line styles by label: entries of one activation are told apart by them."""
+    """Line styles by label: they tell entries of one activation apart, the usual one is solid."""
     counts: dict[str, int] = {}
     styles: dict[str, tuple[float, tuple[float, ...] | None]] = {}
     for entry in entries:
-        number = counts[entry.activation] = counts.get(entry.activation, -1) + 1
+        number = 0
+        if not (entry.plain and entry.order in (None, ModelConfig.activation_order)):
+            number = counts[entry.activation] = counts.get(entry.activation, 0) + 1
         pattern = _DASHES[number % len(_DASHES)]
         styles[entry.label] = (0.0, pattern if number % len(_DASHES) else None)
     return styles
@@ -137,10 +162,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace("xlink:href", "href")
-    text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", _variable, text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point are enough
-    # Sizes stay, families are the page's.
-    text = re.sub(r"font: ([^;\"']*?px) '[^\";]*", r"font-size: \1", text)
+    text = re.sub(r"<[^>]+>", _follow, text)
     head = re.compile(r"<svg [^>]*?viewBox=\"([^\"]+)\"[^>]*>", re.DOTALL)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return head.sub(rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
@@ -153,8 +175,23 @@ def colour_variables() -> tuple[dict[str, str], dict[str, str]]:
     return dict(light), dict(dark)
 
 
-def _variable(match: re.Match[str]) -> str:
-    found = match.group()
+def _follow(tag: re.Match[str]) -> str:
+    """A tag with colours by variables, the page's letters, and hundredths of a point.
+
+    White text stays white: it stands on something dark.
+    """
+    white_text = tag.group().startswith(("<text", "<tspan"))
+
+    def variable(match: re.Match[str]) -> str:
+        found = match.group()
+        return found if white_text and found == PAPER else _variable(found)
+
+    text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", variable, tag.group())
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    return re.sub(r"font: ([^;\"']*?px) '[^\";]*", r"font-size: \1", text)
+
+
+def _variable(found: str) -> str:
     if found in _VARIABLES:
         return f"var({_VARIABLES[found]})"
     return f"var(--series-{_PALETTE.index(found)})" if found in _PALETTE else found

@@ -74,7 +74,7 @@ def losses(group: Group) -> Table:
     columns = ["activation", "training loss", "validation loss", "perplexity"]
     if reference is not None:
         columns += [f"minus {reference.label}", "lower in"]
-    columns += ["seeds", "rate", "parameters"]
+    columns += ["seeds", "rate"]
     of_paper = [
         (title, values)
         for title, values in (
@@ -92,12 +92,8 @@ def losses(group: Group) -> Table:
             _spread(results.known(results.values(entry, results.perplexity())), 2),
         ]
         if reference is not None:
-            cells += _against(entry, reference)
-        cells += [
-            Cell(str(len(entry.seeds))),
-            Cell(f"{entry.lr:g}"),
-            Cell(f"{entry.runs[0].parameters:,}"),
-        ]
+            cells += _against(entry, group.reference_for(entry) or reference)
+        cells += [Cell(str(len(entry.seeds))), Cell(f"{entry.lr:g}")]
         for _, values in of_paper:
             value = values.get(entry.activation) if entry in group.main else None
             cells.append(Cell(NONE if value is None else f"{value:g}"))
@@ -115,6 +111,11 @@ def losses(group: Group) -> Table:
             f"{'validation' if run.validation['tokens'] else 'training'} loss to {reference.label} "
             "with the same seed, mean ± standard error."
         )
+        if not all(entry.plain for entry in group.entries):
+            notes[-1] += (
+                " A line with options of its own is compared with the run that has them too, "
+                "where there is one."
+            )
     if of_paper:
         notes.append(f"Paper ({reported.models}): {reported.results}.")
     return Table(
@@ -174,10 +175,11 @@ def tokens_to_reach(group: Group, reference: Entry) -> Table:
     with_paper = any(entry.activation in reported for entry in group.main)
     rows = []
     for entry in group.entries:
-        if entry is reference:
+        target = group.reference_for(entry) or reference
+        if entry is target:
             continue
         cells = [
-            _reach(results.reach(entry, reference, validation=validation))
+            _reach(results.reach(entry, target, validation=validation))
             for validation in (True, False)
         ]
         if with_paper:
@@ -221,7 +223,10 @@ def learning_rates(group: Group) -> Table:
         "that all other tables and figures use."
     ]
     return Table(
-        "Learning rates", ["activation", *(f"{lr:g}" for lr in rates)], rows, notes + warnings(group)
+        "Learning rates",
+        ["activation", *(f"{lr:g}" for lr in rates)],
+        rows,
+        notes + warnings(group),
     )
 
 
@@ -334,6 +339,6 @@ def _mark_best(
     for column in columns:
         values = [c.value for _, cells in rows if (c := cells[column]).value is not None]
         if len(values) > 1:
-            best = max(values) if highest else min(values)  # type: ignore[type-var]
+            best = max(values) if highest else min(values)
             for _, cells in rows:
                 cells[column].best = cells[column].value == best
