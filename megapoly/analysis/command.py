@@ -89,7 +89,7 @@ def analyze(asked: Asked) -> Path:
     analysis = _description(asked, checkpoint, reader.config, reader.run)
     # First: the engine's import must find the process as it is at its start.
     if set(asked.parts) & set(ON_TEXT):
-        analysis |= _on_text(asked, checkpoint, device)
+        analysis |= _on_text(asked, checkpoint, reader.config.model.activation, device)
     if "rank" in asked.parts:
         from megapoly.analysis.effective_rank import effective_ranks
 
@@ -175,11 +175,14 @@ def _description(
     }
 
 
-def _on_text(asked: Asked, checkpoint: Path, device: str) -> dict[str, Any]:
+def _on_text(asked: Asked, checkpoint: Path, activation: str, device: str) -> dict[str, Any]:
+    from megapoly.activations import registry
     from megapoly.evaluation.opened import open_checkpoint
 
-    # Kernels that are compiled for a few thousand tokens would take longer than these.
-    words = ["--model.activation_backend=reference", *asked.words, f"--training.device={device}"]
+    words = [*asked.words, f"--training.device={device}"]
+    if registry.get(activation).has_coefficients:
+        # Kernels that are compiled for a few thousand tokens would take longer than these.
+        words.insert(0, "--model.activation_backend=reference")
     with open_checkpoint(checkpoint, words, with_validation=True) as opened:
         from megapoly.analysis.text import run_on_text
 

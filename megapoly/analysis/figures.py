@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,12 +21,12 @@ MARKERS = "osD^vP*"
 GREY = "#777777"
 # Inches; at 160 dpi 800 pixels, which a phone shows without zooming.
 WIDTH = 5.0
-_WEIGHTS = {
-    "fc1": "FC1 (gated: gate and up stacked)",
-    "gate": "gate half of FC1",
-    "up": "up half of FC1",
-    "down": "FC2",
-}
+# Weights drawn together, each with its line, and what they are called.
+_RANK_PANELS: tuple[tuple[dict[str, str], str], ...] = (
+    ({"fc1": "-"}, "FC1 (gated: gate stacked on up)"),
+    ({"gate": "-", "up": "--"}, "halves of a gated FC1: gate, up dashed"),
+    ({"down": "-"}, "FC2"),
+)
 
 
 def draw_all(analyses: Analyses) -> dict[str, Figure]:
@@ -55,26 +57,29 @@ def label_of(analysis: Analysis) -> str:
 def effective_rank(analyses: Analyses) -> Figure | None:
     """Fig. 6: effective rank of the FFN weights by layer; of experts the mean and the range."""
     shown = [a for a in analyses if a.get("effective_rank")]
-    present = {w["weight"] for a in shown for w in a["effective_rank"]["weights"]}
-    names = [name for name in _WEIGHTS if name in present]
-    if not names:
+    of_each = [
+        [w for w in a["effective_rank"]["weights"] if w["kind"] != "shared_experts"] for a in shown
+    ]
+    present = {w["weight"] for weights in of_each for w in weights}
+    drawn = [(lines, title) for lines, title in _RANK_PANELS if present & set(lines)]
+    if not drawn:
         return None
-    figure, panels = _panels([2.3] * len(names), "Effective rank of the FFN weights")
-    for axes, name in zip(panels, names, strict=True):
-        for a, style in zip(shown, _styles(len(shown)), strict=True):
-            values = [w for w in a["effective_rank"]["weights"] if w["weight"] == name]
-            routed = [w for w in values if w["kind"] != "shared_experts"]
-            _by_layer(axes, routed, lambda w: w["effective_rank"], label_of(a), style)
-        most = max(
-            min(w["shape"])
-            for a in shown
-            for w in a["effective_rank"]["weights"]
-            if w["weight"] == name
-        )
-        axes.set_title(f"{_WEIGHTS[name]}; at most {most}", fontsize=10, loc="left")
+    figure, panels = _panels([2.3] * len(drawn), "Effective rank of the FFN weights")
+    for axes, (lines, title) in zip(panels, drawn, strict=True):
+        shapes = [w["shape"] for weights in of_each for w in weights if w["weight"] in lines]
+        for a, weights, style in zip(shown, of_each, _styles(len(shown)), strict=True):
+            for i, (name, line) in enumerate(lines.items()):
+                chosen = [w for w in weights if w["weight"] == name]
+                label = "_" if i else label_of(a)  # one name in the legend
+                _by_layer(axes, chosen, _rank_of, label, {**style, "linestyle": line})
+        axes.set_title(f"{title}; at most {max(map(min, shapes))}", fontsize=10, loc="left")
         axes.set_ylabel("effective rank")
-    _finish_layers(panels, len(shown))
+    _finish_layers(figure, panels)
     return figure
+
+
+def _rank_of(weight: Mapping[str, Any]) -> float:
+    return float(weight["effective_rank"])
 
 
 def similarity(analyses: Analyses) -> Figure | None:
@@ -94,12 +99,9 @@ def similarity(analyses: Analyses) -> Figure | None:
         axes.set_yticks(every, [names[i] for i in every])
         if len(matrix) <= 9:
             _write_cells(axes, matrix, min(lowest, 0.0))
-        off_diagonal = [v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j]
-        axes.set_title(
-            f"{label_of(a)}: mean of two layers {statistics.fmean(off_diagonal):.3f}",
-            fontsize=10,
-            loc="left",
-        )
+        pairs = [v for i, row in enumerate(matrix) for v in row[1:i]]
+        mean = f": mean over pairs of layers {statistics.fmean(pairs):.3f}" if pairs else ""
+        axes.set_title(f"{label_of(a)}{mean}", fontsize=10, loc="left")
         axes.set_xlabel("behind layer")
         axes.set_ylabel("behind layer")
         figure.colorbar(image, ax=axes, shrink=0.8)
@@ -126,7 +128,7 @@ def expert_similarity(analyses: Analyses) -> Figure | None:
         axes.plot(layers, mean, label=f"{label_of(a)}, mean of experts", **style)
     axes.set_ylabel("cosine similarity")
     axes.margins(y=0.1)
-    _finish_layers([axes], 2)
+    _finish_layers(figure, [axes])
     return figure
 
 
@@ -154,9 +156,10 @@ def coefficients(analysis: Analysis) -> Figure | None:
                 linestyle="--" if "shared_experts" in kind else "-",
                 label=f"layer {number + 1}",
             )
-        axes.set_ylabel(_power_name(leaf))
+        axes.set_ylabel(f"$a_{leaf[1:]}$" if leaf.startswith("a") else leaf)
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     panels[-1].set_xlabel("tokens")
-    _legend_of_layers(panels[0], layers)
+    _legend_of_layers(figure, panels[0], layers)
     return figure
 
 
@@ -174,10 +177,9 @@ def curves(analysis: Analysis) -> Figure | None:
         density = axes.twinx()
         density.set_yticks([])
         density.spines[:].set_visible(False)
+        x, mean_density = _mean_density(here)
+        density.fill_between(x, mean_density, color=GREY, alpha=0.3, linewidth=0)
         for c in here:
-            density.fill_between(
-                c["x"], c["density"], color=GREY, alpha=0.3 / len(here) ** 0.5, linewidth=0
-            )
             dashed = c["kind"] == "shared_experts"
             axes.plot(
                 c["x"],
@@ -199,6 +201,13 @@ def curves(analysis: Analysis) -> Figure | None:
     figure.supylabel("activation", fontsize=9)
     _title(figure, f"Activations as learned, {label_of(analysis)}")
     return figure
+
+
+def _mean_density(shown: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the densities of a layer's experts, over all their pre-activations."""
+    x = np.linspace(min(c["x"][0] for c in shown), max(c["x"][-1] for c in shown), 160)
+    each = [np.interp(x, c["x"], c["density"], left=0.0, right=0.0) for c in shown]
+    return x, np.mean(each, axis=0)
 
 
 def power_shares(analyses: Analyses) -> Figure | None:
@@ -223,14 +232,13 @@ def power_shares(analyses: Analyses) -> Figure | None:
                 color=(GREY, *COLOURS)[i],
                 edgecolor="white",
                 linewidth=0.8,
-                label=_power_name(f"a{i}"),
+                label=("constant", "$x$", "$x^2$", "$x^3$", "$x^4$")[i],
             )
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axes.set_ylim(0, 1)
         axes.set_ylabel("share of mean square")
         axes.set_title(label_of(a), fontsize=10, loc="left")
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _finish_layers(panels, 1)
+    _finish_layers(figure, panels)
     return figure
 
 
@@ -239,25 +247,35 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
     shown = [a for a in analyses if a.get("activations")]
     if not shown:
         return None
-    measures: list[tuple[str, Callable[[Any], float], bool]] = [
-        ("kurtosis of what FC2 gets", lambda e: e["after"]["kurtosis"], True),
-        ("largest / RMS in a token's row", lambda e: e["after"]["max_over_rms"], True),
-        ("share within 0.01 RMS of zero", lambda e: e["after"]["near_zero"], False),
-        ("pre-activations where the curve is flat", lambda e: e["flat"], False),
+    measures: list[tuple[str, Callable[[Any], float], Any]] = [
+        ("kurtosis of what FC2 gets (normal: 3)", lambda e: e["after"]["kurtosis"], None),
+        ("largest / RMS in a token's row", lambda e: e["after"]["max_over_rms"], "{x:g}"),
+        (
+            "share within 0.01 RMS of zero",
+            lambda e: e["after"]["near_zero"],
+            ticker.PercentFormatter(1.0),
+        ),
+        (
+            "pre-activations where the curve is flat",
+            lambda e: e["flat"],
+            ticker.PercentFormatter(1.0),
+        ),
     ]
     figure, panels = _panels([2.0] * len(measures), "Outliers and saturation of activations")
-    for axes, (title, value, logarithmic) in zip(panels, measures, strict=True):
+    for axes, (title, value, form) in zip(panels, measures, strict=True):
         for a, style in zip(shown, _styles(len(shown)), strict=True):
             entries = [e for e in a["activations"] if e["kind"] != "shared_experts"]
             _by_layer(axes, entries, value, label_of(a), style)
         axes.set_title(title, fontsize=10, loc="left")
-        if logarithmic:
+        if form is None:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
         else:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    _finish_layers(panels, len(shown))
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+            axes.yaxis.set_major_formatter(form)
+    _finish_layers(figure, panels)
     return figure
 
 
@@ -303,12 +321,28 @@ def _plain(axes: Axes, *, grid: bool = True) -> None:
         axes.grid(color="#e5e5e5", linewidth=0.6)
 
 
-def _finish_layers(panels: Sequence[Axes], num_lines: int) -> None:
+def _finish_layers(figure: Figure, panels: Sequence[Axes]) -> None:
+    """Name the axis of layers, and what several lines are."""
     panels[-1].set_xlabel("layer")
     for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    if num_lines > 1:
-        panels[0].legend(frameon=False, fontsize=8, ncols=2)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    names: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        names |= dict(zip(labels, handles, strict=True))
+    _legend_below(figure, names)
+
+
+def _legend_below(figure: Figure, names: Mapping[str, Any]) -> None:
+    if len(names) > 1:
+        figure.legend(
+            list(names.values()),
+            list(names),
+            frameon=False,
+            fontsize=9,
+            ncols=min(len(names), 4 if max(map(len, names)) < 14 else 2),
+            loc="outside lower center",
+        )
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
@@ -328,7 +362,7 @@ def _layer_colour(layer: int, num_layers: int) -> Any:
     return matplotlib.colormaps["viridis"](0.88 * layer / max(num_layers - 1, 1))
 
 
-def _legend_of_layers(axes: Axes, num_layers: int) -> None:
+def _legend_of_layers(figure: Figure, axes: Axes, num_layers: int) -> None:
     """First, middle and last of many layers, each once."""
     named = {f"layer {i + 1}" for i in range(num_layers)}
     if num_layers > 6:
@@ -336,13 +370,7 @@ def _legend_of_layers(axes: Axes, num_layers: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     chosen = {name: handle for handle, name in zip(handles, labels, strict=True) if name in named}
     ordered = sorted(chosen, key=lambda name: int(name.rpartition(" ")[2]))
-    axes.legend(
-        [chosen[name] for name in ordered], ordered, frameon=False, fontsize=8, ncols=len(ordered)
-    )
-
-
-def _power_name(leaf: str) -> str:
-    return f"$a_{leaf[1:]}$" if leaf[0] == "a" else leaf
+    _legend_below(figure, {name: chosen[name] for name in ordered})
 
 
 def _write_cells(axes: Axes, matrix: Sequence[Sequence[float]], lowest: float) -> None:
