@@ -78,11 +78,13 @@ def _report(options: argparse.Namespace) -> int:
             path.write_bytes(png(picture.figure()))
             print(path)
         return 0
-    page, files = render(content, _as_named(options.output), RECIPES)
     pictures.mkdir(parents=True, exist_ok=True)
+    contents.write(content, options.output / contents.FILE)
+    # Read back: what is drawn again from the file is what is drawn here.
+    content = contents.read([options.output / contents.FILE])
+    page, files = render(content, _as_named(options.output), RECIPES)
     for name, picture_bytes in files.items():
         (pictures / f"{name}.png").write_bytes(picture_bytes)
-    contents.write(content, options.output / contents.FILE)
     path = options.output / "index.html"
     path.write_text(page, encoding="utf-8")
     print(answers(content))

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from megapoly.activations import registry
 from megapoly.report import results
+from megapoly.report.cells import signed
 from megapoly.report.content import Content
-from megapoly.report.groups import Entry, Group, final_loss, group_runs
+from megapoly.report.grouping import group_runs
+from megapoly.report.groups import Entry, Group, final_loss, in_words
 from megapoly.report.results import Difference
-from megapoly.report.tables import signed
 
 
 def subject(group: Group) -> Entry | None:
@@ -38,13 +39,15 @@ def answer(group: Group) -> list[str]:
                 sentences += _of_variant(variant, group)
     if len(group.entries) > 1:
         sentences.append(_ranking(group))
-    return sentences
+    return list(dict.fromkeys(sentences))
 
 
 def _of_variant(variant: Entry, group: Group) -> list[str]:
     """Sentences about the subject with other options, against fixed ones with these."""
     fixed = [e for e in group.entries if e.order is None and e.variant == variant.variant]
-    return _against(variant, fixed, _kind(group)) if fixed else []
+    if not fixed:
+        return []
+    return _against(variant, fixed, _kind(group), f"With {in_words(variant.variant)}: in")
 
 
 def answers(content: Content) -> str:
@@ -57,8 +60,8 @@ def _kind(group: Group) -> str:
     return "validation" if group.runs[0].validation["tokens"] else "training"
 
 
-def _against(about: Entry, fixed: Sequence[Entry], kind: str) -> list[str]:
-    found = {entry.label: results.difference(about, entry) for entry in fixed}
+def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "In") -> list[str]:
+    found = {entry.title: results.difference(about, entry) for entry in fixed}
     known = {label: item for label, item in found.items() if item is not None}
     if not known:
         return [f"{about.label} shares no seed with a fixed activation: nothing is compared."]
@@ -71,7 +74,7 @@ def _against(about: Entry, fixed: Sequence[Entry], kind: str) -> list[str]:
             for label, item in rest.items()
         ]
         parts.append("not below " + _list(words))
-    text = f"{about.label} ends {', and '.join(parts)} in {kind} loss."
+    text = f"{beginning} {kind} loss {about.title} ends {', and '.join(parts)}."
     if max(item.spread.count for item in known.values()) == 1:
         return [text, "With one seed nothing is known of the spread."]
     unclear = [label for label, item in known.items() if not item.clear]
@@ -89,7 +92,8 @@ def _below(found: Mapping[str, Difference]) -> str:
         + (_count(item) if same is None else "")
         for label, item in found.items()
     ]
-    return "below " + _list(words) + (same or "")
+    each = "" if not same else f", each{same}" if len(words) > 1 else f",{same}"
+    return "below " + _list(words) + each
 
 
 def _amount(item: Difference, mean: str) -> str:

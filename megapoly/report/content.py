@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.errors import DataError
+from megapoly.report.grouping import group_runs
 from megapoly.report.runs import Run, read_run, to_record
 
 FORMAT = 1
 FILE = "report.json"
 COMPARISON = "comparison.json"
-_DIGITS = 6
+_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ def read(sources: Sequence[Path]) -> Content:
 
 
 def write(content: Content, path: Path) -> None:
-    """Write report.json, one line a run."""
+    """Write report.json, one line a run; of analyses those that the page shows."""
+    groups = group_runs(content.runs, content.reference)
+    analysed = [entry.analysed for group in groups for entry in group.entries]
+    shown = {run.key for run in analysed if run is not None}
     values = {
         "format": FORMAT,
         "title": content.title,
@@ -79,7 +83,12 @@ def write(content: Content, path: Path) -> None:
         "theory": _rounded(content.theory),
     }
     lines = [f'"{key}": {json.dumps(value)}' for key, value in values.items()]
-    runs = [json.dumps(_with_rounded_analysis(to_record(run))) for run in content.runs]
+    runs = [
+        json.dumps(
+            {**to_record(run), "analysis": _rounded(run.analysis) if run.key in shown else None}
+        )
+        for run in content.runs
+    ]
     lines.append('"runs": [\n' + ",\n".join(runs) + "\n]")
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -150,12 +159,8 @@ def _comparison(folder: Path) -> dict[str, Any] | None:
     return dict(content)
 
 
-def _with_rounded_analysis(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record, "analysis": _rounded(record["analysis"])}
-
-
 def _rounded(value: Any) -> Any:
-    """Numbers to six digits, which is more than a figure shows."""
+    """Numbers to five digits, which is more than a figure shows."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, list):

@@ -15,10 +15,12 @@ from megapoly.activations import registry
 from megapoly.errors import DataError
 from megapoly.report import end_figures, loss_figures
 from megapoly.report.content import Content
-from megapoly.report.groups import Entry, Group, group_runs
+from megapoly.report.grouping import group_runs
+from megapoly.report.groups import Entry, Group
 from megapoly.report.loss_figures import Curves
 from megapoly.report.style import drawing
 
+THEORY = "theory"
 # The figures of section 4.4 that are of named activations.
 _RELU_VARIANTS = ("relu", "squared_relu", "polyrelu")
 
@@ -31,9 +33,8 @@ class Picture:
         name: of its file, and of ``--figures``.
         title: above it.
         caption: what is drawn.
-        section: slug of the group, ``theory`` or ``analysis``.
+        section: of the page: slug of the group, with ``_analysis`` behind it, or ``theory``.
         draw: makes it.
-        command: makes it, where this is not ``tools/report.py``.
     """
 
     name: str
@@ -41,12 +42,16 @@ class Picture:
     caption: str
     section: str
     draw: Callable[[], Figure]
-    command: str | None = None
 
     def figure(self) -> Figure:
         """Draw it."""
         with drawing():
-            return self.draw()
+            figure = self.draw()
+            # Title and command stand beside it on the page.
+            figure.suptitle("").set_visible(False)
+            if self.section == THEORY:
+                figure.supxlabel("").set_visible(False)
+            return figure
 
 
 def pictures(content: Content) -> list[Picture]:
@@ -157,13 +162,11 @@ def _ablations(group: Group) -> list[tuple[str, str, list[Entry]]]:
 
 
 def analyses(group: Group) -> list[dict[str, Any]]:
-    """The analysis of a run of each entry that has one, at the entry's rate, with its label."""
-    found = []
-    for entry in group.entries:
-        of_runs = [run.analysis for run in entry.seeds.values() if run.analysis]
-        if of_runs:
-            found.append({**of_runs[0], "label": entry.label})
-    return found
+    """What is known of the inside of an entry, with its label."""
+    analysed = [(entry, entry.analysed) for entry in group.entries]
+    return [
+        {**run.analysis, "label": entry.label} for entry, run in analysed if run and run.analysis
+    ]
 
 
 def _of_analyses(group: Group) -> list[Picture]:
@@ -196,16 +199,14 @@ def _slug(label: str) -> str:
 def _of_theory(content: Content) -> list[Picture]:
     if content.theory is None:
         return []
-    command = f"python -m megapoly.theory --output {content.theory_folder}"
     theory: dict[str, Any] = content.theory
     return [
         Picture(
             f"theory_{name}",
             title,
             caption,
-            "theory",
+            THEORY,
             partial(_statement, theory, name),
-            command,
         )
         for name, (title, caption) in _STATEMENTS.items()
     ]

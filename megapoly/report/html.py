@@ -15,12 +15,15 @@ from markupsafe import Markup, escape
 
 from megapoly.report import paper
 from megapoly.report.answer import answer
+from megapoly.report.cells import Cell, Table, duration
 from megapoly.report.content import FILE, Content
-from megapoly.report.figures import Picture, pictures
-from megapoly.report.groups import TOLERANCE, Group, group_runs
+from megapoly.report.figures import THEORY, Picture, pictures
+from megapoly.report.grouping import TOLERANCE, group_runs
+from megapoly.report.groups import Group
+from megapoly.report.run_tables import own_options
 from megapoly.report.runs import Run
 from megapoly.report.style import colour_variables, png, svg
-from megapoly.report.tables import Cell, Table, duration, own_options, tables
+from megapoly.report.tables import tables
 
 _TOOL = "python tools/report.py"
 
@@ -57,7 +60,7 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
         figure = picture.figure()
         files[picture.name] = png(figure)
         drawing = Markup(svg(figure, picture.name, f"{picture.title}. {picture.caption}"))
-        drawn.append(Drawn(picture, drawing, picture.command or command(folder, picture.name)))
+        drawn.append(Drawn(picture, drawing, command(folder, picture.name)))
     environment = Environment(
         loader=PackageLoader("megapoly.report", "page"),
         autoescape=True,
@@ -70,7 +73,8 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
     page = environment.get_template("index.html").render(
         content=content,
         sections=[_section(group, groups, drawn, recipes) for group in groups],
-        theory=[d for d in drawn if d.picture.section == "theory"],
+        theory=[d for d in drawn if d.picture.section == THEORY],
+        theory_command=f"python -m megapoly.theory --output {content.theory_folder}",
         notes=_notes(content.notes),
         unfinished=[_unfinished(run) for run in content.runs if not run.complete],
         comparisons=[_comparison(key, content) for key in content.comparisons],
@@ -133,7 +137,7 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
 def _equal(group: Group) -> str:
     """What all runs of the group share."""
     run, sizes = group.runs[0], [run.parameters for run in group.runs]
-    difference = max(sizes) / min(sizes) - 1
+    difference = max(sizes) - min(sizes)
     size = f"{paper.short(run.parameters)} parameters"
     if group.moe:
         size += f" ({paper.short(run.active_parameters)} active)"
@@ -141,8 +145,8 @@ def _equal(group: Group) -> str:
     return (
         f"{len(group.runs)} runs on the same data in the same order for each seed ({known}), "
         f"{run.tokens:,} tokens in {run.steps:,} steps of "
-        f"{run.config['training']['global_batch_size']} sequences, and {size}, equal within "
-        f"{difference:.2%}."
+        f"{run.config['training']['global_batch_size']} sequences, and {size}, "
+        + (f"which differ by {difference:,} at most." if difference else "the same in all.")
     )
 
 
@@ -241,13 +245,12 @@ def _processes(run: Run) -> str:
 
 def _analysis_notes(group: Group) -> list[tuple[str, str]]:
     """How each analysis was made: its command and methods."""
-    found = []
-    for entry in group.entries:
-        for run in entry.seeds.values():
-            if run.analysis:
-                found.append((f"{entry.label}, seed {run.seed}", str(run.analysis["command"])))
-                break
-    return found
+    analysed = [(entry, entry.analysed) for entry in group.entries]
+    return [
+        (f"{entry.label}, seed {run.seed}", str(run.analysis["command"]))
+        for entry, run in analysed
+        if run and run.analysis
+    ]
 
 
 def _unfinished(run: Run) -> str:

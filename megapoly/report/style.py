@@ -15,8 +15,8 @@ from megapoly.activations import registry
 from megapoly.config.schema import ModelConfig
 from megapoly.report.groups import Entry
 
-# Inches; 461 CSS pixels, so that letters stay readable on a phone of 360.
-WIDTH = 4.8
+# Inches; 413 CSS pixels, so that letters stay readable on a phone of 360.
+WIDTH = 4.3
 DPI = 160
 LINE = 1.4
 # Rows of a legend take so much, in inches.
@@ -103,7 +103,7 @@ def panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
 def legend(figure: Figure, axes: Axes) -> None:
     """The lines of a panel by name, above all panels, in as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), 52 // (max(map(len, labels), default=1) + 6)))
+    columns = max(1, min(len(labels), 46 // (max(map(len, labels), default=1) + 6)))
     rows = -(-len(labels) // columns)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + rows * _LEGEND_ROW)

@@ -3,55 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-from megapoly.activations import registry
 from megapoly.config.data_sources import MEAN
 from megapoly.report import paper, results
+from megapoly.report.cells import NONE, Cell, Table, signed
 from megapoly.report.groups import Entry, Group, final_loss
 from megapoly.report.results import Difference, Reach
+from megapoly.report.run_tables import learning_rates
 from megapoly.report.runs import Run
 from megapoly.report.statistics import Spread
-
-NONE = "–"
-
-
-@dataclass
-class Cell:
-    """One cell.
-
-    Args:
-        text: what it says.
-        spread: behind it, smaller.
-        below: a second line, smaller.
-        best: whether it is the best of its column.
-        value: that it is ranked by.
-    """
-
-    text: str
-    spread: str = ""
-    below: str = ""
-    best: bool = False
-    value: float | None = None
-
-
-@dataclass
-class Table:
-    """A table.
-
-    Args:
-        title: above it.
-        columns: the headings, the first of the names of the rows.
-        rows: a name and cells each.
-        notes: sentences below it.
-        of_paper: columns from this one on are the paper's.
-    """
-
-    title: str
-    columns: list[str]
-    rows: list[tuple[str, list[Cell]]]
-    notes: list[str] = field(default_factory=list)
-    of_paper: int | None = None
 
 
 def tables(group: Group) -> list[Table]:
@@ -200,105 +160,6 @@ def tokens_to_reach(group: Group, reference: Entry) -> Table:
         ],
         len(columns) if with_paper else None,
     )
-
-
-def learning_rates(group: Group) -> Table:
-    """Final validation loss of each activation at each rate."""
-    rates = sorted({lr for entry in group.entries for lr in entry.rates})
-    rows = []
-    for entry in group.entries:
-        cells = []
-        for lr in rates:
-            if lr not in entry.rates:
-                cells.append(Cell(NONE))
-                continue
-            score, seeds = entry.scores[lr], len(entry.rates[lr])
-            cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
-            cell.below = f"{seeds} seeds" if seeds > 1 else "1 seed"
-            cells.append(cell)
-        rows.append((entry.label, cells))
-    kind = "validation" if group.runs[0].validation["tokens"] else "training"
-    notes = [
-        f"Final {kind} loss, mean over the seeds that all rates of the line have; bold: the rate "
-        "that all other tables and figures use."
-    ]
-    return Table(
-        "Learning rates",
-        ["activation", *(f"{lr:g}" for lr in rates)],
-        rows,
-        notes + warnings(group),
-    )
-
-
-def warnings(group: Group) -> list[str]:
-    """What is doubtful about the choice of the rates."""
-    found = []
-    for entry in group.entries:
-        rates = list(entry.rates)
-        scored = {lr: score for lr, score in entry.scores.items() if score is not None}
-        if len(rates) < 2 or not scored:
-            continue
-        best = min(scored, key=lambda lr: scored[lr])
-        if best in (rates[0], rates[-1]):
-            side = "lowest" if best == rates[0] else "highest"
-            found.append(
-                f"{entry.label} is best at the {side} rate that was tried ({best:g}): its own best "
-                "may lie beyond."
-            )
-        if best != entry.lr:
-            found.append(
-                f"{entry.label} is shown at {entry.lr:g}, which has most seeds, though {best:g} is "
-                "better on the seeds that both have."
-            )
-    tried = {tuple(entry.rates) for entry in group.entries}
-    if len(tried) > 1:
-        found.append("Not every line had the same rates to choose from.")
-    elif len(next(iter(tried))) == 1:
-        found.append(
-            "One rate for all, so whichever activation it suits best is at an advantage; a grid "
-            "would tell."
-        )
-    return found
-
-
-def own_options(group: Group) -> Table:
-    """What differs between the runs of a group."""
-    rows = []
-    for entry in group.entries:
-        activation = registry.get(entry.activation)
-        run, runs = entry.runs[0], list(entry.seeds.values())
-        speed = sum(r.tokens for r in runs) / max(1e-9, sum(r.wall_time_s for r in runs))
-        cells = [
-            Cell(f"{run.parameters:,}", below=f"{run.active_parameters:,} active" * group.moe),
-            Cell("gated, two thirds as wide" if activation.gated else "ungated"),
-            Cell(f"{entry.lr:g}"),
-            Cell(", ".join(entry.seeds)),
-            Cell(duration(sum(r.wall_time_s for r in entry.runs)), below=f"{len(entry.runs)} runs"),
-            Cell(f"{speed:,.0f}"),
-        ]
-        cells += [Cell(_option(run, name)) for name in group.varied]
-        rows.append((entry.label, cells))
-    columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
-    names = [name.split(".")[-1] for name in group.varied]
-    return Table("What differs between the runs", [*columns, *names], rows)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes or seconds."""
-    if seconds >= 3600:
-        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def signed(value: float, digits: int) -> str:
-    """With its sign, minus as such."""
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _option(run: Run, name: str) -> str:
-    section, option = name.split(".")
-    value = run.config[section][option]
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _spread(value: Spread | None, digits: int) -> Cell:
