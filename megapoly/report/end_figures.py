@@ -121,13 +121,13 @@ def reaches(group: Group) -> Figure:
     """Bars of tokens to reach the reference's final loss, by validation and by training loss."""
     reference = group.reference
     assert reference is not None
-    others = [entry for entry in group.main if entry is not reference]
-    others += [entry for entry in group.entries if entry not in (*group.main, reference)]
+    targets = {e.label: group.reference_for(e) or reference for e in group.entries}
+    ordered = [*group.main, *(e for e in group.entries if e not in group.main)]
+    others = [entry for entry in ordered if targets[entry.label] is not entry]
     figure, axes = _rows(len(others), _PAIR_OF_ROWS)
     for row, entry in enumerate(others):
-        target = group.reference_for(entry) or reference
         for validation, place in ((True, row - 0.2), (False, row + 0.2)):
-            found = None if target is entry else reach(entry, target, validation=validation)
+            found = reach(entry, targets[entry.label], validation=validation)
             _reach_bar(axes, place, entry, found, validation)
         reported = paper.results(group.moe).reach.get(entry.activation)
         if reported and entry in group.main:
@@ -144,7 +144,7 @@ def _reach_bar(axes: Axes, row: float, entry: Entry, found: Reach | None, strong
     mean = found.spread if found else None
     kind = "validation" if strong else "training"
     if found is None or mean is None:
-        text = f"{kind}: not reached" if found else f"{kind}: nothing before the end to compare"
+        text = f"{kind}: not reached" if found else f"{kind}: no curve"
         axes.text(0.012, row, text, va="center", fontsize=7.5, color=MUTED)
         return
     axes.barh(row, mean.mean, height=0.36, color=colour(entry), alpha=0.7 if strong else 0.35)

@@ -21,8 +21,8 @@ from megapoly.report.figures import THEORY, Picture, pictures
 from megapoly.report.grouping import TOLERANCE, group_runs
 from megapoly.report.groups import Group
 from megapoly.report.run_tables import own_options
-from megapoly.report.runs import Run
-from megapoly.report.style import colour_variables, png, svg
+from megapoly.report.runs import Run, source_name
+from megapoly.report.style import colour_variables, lifted_variables, png, svg
 from megapoly.report.tables import tables
 
 _TOOL = "python tools/report.py"
@@ -80,7 +80,7 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
         comparisons=[_comparison(key, content) for key in content.comparisons],
         remake=f"{_TOOL} {shlex.quote(str(folder / FILE))} --output {shlex.quote(str(folder))}",
         light=light,
-        dark=dark,
+        dark=dark | lifted_variables(str(d.svg) for d in drawn),
         wall_time=duration(sum(run.wall_time_s for run in content.runs)),
     )
     return page, files
@@ -185,11 +185,11 @@ def _data(group: Group) -> Table:
     run = group.runs[0]
     if run.data is None:
         blend = run.config["data"]["blend"] or [{"name": "built-in books"}]
-        rows = [(str(source["name"]), [Cell("–")] * 4) for source in blend]
+        rows = [(source_name(source), [Cell("–")] * 4) for source in blend]
     else:
         rows = [
             (
-                str(source["name"]),
+                source_name(source),
                 [
                     Cell(f"{source['share']:.2%}"),
                     Cell(f"{source['tokens']:,}"),

@@ -14,6 +14,7 @@ from megapoly.config import load_yaml
 from megapoly.config.machine import Machine
 from megapoly.config.parsing import to_dict
 from megapoly.config.resolve import resolve
+from megapoly.report.runs import source_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, 
         f"{optimizer['weight_decay']:g}, clip {optimizer['clip_grad']:g}",
         "initial weights": _initial(model),
         "precision": _precision(training),
-        "training data": ", ".join(s["name"] for s in config["data"]["blend"] or [])
+        "training data": ", ".join(source_name(s) for s in config["data"]["blend"] or [])
         or "built-in books",
         "validation sets": ", ".join(config["data"]["validation"] or {}) or "built-in books",
     }

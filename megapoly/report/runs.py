@@ -257,6 +257,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def source_name(source: dict[str, Any]) -> str:
+    """A source's name without what the tokenising tool adds to that of a file."""
+    return str(source["name"]).removesuffix("_document").removesuffix("_text")
+
+
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without folders, of data files only their names."""
     kept = {k: v for k, v in config.items() if k != "run_dir" and k not in _PLACES}

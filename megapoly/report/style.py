@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from matplotlib import rc_context
@@ -66,6 +66,8 @@ _SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "megapoly",
 }
+# Of 255; darker lines are hard to see on the dark page.
+_LEAST_LUMA = 95
 # What figures of other packages are drawn in, by what the page makes of it.
 _VARIABLES = {
     INK: "--ink",
@@ -178,13 +180,14 @@ def colour_variables() -> tuple[dict[str, str], dict[str, str]]:
 def _follow(tag: re.Match[str]) -> str:
     """A tag with colours by variables, the page's letters, and hundredths of a point.
 
-    White text stays white: it stands on something dark.
+    Text that is not in the ink stays as it is: it stands on something coloured.
     """
-    white_text = tag.group().startswith(("<text", "<tspan"))
+    is_text = tag.group().startswith(("<text", "<tspan"))
 
     def variable(match: re.Match[str]) -> str:
         found = match.group()
-        return found if white_text and found == PAPER else _variable(found)
+        stays = is_text and (found == PAPER or found not in (*_VARIABLES, *_PALETTE))
+        return found if stays else _variable(found)
 
     text = re.sub(r"#[0-9a-f]{6}\b(?=[;\"])", variable, tag.group())
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
@@ -194,4 +197,22 @@ def _follow(tag: re.Match[str]) -> str:
 def _variable(found: str) -> str:
     if found in _VARIABLES:
         return f"var({_VARIABLES[found]})"
-    return f"var(--series-{_PALETTE.index(found)})" if found in _PALETTE else found
+    if found in _PALETTE:
+        return f"var(--series-{_PALETTE.index(found)})"
+    return f"var(--dim-{found[1:]}, {found})" if _lifted(found) != found else found
+
+
+def lifted_variables(drawings: Iterable[str]) -> dict[str, str]:
+    """Other packages' colours that are too dark for a dark ground, with what replaces them."""
+    found = {match for text in drawings for match in re.findall(r"--dim-([0-9a-f]{6})", text)}
+    return {f"--dim-{colour}": _lifted(f"#{colour}") for colour in sorted(found)}
+
+
+def _lifted(found: str) -> str:
+    """The colour, mixed with as much white as it needs."""
+    channels = [int(found[i : i + 2], 16) for i in (1, 3, 5)]
+    for white in range(0, 101, 5):
+        mixed = [round(c + (255 - c) * white / 100) for c in channels]
+        if 0.2126 * mixed[0] + 0.7152 * mixed[1] + 0.0722 * mixed[2] >= _LEAST_LUMA:
+            break
+    return f"#{mixed[0]:02x}{mixed[1]:02x}{mixed[2]:02x}"
