@@ -57,9 +57,10 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
     groups = group_runs(content.runs, content.reference)
     drawn, files = [], {}
     for picture in pictures(content):
-        figure = picture.figure()
-        files[picture.name] = png(figure)
-        drawing = Markup(svg(figure, picture.name, f"{picture.title}. {picture.caption}"))
+        # A figure each: saving lays it out, at the resolution that it is saved at.
+        files[picture.name] = png(picture.figure())
+        description = f"{picture.title}. {picture.caption}"
+        drawing = Markup(svg(picture.figure(), picture.name, description))
         drawn.append(Drawn(picture, drawing, command(folder, picture.name)))
     environment = Environment(
         loader=PackageLoader("megapoly.report", "page"),
