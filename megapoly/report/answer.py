@@ -67,17 +67,20 @@ def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "
         return [f"{about.label} shares no seed with a fixed activation: nothing is compared."]
     below = {label: item for label, item in known.items() if item.spread.mean < 0}
     rest = {label: item for label, item in known.items() if label not in below}
+    verb = "ends" if below else "does not end"
+    words = [
+        f"{label} ({_amount(i, signed(i.spread.mean, 3))}{_lower(i)})" for label, i in rest.items()
+    ]
     parts = [_below(below)] if below else []
     if rest:
-        words = [
-            f"{label} ({_amount(item, signed(item.spread.mean, 3))}{_lower(item)})"
-            for label, item in rest.items()
-        ]
-        parts.append("not below " + _list(words))
-    text = f"{beginning} {kind} loss {about.title} ends {', and '.join(parts)}."
+        parts.append(("not below " if below else "below ") + _list(words))
+    text = f"{beginning} {kind} loss {about.title} {verb} {', and '.join(parts)}."
     if max(item.spread.count for item in known.values()) == 1:
         return [text, "With one seed nothing is known of the spread."]
-    unclear = [label for label, item in known.items() if not item.clear]
+    single = [label for label, item in known.items() if item.spread.count == 1]
+    unclear = [label for label in known if label not in single and not known[label].clear]
+    if single:
+        text += f" With {_list(single)} it shares one seed."
     if unclear:
         text += f" Against {_list(unclear)} this is within twice its standard error."
     return [text, "± is the standard error of differences between runs of the same seed."]

@@ -251,3 +251,40 @@ def test_missing_package_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path), "--output", str(tmp_path / "page")]) == 2
     assert "pip install '.[report]'" in capsys.readouterr().err
+
+
+def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
+    from megapoly.theory import __main__ as theory
+
+    monkeypatch.chdir(tmp_path)
+    experts = ("--model.num_moe_experts", "4")
+    for activation, gap in (("swiglu", 0.0), ("polynorm", 0.1)):
+        write(
+            tmp_path / "moe", activation, activation, gap=gap, words=experts, tasks={"piqa": 51.5}
+        )
+    monkeypatch.setattr(theory, "EXPONENTS", [1, 5])
+    monkeypatch.setattr(theory, "TOLERANCES", [1e-1, 1e-2, 1e-3])
+    monkeypatch.setattr(theory, "CELLS", {(1, k): (2, 4, 6) for k in ("PolyReLU", "ReLU")})
+    monkeypatch.setattr(theory, "SMOOTHNESS", {1: (1,)})
+    (tmp_path / "T").mkdir()
+    (tmp_path / "T/theory.json").write_text(json.dumps(theory.measure_all()))
+    assert main(["moe", "--output", "page", "--theory", "T"]) == 0
+    found = References((tmp_path / "page/index.html").read_text())
+    for part in (
+        "In validation loss PolyNorm does not end below SwiGLU (+0.100).",
+        "Benchmark tasks",
+        "51.5",
+        "6,919,161,920, 1,282,017,344 active",
+        "paper: validation loss",
+        "python -m megapoly.theory --output T",
+    ):
+        assert part in found.text, part
+    names = {path.stem for path in (tmp_path / "page/figures").glob("*.png")}
+    statements = {f"theory_{name}" for name in ("theorem_1", "lemma_a4", "lemma_2", "theorem_2")}
+    assert statements | {"theory_theorem_3", "moe_training_loss"} <= names
+    path = tmp_path / "page/figures/theory_lemma_2.png"
+    drawn = path.read_bytes()
+    path.unlink()
+    command = re.search(r"report\.py (\S+ --figures theory_lemma_2 --output \S+)", found.code)
+    assert main(shlex.split(command[1])) == 0
+    assert path.read_bytes() == drawn

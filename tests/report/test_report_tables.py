@@ -107,7 +107,7 @@ def test_answer_does_not_hide_a_loss(tmp_path):
     first = answer(found)[0].replace("\u00a0", " ")
     # Differences 0.3, -0.1, 0.3.
     error = statistics.stdev([0.3, -0.1, 0.3]) / math.sqrt(3)
-    assert f"not below ReLU (+0.167 ± {error:.3f}, lower in 1 of 3 seeds)" in first
+    assert f"does not end below ReLU (+0.167 ± {error:.3f}, lower in 1 of 3 seeds)" in first
     assert "Against ReLU this is within twice its standard error." in first
     assert found.reference is None
 
