@@ -63,7 +63,6 @@ def read(sources: Sequence[Path]) -> Content:
                 merged[key] = part[key]
         merged["comparisons"] |= part.get("comparisons", {})
         for run in part["runs"]:
-            runs.pop(run.key, None)
             runs[run.key] = run
     return Content(runs=list(runs.values()), **merged)
 

@@ -23,7 +23,8 @@ def groups_of(tmp_path, *runs, reference="swiglu"):
         {"source": None},
         {"losses": [3.0] * 5},
         {"words": ("--training.seq_length", "32")},
-        {"words": ("--training.global_batch_size", "8")},
+        # As many tokens.
+        {"words": ("--training.global_batch_size", "8"), "losses": [3.0] * 2},
         {"words": ("--model.num_moe_experts", "4")},
         {"words": ("--model.ffn_hidden_size", "288")},
         {"words": ("--training.eval_iters", "3")},

@@ -47,6 +47,11 @@ def test_a_run_is_complete_with_its_last_step_and_evaluation(tmp_path, steps, ev
     assert read_run(folder).complete is complete
 
 
+def test_a_run_without_validation_is_complete_with_its_last_step(tmp_path):
+    assert not read_run(write_run(tmp_path / "short", [3.0] * 10, steps=11)).complete
+    assert read_run(write_run(tmp_path / "whole", [3.0] * 10)).complete
+
+
 def test_curves_are_thinned(tmp_path):
     run = read_run(write_run(tmp_path / "r", [float(i) for i in range(1000)]))
     assert len(run.training["tokens"]) == 150

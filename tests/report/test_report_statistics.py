@@ -41,6 +41,7 @@ def test_crossing_is_linear_between_points():
     assert first_crossing(tokens, losses, 4.0) == 200
     assert first_crossing(tokens, losses, 2.9) is None
     assert first_crossing(tokens, losses, 6.0) == 100
+    assert first_crossing(tokens, losses, 3.0) == 300
 
 
 def test_first_crossing_of_a_curve_that_comes_back():

@@ -140,3 +140,27 @@ def test_best_rate_at_the_edge_is_said(tmp_path):
     assert table.notes[1:] == [
         "PolyNorm is best at the highest rate that was tried (0.004): its own best may lie beyond."
     ]
+
+
+def test_options_are_compared_with_the_reference_that_has_them(tmp_path):
+    ends = {"swiglu": (3.0, 2.0), "polynorm": (2.5, 2.1)}
+    runs = []
+    for activation, (plain, changed) in ends.items():
+        for loss, words in ((plain, ()), (changed, ("--model.init_method_std", "0.05"))):
+            folder = tmp_path / f"{activation}.{loss}"
+            evaluations = {1: {"a": 9.0}, 2: {"a": loss}}
+            options = {"activation": activation, "evaluations": evaluations, "words": words}
+            runs.append(read_run(write_run(folder, [3.0, 3.0], **options)))
+    # One seed more, so that these are the most of the group.
+    runs.append(read_run(write_run(tmp_path / "2", [3.0, 3.0], evaluations=evaluations, seed=2)))
+    (found,) = group_runs(runs, "swiglu")
+    changed = cells(losses(found), "PolyNorm; init_method_std 0.05")
+    assert (changed["minus SwiGLU"].text, changed["lower in"].text) == ("+0.1000", "0 of 1")
+    assert cells(losses(found), "PolyNorm")["minus SwiGLU"].text == "−0.5000"
+    table = tokens_to_reach(found, found.reference)
+    assert (
+        cells(table, "PolyNorm; init_method_std 0.05")["by validation loss"].text == "not reached"
+    )
+    assert answer(found)[2] == (
+        "With init_method_std 0.05: in validation loss PolyNorm does not end below SwiGLU (+0.100)."
+    )
