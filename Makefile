@@ -1,5 +1,9 @@
 # make pretrain   train the tiny mixture-of-experts model, tensor and expert parallel, 2 processes,
 #                 and let it continue a text
+# make paper      the paper in miniature: activations trained at equal size, data and tokens, models
+#                 looked into, theorems built; runs/paper/report/index.html. TEXT=FOLDER: on these
+#                 domains (a .jsonl each) instead of the built-in text
+# make paper-full the same with three seeds and three learning rates, in runs/paper_full
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
 # make check      lint, format and type checks; Dockerfiles and shell scripts, too
@@ -9,22 +13,29 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+export TEXT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
-SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/slurm/pretrain.sbatch
+SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/paper/paper.sh examples/slurm/pretrain.sbatch
 # Shell to the line with `exec`, Python after it.
 SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
 
-.PHONY: pretrain test test-parallel test-gpu check format clean
+.PHONY: pretrain paper paper-full test test-parallel test-gpu check format clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
 	    --parallel.tensor_model_parallel_size 2 --parallel.expert_model_parallel_size 2 \
 	    --parallel.expert_tensor_parallel_size 1 --run_dir runs/moe_tiny
 	$(BIN)/python tools/generate.py --model runs/moe_tiny
+
+paper: $(INSTALLED)
+	examples/paper/paper.sh runs/paper one
+
+paper-full: $(INSTALLED)
+	examples/paper/paper.sh runs/paper_full full
 
 # Two tests at a time, files whole: jobs of several processes wait a lot.
 test: $(INSTALLED)

@@ -4,6 +4,10 @@
     python tools/analyze.py --checkpoint runs/dense_tiny/checkpoints/iter_0000240 --output DIR
     python tools/analyze.py --checkpoint runs/moe_7b --parts rank coefficients
     python tools/analyze.py --checkpoint runs/moe_tiny --data.validation "{wiki: tokens/w}"
+    python tools/analyze.py --comparison runs/paper/dense runs/paper/moe
+
+--comparison takes the folders of tools/compare_activations.py and analyses of each activation the
+first seed's run at its learning rate, those that are not analysed yet.
 
 CHECKPOINT is a checkpoint `iter_*` of any parallel layout, or a run (its newest checkpoint). Parts:
 
@@ -30,38 +34,57 @@ from pathlib import Path
 
 from command_line import parser_of, quieten, run, status_of, whole
 
-from megapoly.analysis.command import DEFAULT_TOKENS, PARTS, Asked, analyze
+from megapoly.analysis.command import DEFAULT_TOKENS, PARTS, Asked, analyze, of_comparisons
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Analyse; see the module for the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
-    asked = _parse(words)
+    asked, comparisons = _parse(words)
     quieten()
-    return status_of(lambda: _analyze(asked))
+    return status_of(lambda: _analyze(asked, comparisons))
 
 
-def _analyze(asked: Asked) -> int:
-    print(f"wrote {analyze(asked)}")
+def _analyze(asked: Asked, comparisons: Sequence[Path]) -> int:
+    all_asked = of_comparisons(asked, comparisons) if comparisons else [asked]
+    for each in all_asked:
+        print(f"wrote {analyze(each)}", flush=True)
+    if not all_asked:
+        print("all runs are analysed")
     return 0
 
 
-def _parse(argv: Sequence[str]) -> Asked:
+def _parse(argv: Sequence[str]) -> tuple[Asked, list[Path]]:
     parser = _parser()
     options, words = parser.parse_known_args(argv)
     unknown = [word for word in words if word.startswith("-") and "." not in word]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.parts = tuple(options.parts)
+    comparisons = vars(options).pop("comparison")
+    if comparisons and options.output:
+        parser.error("--output is for one --checkpoint; a comparison's runs have theirs")
     command = shlex.join(["python", "tools/analyze.py", *argv])
-    return Asked(**vars(options), words=tuple(words), command=command)
+    return Asked(**vars(options), words=tuple(words), command=command), comparisons
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__)
-    parser.usage = "%(prog)s --checkpoint CHECKPOINT [options] [--section.field value ...]"
+    parser.usage = (
+        "%(prog)s (--checkpoint CHECKPOINT | --comparison FOLDER ...) [options] "
+        "[--section.field value ...]"
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, help="checkpoint or run")
+    what.add_argument(
+        "--comparison",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="of tools/compare_activations.py",
+    )
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="checkpoint or run")
     add("--output", type=Path, metavar="DIR", help="folder to write to (default: RUN/analysis)")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to look at (default: all)")
     add(

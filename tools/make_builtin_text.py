@@ -17,11 +17,10 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from megapoly.data.tokenizer_training import train_tokenizer
 
 BUILTIN = Path(__file__).resolve().parents[1] / "megapoly" / "data" / "builtin"
 VOCAB_SIZE = 4096
-END_OF_DOCUMENT = "<|endoftext|>"
 
 # An annotated edition of 1891, and collections of which a good part is Latin, an editor's notes or
 # another edition of poems that the other documents hold.
@@ -68,21 +67,6 @@ def read_documents(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         }
 
 
-def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Train a byte-level BPE: any text can be encoded and is decoded unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_DOCUMENT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
 def main() -> None:
     """Write ``books.jsonl.xz`` and ``tokenizer.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,7 +80,7 @@ def main() -> None:
     compressed = lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)
     (arguments.output / "books.jsonl.xz").write_bytes(compressed)
 
-    tokenizer = train_tokenizer([d["text"] for d in documents if d["split"] == "train"])
+    tokenizer = train_tokenizer((d["text"] for d in documents if d["split"] == "train"), VOCAB_SIZE)
     tokenizer.save(str(arguments.output / "tokenizer.json"))
     for split in ("train", "validation"):
         sizes = [len(d["text"].encode()) for d in documents if d["split"] == split]

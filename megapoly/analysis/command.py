@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megapoly.comparison.outcome import chosen_runs
 from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class Asked:
     """The command line.
 
     Args:
-        checkpoint: an ``iter_*`` folder, or a run, for its newest.
+        checkpoint: an ``iter_*`` folder, or a run, for its newest; None: those of comparisons.
         output: folder to write to; None: ``analysis`` in the run.
         parts: of ``PARTS``.
         tokens: of text, of all validation sets together; None: ``DEFAULT_TOKENS``.
@@ -51,7 +53,7 @@ class Asked:
         command: as it was typed, which is written down.
     """
 
-    checkpoint: Path
+    checkpoint: Path | None
     output: Path | None = None
     parts: tuple[str, ...] = PARTS
     tokens: int | None = None
@@ -73,6 +75,7 @@ def analyze(asked: Asked) -> Path:
         DataError: there is no text to run the model on.
         UnavailableError: matplotlib or the device is missing.
     """
+    assert asked.checkpoint is not None
     _check(asked)
     checkpoint, run = _find(asked.checkpoint)
     output = asked.output or (run / "analysis" if run else None)
@@ -101,6 +104,45 @@ def analyze(asked: Asked) -> Path:
         analysis["coefficients"] = coefficient_series(run, analysis["iteration"])
     _write(output, analysis)
     return output
+
+
+def of_comparisons(asked: Asked, folders: Sequence[Path]) -> list[Asked]:
+    """What is to analyse of comparisons: of each activation the chosen run of the first seed.
+
+    Args:
+        asked: the command line, without a checkpoint.
+        folders: of ``tools/compare_activations.py``.
+
+    Returns:
+        One for each run without an analysis.json of these parts.
+
+    Raises:
+        AnalysisError: a folder is no comparison, or one whose grid is not complete.
+    """
+    runs = []
+    for folder in folders:
+        chosen = chosen_runs(folder)
+        if not chosen:
+            raise AnalysisError(
+                f"`--comparison` ({folder}) must be the folder of a comparison with its learning "
+                "rates chosen; let tools/compare_activations.py finish there first."
+            )
+        runs += [folder / name for name in chosen.values()]
+    options = shlex.join(word for word in asked.words)
+    return [
+        replace(
+            asked,
+            checkpoint=run,
+            command=f"python tools/analyze.py --checkpoint {run} {options}".rstrip(),
+        )
+        for run in runs
+        if not _is_analysed(run, asked.parts)
+    ]
+
+
+def _is_analysed(run: Path, parts: Sequence[str]) -> bool:
+    path = run / "analysis" / "analysis.json"
+    return path.exists() and set(parts) <= set(json.loads(path.read_text())["parts"])
 
 
 def _check(asked: Asked) -> None:

@@ -6,21 +6,27 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megapoly.analysis.drawing import (
+    COLOURS,
+    GREY,
+    WIDTH,
+    finish_layers,
+    layer_colour,
+    legend_of_layers,
+    make_plain,
+    panels_of,
+    set_title,
+    styles,
+)
+
 Analysis = Mapping[str, Any]
 Analyses = Sequence[Analysis]
 
-# Told apart by the colour-blind as well, together with the markers; read on white.
-COLOURS = ("#4477aa", "#cc5533", "#228833", "#8844aa", "#bb8800", "#33a0b8", "#777777")
-MARKERS = "osD^vP*"
-GREY = "#777777"
-# Inches; at 160 dpi 800 pixels, which a phone shows without zooming.
-WIDTH = 5.0
 # Weights drawn together, each with its line, and what they are called.
 _RANK_PANELS: tuple[tuple[dict[str, str], str], ...] = (
     ({"fc1": "-"}, "FC1 (gated: gate stacked on up)"),
@@ -34,6 +40,11 @@ def draw_all(analyses: Analyses) -> dict[str, Figure]:
 
     Args:
         analyses: as in analysis.json. ``label`` names one in legends; without it, its activation.
+
+    Returns:
+        Figures of all analyses together; ``coefficients`` and ``curves`` are of each, with its
+        number behind the name if there are several. A figure without content is left out: its
+        function gives None.
     """
     drawn: dict[str, Figure | None] = {
         "effective_rank": effective_rank(analyses),
@@ -64,17 +75,17 @@ def effective_rank(analyses: Analyses) -> Figure | None:
     drawn = [(lines, title) for lines, title in _RANK_PANELS if present & set(lines)]
     if not drawn:
         return None
-    figure, panels = _panels([2.3] * len(drawn), "Effective rank of the FFN weights")
+    figure, panels = panels_of([2.3] * len(drawn), "Effective rank of the FFN weights")
     for axes, (lines, title) in zip(panels, drawn, strict=True):
         shapes = [w["shape"] for weights in of_each for w in weights if w["weight"] in lines]
-        for a, weights, style in zip(shown, of_each, _styles(len(shown)), strict=True):
+        for a, weights, style in zip(shown, of_each, styles(len(shown)), strict=True):
             for i, (name, line) in enumerate(lines.items()):
                 chosen = [w for w in weights if w["weight"] == name]
                 label = "_" if i else label_of(a)  # one name in the legend
                 _by_layer(axes, chosen, _rank_of, label, {**style, "linestyle": line})
         axes.set_title(f"{title}; at most {max(map(min, shapes))}", fontsize=10, loc="left")
         axes.set_ylabel("effective rank")
-    _finish_layers(figure, panels)
+    finish_layers(figure, panels)
     return figure
 
 
@@ -88,7 +99,7 @@ def similarity(analyses: Analyses) -> Figure | None:
     if not shown:
         return None
     lowest = min(value for a in shown for row in a["similarity"]["matrix"] for value in row)
-    figure, panels = _panels([4.1] * len(shown), "Cosine similarity of hidden states", grid=False)
+    figure, panels = panels_of([4.1] * len(shown), "Cosine similarity of hidden states", grid=False)
     for axes, a in zip(panels, shown, strict=True):
         matrix = a["similarity"]["matrix"]
         names = ["emb.", *map(str, range(1, len(matrix)))]
@@ -113,8 +124,8 @@ def expert_similarity(analyses: Analyses) -> Figure | None:
     shown = [a for a in analyses if a.get("similarity") and a["similarity"]["experts"]]
     if not shown:
         return None
-    figure, (axes,) = _panels([3.2], "States before and behind a layer, by expert")
-    for i, (a, style) in enumerate(zip(shown, _styles(len(shown)), strict=True)):
+    figure, (axes,) = panels_of([3.2], "States before and behind a layer, by expert")
+    for i, (a, style) in enumerate(zip(shown, styles(len(shown)), strict=True)):
         experts = a["similarity"]["experts"]
         shift = 0.12 * (i - (len(shown) - 1) / 2)
         for entry in experts["per_layer"]:
@@ -128,7 +139,7 @@ def expert_similarity(analyses: Analyses) -> Figure | None:
         axes.plot(layers, mean, label=f"{label_of(a)}, mean of experts", **style)
     axes.set_ylabel("cosine similarity")
     axes.margins(y=0.1)
-    _finish_layers(figure, [axes])
+    finish_layers(figure, [axes])
     return figure
 
 
@@ -138,7 +149,7 @@ def coefficients(analysis: Analysis) -> Figure | None:
     if not found or not found["series"]:
         return None
     leaves = sorted({tag.rpartition("/")[2] for tag in found["series"]})
-    figure, panels = _panels(
+    figure, panels = panels_of(
         [1.9] * len(leaves), f"Coefficients through training, {label_of(analysis)}"
     )
     layers = analysis["num_layers"]
@@ -151,7 +162,7 @@ def coefficients(analysis: Analysis) -> Figure | None:
             axes.plot(
                 found["tokens"],
                 values,
-                color=_layer_colour(number, layers),
+                color=layer_colour(number, layers),
                 linewidth=0.6 if len(kind) > 1 else 1.2,
                 linestyle="--" if "shared_experts" in kind else "-",
                 label=f"layer {number + 1}",
@@ -159,7 +170,7 @@ def coefficients(analysis: Analysis) -> Figure | None:
         axes.set_ylabel(f"$a_{leaf[1:]}$" if leaf.startswith("a") else leaf)
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     panels[-1].set_xlabel("tokens")
-    _legend_of_layers(figure, panels[0], layers)
+    legend_of_layers(figure, panels[0], layers)
     return figure
 
 
@@ -189,7 +200,7 @@ def curves(analysis: Analysis) -> Figure | None:
                 linewidth=1.8 if len(here) < 3 else 0.8,
             )
         density.set_ylim(bottom=0, top=3 * density.get_ylim()[1])
-        _plain(axes)
+        make_plain(axes)
         # The curve stands before the density, whose axes are transparent but were made later.
         axes.set_zorder(density.get_zorder() + 1)
         axes.patch.set_visible(False)
@@ -199,7 +210,7 @@ def curves(analysis: Analysis) -> Figure | None:
         axes.set_visible(False)
     figure.supxlabel("pre-activation; grey: how often", fontsize=9)
     figure.supylabel("activation", fontsize=9)
-    _title(figure, f"Activations as learned, {label_of(analysis)}")
+    set_title(figure, f"Activations as learned, {label_of(analysis)}")
     return figure
 
 
@@ -215,7 +226,7 @@ def power_shares(analyses: Analyses) -> Figure | None:
     shown = [a for a in analyses if a.get("power_shares")]
     if not shown:
         return None
-    figure, panels = _panels([2.4] * len(shown), "Share of each power in the output", grid=False)
+    figure, panels = panels_of([2.4] * len(shown), "Share of each power in the output", grid=False)
     for axes, a in zip(panels, shown, strict=True):
         entries = [e for e in a["power_shares"] if e["kind"] != "shared_experts"]
         layers = sorted({e["layer"] for e in entries})
@@ -238,7 +249,7 @@ def power_shares(analyses: Analyses) -> Figure | None:
         axes.set_ylim(0, 1)
         axes.set_ylabel("share of mean square")
         axes.set_title(label_of(a), fontsize=10, loc="left")
-    _finish_layers(figure, panels)
+    finish_layers(figure, panels)
     return figure
 
 
@@ -261,9 +272,9 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
             ticker.PercentFormatter(1.0),
         ),
     ]
-    figure, panels = _panels([2.0] * len(measures), "Outliers and saturation of activations")
+    figure, panels = panels_of([2.0] * len(measures), "Outliers and saturation of activations")
     for axes, (title, value, form) in zip(panels, measures, strict=True):
-        for a, style in zip(shown, _styles(len(shown)), strict=True):
+        for a, style in zip(shown, styles(len(shown)), strict=True):
             entries = [e for e in a["activations"] if e["kind"] != "shared_experts"]
             _by_layer(axes, entries, value, label_of(a), style)
         axes.set_title(title, fontsize=10, loc="left")
@@ -275,7 +286,7 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
         else:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
             axes.yaxis.set_major_formatter(form)
-    _finish_layers(figure, panels)
+    finish_layers(figure, panels)
     return figure
 
 
@@ -297,80 +308,6 @@ def _by_layer(
             layers, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, lw=0
         )
     axes.plot(layers, [*map(statistics.fmean, values)], label=label, **style)
-
-
-def _panels(
-    heights: Sequence[float], title: str, *, grid: bool = True
-) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(WIDTH, 0.5 + sum(heights)), layout="constrained", facecolor="white")
-    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
-    for axes in panels[:, 0]:
-        _plain(axes, grid=grid)
-    _title(figure, title)
-    return figure, list(panels[:, 0])
-
-
-def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
-
-
-def _plain(axes: Axes, *, grid: bool = True) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(color="#e5e5e5", linewidth=0.6)
-
-
-def _finish_layers(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Name the axis of layers, and what several lines are."""
-    panels[-1].set_xlabel("layer")
-    for axes in panels:
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    names: dict[str, Any] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        names |= dict(zip(labels, handles, strict=True))
-    _legend_below(figure, names)
-
-
-def _legend_below(figure: Figure, names: Mapping[str, Any]) -> None:
-    if len(names) > 1:
-        figure.legend(
-            list(names.values()),
-            list(names),
-            frameon=False,
-            fontsize=9,
-            ncols=min(len(names), 4 if max(map(len, names)) < 14 else 2),
-            loc="outside lower center",
-        )
-
-
-def _styles(count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4,
-            "linewidth": 1.4,
-        }
-        for i in range(count)
-    ]
-
-
-def _layer_colour(layer: int, num_layers: int) -> Any:
-    # Not the whole map: its end is too light for a line on white.
-    return matplotlib.colormaps["viridis"](0.88 * layer / max(num_layers - 1, 1))
-
-
-def _legend_of_layers(figure: Figure, axes: Axes, num_layers: int) -> None:
-    """First, middle and last of many layers, each once."""
-    named = {f"layer {i + 1}" for i in range(num_layers)}
-    if num_layers > 6:
-        named = {f"layer {i + 1}" for i in (0, num_layers // 2, num_layers - 1)}
-    handles, labels = axes.get_legend_handles_labels()
-    chosen = {name: handle for handle, name in zip(handles, labels, strict=True) if name in named}
-    ordered = sorted(chosen, key=lambda name: int(name.rpartition(" ")[2]))
-    _legend_below(figure, {name: chosen[name] for name in ordered})
 
 
 def _write_cells(axes: Axes, matrix: Sequence[Sequence[float]], lowest: float) -> None:

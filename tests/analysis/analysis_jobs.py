@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
+NUM_TOKENS = 48  # a sample and a half
 
 
 def run_tool(*arguments):

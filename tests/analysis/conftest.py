@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from analysis_jobs import analysed
+from analysis_jobs import NUM_TOKENS, analysed
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
@@ -33,7 +33,6 @@ TINY = {
     "optimizer.lr_warmup_iters": 0,
     "logging.detail_interval": 1,
 }
-NUM_TOKENS = 48  # a sample and a half
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +50,8 @@ def trained(tmp_path_factory, text):
     @functools.cache
     def train(name):
         layout, run_dir = parse(name), tmp_path_factory.mktemp("run")
-        options = TINY | {"data.validation": f"{{a: {text}}}"} | layout.options
+        options = TINY | {"data.blend": f"[{text}]", "data.validation": f"{{a: {text}}}"}
+        options |= layout.options
         run_job("moe_tiny", run_dir, options, num_ranks=layout.world_size)
         return run_dir
 

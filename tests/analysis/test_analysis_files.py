@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from analysis_jobs import run_tool
-from conftest import NUM_TOKENS
+from analysis_jobs import NUM_TOKENS, run_tool
 
 from megapoly.analysis import figures
 from megapoly.analysis.coefficients import coefficient_series

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from analysis_jobs import analysed, similarity_by_recording
-from conftest import NUM_TOKENS
+from analysis_jobs import NUM_TOKENS, analysed, similarity_by_recording
 
 from megapoly.analysis.similarity import LayerSimilarity
 from megapoly.huggingface.checkpoint_reader import find_checkpoint

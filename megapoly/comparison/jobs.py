@@ -1,0 +1,192 @@
+"""Run trials, some at a time, each a job of its own; show how far each is."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from megapoly.comparison.outcome import is_complete, last_record, validation_loss
+from megapoly.errors import MegapolyError
+
+_POLL_S = 0.5
+# Lines of a failed job's log that are shown.
+_TAIL_LINES = 15
+
+
+class TrialError(MegapolyError):
+    """A trial's job failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that trains one run.
+
+    Args:
+        name: of the trial.
+        command: words; given SIGTERM it saves and ends.
+        run_dir: where it writes ``metrics.jsonl``.
+        log: file of its output.
+        steps: of the run.
+        environment: variables beside those of this process.
+    """
+
+    name: str
+    command: Sequence[str]
+    run_dir: Path
+    log: Path
+    steps: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    start: float
+    task: TaskID | None
+
+
+class JobRunner:
+    """Runs jobs and shows a line for each that is running.
+
+    Args:
+        console: for progress.
+        at_once: jobs at a time.
+        total: jobs of the whole comparison, for the count.
+        on_end: called with a job that has succeeded and its seconds.
+    """
+
+    def __init__(
+        self, console: Console, *, at_once: int, total: int, on_end: Callable[[Job, float], None]
+    ) -> None:
+        self._console, self._at_once, self._total, self._on_end = console, at_once, total, on_end
+        self._finished = 0
+        self._start = time.monotonic()
+        self._trained = 0
+        self._progress: Progress | None = None
+
+    def skip(self, job: Job) -> None:
+        """Count a job whose run is complete."""
+        self._finished += 1
+        self._say(f"{job.name}: complete, {self._outcome(job)}")
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all; on Ctrl-C, SIGTERM or an error those that are running save and end.
+
+        Raises:
+            TrialError: jobs failed; the others were run before.
+        """
+        waiting, running, failed = deque(jobs), list[_Running](), list[Job]()
+        with self._live_progress(), _ended_at_exit(running):
+            while waiting or running:
+                while waiting and len(running) < self._at_once:
+                    running.append(self._begin(waiting.popleft()))
+                time.sleep(_POLL_S)
+                for one in list(running):
+                    self._update(one)
+                    if one.process.poll() is not None:
+                        running.remove(one)
+                        if not self._end(one):
+                            failed.append(one.job)
+        if failed:
+            raise TrialError(
+                f"{len(failed)} of {len(jobs)} trials have failed: "
+                + "; ".join(f"{job.name} ({job.log})" for job in failed)
+                + ". The same command tries them again."
+            )
+
+    @contextlib.contextmanager
+    def _live_progress(self) -> Iterator[None]:
+        if not self._console.is_terminal:
+            yield
+            return
+        columns = ("{task.description}", BarColumn(bar_width=16), MofNCompleteColumn())
+        status = TextColumn("{task.fields[status]}")
+        with Progress(*columns, status, console=self._console) as self._progress:
+            yield
+        self._progress = None
+
+    def _begin(self, job: Job) -> _Running:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
+            process = subprocess.Popen(
+                job.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **job.environment},
+                start_new_session=True,  # Ctrl-C is for this process, which tells its jobs
+            )
+        task = None
+        if self._progress is None:
+            self._say(f"{job.name}: started")
+        else:
+            task = self._progress.add_task(job.name, total=job.steps, status="starting")
+        return _Running(job, process, time.monotonic(), task)
+
+    def _update(self, one: _Running) -> None:
+        if self._progress is None or one.task is None:
+            return
+        record = last_record(one.job.run_dir)
+        if record:
+            step, left = record["iteration"], one.job.steps - record["iteration"]
+            eta = datetime.timedelta(seconds=round(left * record["step_time_s"]))
+            status = f"loss {record['lm_loss']:.4f} | ETA {eta}"
+            self._progress.update(one.task, completed=step, status=status)
+
+    def _end(self, one: _Running) -> bool:
+        """Say how it ended; whether its run is complete."""
+        seconds = time.monotonic() - one.start
+        if self._progress is not None and one.task is not None:
+            self._progress.remove_task(one.task)
+        self._finished += 1
+        if not is_complete(one.job.run_dir, one.job.steps):
+            lines = one.job.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            status = one.process.returncode
+            ended = f"failed, status {status}" if status else "ended before its last step"
+            self._say("\n".join([f"{one.job.name}: {ended}; {one.job.log}", *lines]))
+            return False
+        self._trained += 1
+        took = datetime.timedelta(seconds=round(seconds))
+        self._say(f"{one.job.name}: {self._outcome(one.job)}, {took} {self._count()}")
+        self._on_end(one.job, seconds)
+        return True
+
+    def _count(self) -> str:
+        left = (self._total - self._finished) / self._trained * (time.monotonic() - self._start)
+        about = datetime.timedelta(seconds=round(left))
+        return f"({self._finished} of {self._total}, about {about} left)"
+
+    def _outcome(self, job: Job) -> str:
+        record = last_record(job.run_dir)
+        loss = validation_loss(record)
+        shown = [f"loss {record['lm_loss']:.4f}"] if record else []
+        return ", ".join(shown + ([] if loss is None else [f"validation loss {loss:.4f}"]))
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _ended_at_exit(running: Sequence[_Running]) -> Iterator[None]:
+    """Whatever ends this process early: jobs get SIGTERM, and the time to save."""
+    try:
+        yield
+    finally:
+        for one in running:
+            if one.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.process.pid, signal.SIGTERM)
+        for one in running:
+            one.process.wait()

@@ -1,0 +1,97 @@
+"""``comparison.json``: the command, the machine and the time of a comparison's trials."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megapoly
+from megapoly.comparison.outcome import COMPARISON_FILE
+from megapoly.data.files import write_text
+from megapoly.doctor.facts import system_facts
+
+
+@dataclass
+class Record:
+    """What a comparison knows beside its runs.
+
+    Args:
+        path: of the file.
+        command: of the last call.
+        config: recipes of the trials.
+        wall_time_s: of all calls together.
+        trials: ``wall_time_s`` and ``phase`` (``rates``: the grid of learning rates, ``seeds``) of
+            each that has ended.
+        chosen: run of the first seed at each variant's learning rate, by the variant's name; empty
+            before the grid is done.
+    """
+
+    path: Path
+    command: str
+    config: list[str]
+    wall_time_s: float = 0.0
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
+        """That of a folder, which goes on with its times."""
+        record = cls(output / COMPARISON_FILE, command, config)
+        if record.path.exists():
+            written = json.loads(record.path.read_text())
+            record.wall_time_s, record.trials = written["wall_time_s"], written["trials"]
+        return record
+
+    def add(self, name: str, *, phase: str, seconds: float) -> None:
+        """Count the seconds of a trial, which may have been stopped and gone on."""
+        trial = self.trials.setdefault(name, {"wall_time_s": 0.0})
+        trial |= {"phase": phase, "wall_time_s": trial["wall_time_s"] + seconds}
+
+    def write(self) -> None:
+        """Write the file, whole or not at all."""
+        content = {
+            "command": self.command,
+            "config": self.config,
+            "hardware": hardware(),
+            "versions": versions(),
+            "wall_time_s": self.wall_time_s,
+            "trials": self.trials,
+            "chosen": self.chosen,
+        }
+        write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPU of this machine."""
+    facts = system_facts()
+    return {
+        "cpu": _cpu_name(),
+        "cores": facts.cores,
+        "memory_gib": round(facts.memory_bytes / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of megapoly and what it computes with."""
+    return {
+        "megapoly": megapoly.__version__,
+        "torch": torch.__version__,
+        "megatron-core": importlib.metadata.version("megatron-core"),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

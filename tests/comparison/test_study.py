@@ -1,0 +1,123 @@
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megapoly.comparison.jobs import TrialError
+from megapoly.comparison.record import Record
+from megapoly.comparison.study import Study
+from megapoly.comparison.trials import Variant
+from megapoly.config import Config
+from megapoly.errors import ConfigError
+
+SWIGLU, POLYNORM = Variant("swiglu", None), Variant("polynorm", 3)
+TRAINER = Path(__file__).parent / "trainer.py"
+
+
+def study(output: Path, *, rates: tuple[float, ...], seeds: tuple[int, ...]) -> Study:
+    base = Config()
+    base.training.train_iters = 5
+    return Study(
+        base=base,
+        variants=[SWIGLU, POLYNORM],
+        rates=rates,
+        seeds=seeds,
+        output=output,
+        launcher=[sys.executable, str(TRAINER)],
+        at_once=2,
+        environment={"OMP_NUM_THREADS": "3"},
+    )
+
+
+def run(asked: Study) -> tuple[dict[Variant, float], str, Record]:
+    console = Console(file=io.StringIO(), width=200)
+    record = Record.of(asked.output, command="compare", config=["a.yaml"])
+    chosen = asked.run(record, console)
+    assert isinstance(console.file, io.StringIO)
+    return chosen, console.file.getvalue(), record
+
+
+def test_each_activation_takes_its_best_rate_to_the_other_seeds(tmp_path: Path) -> None:
+    asked = study(tmp_path, rates=(2e-3, 4e-3), seeds=(1, 2))
+    chosen, shown, _ = run(asked)
+    assert chosen == {SWIGLU: 2e-3, POLYNORM: 4e-3}
+    folders = {path.parent.name for path in tmp_path.glob("*/metrics.jsonl")}
+    assert folders == {
+        "swiglu.lr_0.002.seed_1",
+        "swiglu.lr_0.004.seed_1",
+        "swiglu.lr_0.002.seed_2",
+        "polynorm.lr_0.002.seed_1",
+        "polynorm.lr_0.004.seed_1",
+        "polynorm.lr_0.004.seed_2",
+    }
+    assert "polynorm.lr_0.002.seed_1: loss 5.0100, validation loss 5.0100, 0:00:0" in shown
+    assert "(6 of 6, about 0:00:00 left)" in shown
+    assert (tmp_path / "swiglu.lr_0.002.seed_2/calls").read_text() == "3\n"
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert written["command"] == "compare"
+    assert {name: trial["phase"] for name, trial in written["trials"].items()} == {
+        name: "seeds" if "seed_2" in name else "rates" for name in folders
+    }
+    assert written["wall_time_s"] > max(t["wall_time_s"] for t in written["trials"].values())
+    assert written["chosen"] == {
+        "swiglu": "swiglu.lr_0.002.seed_1",
+        "polynorm": "polynorm.lr_0.004.seed_1",
+    }
+    assert written["hardware"]["cores"] >= 1
+
+    again, shown, record = run(asked)
+    assert again == chosen
+    assert shown.count(": complete") == 6
+    assert "started" not in shown
+    assert record.wall_time_s > written["wall_time_s"], "of both calls together"
+    assert {path.read_text() for path in tmp_path.glob("*/calls")} == {"3\n"}, "one call each"
+
+
+def test_more_seeds_go_on_from_what_is_there(tmp_path: Path) -> None:
+    run(study(tmp_path, rates=(2e-3,), seeds=(1,)))
+    _, shown, _ = run(study(tmp_path, rates=(2e-3,), seeds=(1, 2)))
+    assert shown.count(": complete") == 2
+    assert shown.count(": started") == 2
+    trials = json.loads((tmp_path / "comparison.json").read_text())["trials"]
+    assert {trial["phase"] for trial in trials.values()} == {"seeds"}
+
+
+def test_a_stopped_run_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STOP_FIRST", "swiglu.lr_0.002.seed_1")
+    asked = study(tmp_path, rates=(2e-3,), seeds=(1,))
+    with pytest.raises(TrialError, match=r"1 of 2 trials have failed"):
+        run(asked)
+    _, shown, _ = run(asked)
+    assert shown.count(": complete") == shown.count(": started") == 1
+    assert (tmp_path / "swiglu.lr_0.002.seed_1/calls").read_text() == "3\n3\n"
+    assert (tmp_path / "polynorm.lr_0.002.seed_1/calls").read_text() == "3\n"
+
+
+def test_a_failed_run_is_told_with_its_last_lines_and_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "swiglu.lr_0.002.seed_1")
+    asked = study(tmp_path, rates=(2e-3, 4e-3), seeds=(1,))
+    console = Console(file=io.StringIO(), width=200)
+    record = Record.of(tmp_path, command="", config=[])
+    with pytest.raises(
+        TrialError, match=r"1 of 4 trials have failed: swiglu\.lr_0\.002\.seed_1 \("
+    ):
+        asked.run(record, console)
+    assert isinstance(console.file, io.StringIO)
+    assert "seed_1.log\nthe loss is not finite\n" in console.file.getvalue()
+    assert len(list(tmp_path.glob("*/metrics.jsonl"))) == 3
+
+
+def test_trials_of_another_configuration_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    run(study(tmp_path, rates=(2e-3,), seeds=(1,)))
+    other = study(tmp_path, rates=(2e-3,), seeds=(1,))
+    other.base.training.train_iters, other.base.data.tokenizer = 6, "t.json"
+    with pytest.raises(ConfigError) as error:
+        run(other)
+    assert "`training.train_iters` 5 where 6 is asked for" in str(error.value)
+    assert "`data.tokenizer` None where t.json is asked for" in str(error.value)
+    assert (tmp_path / "swiglu.lr_0.002.seed_1/calls").read_text() == "3\n"

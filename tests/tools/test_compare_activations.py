@@ -1,0 +1,78 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "examples/configs/dense_miniature.yaml"
+
+
+def compare(*words: str, status: int = 0) -> str:
+    """Run the tool; its output, or where it has to fail its errors."""
+    done = subprocess.run(
+        [sys.executable, "tools/compare_activations.py", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two activations trained for three steps."""
+    output = tmp_path_factory.mktemp("compared")
+    words = (
+        f"--config {RECIPE} --output {output} --activations swiglu polyrelu:2 --jobs 2 --seeds 5"
+    )
+    sizes = "--model.num_layers 1 --training.train_iters 3 --training.eval_interval 2 "
+    shown = compare(
+        *words.split(),
+        *sizes.split(),
+        *f"--training.eval_iters 1 --data.cache_dir {output / 'cache'}".split(),
+    )
+    assert "parameters: 574,656 to 574,659" in shown
+    assert "tokens: 3,072 each, 3 steps of 1,024" in shown
+    return output
+
+
+def test_runs_are_trained_on_the_same_data_at_the_seed(compared: Path) -> None:
+    names = ["swiglu.lr_0.004.seed_5", "polyrelu_order_2.lr_0.004.seed_5"]
+    data = []
+    for name in names:
+        lines = [json.loads(x) for x in (compared / name / "metrics.jsonl").open()]
+        assert [line["consumed_tokens"] for line in lines] == [1024, 2048, 3072]
+        assert [("val/books/loss" in line) for line in lines] == [False, True, True]
+        saved = compared / name / "checkpoints/iter_0000003"
+        data.append(json.loads((saved / "run.json").read_text())["data"])
+        assert data[-1]["seed"] == 5
+    assert data[0] == data[1]
+    record = json.loads((compared / "comparison.json").read_text())
+    assert set(record["trials"]) == set(names)
+    assert record["chosen"] == {"swiglu": names[0], "polyrelu_order_2": names[1]}
+    assert record["command"].startswith(f"python tools/compare_activations.py --config {RECIPE}")
+
+
+def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
+    words = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm --dry-run"
+    shown = compare(*words.split(), "--orders", "2", "3", "--learning-rates", "1e-3", "2e-3")
+    assert shown.splitlines()[3:] == [
+        "gelu.lr_0.001.seed_1",
+        "polynorm_order_2.lr_0.001.seed_1",
+        "polynorm.lr_0.001.seed_1",
+        "gelu.lr_0.002.seed_1",
+        "polynorm_order_2.lr_0.002.seed_1",
+        "polynorm.lr_0.002.seed_1",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_would_refuse_is_told_before_the_first(tmp_path: Path) -> None:
+    words = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm"
+    said = compare(*words.split(), "--training.global_batch_size", "6", status=2)
+    assert "`training.global_batch_size` (6) must be divisible by" in said
+    assert "The configuration has 1 problem" in said
+    assert not (tmp_path / "out").exists()
