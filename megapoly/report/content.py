@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +120,14 @@ def _found(folder: Path, merged: dict[str, Any]) -> list[Run]:
         key = None
         if comparison is not None:
             key = run_folder.resolve().parent.name
+            comparison = _from_here(comparison)
             others = merged["comparisons"].get(key)
             if others is not None and others["command"] != comparison["command"]:
                 key = f"{run_folder.resolve().parent.parent.name}/{key}"
             merged["comparisons"][key] = comparison
         trial = (comparison or {}).get("trials", {}).get(run_folder.resolve().name)
-        runs.append(read_run(run_folder, comparison=key, trial=trial))
+        found = read_run(run_folder, comparison=key, trial=trial)
+        runs.append(replace(found, analysis=_from_here(found.analysis)))
     if not runs:
         raise DataError(
             f"`{folder}` holds no run, which is a folder with `config.yaml` and `metrics.jsonl`."
@@ -156,6 +158,17 @@ def _comparison(folder: Path) -> dict[str, Any] | None:
             f"{error}); let it finish, or take it away."
         ) from error
     return dict(content)
+
+
+def _from_here(value: Any) -> Any:
+    """Text with paths below the current folder as they are from there."""
+    if isinstance(value, str):
+        return value.replace(f"{Path.cwd()}/", "")
+    if isinstance(value, list):
+        return [_from_here(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _from_here(item) for key, item in value.items()}
+    return value
 
 
 def _rounded(value: Any) -> Any:

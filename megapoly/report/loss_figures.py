@@ -65,6 +65,9 @@ def curves_caption(spec: Curves) -> str:
         text += f" Below it the difference to {baseline.label} at the same tokens and seed"
         others = any(entry.variant for entry in spec.entries)
         text += ", with the same options where there is such a run." if others else "."
+    if len({entry.lr for entry in spec.entries}) > 1:
+        rates = ", ".join(f"{entry.label} {entry.lr:g}" for entry in spec.entries)
+        text += f" Learning rates: {rates}."
     return text
 
 

@@ -72,7 +72,7 @@ def made(tmp_path_factory):
     (runs / "polynorm.seed_1/analysis").mkdir()
     (runs / "polynorm.seed_1/analysis/analysis.json").write_text(json.dumps(analysis))
     comparison = {
-        "command": "python tools/compare_activations.py --config tiny.yaml",
+        "command": f"python {folder}/tools/compare_activations.py --config tiny.yaml",
         "hardware": {"cpu": "some <CPU>", "cores": 2, "memory_gib": 8, "gpu": None},
         "versions": {"torch": "2.13.0"},
         "wall_time_s": 3725.0,
