@@ -200,7 +200,8 @@ def test_drawings_follow_the_page(made):
     assert re.findall(r"#[0-9a-f]{6}", drawing) == []
 
 
-def test_reports_are_merged(made, tmp_path, capsys):
+def test_reports_are_merged(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(made)
     folder = tmp_path / "more"
     write(folder, "gelu.seed_1", "gelu", gap=-1.0)
     # The run of seed 1 as it is, once more: the later counts.
