@@ -132,7 +132,22 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
     run = group.runs[0]
     if sum(other.moe == group.moe for other in groups) == 1:
         return kind
-    return f"{kind}, {paper.short(run.parameters)} parameters, {paper.short(run.tokens)} tokens"
+    size = f"{kind}, {paper.short(run.parameters)} parameters, {paper.short(run.tokens)} tokens"
+    for other in groups[: groups.index(group)]:
+        alike = other.runs[0]
+        if other.moe == group.moe and (
+            paper.short(alike.parameters),
+            alike.tokens,
+        ) == (paper.short(run.parameters), run.tokens):
+            return f"{size}, {_difference(group, other)}"
+    return size
+
+
+def _difference(group: Group, other: Group) -> str:
+    """The first thing that differs."""
+    name = next(name for name, value in group.key.items() if value != other.key[name])
+    value = group.key[name]
+    return f"{value:,} {name}" if isinstance(value, int) else f"other {name}"
 
 
 def _equal(group: Group) -> str:

@@ -94,6 +94,9 @@ def difference(
 def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
     """When ``entry`` is first at or below the final loss of ``reference``, seed by seed.
 
+    A run that ends above it has not reached it: losses of batches differ, and one that was below
+    for a while read easier ones.
+
     Args:
         entry: whose curve is read, linear between its points.
         reference: whose last value is the target.
@@ -114,7 +117,7 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
         seeds += 1
         losses = curve[MEAN if validation else "loss"]
         tokens = first_crossing(curve["tokens"], losses, target)
-        if tokens is not None:
+        if tokens is not None and losses[-1] is not None and losses[-1] <= target:
             shares[seed] = tokens / run.tokens
     return Reach(shares, seeds) if seeds else None
 

@@ -155,8 +155,9 @@ def tokens_to_reach(group: Group, reference: Entry) -> Table:
         [
             f"Share of the run's tokens after which the curve is first at or below the final loss "
             f"of {reference.label} with the same seed, linear between points; mean ± standard "
-            f"deviation over the seeds that reach it. Training loss is the mean over the last "
-            f"{window} steps, and noisier: batches differ along the run."
+            f"deviation over the seeds that reach it. A run that ends above it does not. Training "
+            f"loss is the mean over the last {window} steps, and noisier: batches differ along the "
+            f"run."
         ],
         len(columns) if with_paper else None,
     )

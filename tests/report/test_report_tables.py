@@ -87,6 +87,17 @@ def test_not_reached(group):
     assert (found.shares, found.seeds, found.spread) == ({}, 3, None)
 
 
+def test_a_run_that_ends_above_has_not_reached_it(tmp_path):
+    ends = {"swiglu": (4.0, 3.0), "gelu": (2.9, 3.1)}
+    runs = []
+    for activation, (half, end) in ends.items():
+        options = {"activation": activation, "evaluations": {1: {"a": half}, 2: {"a": end}}}
+        runs.append(read_run(write_run(tmp_path / activation, [3.0, 3.0], **options)))
+    (found,) = group_runs(runs, "swiglu")
+    table = tokens_to_reach(found, found.reference)
+    assert cells(table, "GELU")["by validation loss"].text == "not reached"
+
+
 def test_answer_says_what_the_numbers_say(group):
     first, errors, order = answer(group)
     assert first.startswith("In validation loss PolyNorm ends below SwiGLU by 0.167")
