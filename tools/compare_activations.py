@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from megapoly.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+# What the others are compared with, where it is among them.
+REFERENCE = "swiglu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +103,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
     from megapoly.comparison import trials
     from megapoly.comparison.record import Record
     from megapoly.comparison.study import Study
+    from megapoly.report.terminal import show_tables
 
     variants = trials.parse_variants(arguments.activations, arguments.orders)
     base = _base(arguments, overrides, variants)
@@ -128,6 +131,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
     command = shlex.join(["python", "tools/compare_activations.py", *words])
     record = Record.of(study.output, command=command, config=[str(c) for c in arguments.config])
     study.run(record, console)
+    show_tables(study.output, REFERENCE, console)
     return 0
 
 
