@@ -34,7 +34,17 @@ compare "$moe" moe --activations "${baselines[@]}" polynorm --learning-rates "${
 # Orders, compositions and variants of ReLU (Fig. 5) and what takes the place of SwiGLU's gate, at one rate.
 compare "$dense" forms --learning-rates 8e-3 --activations \
     squared_relu polyrelu:2 polyrelu:4 polyprelu polyrelunorm gated_polynorm
+folders=(dense moe forms)
+if [ "$extent" = full ]; then # What the ranking depends on: initial weights, width of the FFN, tokens. One seed.
+    seeds=(1)
+    compare "$dense" small_init --model.init_method_std 0.02 --learning-rates 8e-3 \
+        --activations "${baselines[@]}" polynorm
+    compare "$dense" wide --model.ffn_hidden_size 1056 --learning-rates 8e-3 --activations swiglu polyrelu polynorm
+    compare "$dense" long --training.train_iters 8000 --training.eval_interval 400 --learning-rates 8e-3 \
+        --activations swiglu polynorm
+    folders+=(small_init wide long)
+fi
 "$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
 "$python" -m megapoly.theory --output "$output/theory"
-"$python" "$root/tools/report.py" "$output/dense" "$output/moe" "$output/forms" --theory "$output/theory" \
+"$python" "$root/tools/report.py" "${folders[@]/#/$output/}" --theory "$output/theory" \
     ${NOTES:+--notes "$NOTES"} --output "$output/report"

@@ -1,5 +1,6 @@
 """Command lines in the README are ones that the scripts take."""
 
+import importlib
 import re
 import shlex
 from fractions import Fraction
@@ -17,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 def command_lines():
     """Words after the script's name, of every line that starts one; `...` stands for more."""
-    joined = README.replace("\\\n", " ")
+    joined = re.sub(r"--launcher '[^']*'", "", README.replace("\\\n", " "))
     for match in re.finditer(r"^ +.*(examples/pretrain_\w+\.sh)(.*)$", joined, re.MULTILINE):
         script, options = match.groups()
         yield script, [word for word in shlex.split(options) if word not in ("...", "--help")]
@@ -29,6 +30,23 @@ def test_options_are_known(monkeypatch, script, options):
     assert (ROOT / script).is_file()
     recipe = ROOT / "examples" / "configs" / "moe_tiny.yaml"
     parse(options, default_recipe=recipe, program=script)
+
+
+def tool_lines():
+    """Name and words of every line that starts one of the tools of a comparison."""
+    joined = README.replace("\\\n", " ")
+    names = "compare_activations|analyze|report"
+    for match in re.finditer(rf"^ +python tools/({names})\.py (.*)$", joined, re.MULTILINE):
+        yield match[1], shlex.split(match[2])
+
+
+@pytest.mark.parametrize(("name", "words"), list(tool_lines()))
+def test_options_of_tools_are_known(monkeypatch, name, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    options, rest = importlib.import_module(name)._parser().parse_known_args(words)
+    assert not rest
+    assert all(path.is_file() for path in getattr(options, "config", []))
 
 
 def test_the_blend_is_one_that_a_recipe_takes(tmp_path):
