@@ -35,14 +35,16 @@ compare "$moe" moe --activations "${baselines[@]}" polynorm --learning-rates "${
 compare "$dense" forms --learning-rates 8e-3 --activations \
     squared_relu polyrelu:2 polyrelu:4 polyprelu polyrelunorm gated_polynorm
 folders=(dense moe forms)
-if [ "$extent" = full ]; then # What the ranking depends on: initial weights, width of the FFN, tokens. One seed.
+if [ "$extent" = full ]; then # SwiGLU once more, and what the ranking depends on: initial weights, width of the FFN, tokens.
+    seeds=(2 3)
+    compare "$dense" baseline --learning-rates 8e-3 --activations swiglu # its second rate, as good with the first seed
     seeds=(1)
     compare "$dense" small_init --model.init_method_std 0.02 --learning-rates 8e-3 \
         --activations "${baselines[@]}" polynorm
     compare "$dense" wide --model.ffn_hidden_size 1056 --learning-rates 8e-3 --activations swiglu polyrelu polynorm
     compare "$dense" long --training.train_iters 8000 --training.eval_interval 400 --learning-rates 8e-3 \
         --activations swiglu polynorm
-    folders+=(small_init wide long)
+    folders+=(baseline small_init wide long)
 fi
 "$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
 "$python" -m megapoly.theory --output "$output/theory"
