@@ -8,7 +8,9 @@ from megapoly.analysis.command import AnalysisError, Asked, of_comparisons
 
 def comparison(folder: Path, chosen: dict[str, str]) -> Path:
     folder.mkdir()
-    (folder / "comparison.json").write_text(json.dumps({"chosen": chosen}))
+    (folder / "comparison.json").write_text(
+        json.dumps({"wall_time_s": 1.0, "trials": {}, "chosen": chosen})
+    )
     return folder
 
 

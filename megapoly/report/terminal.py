@@ -1,0 +1,42 @@
+"""The page's tables in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich.box
+import rich.table
+from rich.console import Console, Group
+
+from megapoly.report.cells import Table
+from megapoly.report.content import read
+from megapoly.report.grouping import group_runs
+from megapoly.report.tables import tables
+
+
+def show_tables(folder: Path, reference: str, console: Console) -> None:
+    """Print the tables of a folder's complete runs.
+
+    Args:
+        folder: of runs.
+        reference: activation that the others are compared with.
+        console: to print to.
+
+    Raises:
+        MegapolyError: as :func:`megapoly.report.content.read`.
+    """
+    for group in group_runs(read([folder]).runs, reference):
+        for table in tables(group):
+            console.print(Group("", _shown(table), *table.notes), highlight=False, markup=False)
+
+
+def _shown(table: Table) -> rich.table.Table:
+    """Names to the left, numbers to the right."""
+    shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for index, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if index else "left")
+    for name, cells in table.rows:
+        texts = [f"{cell.text} {cell.spread}".rstrip() for cell in cells]
+        below = [cell.below for cell in cells]
+        shown.add_row(name, *(f"{t}\n{b}" if b else t for t, b in zip(texts, below, strict=True)))
+    return shown
