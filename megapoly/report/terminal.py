@@ -7,8 +7,9 @@ from pathlib import Path
 import rich.box
 import rich.table
 from rich.console import Console, Group
+from rich.text import Text
 
-from megapoly.report.cells import Table
+from megapoly.report.cells import Cell, Table
 from megapoly.report.content import read
 from megapoly.report.grouping import group_runs
 from megapoly.report.tables import tables
@@ -31,12 +32,15 @@ def show_tables(folder: Path, reference: str, console: Console) -> None:
 
 
 def _shown(table: Table) -> rich.table.Table:
-    """Names to the left, numbers to the right."""
+    """Names to the left, numbers to the right, the best of a column bold."""
     shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for index, column in enumerate(table.columns):
         shown.add_column(column, justify="right" if index else "left")
     for name, cells in table.rows:
-        texts = [f"{cell.text} {cell.spread}".rstrip() for cell in cells]
-        below = [cell.below for cell in cells]
-        shown.add_row(name, *(f"{t}\n{b}" if b else t for t, b in zip(texts, below, strict=True)))
+        shown.add_row(name, *map(_text, cells))
     return shown
+
+
+def _text(cell: Cell) -> Text:
+    lines = [f"{cell.text} {cell.spread}".rstrip(), *([cell.below] if cell.below else [])]
+    return Text("\n".join(lines), style="bold" if cell.best else "")
