@@ -31,6 +31,10 @@ class CheckpointError(MegapolyError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
+class DivergenceError(MegapolyError):
+    """The loss or the gradient of a training step is not finite."""
+
+
 class PeerError(MegapolyError):
     """Another process of the job failed, or did not come in time."""
 

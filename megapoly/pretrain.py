@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megapoly.config import Config, configure, to_yaml
 from megapoly.config.resolve import tokens_per_step
-from megapoly.errors import MegapolyError
+from megapoly.errors import DivergenceError, MegapolyError
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # should: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that reads it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
 COMPLETE, STOPPED = "complete", "stopped"
+# Exit status of a run whose loss was not finite: its configuration can be used, and starting it
+# again changes nothing.
+DIVERGED = 3
 
 
 def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
@@ -33,8 +36,8 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
 
     Returns:
         Exit status: 0 when the run is complete or was asked to stop, 2 when the configuration, the
-        data or a checkpoint cannot be used, or the loss is not finite (one process of each host
-        says why).
+        data or a checkpoint cannot be used, :data:`DIVERGED` when the loss is not finite (one
+        process of each host says why).
     """
     is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
     quieten(is_first=os.environ.get("RANK", "0") == "0")
@@ -45,7 +48,7 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
         # Once for each host: a file may be missing on one of them alone.
         if is_first_of_host:
             print(error, file=sys.stderr)
-        return 2
+        return DIVERGED if isinstance(error, DivergenceError) else 2
     if is_first_of_host and STATUS_FILE in os.environ:
         Path(os.environ[STATUS_FILE]).write_text(COMPLETE if complete else STOPPED)
     return 0

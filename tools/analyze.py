@@ -32,7 +32,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import parser_of, quieten, run, status_of, whole
+from command_line import parse_with_overrides, parser_of, quieten, run, status_of, whole
 
 from megapoly.analysis.command import DEFAULT_TOKENS, PARTS, Asked, analyze, of_comparisons
 
@@ -56,10 +56,7 @@ def _analyze(asked: Asked, comparisons: Sequence[Path]) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[Asked, list[Path]]:
     parser = _parser()
-    options, words = parser.parse_known_args(argv)
-    unknown = [word for word in words if word.startswith("-") and "." not in word]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options, words = parse_with_overrides(parser, argv)
     options.parts = tuple(options.parts)
     comparisons = vars(options).pop("comparison")
     if comparisons and options.output:

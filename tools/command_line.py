@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megapoly.errors import MegapolyError
@@ -51,6 +51,17 @@ def quieten() -> None:
     """Show errors alone of what the engine and libraries log and warn."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     warnings.filterwarnings("ignore")
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """A program's options, and the words of the configuration's, `--section.field value`."""
+    options, words = parser.parse_known_args(argv)
+    unknown = [word for word in words if word.startswith("-") and "." not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options, words
 
 
 def whole(least: int) -> Callable[[str], int]:

@@ -1,22 +1,26 @@
 r"""Compare activations: the same model, data order, tokens and number of parameters for each.
 
-    python tools/compare_activations.py --config examples/configs/paper/dense_tiny.yaml \
+    python tools/compare_activations.py --config examples/configs/dense_miniature.yaml \
         --config runs/paper/data/data.yaml --output runs/paper/dense \
         --activations swiglu gelu relu polyrelu polynorm --learning-rates 4e-3 8e-3 --seeds 1 2 3
 
 With several --learning-rates every activation is trained at each with the first seed, and with the
-other seeds at the rate that gave it the lowest validation loss. `polyrelu:4` is polyrelu of order
-4; --orders 2 3 4 takes these of all polynomial activations named without one. A seed decides
-initial weights and the order of the data, so that activations are compared on the same samples.
+other seeds at the rate that gave it the lowest validation loss; a rate at which the loss becomes
+infinite or NaN has lost. `polyrelu:4` is polyrelu of order 4; --orders 2 3 4 takes these of all
+polynomial activations named without one. A seed decides initial weights and the order of the data,
+so that activations are compared on the same samples.
 
 Runs are the folders OUTPUT/ACTIVATION.lr_RATE.seed_SEED; the same command goes on where it was
-stopped. In the end tables of losses and perplexities are shown; tools/report.py makes the page,
-tools/analyze.py looks into the models.
+stopped. In the end tables of OUTPUT's runs are shown, with differences to the first activation;
+tools/report.py makes the page, tools/analyze.py looks into the models.
 
 --jobs run at a time, each with --processes processes on this machine, or by --launcher on others:
 
     --jobs 5 --launcher 'sbatch --wait --nodes 4 examples/slurm/pretrain.sbatch
         examples/pretrain_dense.sh'
+
+Stopped by Ctrl-C or SIGTERM it passes SIGTERM to the jobs and waits until they have saved. That
+ends `sbatch --wait`, but not its job: cancel it before the same command is given again.
 
 Options of the configuration, `--section.field value`, are for all runs. The exit status is 0; 2
 with the reason, also where runs failed.
@@ -27,12 +31,14 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import number, parser_of, quieten, run, status_of, whole
+from command_line import number, parse_with_overrides, parser_of, quieten, run, status_of, whole
 from rich.console import Console
 
 from megapoly.errors import ConfigError
@@ -44,15 +50,21 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 # What the others are compared with, where it is among them.
 REFERENCE = "swiglu"
+# Options of the configuration that trials are told apart by, and what sets them.
+SET_BY_TRIALS = {
+    "model.activation": "--activations",
+    "model.activation_order": "--orders",
+    "training.seed": "--seeds",
+    "data.seed": "--seeds",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare; see the module for the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments, overrides = _parser().parse_known_args(words)
-    unknown = [word for word in overrides if word.startswith("-") and "." not in word]
-    if unknown:
-        _parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    parser = _parser()
+    arguments, overrides = parse_with_overrides(parser, words)
+    _check_options(parser, arguments, overrides)
     quieten()
     return status_of(lambda: _compare(arguments, overrides, words))
 
@@ -76,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         type=int,
         choices=(2, 3, 4),
-        default=[3],
         metavar="R",
         help="2, 3, 4 (3)",
     )
@@ -88,14 +99,43 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="grid (the configuration's alone); optimizer.min_lr keeps its ratio",
     )
-    add("--jobs", type=whole(1), metavar="N", help="runs at a time (cores / processes)")
-    add("--processes", type=whole(1), default=1, metavar="N", help="of each run, here (1)")
+    add(
+        "--jobs",
+        type=whole(1),
+        metavar="N",
+        help="runs at a time (cores / processes; with --launcher 1)",
+    )
+    add("--processes", type=whole(1), metavar="N", help="of each run, here (1)")
     add("--launcher", metavar="COMMAND", help="starts a run, given --config FILE behind it")
     add("--tasks", nargs="+", metavar="NAME", help="benchmarks after the last step")
     add("--task-data", metavar="FOLDER", help="questions, as tools/evaluate.py takes them")
     add("--task-limit", type=whole(1), metavar="N", help="questions of each task (all)")
     add("--dry-run", action="store_true", help="check, and list the runs")
     return parser
+
+
+def _check_options(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, overrides: Sequence[str]
+) -> None:
+    """End with a message at options that nothing reads, or that contradict each other."""
+    set_by = SET_BY_TRIALS | (
+        {"optimizer.lr": "--learning-rates"} if arguments.learning_rates else {}
+    )
+    for word in overrides:
+        name = word.removeprefix("--").partition("=")[0]
+        if name in set_by:
+            parser.error(f"--{name} is set by {set_by[name]}; leave it out")
+    if not arguments.tasks and (arguments.task_data or arguments.task_limit):
+        parser.error("--task-data and --task-limit are for --tasks; name tasks, or leave them out")
+    if arguments.launcher is not None and arguments.processes:
+        parser.error(
+            "--processes is for runs on this machine; the --launcher says how many it takes"
+        )
+    # Of rates as they stand in the folders' names, which have six digits.
+    rates = [f"{rate:g}" for rate in arguments.learning_rates or ()]
+    for option, names in (("--seeds", arguments.seeds), ("--learning-rates", rates)):
+        if len(set(names)) < len(names):
+            parser.error(f"{option}: each must be named once, not {' '.join(map(str, names))}")
 
 
 def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: list[str]) -> int:
@@ -108,9 +148,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
     variants = trials.parse_variants(arguments.activations, arguments.orders)
     base = _base(arguments, overrides, variants)
     trials.check_comparable(base, variants)
-    cores = os.cpu_count() or 1
-    at_once = arguments.jobs or max(1, cores // arguments.processes)
-    threads = max(1, cores // (at_once * arguments.processes))
+    at_once, environment = _shares(arguments)
     study = Study(
         base=base,
         variants=variants,
@@ -119,7 +157,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
         output=arguments.output,
         launcher=_launcher(arguments, base),
         at_once=at_once,
-        environment={} if arguments.launcher else {"OMP_NUM_THREADS": str(threads)},
+        environment=environment,
     )
     console = Console()
     for line in trials.describe(base, variants):
@@ -135,12 +173,27 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
     return 0
 
 
+def _shares(arguments: argparse.Namespace) -> tuple[int, dict[str, str]]:
+    """Jobs at a time, and variables that share this machine's cores among them."""
+    from megapoly.doctor.facts import system_facts
+
+    if arguments.launcher is not None:
+        return arguments.jobs or 1, {}
+    cores, processes = system_facts().cores, arguments.processes or 1
+    at_once = arguments.jobs or max(1, cores // processes)
+    if "OMP_NUM_THREADS" in os.environ:
+        return at_once, {}
+    return at_once, {"OMP_NUM_THREADS": str(max(1, cores // (at_once * processes)))}
+
+
 def _base(
     arguments: argparse.Namespace, overrides: Sequence[str], variants: Sequence[Variant]
 ) -> Config:
-    """Configuration of all runs; what runs here is checked for each variant before the first."""
+    """Configuration of all runs; what runs would refuse is told before the first."""
     from megapoly.comparison.trials import Trial, with_tasks
+    from megapoly.config.machine import Machine
     from megapoly.config.parsing import parse
+    from megapoly.config.resolve import least_world_size
     from megapoly.config.rules import find_problems
     from megapoly.config.startup import tokenizer_vocab_size
     from megapoly.platform.device import this_machine
@@ -150,17 +203,20 @@ def _base(
     base = parse([*recipes, *overrides], default_recipe=arguments.config[0], program=program).config
     vocab_size = tokenizer_vocab_size(base)
     here = arguments.launcher is None
-    problems = [
-        problem
-        for variant in variants
-        for problem in find_problems(
-            Trial(variant, base.optimizer.lr, 0).config(base, arguments.output),
-            world_size=arguments.processes,
-            machine=this_machine(),
-            tokenizer_vocab_size=vocab_size,
-        )
-        if here
-    ]
+    problems_of = partial(
+        find_problems,
+        world_size=arguments.processes or 1 if here else least_world_size(base),
+        # Elsewhere whatever a configuration may ask for.
+        machine=this_machine() if here else Machine(True, transformer_engine=True, apex=True),
+        tokenizer_vocab_size=vocab_size,
+        with_files=here,
+    )
+    if problems := problems_of(base):  # trials are made of one that obeys the rules
+        raise ConfigError(problems)
+    if arguments.tasks:
+        base = with_tasks(base, arguments.tasks, arguments.task_data, arguments.task_limit)
+    trials = [Trial(v, base.optimizer.lr, seed) for v in variants for seed in arguments.seeds]
+    problems = [p for trial in trials for p in problems_of(trial.config(base, arguments.output))]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     base.model.vocab_size = base.model.vocab_size or vocab_size
@@ -168,25 +224,33 @@ def _base(
         raise ConfigError(
             [f"`data.tokenizer` ({base.data.tokenizer}) is not here; set `--model.vocab_size`"]
         )
-    if arguments.tasks:
-        limit = arguments.task_limit
-        base = with_tasks(base, arguments.tasks, arguments.task_data, limit)
     return base
 
 
 def _launcher(arguments: argparse.Namespace, base: Config) -> list[str]:
-    if arguments.launcher is not None:
-        return shlex.split(arguments.launcher)
-    kind = "moe" if base.model.num_moe_experts else "dense"
-    return [
-        sys.executable,
-        "-m",
-        "megapoly.launch",
-        "--standalone",
-        "--nproc-per-node",
-        str(arguments.processes),
-        str(ROOT / "examples" / f"pretrain_{kind}.sh"),
-    ]
+    if arguments.launcher is None:
+        kind = "moe" if base.model.num_moe_experts else "dense"
+        return [
+            sys.executable,
+            "-m",
+            "megapoly.launch",
+            "--standalone",
+            "--nproc-per-node",
+            str(arguments.processes or 1),
+            str(ROOT / "examples" / f"pretrain_{kind}.sh"),
+        ]
+    try:
+        words = shlex.split(arguments.launcher)
+    except ValueError as error:
+        raise ConfigError([f"`--launcher` ({arguments.launcher}): {error}"]) from error
+    if not words or shutil.which(words[0]) is None:
+        raise ConfigError(
+            [
+                f"`--launcher` ({arguments.launcher}) must begin with a program that is here; give "
+                "its path, or install it"
+            ]
+        )
+    return words
 
 
 if __name__ == "__main__":

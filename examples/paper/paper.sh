@@ -8,6 +8,7 @@
 # author). JOBS: runs at a time (one a core). NOTES: Markdown for the page. PYTHON: interpreter (that of the
 # repository's .venv, else python3).
 set -euo pipefail
+[ $# -eq 2 ] || { echo "usage: $0 OUTPUT one|full" >&2 && exit 2; }
 output=$1 extent=$2
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="$root/.venv/bin/python"

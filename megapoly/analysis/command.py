@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from megapoly.comparison.outcome import chosen_runs
+from megapoly.data.files import write_text
 from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
 
 if TYPE_CHECKING:
@@ -128,21 +129,31 @@ def of_comparisons(asked: Asked, folders: Sequence[Path]) -> list[Asked]:
                 "rates chosen; let tools/compare_activations.py finish there first."
             )
         runs += [folder / name for name in chosen.values()]
-    options = shlex.join(word for word in asked.words)
     return [
-        replace(
-            asked,
-            checkpoint=run,
-            command=f"python tools/analyze.py --checkpoint {run} {options}".rstrip(),
-        )
+        replace(asked, checkpoint=run, command=_command(asked, run))
         for run in runs
         if not _is_analysed(run, asked.parts)
     ]
 
 
+def _command(asked: Asked, run: Path) -> str:
+    """What analyses one run alike."""
+    words = ["--checkpoint", str(run)]
+    if set(asked.parts) < set(PARTS):
+        words += ["--parts", *asked.parts]
+    for option, value in (("--tokens", asked.tokens), ("--device", asked.device)):
+        words += [] if value is None else [option, str(value)]
+    return shlex.join(["python", "tools/analyze.py", *words, *asked.words])
+
+
 def _is_analysed(run: Path, parts: Sequence[str]) -> bool:
     path = run / "analysis" / "analysis.json"
-    return path.exists() and set(parts) <= set(json.loads(path.read_text())["parts"])
+    if not path.exists():
+        return False
+    try:
+        return set(parts) <= set(json.loads(path.read_text(encoding="utf-8"))["parts"])
+    except (ValueError, KeyError, TypeError):  # damaged, or another program's: made anew
+        return False
 
 
 def _check(asked: Asked) -> None:
@@ -273,9 +284,10 @@ def _entries(
 def _write(output: Path, analysis: dict[str, Any]) -> None:
     from megapoly.analysis.figures import draw_all
 
-    (output / "analysis.json").write_text(json.dumps(analysis, allow_nan=False) + "\n")
     for name, figure in draw_all([analysis]).items():
         figure.savefig(output / f"{name}.png", dpi=160)
+    # At last: a folder that has it is complete.
+    write_text(output / "analysis.json", json.dumps(analysis, allow_nan=False) + "\n")
 
 
 def _messages() -> Console:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from megapoly.comparison.outcome import is_complete, last_record, validation_loss
 from megapoly.errors import MegapolyError
+from megapoly.pretrain import DIVERGED
 
 _POLL_S = 0.5
 # Lines of a failed job's log that are shown.
@@ -25,7 +26,7 @@ _TAIL_LINES = 15
 
 
 class TrialError(MegapolyError):
-    """A trial's job failed."""
+    """A trial's job failed, or its loss was not finite where it has to be."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Job:
 
     Args:
         name: of the trial.
-        command: words; given SIGTERM it saves and ends.
+        command: words; given SIGTERM it saves and ends, and its exit status is
+            :data:`~megapoly.pretrain.DIVERGED` if the loss was not finite.
         run_dir: where it writes ``metrics.jsonl``.
         log: file of its output.
         steps: of the run.
@@ -64,22 +66,30 @@ class JobRunner:
         console: for progress.
         at_once: jobs at a time.
         total: jobs of the whole comparison, for the count.
-        on_end: called with a job that has succeeded and its seconds.
+        on_end: called with a job that has succeeded or diverged, its seconds and which of the two.
+        inherited: file descriptors that jobs keep open.
     """
 
     def __init__(
-        self, console: Console, *, at_once: int, total: int, on_end: Callable[[Job, float], None]
+        self,
+        console: Console,
+        *,
+        at_once: int,
+        total: int,
+        on_end: Callable[[Job, float, bool], None],
+        inherited: Sequence[int] = (),
     ) -> None:
         self._console, self._at_once, self._total, self._on_end = console, at_once, total, on_end
+        self._inherited = inherited
         self._finished = 0
         self._start = time.monotonic()
-        self._trained = 0
+        self._num_run = 0
         self._progress: Progress | None = None
 
-    def skip(self, job: Job) -> None:
-        """Count a job whose run is complete."""
+    def skip(self, job: Job, *, diverged: bool = False) -> None:
+        """Count a job whose run is complete, or has diverged."""
         self._finished += 1
-        self._say(f"{job.name}: complete, {self._outcome(job)}")
+        self._say(f"{job.name}: {_diverged(job) if diverged else f'complete, {_outcome(job)}'}")
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run all; on Ctrl-C, SIGTERM or an error those that are running save and end.
@@ -126,6 +136,7 @@ class JobRunner:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **job.environment},
+                pass_fds=self._inherited,
                 start_new_session=True,  # Ctrl-C is for this process, which tells its jobs
             )
         task = None
@@ -146,36 +157,50 @@ class JobRunner:
             self._progress.update(one.task, completed=step, status=status)
 
     def _end(self, one: _Running) -> bool:
-        """Say how it ended; whether its run is complete."""
+        """Say how it ended; whether its run is complete or has diverged, and not failed."""
         seconds = time.monotonic() - one.start
         if self._progress is not None and one.task is not None:
             self._progress.remove_task(one.task)
         self._finished += 1
-        if not is_complete(one.job.run_dir, one.job.steps):
+        diverged = one.process.returncode == DIVERGED
+        if not diverged and not is_complete(one.job.run_dir, one.job.steps):
             lines = one.job.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-            status = one.process.returncode
-            ended = f"failed, status {status}" if status else "ended before its last step"
+            ended = _how(one.process.returncode)
             self._say("\n".join([f"{one.job.name}: {ended}; {one.job.log}", *lines]))
             return False
-        self._trained += 1
+        self._num_run += 1
+        outcome = _diverged(one.job) if diverged else _outcome(one.job)
         took = datetime.timedelta(seconds=round(seconds))
-        self._say(f"{one.job.name}: {self._outcome(one.job)}, {took} {self._count()}")
-        self._on_end(one.job, seconds)
+        self._say(f"{one.job.name}: {outcome}, {took} {self._count()}")
+        self._on_end(one.job, seconds, diverged)
         return True
 
     def _count(self) -> str:
-        left = (self._total - self._finished) / self._trained * (time.monotonic() - self._start)
+        left = (self._total - self._finished) / self._num_run * (time.monotonic() - self._start)
         about = datetime.timedelta(seconds=round(left))
         return f"({self._finished} of {self._total}, about {about} left)"
 
-    def _outcome(self, job: Job) -> str:
-        record = last_record(job.run_dir)
-        loss = validation_loss(record)
-        shown = [f"loss {record['lm_loss']:.4f}"] if record else []
-        return ", ".join(shown + ([] if loss is None else [f"validation loss {loss:.4f}"]))
-
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _outcome(job: Job) -> str:
+    record = last_record(job.run_dir)
+    loss = validation_loss(record)
+    shown = [f"loss {record['lm_loss']:.4f}"] if record else []
+    return ", ".join(shown + ([] if loss is None else [f"validation loss {loss:.4f}"]))
+
+
+def _diverged(job: Job) -> str:
+    steps = last_record(job.run_dir).get("iteration", 0)
+    return f"diverged after step {steps} of {job.steps}"
+
+
+def _how(status: int) -> str:
+    """What an exit status says of a job that is not complete."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"failed, status {status}" if status else "ended before its last step"
 
 
 @contextlib.contextmanager
@@ -187,6 +212,7 @@ def _ended_at_exit(running: Sequence[_Running]) -> Iterator[None]:
         for one in running:
             if one.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(one.process.pid, signal.SIGTERM)
+                    # The group: a shell that waits for the trainer would end alone.
+                    os.killpg(one.process.pid, signal.SIGTERM)
         for one in running:
             one.process.wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.config.data_sources import MEAN
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, DataError
 
 COMPARISON_FILE = "comparison.json"
 
@@ -76,6 +76,31 @@ def chosen_runs(folder: Path) -> dict[str, str]:
 
     Args:
         folder: of a comparison; empty if it is none, or its grid is not complete.
+
+    Raises:
+        DataError: as :func:`read_comparison`.
+    """
+    return dict((read_comparison(folder) or {}).get("chosen", {}))
+
+
+def read_comparison(folder: Path) -> dict[str, Any] | None:
+    """Content of ``comparison.json``; None: there is none.
+
+    Raises:
+        DataError: the file is damaged.
     """
     path = folder / COMPARISON_FILE
-    return dict(json.loads(path.read_text()).get("chosen", {})) if path.exists() else {}
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"wall_time_s", "trials"} - content.keys()
+        if missing:
+            raise ValueError(f"{' and '.join(sorted(missing))} missing")
+    except (ValueError, AttributeError) as error:
+        raise DataError(
+            f"`{path}` is not as tools/compare_activations.py wrote it ({error}). It holds the "
+            "times of trials, the choice of rates and which trials diverged; delete it, and the "
+            "same command of that tool makes it anew from the runs."
+        ) from error
+    return dict(content)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import megapoly
-from megapoly.comparison.outcome import COMPARISON_FILE
+from megapoly.comparison.outcome import COMPARISON_FILE, read_comparison
 from megapoly.data.files import write_text
 from megapoly.doctor.facts import system_facts
 
@@ -27,7 +27,7 @@ class Record:
         config: recipes of the trials.
         wall_time_s: of all calls together.
         trials: ``wall_time_s`` and ``phase`` (``rates``: the grid of learning rates, ``seeds``) of
-            each that has ended.
+            each that has ended; ``diverged``: true if its loss was not finite.
         chosen: run of the first seed at each variant's learning rate, by the variant's name; empty
             before the grid is done.
     """
@@ -41,17 +41,27 @@ class Record:
 
     @classmethod
     def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
-        """That of a folder, which goes on with its times."""
+        """That of a folder, which goes on with its times.
+
+        Raises:
+            DataError: the file there is not one that this class has written.
+        """
         record = cls(output / COMPARISON_FILE, command, config)
-        if record.path.exists():
-            written = json.loads(record.path.read_text())
+        written = read_comparison(output)
+        if written is not None:
             record.wall_time_s, record.trials = written["wall_time_s"], written["trials"]
         return record
 
-    def add(self, name: str, *, phase: str, seconds: float) -> None:
+    def add(self, name: str, *, phase: str, seconds: float, diverged: bool = False) -> None:
         """Count the seconds of a trial, which may have been stopped and gone on."""
-        trial = self.trials.setdefault(name, {"wall_time_s": 0.0})
-        trial |= {"phase": phase, "wall_time_s": trial["wall_time_s"] + seconds}
+        before = self.trials.get(name, {}).get("wall_time_s", 0.0)
+        self.trials[name] = {"phase": phase, "wall_time_s": before + seconds}
+        if diverged:
+            self.trials[name]["diverged"] = True
+
+    def diverged(self, run_dir: Path) -> bool:
+        """Whether the loss of a run was not finite; one whose folder is deleted is run anew."""
+        return run_dir.exists() and self.trials.get(run_dir.name, {}).get("diverged", False)
 
     def write(self) -> None:
         """Write the file, whole or not at all."""

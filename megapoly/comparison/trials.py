@@ -70,18 +70,18 @@ class Trial:
         return config
 
 
-def parse_variants(words: Sequence[str], orders: Sequence[int]) -> list[Variant]:
+def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[Variant]:
     """Variants of a command line.
 
     Args:
         words: names of activations; ``polyrelu:4`` is one of order 4 alone.
-        orders: of polynomial activations that name none.
+        orders: of polynomial activations that name none; None: the usual one.
 
     Raises:
         ConfigError: a name is not in the registry, an order is none, or belongs to an activation
-            without powers, or a variant is named twice.
+            without powers, nothing takes the orders, or a variant is named twice.
     """
-    problems, variants = [], []
+    problems, variants, takes_orders = [], [], False
     for word in words:
         name, _, order = word.partition(":")
         try:
@@ -92,13 +92,21 @@ def parse_variants(words: Sequence[str], orders: Sequence[int]) -> list[Variant]
         if order and not (has_powers and order in ("2", "3", "4")):
             kind = "2, 3 or 4" if has_powers else f"none: {name} has no powers"
             problems.append(f"the order of `{word}` must be {kind}")
+        elif order:
+            variants.append(Variant(name, int(order)))
         elif has_powers:
-            variants += [Variant(name, o) for o in ([int(order)] if order else orders)]
+            takes_orders = True
+            variants += [Variant(name, o) for o in orders or [DEFAULT_ORDER]]
         else:
             variants.append(Variant(name, None))
     twice = sorted({v.name for v in variants if variants.count(v) > 1})
     if twice:
         problems.append(f"every activation must be named once; {', '.join(twice)} is named twice")
+    if orders and not (takes_orders or problems):
+        problems.append(
+            f"`--orders` ({' '.join(map(str, orders))}): nothing reads this where no polynomial "
+            "activation is named without an order; leave it out"
+        )
     if problems:
         raise ConfigError(problems)
     return variants

@@ -212,6 +212,15 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     )
 
 
+def least_world_size(config: Config) -> int:
+    """Ranks of the smallest job that has the layout."""
+    parallel, pipeline = config.parallel, config.parallel.pipeline_model_parallel_size
+    return math.lcm(
+        parallel.tensor_model_parallel_size * pipeline * parallel.context_parallel_size,
+        expert_tensor_parallel_size(parallel) * parallel.expert_model_parallel_size * pipeline,
+    )
+
+
 def num_microbatches(config: Config, world_size: int) -> int:
     """Forward passes of one rank in one step."""
     training = config.training

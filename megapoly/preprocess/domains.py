@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from megapoly.config.data_sources import MEAN
 from megapoly.data.builtin import BUILTIN_TEXT, builtin_documents
 from megapoly.data.files import write_text
 from megapoly.data.token_files import sha256_of
@@ -54,8 +55,7 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
     """Write ``text/``, ``tokenizer.json``, ``tokens/`` and, at last, ``data.yaml``.
 
     In ``data.yaml`` every domain has the same share of the training tokens, and its own validation
-    set. What is complete is left as it is; an interrupted preparation begins anew, but for finished
-    token files.
+    set. What is complete is left as it is; an interrupted preparation begins anew.
 
     Args:
         options: what to prepare.
@@ -65,13 +65,13 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
         The path of ``data.yaml``.
 
     Raises:
-        DataError: the folder is of other text or other options, a domain has too few documents, or
-            its text cannot be read.
+        DataError: the folder is of other text or other options, a domain has too few documents or
+            a name that is taken, or its text cannot be read.
     """
     files = [] if not options.input else domain_files(options.input)
     asked = _description(options, files)
     record = options.output / "domains.json"
-    if record.exists() and (written := json.loads(record.read_text())) != asked:
+    if options.recipe.exists() and (written := _read(record)) != asked:
         different = ", ".join(f"`{key}`" for key in asked if asked[key] != written.get(key))
         raise DataError(
             f"`--output` ({options.output}) holds domains prepared otherwise ({different} differ); "
@@ -82,7 +82,6 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
         return options.recipe
     text = options.output / "text"
     text.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asked, indent=1) + "\n")
     names = _write_builtin(text) if not files else _split_files(files, text, options.held_out)
     tokenizer = options.output / "tokenizer.json"
     trained = train_tokenizer(
@@ -103,6 +102,7 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
                 ),
                 console,
             )
+    write_text(record, json.dumps(asked, indent=1) + "\n")
     write_text(options.recipe, yaml.safe_dump(_recipe(options, names), sort_keys=False))
     return options.recipe
 
@@ -111,7 +111,7 @@ def domain_files(paths: Iterable[Path]) -> list[Path]:
     """The ``.jsonl`` of each domain, which is named as the file is; sorted in folders.
 
     Raises:
-        DataError: a path does not exist, there is none, or two have one name.
+        DataError: a path does not exist, there is none, or a name is taken.
     """
     found: list[Path] = []
     for path in paths:
@@ -119,12 +119,25 @@ def domain_files(paths: Iterable[Path]) -> list[Path]:
             raise DataError(f"`--input` must exist: {path} does not.")
         found += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     names = [path.stem for path in found]
+    if MEAN in names:
+        raise DataError(
+            f"`--input` must not name a domain `{MEAN}`, which is the mean over all validation "
+            "sets; rename the file."
+        )
     if not found or len(set(names)) < len(names):
         raise DataError(
             "`--input` must name one or more .jsonl files, each domain once; "
             f"found: {', '.join(names) or 'none'}."
         )
     return found
+
+
+def _read(record: Path) -> dict[str, Any]:
+    """What a complete folder was made of; nothing where the file is damaged or gone."""
+    try:
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def _description(options: DomainOptions, files: Sequence[Path]) -> dict[str, Any]:
@@ -167,10 +180,26 @@ def _split_files(files: Sequence[Path], text: Path, held_out: int) -> list[str]:
 
 
 def _chosen(path: Path, held_out: int, split: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            if (number % held_out == min(_OFFSET, held_out - 1)) == (split == _VALIDATION):
-                yield line.rstrip("\n")
+    for number, line in enumerate(_documents(path)):
+        if (number % held_out == min(_OFFSET, held_out - 1)) == (split == _VALIDATION):
+            yield line
+
+
+def _documents(path: Path) -> Iterator[str]:
+    """Lines of a file, each with a text; empty ones are none."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    if not isinstance(json.loads(line)["text"], str):
+                        raise TypeError("`text` is no text")
+                    yield line.rstrip("\n")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'Every line of a domain must be {{"text": ...}} in UTF-8; {path} is not after line '
+            f"{number - 1 if number else 0} ({type(error).__name__}: {error}). Mend or delete it."
+        ) from error
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> int:

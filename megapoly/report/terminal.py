@@ -1,48 +1,48 @@
-"""The tables of comparable runs, in a terminal."""
+"""The page's tables in a terminal."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table as Shown
+import rich.box
+import rich.table
+from rich.console import Console, Group
+from rich.text import Text
 
-from megapoly.report import content as contents
 from megapoly.report.answer import answer
 from megapoly.report.cells import Cell, Table
+from megapoly.report.content import read
 from megapoly.report.grouping import group_runs
 from megapoly.report.tables import tables
 
 
 def show_tables(folder: Path, reference: str, console: Console) -> None:
-    """Show every table of the complete runs in a folder, and what they say.
+    """Print the tables of a folder's complete runs, and what they say.
 
     Args:
-        folder: with runs, at any depth.
-        reference: activation to compare with.
-        console: where.
+        folder: of runs.
+        reference: activation that the others are compared with.
+        console: to print to.
+
+    Raises:
+        MegapolyError: as :func:`megapoly.report.content.read`.
     """
-    runs = [run for run in contents.read([folder]).runs if run.complete]
-    for group in group_runs(runs, reference):
+    for group in group_runs(read([folder]).runs, reference):
         for table in tables(group):
-            console.print(_shown(table))
-            for note in table.notes:
-                console.print(note, style="dim", highlight=False, markup=False)
-        for sentence in answer(group):
-            console.print(sentence, highlight=False, markup=False)
+            console.print(Group("", _shown(table), *table.notes), highlight=False, markup=False)
+        console.print(Group("", *answer(group)), highlight=False, markup=False)
 
 
-def _shown(table: Table) -> Shown:
-    shown = Shown(title=table.title, title_justify="left", box=None, pad_edge=False)
-    shown.add_column(table.columns[0], no_wrap=True)
-    for name in table.columns[1:]:
-        shown.add_column(name, justify="right")
+def _shown(table: Table) -> rich.table.Table:
+    """Names to the left, numbers to the right, the best of a column bold."""
+    shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+    for index, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if index else "left")
     for name, cells in table.rows:
-        shown.add_row(name, *(_text(cell) for cell in cells))
+        shown.add_row(name, *map(_text, cells))
     return shown
 
 
-def _text(cell: Cell) -> str:
-    text = f"[bold]{cell.text}[/]" if cell.best else cell.text
-    below = f"\n[dim]{cell.below}[/]" if cell.below else ""
-    return f"{text} {cell.spread}".rstrip() + below
+def _text(cell: Cell) -> Text:
+    lines = [f"{cell.text} {cell.spread}".rstrip(), *([cell.below] if cell.below else [])]
+    return Text("\n".join(lines), style="bold" if cell.best else "")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from megapoly.data.loader import Batch
-from megapoly.errors import MegapolyError
+from megapoly.errors import DivergenceError
 from megapoly.training.distributed import owns_loss, sum_over_all
 from megapoly.training.state import ModelState, TrainState
 
@@ -66,7 +66,7 @@ def train_step(
         stop_requested: whether this process was asked to stop.
 
     Raises:
-        MegapolyError: loss or gradient norm is not finite.
+        DivergenceError: loss or gradient norm is not finite.
     """
     with record_function("gradients"):
         losses = compute_gradients(state, batches)
@@ -92,7 +92,7 @@ def update_parameters(
     state.iteration += 1
     lm_loss, stop = _mean_loss(state, losses, stop_requested)
     if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
-        raise MegapolyError(
+        raise DivergenceError(
             f"Step {state.iteration}: loss {lm_loss}, gradient norm {grad_norm}; both must be "
             "finite. Nothing of this step is saved: go on from the newest checkpoint with a lower "
             "`optimizer.lr` or a longer warm-up."

@@ -8,7 +8,9 @@ from megapoly.analysis.command import AnalysisError, Asked, of_comparisons
 
 def comparison(folder: Path, chosen: dict[str, str]) -> Path:
     folder.mkdir()
-    (folder / "comparison.json").write_text(json.dumps({"chosen": chosen}))
+    (folder / "comparison.json").write_text(
+        json.dumps({"wall_time_s": 1.0, "trials": {}, "chosen": chosen})
+    )
     return folder
 
 
@@ -19,9 +21,14 @@ def test_chosen_runs_without_these_parts_are_asked_for(tmp_path: Path) -> None:
         (dense / name / "analysis").mkdir(parents=True)
         written = dense / name / "analysis/analysis.json"
         written.write_text(json.dumps({"parts": parts}))
-    found = of_comparisons(Asked(None, parts=("rank",), words=("--data.seed", "3")), [dense, moe])
+    (dense / "r.1/analysis").mkdir(parents=True)
+    (dense / "r.1/analysis/analysis.json").write_text('{"parts": ["ra')  # of a full disk
+    asked = Asked(None, parts=("rank",), tokens=64, words=("--data.seed", "3"))
+    found = of_comparisons(asked, [dense, moe])
     assert [each.checkpoint for each in found] == [dense / "g.1", dense / "r.1", moe / "m.1"]
-    assert found[2].command == f"python tools/analyze.py --checkpoint {moe / 'm.1'} --data.seed 3"
+    assert found[2].command == (
+        f"python tools/analyze.py --checkpoint {moe / 'm.1'} --parts rank --tokens 64 --data.seed 3"
+    )
     assert {each.parts for each in found} == {("rank",)}
 
 

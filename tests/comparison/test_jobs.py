@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from megapoly.comparison.jobs import Job, JobRunner
 folder = Path(sys.argv[1])
 jobs = [Job(n, [sys.executable, "-c", Path(sys.argv[3]).read_text(), str(folder / n)],
             folder / n, folder / (n + ".log"), 5) for n in ("a", "b", "c")]
-runner = JobRunner(Console(), at_once=2, total=3, on_end=lambda job, seconds: None)
+runner = JobRunner(Console(), at_once=2, total=3, on_end=lambda *_: None)
 run(lambda: runner.run(jobs) or 0)
 """
 
@@ -58,6 +59,39 @@ def test_asked_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.Sign
     assert not (tmp_path / "c/begun").exists()
 
 
+def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(SAVES)
+    words = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
+    job = Job("a", ["sh", "-c", f"{shlex.join(words)}; true"], tmp_path, tmp_path / "log", 5)
+    runner = JobRunner(Console(quiet=True), at_once=1, total=1, on_end=lambda *_: None)
+
+    def stop(number: int, frame: object) -> None:
+        if (tmp_path / "begun").exists():
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            runner.run([job])
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_that_is_killed_is_told_so(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    job = Job("a", ["sh", "-c", "kill -9 $$"], tmp_path, tmp_path / "log", 5)
+    with pytest.raises(TrialError, match="1 of 1 trials have failed"):
+        JobRunner(console, at_once=1, total=1, on_end=lambda *_: None).run([job])
+    assert isinstance(console.file, io.StringIO)
+    assert "a: killed by SIGKILL; " in console.file.getvalue()
+
+
 def test_progress_on_a_terminal_is_that_of_the_run(tmp_path: Path) -> None:
     line = {"iteration": 3, "lm_loss": 4.5, "step_time_s": 2.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -70,7 +104,7 @@ def test_progress_on_a_terminal_is_that_of_the_run(tmp_path: Path) -> None:
         5,
     )
     with pytest.raises(TrialError, match="polynorm"):  # it ends without a checkpoint of step 5
-        JobRunner(console, at_once=1, total=1, on_end=lambda job, seconds: None).run([job])
+        JobRunner(console, at_once=1, total=1, on_end=lambda *_: None).run([job])
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert "3/5" in shown

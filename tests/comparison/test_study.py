@@ -1,17 +1,20 @@
 import io
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from megapoly.comparison.jobs import TrialError
+from megapoly.comparison.jobs import Job, JobRunner, TrialError
+from megapoly.comparison.lock import sole_use
 from megapoly.comparison.record import Record
 from megapoly.comparison.study import Study
 from megapoly.comparison.trials import Variant
 from megapoly.config import Config
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, DataError
 
 SWIGLU, POLYNORM = Variant("swiglu", None), Variant("polynorm", 3)
 TRAINER = Path(__file__).parent / "trainer.py"
@@ -108,8 +111,103 @@ def test_a_failed_run_is_told_with_its_last_lines_and_others_go_on(
     ):
         asked.run(record, console)
     assert isinstance(console.file, io.StringIO)
-    assert "seed_1.log\nthe loss is not finite\n" in console.file.getvalue()
+    assert "seed_1.log\nout of memory\n" in console.file.getvalue()
     assert len(list(tmp_path.glob("*/metrics.jsonl"))) == 3
+
+
+def test_a_rate_at_which_the_loss_is_not_finite_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIVERGE", "0.004")
+    asked = study(tmp_path, rates=(1e-3, 4e-3), seeds=(1, 2))
+    chosen, shown, _ = run(asked)
+    assert chosen == {SWIGLU: 1e-3, POLYNORM: 1e-3}, "polynorm would be best at 0.004"
+    assert "polynorm.lr_0.004.seed_1: diverged after step 2 of 5" in shown
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert {name for name, trial in written["trials"].items() if "diverged" in trial} == {
+        "swiglu.lr_0.004.seed_1",
+        "polynorm.lr_0.004.seed_1",
+    }
+    run(asked)
+    assert (tmp_path / "polynorm.lr_0.004.seed_1/calls").read_text() == "3\n", "not tried again"
+    shutil.rmtree(tmp_path / "polynorm.lr_0.004.seed_1")
+    monkeypatch.delenv("DIVERGE")
+    chosen, _, record = run(asked)
+    assert chosen == {SWIGLU: 1e-3, POLYNORM: 4e-3}, "a deleted folder is"
+    assert "diverged" not in record.trials["polynorm.lr_0.004.seed_1"]
+
+
+def test_a_rate_whose_validation_loss_is_nan_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NAN_VALIDATION", "0.002")
+    chosen, _, _ = run(study(tmp_path, rates=(2e-3, 4e-3), seeds=(1,)))
+    assert chosen == {SWIGLU: 4e-3, POLYNORM: 4e-3}
+    with pytest.raises(TrialError, match="swiglu, polynorm did at none"):
+        run(study(tmp_path / "other", rates=(2e-3, 2e-3), seeds=(1,)))
+
+
+def test_who_diverges_at_the_only_rate_or_with_a_later_seed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIVERGE", "0.002")
+    with pytest.raises(TrialError, match=r"that of swiglu\.lr_0\.002\.seed_1, polynorm.* did not"):
+        run(study(tmp_path / "rate", rates=(2e-3,), seeds=(1, 2)))
+    monkeypatch.setenv("DIVERGE", "swiglu.seed_2")
+    for _ in range(2):  # the second call knows it from the first
+        with pytest.raises(TrialError, match=r"that of swiglu\.lr_0\.002\.seed_2 did not"):
+            run(study(tmp_path / "seed", rates=(2e-3, 4e-3), seeds=(1, 2, 3)))
+    assert len(list((tmp_path / "seed").glob("*.seed_3"))) == 2
+
+
+def test_times_of_trials_survive_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = study(tmp_path, rates=(2e-3,), seeds=(1,))
+    record = Record.of(tmp_path, command="", config=[])
+    written = []
+    monkeypatch.setattr(Record, "write", lambda self: written.append(dict(self.trials)))
+    asked.run(record, Console(file=io.StringIO()))
+    assert [len(trials) for trials in written] == [0, 1, 2, 2, 2]
+
+
+def test_one_comparison_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    # What holds the lock is a job that outlives the process that took it.
+    with sole_use(tmp_path) as lock:
+        assert lock is not None
+        job = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    try:
+        with pytest.raises(ConfigError, match="another comparison, or runs of one that was killed"):
+            run(study(tmp_path, rates=(2e-3,), seeds=(1,)))
+        assert not list(tmp_path.glob("swiglu*"))
+    finally:
+        job.kill()
+        job.wait()
+    run(study(tmp_path, rates=(2e-3,), seeds=(1,)))
+
+
+def test_jobs_hold_the_lock(tmp_path: Path) -> None:
+    held = "import os, sys; sys.exit(0 if os.path.samestat(os.fstat(int(sys.argv[1])), "
+    held += "os.stat(sys.argv[2])) else 1)"
+    with sole_use(tmp_path) as lock:
+        assert lock is not None
+        command = [sys.executable, "-c", held, str(lock), str(tmp_path / ".lock")]
+        job = Job("job", command, tmp_path, tmp_path / "log", 5)
+        runner = JobRunner(
+            console := Console(file=io.StringIO()),
+            at_once=1,
+            total=1,
+            on_end=lambda *_: None,
+            inherited=[lock],
+        )
+        with pytest.raises(TrialError):
+            runner.run([job])
+    assert isinstance(console.file, io.StringIO)
+    assert "job: ended before its last step" in console.file.getvalue(), "status 0: it has it open"
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text('{"wall_time_s": 3.0, "tri')
+    with pytest.raises(DataError, match="delete it, and the same command"):
+        Record.of(tmp_path, command="", config=[])
 
 
 def test_trials_of_another_configuration_are_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -121,3 +219,16 @@ def test_trials_of_another_configuration_are_refused_before_anything_runs(tmp_pa
     assert "`training.train_iters` 5 where 6 is asked for" in str(error.value)
     assert "`data.tokenizer` None where t.json is asked for" in str(error.value)
     assert (tmp_path / "swiglu.lr_0.002.seed_1/calls").read_text() == "3\n"
+
+
+def test_a_later_seed_of_another_configuration_is_refused_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    run(study(tmp_path, rates=(2e-3, 4e-3), seeds=(1, 2)))
+    for path in tmp_path.glob("recipes/*seed_1.yaml"):
+        path.unlink()
+    other = study(tmp_path, rates=(2e-3, 4e-3), seeds=(3, 2))
+    other.base.training.train_iters = 6
+    with pytest.raises(ConfigError, match=r"swiglu\.lr_0\.002\.seed_2 is in `--output`"):
+        run(other)
+    assert not list(tmp_path.glob("*seed_3"))

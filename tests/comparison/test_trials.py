@@ -51,9 +51,15 @@ def test_orders_are_of_activations_with_powers() -> None:
     ]
 
 
+def test_orders_that_nothing_reads_are_refused() -> None:
+    assert parse_variants(["polyrelu", "gelu"], None)[0].order == 3
+    with pytest.raises(ConfigError, match=r"`--orders` \(2 4\): nothing reads this"):
+        parse_variants(["swiglu", "polyrelu:3"], [2, 4])
+
+
 def test_all_mistakes_in_names_are_told() -> None:
     with pytest.raises(ConfigError) as error:
-        parse_variants(["swiglo", "gelu:2", "polynorm:5", "relu", "relu"], [3])
+        parse_variants(["swiglo", "gelu:2", "polynorm:5", "relu", "relu"], None)
     assert len(error.value.problems) == 4
     text = str(error.value)
     assert "the nearest is swiglu" in text
@@ -82,7 +88,7 @@ def test_the_grid_has_one_seed_and_the_seeds_have_one_rate() -> None:
 
 @pytest.mark.parametrize("name", ["dense_miniature", "moe_miniature"])
 def test_parameters_of_the_recipes_are_equal_but_for_coefficients(name: str) -> None:
-    variants = parse_variants(["swiglu", "gelu", "polynorm", "polyrelu:4", "polyprelu"], [3])
+    variants = parse_variants(["swiglu", "gelu", "polynorm", "polyrelu:4", "polyprelu"], None)
     swiglu, gelu, polynorm, polyrelu_4, polyprelu = sizes(base(name), variants)
     layers = 4
     assert gelu == swiglu
@@ -95,7 +101,7 @@ def test_parameters_of_the_recipes_are_equal_but_for_coefficients(name: str) -> 
 def test_models_of_other_size_are_refused() -> None:
     config = base()
     config.model.scale_gated_ffn = False
-    variants = parse_variants(["gelu", "swiglu"], [3])
+    variants = parse_variants(["gelu", "swiglu"], None)
     gelu, swiglu = sizes(config, variants)
     with pytest.raises(ConfigError, match=f"swiglu has {swiglu:,}, gelu {gelu:,}"):
         check_comparable(config, variants)

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapoly import launch
-from megapoly.pretrain import COMPLETE, STATUS_FILE, STOPPED
+from megapoly.pretrain import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -108,6 +108,16 @@ def test_five_mistakes_give_five_messages_and_start_nothing(tmp_path):
         assert word in output
     assert len(output.splitlines()) == 6, output  # and nothing else: no stack trace
     assert not run_dir.exists()
+
+
+def test_a_loss_that_is_not_finite_has_a_status_of_its_own(tmp_path):
+    too_fast = ["--optimizer.lr", "1e30", "--optimizer.clip_grad", "0", "--training.train_iters=5"]
+    script = str(EXAMPLES / "pretrain_dense.sh")
+    command = ["bash", script, *TINY, *too_fast, "--run_dir", str(tmp_path / "run")]
+    process = start(command, num_processes="1")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == DIVERGED == 3, output
+    assert "both must be finite" in output
 
 
 def test_unknown_option_names_the_nearest(tmp_path):

@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert "parameters: 574,656 to 574,659" in shown
     assert "tokens: 3,072 each, 3 steps of 1,024" in shown
+    assert "Losses, like Table 1" in shown
     return output
 
 
@@ -43,7 +45,9 @@ def test_runs_are_trained_on_the_same_data_at_the_seed(compared: Path) -> None:
     names = ["swiglu.lr_0.004.seed_5", "polyrelu_order_2.lr_0.004.seed_5"]
     data = []
     for name in names:
-        lines = [json.loads(x) for x in (compared / name / "metrics.jsonl").open()]
+        lines = [
+            json.loads(x) for x in (compared / name / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["consumed_tokens"] for line in lines] == [1024, 2048, 3072]
         assert [("val/books/loss" in line) for line in lines] == [False, True, True]
         saved = compared / name / "checkpoints/iter_0000003"
@@ -75,4 +79,55 @@ def test_what_a_run_would_refuse_is_told_before_the_first(tmp_path: Path) -> Non
     said = compare(*words.split(), "--training.global_batch_size", "6", status=2)
     assert "`training.global_batch_size` (6) must be divisible by" in said
     assert "The configuration has 1 problem" in said
+    assert not (tmp_path / "out").exists()
+
+
+LARGE = "--config examples/configs/dense_1b_paper.yaml --activations swiglu polynorm"
+
+
+def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: Path) -> None:
+    words = [*LARGE.split(), "--output", str(tmp_path / "out"), "--launcher", "sh run.sh"]
+    shown = compare(*words, "--dry-run")
+    assert "tokens: 250,000,179,200 each, 953675 steps of 262,144" in shown
+    said = compare(*words, "--training.train_tokens", "null", "--optimizer.lr", "0", status=2)
+    assert "`optimizer.lr` (0.0) must be above 0" in said
+    assert "`training.train_tokens`" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--optimizer.lr 0", "`optimizer.lr` (0.0) must be above 0"),
+        ("--launcher nosuch-launcher", "`--launcher` (nosuch-launcher) must begin with a program"),
+        ("--launcher 'a", "No closing quotation"),
+        ("--seeds 1 4294967296", "`data.seed` (4294967296) must be"),
+        ("--tasks piqa --task-data absent", "`training.eval_tasks_data` (absent) is no folder"),
+        ("--orders 2", "`--orders` (2): nothing reads this"),
+        ("--training.seed=3", "--training.seed is set by --seeds"),
+        ("--learning-rates 1e-3 --optimizer.lr 2e-3", "--optimizer.lr is set by --learning-rates"),
+        ("--task-limit 3", "--task-data and --task-limit are for --tasks"),
+        ("--launcher sh --processes 2", "--processes is for runs on this machine"),
+        ("--seeds 2 1 2", "--seeds: each must be named once, not 2 1 2"),
+        ("--learning-rates 0.001 1e-3", "--learning-rates: each must be named once, not 0.001"),
+        ("--modle.num_layers 3", "the nearest is `model.num_layers`"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_the_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    message: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.chdir(ROOT)
+    main = importlib.import_module("compare_activations").main
+    given = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu --dry-run {words}"
+    try:
+        status = main(given.split())
+    except SystemExit as end:  # of argparse
+        status = end.code
+    assert status == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
