@@ -33,7 +33,7 @@ def answer(group: Group) -> list[str]:
     sentences = []
     if about is not None:
         fixed = [entry for entry in group.main if entry.order is None]
-        sentences += _against(about, fixed, _kind(group)) if fixed else []
+        sentences += _against(about, fixed, group.ranked_by) if fixed else []
         for variant in group.entries:
             if not variant.plain and variant.activation == about.activation:
                 sentences += _of_variant(variant, group)
@@ -47,7 +47,7 @@ def _of_variant(variant: Entry, group: Group) -> list[str]:
     fixed = [e for e in group.entries if e.order is None and e.variant == variant.variant]
     if not fixed:
         return []
-    return _against(variant, fixed, _kind(group), f"With {in_words(variant.variant)}: in")
+    return _against(variant, fixed, group.ranked_by, f"With {in_words(variant.variant)}: in")
 
 
 def answers(content: Content) -> str:
@@ -56,15 +56,13 @@ def answers(content: Content) -> str:
     return "\n".join(f"{group.kind}: {' '.join(answer(group))}" for group in groups)
 
 
-def _kind(group: Group) -> str:
-    return "validation" if group.runs[0].validation["tokens"] else "training"
-
-
 def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "In") -> list[str]:
     found = {entry.title: results.difference(about, entry) for entry in fixed}
     known = {label: item for label, item in found.items() if item is not None}
+    reason = "no seed is shared, or a run has no finite loss"
     if not known:
-        return [f"{about.label} shares no seed with a fixed activation: nothing is compared."]
+        return [f"{about.label} is compared with no fixed activation: {reason}."]
+    lost = [label for label in found if label not in known]
     below = {label: item for label, item in known.items() if item.spread.mean < 0}
     rest = {label: item for label, item in known.items() if label not in below}
     verb = "ends" if below else "does not end"
@@ -75,6 +73,8 @@ def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "
     if rest:
         parts.append(("not below " if below else "below ") + _list(words))
     text = f"{beginning} {kind} loss {about.title} {verb} {', and '.join(parts)}."
+    if lost:
+        text += f" It is not compared with {_list(lost)}: {reason}."
     if max(item.spread.count for item in known.values()) == 1:
         return [text, "With one seed nothing is known of the spread."]
     single = [label for label, item in known.items() if item.spread.count == 1]
@@ -82,7 +82,10 @@ def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "
     if single:
         text += f" With {_list(single)} it shares one seed."
     if unclear:
-        text += f" Against {_list(unclear)} this is within twice its standard error."
+        text += (
+            f" Against {_list(unclear)} the sign is open: the difference's 95\u00a0% interval "
+            "(Student's t) contains zero."
+        )
     return [text, "± is the standard error of differences between runs of the same seed."]
 
 
@@ -122,7 +125,7 @@ def _ranking(group: Group) -> str:
     lost = len(group.entries) - len(ranked)
     ranked.sort()
     order = " < ".join(f"{label} {mean:.3f}" for mean, label in ranked)
-    return f"Final {_kind(group)} losses in order: {order}." + (
+    return f"Final {group.ranked_by} losses in order: {order}." + (
         f" {lost} more ended without a finite loss." if lost else ""
     )
 

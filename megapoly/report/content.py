@@ -81,15 +81,17 @@ def write(content: Content, path: Path) -> None:
         "theory_folder": content.theory_folder,
         "theory": _rounded(content.theory),
     }
-    lines = [f'"{key}": {json.dumps(value)}' for key, value in values.items()]
+    lines = [f'"{key}": {_json(value)}' for key, value in values.items()]
     runs = [
-        json.dumps(
-            {**to_record(run), "analysis": _rounded(run.analysis) if run.key in shown else None}
-        )
+        _json({**to_record(run), "analysis": _rounded(run.analysis) if run.key in shown else None})
         for run in content.runs
     ]
     lines.append('"runs": [\n' + ",\n".join(runs) + "\n]")
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
 
 
 def _saved(path: Path) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -9,21 +11,16 @@ from matplotlib.ticker import PercentFormatter
 from megapoly.config.data_sources import MEAN
 from megapoly.report import paper
 from megapoly.report.groups import Entry, Group
-from megapoly.report.results import Reach, difference, reach, validation_loss, values
-from megapoly.report.statistics import paired, spread
+from megapoly.report.results import Reach, difference, known, reach, validation_loss, values
+from megapoly.report.statistics import paired
 from megapoly.report.style import GRID, INK, LINE, MUTED, PAPER, colour, dashes, legend, panels
 
 # Inches.
 _ROW, _PAIR_OF_ROWS, _DOT = 0.27, 0.44, 0.1
 
 FINAL_CAPTION = (
-    "Every run at its activation's learning rate: a dot a seed, a bar at their mean. Lower is "
-    "better."
-)
-RATES_CAPTION = (
-    "Final validation loss at each learning rate of the grid, of the seeds that all rates have; "
-    "a ring marks the rate that the tables are of. A line that falls to its end asks for a wider "
-    "grid."
+    "Every run at its activation's learning rate: a dot a seed, a bar at their mean where all "
+    "are finite. Lower is better; dashed: the reference."
 )
 
 
@@ -45,17 +42,19 @@ def final_losses(group: Group) -> Figure:
     """A dot a seed, the lowest mean first."""
     found = []
     for entry in group.entries:
-        losses = [loss for run in entry.seeds.values() if (loss := run.validation_loss())]
-        mean = spread(losses)
-        if mean is not None:
-            found.append((mean.mean, entry, losses))
+        numbers = values(entry, validation_loss())
+        losses = [loss for loss in numbers.values() if loss is not None]
+        mean = known(numbers)
+        if losses:
+            found.append((mean.mean if mean else math.inf, entry, losses))
     found.sort(key=lambda item: item[0])
     figure, axes = _rows(len(found))
     for row, (middle, entry, losses) in enumerate(found):
         axes.plot(losses, [row] * len(losses), "o", color=colour(entry), markersize=5, alpha=0.65)
-        axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
+        if math.isfinite(middle):
+            axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
     if group.reference is not None:
-        own = [middle for middle, entry, _ in found if entry is group.reference]
+        own = [m for m, entry, _ in found if entry is group.reference and math.isfinite(m)]
         for middle in own:
             axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
     axes.set_yticks(range(len(found)), [entry.label for _, entry, _ in found])
@@ -64,8 +63,17 @@ def final_losses(group: Group) -> Figure:
     return figure
 
 
+def rates_caption(group: Group) -> str:
+    """What :func:`learning_rates` draws."""
+    return (
+        f"Final {group.ranked_by} loss at each learning rate of the grid, of the seeds that all "
+        "rates have; a ring marks the rate that the tables are of. A line that falls to its end "
+        "asks for a wider grid."
+    )
+
+
 def learning_rates(group: Group) -> Figure:
-    """Final validation loss against the learning rate, a line an entry."""
+    """Final loss against the learning rate, a line an entry."""
     figure, (axes,) = panels((3.1,))
     entries = [entry for entry in group.entries if len(entry.rates) > 1]
     styles = dashes(entries)
@@ -97,7 +105,7 @@ def learning_rates(group: Group) -> Figure:
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("final validation loss")
+    axes.set_ylabel(f"final {group.ranked_by} loss")
     legend(figure, axes)
     return figure
 

@@ -123,7 +123,7 @@ def _of_group(group: Group) -> list[Picture]:
         add(
             "learning_rates",
             "Learning rates",
-            end_figures.RATES_CAPTION,
+            end_figures.rates_caption(group),
             lambda: end_figures.learning_rates(group),
         )
     return found

@@ -112,6 +112,8 @@ def _group(slug: str, runs: list[Run], reference: str) -> Group:
     entries.sort(key=_place)
     first = [entry for entry in entries if entry.activation == reference]
     group_key = {**_key(runs[0]), "parameters": runs[0].parameters}
+    if _is_moe(runs[0]):
+        group_key["active parameters"] = runs[0].active_parameters
     return Group(
         slug=slug,
         moe=_is_moe(runs[0]),

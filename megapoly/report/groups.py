@@ -132,6 +132,11 @@ class Group:
         return "mixture of experts" if self.moe else "dense"
 
     @property
+    def ranked_by(self) -> str:
+        """Which loss :func:`final_loss` is: validation or training."""
+        return "validation" if self.runs[0].validation["tokens"] else "training"
+
+    @property
     def runs(self) -> list[Run]:
         """Of all entries."""
         return [run for entry in self.entries for run in entry.runs]

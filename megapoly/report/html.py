@@ -158,8 +158,14 @@ def _equal(group: Group) -> str:
     if group.moe:
         size += f" ({paper.short(run.active_parameters)} active)"
     known = "as their checkpoints say" if run.data else "as their configurations say"
+    orders: dict[str, set[str]] = {}
+    for each in group.runs:
+        orders.setdefault(each.seed, set()).add(str(each.data and each.data["fingerprint"]))
+    order = "in the same order for each seed"
+    if any(len(found) > 1 for found in orders.values()):
+        order = "but not in the same order in all runs of a seed"
     return (
-        f"{len(group.runs)} runs on the same data in the same order for each seed ({known}), "
+        f"{len(group.runs)} runs on the same data {order} ({known}), "
         f"{run.tokens:,} tokens in {run.steps:,} steps of "
         f"{run.config['training']['global_batch_size']} sequences, and {size}, "
         + (f"which differ by {difference:,} at most." if difference else "the same in all.")
@@ -172,10 +178,15 @@ def _apart(group: Group, groups: Sequence[Group]) -> str | None:
     if first is group:
         return None
     names = [name for name, value in group.key.items() if value != first.key[name]]
-    if names == ["parameters"]:
+    sizes = [
+        f"{name} ({group.key[name]:,} here, {first.key[name]:,} there)"
+        for name in names
+        if name.endswith("parameters")
+    ]
+    if len(sizes) == len(names):
         return (
-            f"Apart from the group before: parameters ({group.key['parameters']:,} here, "
-            f"{first.key['parameters']:,} there) differ by more than {TOLERANCE:.0%}."
+            f"Apart from the first group of this kind: {' and '.join(sizes)} differ by more than "
+            f"{TOLERANCE:.0%}."
         )
     return f"Apart from the first group of this kind, which has other {', '.join(names)}."
 
@@ -225,8 +236,7 @@ def _data(group: Group) -> Table:
 
 def _fingerprints(group: Group) -> list[tuple[str, str]]:
     """Fingerprint of the sequence of samples, by seed."""
-    found = {run.seed: run.data["fingerprint"] for run in group.runs if run.data}
-    return sorted(found.items())
+    return sorted({(run.seed, run.data["fingerprint"]) for run in group.runs if run.data})
 
 
 def _tokenizer(run: Run) -> str:
@@ -244,6 +254,8 @@ def _against_paper(group: Group, recipes: Path) -> list[tuple[str, str, str]]:
     here["learning rate"] = ", ".join(f"{lr:g}" for lr in rates) + _floor(run)
     full = paper.recipe(recipes, group.moe)
     there = paper.facts(full, full["parameters"], full["active"])
+    seeds = sorted({len(entry.seeds) for entry in group.entries})
+    here["seeds"], there["seeds"] = " or ".join(map(str, seeds)), "one"
     here["hardware"], there["hardware"] = _processes(run), paper.results(group.moe).hardware
     return [(name, here[name], there[name]) for name in here if here[name] != there[name]]
 
@@ -290,7 +302,8 @@ def _comparison(key: str, content: Content) -> dict[str, Any]:
         "machine": machine or "not recorded",
         "versions": versions or "not recorded",
         "wall_time": duration(found["wall_time_s"]) if found.get("wall_time_s") else None,
-        "trials": len(found["trials"]),
+        # Those of an earlier grid are in its file, and not here.
+        "trials": sum(run.comparison == key for run in content.runs),
     }
 
 

@@ -116,6 +116,7 @@ def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, 
         "parameters": size,
         "layers, width": f"{model['num_layers']}, {model['hidden_size']:,}, {heads}",
         "FFN": ffn,
+        **_parts(model),
         "vocabulary": f"{model['vocab_size']:,}",
         "context": f"{training['seq_length']:,} tokens",
         "batch": f"{training['global_batch_size']:,} sequences, {step:,} tokens",
@@ -138,6 +139,25 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
+
+
+def _parts(model: Mapping[str, Any]) -> dict[str, str]:
+    """What else a model is made of."""
+    groups = model["num_query_groups"] or model["num_attention_heads"]
+    norm = "" if model["qk_norm"] == "none" else f", QK-norm ({model['qk_norm']})"
+    parts = {
+        "attention": f"{groups} key/value heads, RoPE theta {model['rotary_base']:,}{norm}",
+        "embeddings": "untied" if model["untie_embeddings_and_output_weights"] else "tied",
+        "dropout": f"{model['hidden_dropout']:g}, attention {model['attention_dropout']:g}",
+    }
+    if model["num_moe_experts"]:
+        shared = model["moe_shared_expert_intermediate_size"]
+        parts["shared expert"] = f"{shared:,}" if shared else "none"
+        parts["router"] = (
+            f"softmax {'before' if model['moe_router_pre_softmax'] else 'over'} the top-k, "
+            f"balancing {model['moe_aux_loss_coeff']:g}, z-loss {model['moe_z_loss_coeff']:g}"
+        )
+    return parts
 
 
 def _initial(model: Mapping[str, Any]) -> str:

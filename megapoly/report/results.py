@@ -26,9 +26,9 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than twice its standard error."""
-        error = self.spread.error
-        return error is not None and abs(self.spread.mean) > 2 * error
+        """Whether the mean's 95 % interval (Student's t) leaves out zero."""
+        half = self.spread.half_interval
+        return half is not None and abs(self.spread.mean) > half
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,16 @@ def perplexity(domain: str = MEAN) -> Callable[[Run], float | None]:
 def difference(
     entry: Entry, other: Entry, read: Callable[[Run], float | None] = final_loss
 ) -> Difference | None:
-    """``entry`` minus ``other``; None if they share no seed."""
-    found = list(paired(values(entry, read), values(other, read)).values())
+    """``entry`` minus ``other``.
+
+    Returns:
+        None if they share no seed, or one of the runs to compare has no finite value: the mean over
+        the others would leave out the worst.
+    """
+    own, others = values(entry, read), values(other, read)
+    found = list(paired(own, others).values())
     found_spread = spread(found)
-    if found_spread is None:
+    if found_spread is None or len(found) < len(own.keys() & others.keys()):
         return None
     return Difference(found_spread, sum(value < 0 for value in found))
 

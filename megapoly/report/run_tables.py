@@ -23,10 +23,12 @@ def learning_rates(group: Group) -> Table:
             cell.below = f"{seeds} seeds" if seeds > 1 else "1 seed"
             cells.append(cell)
         rows.append((entry.label, cells))
-    kind = "validation" if group.runs[0].validation["tokens"] else "training"
     notes = [
-        f"Final {kind} loss, mean over the seeds that all rates of the line have; bold: the rate "
-        "that all other tables and figures use."
+        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have; bold: "
+        "the rate that all other tables and figures use. It is chosen by this same loss, which "
+        "flatters every line a little."
+        if len(rates) > 1
+        else f"Final {group.ranked_by} loss."
     ]
     return Table(
         "Learning rates",
@@ -89,7 +91,12 @@ def own_options(group: Group) -> Table:
         rows.append((entry.label, cells))
     columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
     names = [name.split(".")[-1] for name in group.varied]
-    return Table("What differs between the runs", [*columns, *names], rows)
+    notes = [
+        "Wall time: of all runs of a line, added up. Tokens/s: of those at its rate, start, "
+        "evaluation and checkpoints included, beside whatever else the machine did; no measure of "
+        "an activation's speed."
+    ]
+    return Table("What differs between the runs", [*columns, *names], rows, notes)
 
 
 def _option(run: Run, name: str) -> str:

@@ -22,6 +22,8 @@ from megapoly.report.statistics import thinned, trailing_mean
 # Of the steps of a run; its final training loss is the mean over so many.
 WINDOW = 1 / 20
 MOST_POINTS = 150
+# What every line of metrics.jsonl has.
+_OF_A_STEP = ("iteration", "consumed_tokens", "lm_loss", "step_time_s")
 # Where a run lies says nothing about it.
 _PLACES = ("checkpoint", "logging")
 
@@ -146,7 +148,12 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
     total = config.training.train_iters or len(steps)
     window = max(1, round(total * WINDOW))
     wall_time = (trial or {}).get("wall_time_s")
-    tasks = {k.removeprefix("task/"): v for s in steps for k, v in s.items() if _is(k, "task")}
+    tasks = {
+        key.removeprefix("task/"): score
+        for step in steps
+        for key, value in step.items()
+        if _is(key, "task") and (score := _finite(value)) is not None
+    }
     return Run(
         name=folder.resolve().name,
         config=_without_places(to_dict(config)),
@@ -173,7 +180,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Steps of a run in order; a last line that is being written is left out.
 
     Raises:
-        DataError: the file cannot be read, or another line is no object with an iteration.
+        DataError: the file cannot be read, or another line lacks what every step has.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -184,8 +191,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate([*whole, unfinished] if unfinished else whole, start=1):
         try:
             step = json.loads(line)
+            missing = [name for name in _OF_A_STEP if name not in step]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing")
             found[step["iteration"]] = step
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             if number > len(whole):
                 break
             raise DataError(
@@ -198,8 +208,8 @@ def _is(key: str, kind: str) -> bool:
     return key.startswith(f"{kind}/")
 
 
-def _finite(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return round(value, 6) if value is not None and math.isfinite(value) else None
 
 
 def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:

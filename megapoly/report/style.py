@@ -25,13 +25,13 @@ INK, MUTED, GRID, PAPER = "#1d1d21", "#6c6c75", "#e6e6ea", "#ffffff"
 # By place in the registry; the page has a lighter one of each for a dark ground.
 _PALETTE = (
     "#8a5a2b",
-    "#b38867",
+    "#a57a58",
     "#2f7d4f",
-    "#7fa650",
+    "#6b9440",
     "#3b6fb6",
-    "#4aa3c7",
-    "#c9871f",
-    "#d0a83e",
+    "#3690b5",
+    "#b97c15",
+    "#9c8a20",
     "#b3273f",
     "#cf6a8a",
     "#7a4fa3",

@@ -68,7 +68,7 @@ def losses(group: Group) -> Table:
     if reference is not None:
         notes.append(
             f"Minus {reference.label}: difference of the final "
-            f"{'validation' if run.validation['tokens'] else 'training'} loss to {reference.label} "
+            f"{group.ranked_by} loss to {reference.label} "
             "with the same seed, mean ± standard error."
         )
         if not all(entry.plain for entry in group.entries):

@@ -2,6 +2,7 @@ import pytest
 from made_runs import write_run
 
 from megapoly.report.grouping import group_runs
+from megapoly.report.html import _apart, _equal, _title
 from megapoly.report.runs import read_run
 
 
@@ -36,6 +37,27 @@ def test_what_may_not_be_compared_is_apart(tmp_path, other):
     assert {len(first.runs), len(second.runs)} == {2, 1}
     moe = "num_moe_experts" in str(other)
     assert {first.slug, second.slug} == {"dense", "moe" if moe else "dense_2"}
+
+
+def test_experts_of_a_token_make_another_group_though_all_parameters_are_as_many(tmp_path):
+    experts = ("--model.num_moe_experts", "4")
+    first, second = groups_of(
+        tmp_path,
+        {"activation": "swiglu", "words": experts},
+        {"activation": "swiglu", "words": (*experts, "--model.moe_router_topk", "3")},
+    )
+    assert first.runs[0].parameters == second.runs[0].parameters
+    active = f"{second.runs[0].active_parameters:,}"
+    assert _title(second, [first, second]).endswith(f"{active} active parameters")
+    said = f"active parameters ({active} here, {first.runs[0].active_parameters:,} there)"
+    assert said in _apart(second, [first, second])
+
+
+def test_another_order_of_the_data_is_said(tmp_path):
+    (group,) = groups_of(tmp_path, {"activation": "swiglu"}, {"activation": "relu"})
+    assert "in the same order for each seed" in _equal(group)
+    group.entries[1].runs[0].data["fingerprint"] = "another"
+    assert "not in the same order in all runs of a seed" in _equal(group)
 
 
 def test_unfinished_runs_are_in_no_group(tmp_path):

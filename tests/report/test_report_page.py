@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from made_runs import write_run
 
+from megapoly.activations.registry import ACTIVATIONS
 from megapoly.report import content as contents
 from megapoly.report.figures import pictures
 from megapoly.report.style import svg
@@ -127,6 +128,39 @@ def test_page_needs_nothing_besides_itself(made):
     # What is referred to is there, and once.
     assert {r[1:] for r in found.loaded if r.startswith("#")} <= set(found.ids)
     assert len(found.ids) == len(set(found.ids))
+
+
+def test_headings_leave_out_no_level(made):
+    tags = References((made / "page/index.html").read_text()).tags
+    levels = [int(tag[1]) for tag in tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(next_ <= level + 1 for level, next_ in zip(levels, levels[1:], strict=False))
+
+
+def test_lines_stand_out_from_both_grounds(made):
+    page = (made / "page/index.html").read_text()
+    for rule in re.findall(r"color-scheme: \w+; --paper[^}]*", page):
+        colours = dict(re.findall(r"(--[a-z0-9-]+): (#[0-9a-f]{6})", rule))
+        lines = {name for name in colours if name.startswith("--series")}
+        assert len(lines) == len(ACTIVATIONS)
+        # WCAG 2.2: 4.5 for text, 3 for what a figure is read by.
+        for name in lines:
+            assert contrast(colours[name], colours["--paper"]) >= 3, name
+        for name in ("--ink", "--muted", "--accent"):
+            assert contrast(colours[name], colours["--paper"]) >= 4.5, name
+        assert contrast(colours["--muted"], colours["--wash"]) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    """Ratio of the relative luminances, as WCAG defines them."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
 
 
 def test_page_says_what_it_is_made_of(made):

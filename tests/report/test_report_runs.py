@@ -6,7 +6,7 @@ from made_runs import STEP, write_run
 from megapoly.errors import DataError
 from megapoly.planning.parameters import total_parameters
 from megapoly.report.content import read
-from megapoly.report.runs import read_metrics, read_run
+from megapoly.report.runs import read_metrics, read_run, to_record
 
 
 def test_final_losses(tmp_path):
@@ -61,9 +61,11 @@ def test_curves_are_thinned(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_none(tmp_path):
-    run = read_run(write_run(tmp_path / "r", [3.0, float("nan")], evaluations={2: {"a": 2.0}}))
+    options = {"evaluations": {2: {"a": 2.0}}, "tasks": {"piqa": float("nan"), "arc": 40.0}}
+    run = read_run(write_run(tmp_path / "r", [3.0, float("nan")], **options))
     assert run.training["loss"] == [3.0, None]
-    json.dumps(run.training, allow_nan=False)
+    assert run.tasks == {"arc": 40.0}
+    json.dumps(to_record(run), allow_nan=False)
 
 
 def test_no_place_on_disk_is_kept(tmp_path):
@@ -80,6 +82,9 @@ def test_line_that_is_being_written(tmp_path):
     assert [step["iteration"] for step in read_metrics(path)] == [1, 2]
     path.write_text('{"iter\n' + path.read_text())
     with pytest.raises(DataError, match="line 1, is no step"):
+        read_metrics(path)
+    path.write_text('{"iteration": 1, "lm_loss": 3.0}\n')
+    with pytest.raises(DataError, match="line 1, .*consumed_tokens, step_time_s missing"):
         read_metrics(path)
 
 

@@ -2,6 +2,7 @@ import math
 import statistics
 
 import pytest
+import scipy.stats
 
 from megapoly.report.statistics import first_crossing, paired, spread, thinned, trailing_mean
 
@@ -15,8 +16,16 @@ def test_spread_is_that_of_the_statistics_module():
     assert found.count == 4
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 31])
+def test_interval_is_that_of_scipy(count):
+    values = [3.0 + math.sin(i) for i in range(count)]
+    low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert spread(values).half_interval == pytest.approx((high - low) / 2, rel=5e-4)
+
+
 def test_spread_of_one_and_of_none():
-    assert (spread([2.0]).deviation, spread([2.0]).error) == (None, None)
+    one = spread([2.0])
+    assert (one.deviation, one.error, one.half_interval) == (None, None, None)
     assert spread([]) is None
 
 

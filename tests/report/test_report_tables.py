@@ -6,9 +6,11 @@ from made_runs import write_run
 
 from megapoly.report import results
 from megapoly.report.answer import answer
+from megapoly.report.end_figures import final_losses
 from megapoly.report.grouping import group_runs
 from megapoly.report.run_tables import learning_rates
 from megapoly.report.runs import read_run
+from megapoly.report.style import MUTED
 from megapoly.report.tables import domains, losses, tokens_to_reach
 
 # Validation loss of domains a and b halfway and at the end, by activation and seed.
@@ -101,7 +103,12 @@ def test_a_run_that_ends_above_has_not_reached_it(tmp_path):
 def test_answer_says_what_the_numbers_say(group):
     first, errors, order = answer(group)
     assert first.startswith("In validation loss PolyNorm ends below SwiGLU by 0.167")
-    assert "GELU by 0.250" in first and first.endswith("each in 3 of 3 seeds.")
+    assert "GELU by 0.250" in first and "each in 3 of 3 seeds. " in first
+    # Differences -0.2, -0.1, -0.2 and -0.3, -0.05, -0.4: below zero by five standard errors and
+    # by 2.4, of which Student's t with two degrees of freedom asks 4.3.
+    assert first.replace("\u00a0", " ").endswith(
+        "Against GELU the sign is open: the difference's 95 % interval (Student's t) contains zero."
+    )
     assert errors.startswith("± is the standard error")
     assert order == "Final validation losses in order: PolyNorm 2.933 < SwiGLU 3.100 < GELU 3.183."
 
@@ -119,8 +126,31 @@ def test_answer_does_not_hide_a_loss(tmp_path):
     # Differences 0.3, -0.1, 0.3.
     error = statistics.stdev([0.3, -0.1, 0.3]) / math.sqrt(3)
     assert f"does not end below ReLU (+0.167 ± {error:.3f}, lower in 1 of 3 seeds)" in first
-    assert "Against ReLU this is within twice its standard error." in first
+    assert "Against ReLU the sign is open" in first
     assert found.reference is None
+
+
+def test_a_loss_that_is_not_finite_is_not_left_out_of_a_difference(tmp_path):
+    runs = []
+    ends = {"swiglu": (2.0, 2.0), "relu": (2.2, 2.2), "polynorm": (1.9, math.nan)}
+    for activation, losses_of_seeds in ends.items():
+        for seed, loss in enumerate(losses_of_seeds):
+            options = {"activation": activation, "seed": seed, "evaluations": {1: {"a": loss}}}
+            runs.append(read_run(write_run(tmp_path / f"{activation}.{seed}", [3.0], **options)))
+    (found,) = group_runs(runs, "swiglu")
+    row = cells(losses(found), "PolyNorm")
+    assert [row[name].text for name in ("validation loss", "minus SwiGLU", "lower in")] == ["–"] * 3
+    assert answer(found) == [
+        "PolyNorm is compared with no fixed activation: no seed is shared, or a run has no finite "
+        "loss.",
+        "Final validation losses in order: SwiGLU 2.000 < ReLU 2.200. 1 more ended without a "
+        "finite loss.",
+    ]
+    axes = final_losses(found).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["SwiGLU", "ReLU", "PolyNorm"]
+    # Dots of each, and a bar at the mean of those whose runs all have one.
+    drawn = [line for line in axes.lines if line.get_color() != MUTED]
+    assert [len(line.get_xdata()) for line in drawn] == [2, 2, 2, 2, 1]
 
 
 def test_one_seed_is_no_spread(tmp_path):
