@@ -187,18 +187,19 @@ def _chosen(path: Path, held_out: int, split: str) -> Iterator[str]:
 
 def _documents(path: Path) -> Iterator[str]:
     """Lines of a file, each with a text; empty ones are none."""
-    number = 0
+    good = 0
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for line in lines:
                 if line.strip():
                     if not isinstance(json.loads(line)["text"], str):
                         raise TypeError("`text` is no text")
                     yield line.rstrip("\n")
+                good += 1
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f'Every line of a domain must be {{"text": ...}} in UTF-8; {path} is not after line '
-            f"{number - 1 if number else 0} ({type(error).__name__}: {error}). Mend or delete it."
+            f"{good} ({type(error).__name__}: {error}). Mend or delete it."
         ) from error
 
 
