@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").rea
 HF = ["accelerate", "safetensors", "transformers>=4.57"]
 EVAL = ["datasets", "lm-eval>=0.4.12", *HF]
 DATA = ["gigatoken>=0.10", "matplotlib", "orjson", "pyarrow", "zstandard"]
-REPORT = ["jinja2", "markdown-it-py", "matplotlib"]
+REPORT = ["jinja2", "markdown-it-py", "matplotlib", "pillow"]
 
 setup(
     name="megapoly",

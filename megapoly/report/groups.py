@@ -75,23 +75,18 @@ class Entry:
 
         Training loss where there is no validation; None where a run's is not finite.
         """
-        common = set.intersection(*(set(runs) for runs in self.rates.values()))
-        scores: dict[float, float | None] = {}
-        for lr, runs in self.rates.items():
-            losses = [final_loss(runs[seed]) for seed in common or runs]
-            known = [loss for loss in losses if loss is not None]
-            scores[lr] = sum(known) / len(known) if known and len(known) == len(losses) else None
-        return scores
+        return _scores(self.rates)
 
     @cached_property
     def lr(self) -> float:
-        """The rate that the tables are of: with most seeds, among these with the lowest loss."""
+        """The rate that the tables are of.
 
-        def rank(lr: float) -> tuple[int, float]:
-            score = self.scores[lr]
-            return -len(self.rates[lr]), float("inf") if score is None else score
-
-        return min(self.rates, key=rank)
+        Of the rates with most seeds the one with the lowest loss, over the seeds that these share.
+        """
+        most = max(len(runs) for runs in self.rates.values())
+        scores = _scores({lr: runs for lr, runs in self.rates.items() if len(runs) == most})
+        known = {lr: float("inf") if score is None else score for lr, score in scores.items()}
+        return min(known, key=lambda lr: known[lr])
 
     @property
     def seeds(self) -> dict[str, Run]:
@@ -160,6 +155,16 @@ class Group:
             if entry.plain and (kept is None or entry.order == usual):
                 found[entry.activation] = entry
         return list(found.values())
+
+
+def _scores(rates: dict[float, dict[str, Run]]) -> dict[float, float | None]:
+    common = set.intersection(*(set(runs) for runs in rates.values()))
+    scores: dict[float, float | None] = {}
+    for lr, runs in rates.items():
+        losses = [final_loss(runs[seed]) for seed in common or runs]
+        known = [loss for loss in losses if loss is not None]
+        scores[lr] = sum(known) / len(known) if known and len(known) == len(losses) else None
+    return scores
 
 
 def final_loss(run: Run) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megapoly.activations import registry
 from megapoly.report.cells import NONE, Cell, Table, duration
-from megapoly.report.groups import Group, options_of
+from megapoly.report.groups import Group, final_loss, options_of
 from megapoly.report.runs import Run
 
 
@@ -21,12 +21,16 @@ def learning_rates(group: Group) -> Table:
             score, seeds = entry.scores[lr], len(entry.rates[lr])
             cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
             cell.below = f"{seeds} seeds" if seeds > 1 else "1 seed"
+            if seeds > min(map(len, entry.rates.values())):
+                own = [loss for run in entry.rates[lr].values() if (loss := final_loss(run))]
+                cell.below += f": {sum(own) / len(own):.3f}" if len(own) == seeds else ""
             cells.append(cell)
         rows.append((entry.label, cells))
     notes = [
-        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have; bold: "
-        "the rate that all other tables and figures use. It is chosen by this same loss, which "
-        "flatters every line a little."
+        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have, and "
+        "below it over more where a rate has more; bold: the rate that other tables and figures "
+        "use, of those with most seeds the best. It is chosen by this same loss, which flatters "
+        "every line a little."
         if len(rates) > 1
         else f"Final {group.ranked_by} loss."
     ]
@@ -47,6 +51,8 @@ def warnings(group: Group) -> list[str]:
         if len(rates) < 2 or not scored:
             continue
         best = min(scored, key=lambda lr: scored[lr])
+        if len(entry.rates[best]) == len(entry.seeds):
+            best = entry.lr
         if best in (rates[0], rates[-1]):
             side = "lowest" if best == rates[0] else "highest"
             found.append(

@@ -3,6 +3,7 @@ from made_runs import write_run
 
 from megapoly.report.grouping import group_runs
 from megapoly.report.html import _apart, _equal, _title
+from megapoly.report.run_tables import learning_rates, warnings
 from megapoly.report.runs import read_run
 
 
@@ -130,3 +131,26 @@ def test_same_model_rate_and_seed_counts_once(tmp_path):
     (group,) = groups_of(tmp_path, {"loss": 2.0}, {"loss": 3.0})
     assert [run.name for run in group.runs] == ["run_1"]
     assert [(old.name, new.name) for old, new in group.repeated] == [("run_0", "run_1")]
+
+
+def test_of_rates_with_as_many_seeds_the_best_over_all_of_these_counts(tmp_path):
+    """The first seed alone, which a third rate has, too, prefers the other one."""
+    ends = {1e-3: {1: 3.0, 2: 3.4}, 2e-3: {1: 3.1, 2: 3.1}, 4e-3: {1: 3.5}}
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / f"{lr}.{seed}", [4.0, end], lr=lr, seed=seed, evaluations={2: {"a": end}}
+            )
+        )
+        for lr, seeds in ends.items()
+        for seed, end in seeds.items()
+    ]
+    (group,) = group_runs(runs, "swiglu")
+    assert group.entries[0].lr == 2e-3
+    ((_, cells),) = learning_rates(group).rows
+    assert [(cell.text, cell.below, cell.best) for cell in cells] == [
+        ("3.000", "2 seeds: 3.200", False),
+        ("3.100", "2 seeds: 3.100", True),
+        ("3.500", "1 seed", False),
+    ]
+    assert not [text for text in warnings(group) if "best at" in text or "shown at" in text]
