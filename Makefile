@@ -32,10 +32,10 @@ pretrain: $(INSTALLED)
 	$(BIN)/python tools/generate.py --model runs/moe_tiny
 
 paper: $(INSTALLED)
-	PYTHON=$(CURDIR)/$(BIN)/python examples/paper/paper.sh runs/paper one
+	PYTHON="$(CURDIR)/$(BIN)/python" examples/paper/paper.sh runs/paper one
 
 paper-full: $(INSTALLED)
-	PYTHON=$(CURDIR)/$(BIN)/python examples/paper/paper.sh runs/paper_full full
+	PYTHON="$(CURDIR)/$(BIN)/python" examples/paper/paper.sh runs/paper_full full
 
 # Two tests at a time, files whole: jobs of several processes wait a lot.
 test: $(INSTALLED)

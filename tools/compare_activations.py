@@ -5,10 +5,12 @@ r"""Compare activations: the same model, data order, tokens and number of parame
         --activations swiglu gelu relu polyrelu polynorm --learning-rates 4e-3 8e-3 --seeds 1 2 3
 
 With several --learning-rates every activation is trained at each with the first seed, and with the
-other seeds at the rate that gave it the lowest validation loss; a rate at which the loss becomes
-infinite or NaN has lost. `polyrelu:4` is polyrelu of order 4; --orders 2 3 4 takes these of all
-polynomial activations named without one. A seed decides initial weights and the order of the data,
-so that activations are compared on the same samples.
+other seeds at the rate that gave it the lowest validation loss, and at those that came within
+--margin of it, which one seed cannot tell apart. Of these the best over all seeds is the
+activation's; a rate at which the loss becomes infinite or NaN has lost. A seed decides initial
+weights and the order of the data, so that activations are compared on the same samples.
+`polyrelu:4` is polyrelu of order 4; --orders 2 3 4 takes these of all polynomial activations named
+without one.
 
 Runs are the folders OUTPUT/ACTIVATION.lr_RATE.seed_SEED; the same command goes on where it was
 stopped. In the end tables of OUTPUT's runs are shown, with differences to the first activation;
@@ -100,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         help="grid (the configuration's alone); optimizer.min_lr keeps its ratio",
     )
     add(
+        "--margin",
+        type=number(least=0.0, most=100.0),
+        metavar="LOSS",
+        help="take the other seeds to rates so near to the best, too (0)",
+    )
+    add(
         "--jobs",
         type=whole(1),
         metavar="N",
@@ -127,6 +135,8 @@ def _check_options(
             parser.error(f"--{name} is set by {set_by[name]}; leave it out")
     if not arguments.tasks and (arguments.task_data or arguments.task_limit):
         parser.error("--task-data and --task-limit are for --tasks; name tasks, or leave them out")
+    if arguments.margin and not (len(arguments.learning_rates or ()) > 1 < len(arguments.seeds)):
+        parser.error("--margin is for several --learning-rates and --seeds; leave it out")
     if arguments.launcher is not None and arguments.processes:
         parser.error(
             "--processes is for runs on this machine; the --launcher says how many it takes"
@@ -154,6 +164,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
         variants=variants,
         rates=arguments.learning_rates or [base.optimizer.lr],
         seeds=arguments.seeds,
+        margin=arguments.margin or 0.0,
         output=arguments.output,
         launcher=_launcher(arguments, base),
         at_once=at_once,
@@ -168,8 +179,16 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
         return 0
     command = shlex.join(["python", "tools/compare_activations.py", *words])
     record = Record.of(study.output, command=command, config=[str(c) for c in arguments.config])
-    study.run(record, console)
+    chosen = study.run(record, console)
     show_tables(study.output, REFERENCE, console)
+    lost = [variant.name for variant in variants if variant not in chosen]
+    if lost:
+        console.print(
+            f"\nThe loss of {', '.join(lost)} did not stay finite with every seed at any of the "
+            "learning rates. Add lower `--learning-rates`, or give a longer warm-up in another "
+            "`--output`.",
+            highlight=False,
+        )
     return 0
 
 

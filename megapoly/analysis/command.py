@@ -70,7 +70,8 @@ def analyze(asked: Asked) -> Path:
         The folder written to.
 
     Raises:
-        AnalysisError: the options contradict each other.
+        AnalysisError: the options contradict each other, or the folder has an analysis of parts
+            that are not asked for, which this one would replace.
         CheckpointError: there is no checkpoint, or it is damaged.
         ConfigError: an option of the configuration is none, or the run has no validation sets.
         DataError: there is no text to run the model on.
@@ -85,6 +86,7 @@ def analyze(asked: Asked) -> Path:
             f"`{asked.checkpoint}` lies in no run, whose `analysis` folder the output would go "
             "to; name one with --output."
         )
+    _check_replaces(output, asked.parts)
     from megapoly.huggingface.checkpoint_reader import CheckpointReader
 
     reader = CheckpointReader(checkpoint)
@@ -115,7 +117,7 @@ def of_comparisons(asked: Asked, folders: Sequence[Path]) -> list[Asked]:
         folders: of ``tools/compare_activations.py``.
 
     Returns:
-        One for each run without an analysis.json of these parts.
+        One for each run without an analysis.json of these parts on this text.
 
     Raises:
         AnalysisError: a folder is no comparison, or one whose grid is not complete.
@@ -132,7 +134,7 @@ def of_comparisons(asked: Asked, folders: Sequence[Path]) -> list[Asked]:
     return [
         replace(asked, checkpoint=run, command=_command(asked, run))
         for run in runs
-        if not _is_analysed(run, asked.parts)
+        if not _is_analysed(run, asked)
     ]
 
 
@@ -146,14 +148,34 @@ def _command(asked: Asked, run: Path) -> str:
     return shlex.join(["python", "tools/analyze.py", *words, *asked.words])
 
 
-def _is_analysed(run: Path, parts: Sequence[str]) -> bool:
-    path = run / "analysis" / "analysis.json"
-    if not path.exists():
-        return False
+def _is_analysed(run: Path, asked: Asked) -> bool:
+    written = _written(run / "analysis")
+    return set(asked.parts) <= set(written["parts"]) and (
+        not set(asked.parts) & set(ON_TEXT) or written["asked"] == _on_what(asked)
+    )
+
+
+def _on_what(asked: Asked) -> dict[str, Any]:
+    """What decides the numbers of the parts that run the model, beside the checkpoint."""
+    return {"tokens": asked.tokens or DEFAULT_TOKENS, "options": list(asked.words)}
+
+
+def _written(output: Path) -> dict[str, Any]:
+    """``parts`` and ``asked`` of the analysis in a folder; empty where there is none."""
     try:
-        return set(parts) <= set(json.loads(path.read_text(encoding="utf-8"))["parts"])
-    except (ValueError, KeyError, TypeError):  # damaged, or another program's: made anew
-        return False
+        content = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
+        return {"parts": list(content["parts"]), "asked": dict(content["asked"])}
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or another's: made anew
+        return {"parts": [], "asked": {}}
+
+
+def _check_replaces(output: Path, parts: Sequence[str]) -> None:
+    lost = [part for part in _written(output)["parts"] if part not in parts]
+    if lost:
+        raise AnalysisError(
+            f"`{output}` has an analysis with {', '.join(lost)}, too, which one of "
+            f"{', '.join(parts)} would replace; name all in --parts, or another folder in --output."
+        )
 
 
 def _check(asked: Asked) -> None:
@@ -218,6 +240,7 @@ def _description(
         "num_layers": model.num_layers,
         "num_experts": model.num_moe_experts,
         "parts": list(asked.parts),
+        "asked": _on_what(asked),
         "text": None,
         "effective_rank": None,
         "similarity": None,

@@ -30,7 +30,8 @@ class LearnedActivation:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.activation = activation
-        self._learned = {name: value.detach().float() for name, value in coefficients.items()}
+        # A few numbers, which go to where each x lies.
+        self._learned = {k: v.detach().float().cpu() for k, v in coefficients.items()}
         self._options = dict(options or {})
         if activation.has_coefficients:
             self._options["backend"] = "reference"

@@ -65,8 +65,10 @@ class JobRunner:
     Args:
         console: for progress.
         at_once: jobs at a time.
-        total: jobs of the whole comparison, for the count.
-        on_end: called with a job that has succeeded or diverged, its seconds and which of the two.
+        total: jobs of the whole comparison, for the count; may be set anew between two calls of
+            :meth:`run`.
+        on_end: called with every job that has ended, also one that failed or was stopped, its
+            seconds and whether it diverged.
         inherited: file descriptors that jobs keep open.
     """
 
@@ -79,7 +81,8 @@ class JobRunner:
         on_end: Callable[[Job, float, bool], None],
         inherited: Sequence[int] = (),
     ) -> None:
-        self._console, self._at_once, self._total, self._on_end = console, at_once, total, on_end
+        self._console, self._at_once, self._on_end = console, at_once, on_end
+        self.total = total
         self._inherited = inherited
         self._finished = 0
         self._start = time.monotonic()
@@ -98,7 +101,7 @@ class JobRunner:
             TrialError: jobs failed; the others were run before.
         """
         waiting, running, failed = deque(jobs), list[_Running](), list[Job]()
-        with self._live_progress(), _ended_at_exit(running):
+        with self._live_progress(), self._ended_at_exit(running):
             while waiting or running:
                 while waiting and len(running) < self._at_once:
                     running.append(self._begin(waiting.popleft()))
@@ -126,6 +129,21 @@ class JobRunner:
         with Progress(*columns, status, console=self._console) as self._progress:
             yield
         self._progress = None
+
+    @contextlib.contextmanager
+    def _ended_at_exit(self, running: Sequence[_Running]) -> Iterator[None]:
+        """Whatever ends this process early: jobs get SIGTERM, and the time to save."""
+        try:
+            yield
+        finally:
+            for one in running:
+                if one.process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        # The group: a shell that waits for the trainer would end alone.
+                        os.killpg(one.process.pid, signal.SIGTERM)
+            for one in running:
+                status = one.process.wait()
+                self._on_end(one.job, time.monotonic() - one.start, status == DIVERGED)
 
     def _begin(self, job: Job) -> _Running:
         job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +181,7 @@ class JobRunner:
             self._progress.remove_task(one.task)
         self._finished += 1
         diverged = one.process.returncode == DIVERGED
+        self._on_end(one.job, seconds, diverged)
         if not diverged and not is_complete(one.job.run_dir, one.job.steps):
             lines = one.job.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
             ended = _how(one.process.returncode)
@@ -172,13 +191,12 @@ class JobRunner:
         outcome = _diverged(one.job) if diverged else _outcome(one.job)
         took = datetime.timedelta(seconds=round(seconds))
         self._say(f"{one.job.name}: {outcome}, {took} {self._count()}")
-        self._on_end(one.job, seconds, diverged)
         return True
 
     def _count(self) -> str:
-        left = (self._total - self._finished) / self._num_run * (time.monotonic() - self._start)
+        left = (self.total - self._finished) / self._num_run * (time.monotonic() - self._start)
         about = datetime.timedelta(seconds=round(left))
-        return f"({self._finished} of {self._total}, about {about} left)"
+        return f"({self._finished} of {self.total}, about {about} left)"
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -201,18 +219,3 @@ def _how(status: int) -> str:
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"failed, status {status}" if status else "ended before its last step"
-
-
-@contextlib.contextmanager
-def _ended_at_exit(running: Sequence[_Running]) -> Iterator[None]:
-    """Whatever ends this process early: jobs get SIGTERM, and the time to save."""
-    try:
-        yield
-    finally:
-        for one in running:
-            if one.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    # The group: a shell that waits for the trainer would end alone.
-                    os.killpg(one.process.pid, signal.SIGTERM)
-        for one in running:
-            one.process.wait()

@@ -75,7 +75,7 @@ def chosen_runs(folder: Path) -> dict[str, str]:
     """Names of the runs of the first seed at each variant's learning rate, by the variant's name.
 
     Args:
-        folder: of a comparison; empty if it is none, or its grid is not complete.
+        folder: of a comparison; empty if it is none, or no variant is done.
 
     Raises:
         DataError: as :func:`read_comparison`.
@@ -94,7 +94,7 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"wall_time_s", "trials"} - content.keys()
+        missing = {"commands", "trials", "chosen"} - content.keys()
         if missing:
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
     except (ValueError, AttributeError) as error:

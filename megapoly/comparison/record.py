@@ -1,4 +1,4 @@
-"""``comparison.json``: the command, the machine and the time of a comparison's trials."""
+"""``comparison.json``: the commands, the machine and the times of a comparison's trials."""
 
 from __future__ import annotations
 
@@ -23,34 +23,41 @@ class Record:
 
     Args:
         path: of the file.
-        command: of the last call.
+        commands: that were given in this folder, each once, the last one at the end.
         config: recipes of the trials.
-        wall_time_s: of all calls together.
         trials: ``wall_time_s`` and ``phase`` (``rates``: the grid of learning rates, ``seeds``) of
-            each that has ended; ``diverged``: true if its loss was not finite.
-        chosen: run of the first seed at each variant's learning rate, by the variant's name; empty
-            before the grid is done.
+            each that was run, however it ended; ``diverged``: true if its loss was not finite.
+        chosen: run of the first seed at each variant's learning rate, by the variant's name; of
+            those that are done.
     """
 
     path: Path
-    command: str
+    commands: list[str]
     config: list[str]
-    wall_time_s: float = 0.0
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
-        """That of a folder, which goes on with its times.
+        """That of a folder, which goes on with what is written there.
 
         Raises:
             DataError: the file there is not one that this class has written.
         """
-        record = cls(output / COMPARISON_FILE, command, config)
-        written = read_comparison(output)
-        if written is not None:
-            record.wall_time_s, record.trials = written["wall_time_s"], written["trials"]
-        return record
+        written = read_comparison(output) or {"commands": [], "trials": {}, "chosen": {}}
+        commands = [earlier for earlier in written["commands"] if earlier != command]
+        return cls(
+            path=output / COMPARISON_FILE,
+            commands=[*commands, command],
+            config=config,
+            trials=written["trials"],
+            chosen=written["chosen"],
+        )
+
+    def forget(self, run_dir: Path) -> None:
+        """Drop what is known of a trial whose folder was deleted."""
+        if not run_dir.exists():
+            self.trials.pop(run_dir.name, None)
 
     def add(self, name: str, *, phase: str, seconds: float, diverged: bool = False) -> None:
         """Count the seconds of a trial, which may have been stopped and gone on."""
@@ -66,11 +73,10 @@ class Record:
     def write(self) -> None:
         """Write the file, whole or not at all."""
         content = {
-            "command": self.command,
+            "commands": self.commands,
             "config": self.config,
             "hardware": hardware(),
             "versions": versions(),
-            "wall_time_s": self.wall_time_s,
             "trials": self.trials,
             "chosen": self.chosen,
         }

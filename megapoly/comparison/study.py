@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megapoly.comparison.jobs import Job, JobRunner, TrialError
+from megapoly.comparison.jobs import Job, JobRunner
 from megapoly.comparison.lock import sole_use
 from megapoly.comparison.outcome import final_validation_loss, is_complete
 from megapoly.comparison.record import Record
@@ -36,6 +34,8 @@ class Study:
         variants: activations.
         rates: grid of learning rates; one: that of all, without a grid.
         seeds: the first is that of the grid.
+        margin: of validation loss; of an activation's rates those that the first seed puts so near
+            to its best one are trained with the other seeds, too.
         output: folder of the trials.
         launcher: words that start a job, before its ``--config FILE``.
         at_once: jobs at a time.
@@ -46,6 +46,7 @@ class Study:
     variants: Sequence[Variant]
     rates: Sequence[float]
     seeds: Sequence[int]
+    margin: float
     output: Path
     launcher: Sequence[str]
     at_once: int
@@ -53,7 +54,7 @@ class Study:
 
     @property
     def num_trials(self) -> int:
-        """Trials of both phases, of which those of the grid's best rate are in both."""
+        """Trials of both phases; more where a margin takes several rates to the other seeds."""
         return len(self.variants) * (len(self.rates) + len(self.seeds) - 1)
 
     def names(self) -> Iterator[str]:
@@ -63,26 +64,28 @@ class Study:
         for seed in self.seeds[1:]:
             for variant in self.variants:
                 grid = len(self.rates) > 1
-                rate = "(best)" if grid else f"{self.rates[0]:g}"
+                best = f"(best, within {self.margin:g})" if self.margin else "(best)"
+                rate = best if grid else f"{self.rates[0]:g}"
                 yield f"{variant.name}.lr_{rate}.seed_{seed}"
 
     def run(self, record: Record, console: Console) -> dict[Variant, float]:
         """Train what is not complete.
 
-        A rate of the grid at which the loss is not finite is not chosen, and not tried again.
+        A rate at which the loss is not finite, with any seed, has lost, and is not tried again.
 
         Args:
             record: of the comparison; written after every trial.
             console: for progress.
 
         Returns:
-            The learning rate of each activation: of the grid's rates the one with the lowest
-            validation loss at the end.
+            The learning rate of each activation: of those that have all seeds the one with the
+            lowest validation loss at the end, mean over seeds. Without an activation whose loss
+            was not finite with every seed at any of them.
 
         Raises:
             ConfigError: the folder holds trials of another configuration, or another comparison is
                 at work in it.
-            TrialError: jobs failed, or diverged at every rate of the grid or with a later seed.
+            TrialError: jobs failed.
             CheckpointError: a complete run lacks its validation losses.
         """
         grid = rate_trials(self.variants, self.rates, self.seeds[0])
@@ -91,59 +94,57 @@ class Study:
         def on_end(job: Job, seconds: float, diverged: bool) -> None:
             phase = phases.get(job.name, SEEDS)
             record.add(job.name, phase=phase, seconds=seconds, diverged=diverged)
-            write()
+            record.write()
 
         with sole_use(self.output) as lock:
             self._check_same()
-            with _timed(record) as write:
-                runner = JobRunner(
-                    console,
-                    at_once=self.at_once,
-                    total=self.num_trials,
-                    on_end=on_end,
-                    inherited=[] if lock is None else [lock],
-                )
-                self._run(runner, grid, record)
-                chosen = self._best_rates(record)
-                record.chosen = {v.name: Trial(v, chosen[v], self.seeds[0]).name for v in chosen}
-                later = seed_trials(self.variants, chosen, self.seeds[1:])
-                self._run(runner, later, record)
-                self._check_finite(later, record)
+            runner = JobRunner(
+                console,
+                at_once=self.at_once,
+                total=self.num_trials,
+                on_end=on_end,
+                inherited=[] if lock is None else [lock],
+            )
+            self._run(runner, grid, record)
+            nearest = {variant: self._nearest(variant, record) for variant in self.variants}
+            later = seed_trials(nearest, self.seeds[1:])
+            runner.total = len(grid) + len(later)
+            self._run(runner, later, record)
+            chosen = self._best(nearest, record)
+            for variant in self.variants:
+                record.chosen.pop(variant.name, None)
+            record.chosen |= {v.name: Trial(v, lr, self.seeds[0]).name for v, lr in chosen.items()}
+            record.write()
         return chosen
 
-    def _best_rates(self, record: Record) -> dict[Variant, float]:
-        if len(self.rates) == 1:
-            rate = self.rates[0]
-            self._check_finite([Trial(v, rate, self.seeds[0]) for v in self.variants], record)
-            return dict.fromkeys(self.variants, rate)
-        chosen, none = {}, []
-        for variant in self.variants:
-            losses = {lr: self._final_loss(variant, lr, record) for lr in self.rates}
-            chosen[variant] = min(losses, key=lambda lr: losses[lr])
-            if losses[chosen[variant]] == math.inf:
-                none.append(variant.name)
-        if none:
-            raise TrialError(
-                f"Training must end with a finite loss at one of the rates at least; "
-                f"{', '.join(none)} did at none. Add lower ones to `--learning-rates`."
-            )
+    def _best(
+        self, rates: Mapping[Variant, Sequence[float]], record: Record
+    ) -> dict[Variant, float]:
+        chosen = {}
+        for variant, own in rates.items():
+            losses = {lr: self._mean_loss(variant, lr, self.seeds, record) for lr in own}
+            finite = [lr for lr in own if math.isfinite(losses[lr])]
+            if finite:
+                chosen[variant] = min(finite, key=lambda lr: losses[lr])
         return chosen
 
-    def _final_loss(self, variant: Variant, lr: float, record: Record) -> float:
-        """Validation loss at the end; infinite if it is not finite."""
-        run_dir = self.output / Trial(variant, lr, self.seeds[0]).name
-        loss = math.inf if record.diverged(run_dir) else final_validation_loss(run_dir)
-        return loss if math.isfinite(loss) else math.inf
+    def _nearest(self, variant: Variant, record: Record) -> list[float]:
+        """Rates that the first seed puts within the margin of its best; none if none is finite."""
+        first = self.seeds[:1]
+        losses = {lr: self._mean_loss(variant, lr, first, record) for lr in self.rates}
+        limit = min(losses.values()) + self.margin
+        return [lr for lr, loss in losses.items() if math.isfinite(loss) and loss <= limit]
 
-    def _check_finite(self, trials: Sequence[Trial], record: Record) -> None:
-        """Means over seeds, or of activations at one rate, must not leave out who diverged."""
-        names = [trial.name for trial in trials if record.diverged(self.output / trial.name)]
-        if names:
-            raise TrialError(
-                f"The loss of every seed must stay finite at its activation's learning rate; that "
-                f"of {', '.join(names)} did not. Ask for lower `--learning-rates`, or for a longer "
-                "warm-up in another `--output`."
-            )
+    def _mean_loss(
+        self, variant: Variant, lr: float, seeds: Sequence[int], record: Record
+    ) -> float:
+        """Validation loss at the end, mean over seeds; infinite if one is not finite."""
+        losses = []
+        for seed in seeds:
+            run_dir = self.output / Trial(variant, lr, seed).name
+            losses.append(math.inf if record.diverged(run_dir) else final_validation_loss(run_dir))
+        mean = sum(losses) / len(losses)
+        return mean if math.isfinite(mean) else math.inf
 
     def _run(self, runner: JobRunner, trials: Sequence[Trial], record: Record) -> None:
         todo = []
@@ -152,6 +153,7 @@ class Study:
             if complete or record.diverged(job.run_dir):
                 runner.skip(job, diverged=not complete)
             else:
+                record.forget(job.run_dir)
                 todo.append(job)
         for trial in trials:
             write_text(self._recipe(trial), to_yaml(trial.config(self.base, self.output)))
@@ -199,20 +201,6 @@ def _differences(
     for key in asked:
         if isinstance(asked[key], dict) and isinstance(there.get(key), dict):
             yield from _differences(there[key], asked[key], f"{prefix}{key}.")
-        elif there.get(key) != asked[key]:
+        # The folder itself may have been moved, or be spelled otherwise.
+        elif prefix + key != "run_dir" and there.get(key) != asked[key]:
             yield f"`{prefix}{key}`", there.get(key), asked[key]
-
-
-@contextmanager
-def _timed(record: Record) -> Iterator[Callable[[], None]]:
-    """Count the time of this call, however it ends; what is yielded writes it down so far."""
-    earlier, start = record.wall_time_s, time.monotonic()
-
-    def write() -> None:
-        record.wall_time_s = earlier + time.monotonic() - start
-        record.write()
-
-    try:
-        yield write
-    finally:
-        write()

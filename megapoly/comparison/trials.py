@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -117,11 +117,11 @@ def rate_trials(variants: Sequence[Variant], rates: Sequence[float], seed: int) 
     return [Trial(variant, lr, seed) for lr in rates for variant in variants]
 
 
-def seed_trials(
-    variants: Sequence[Variant], rates: dict[Variant, float], seeds: Sequence[int]
-) -> list[Trial]:
-    """Every activation at its learning rate, with every seed."""
-    return [Trial(variant, rates[variant], seed) for seed in seeds for variant in variants]
+def seed_trials(rates: Mapping[Variant, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
+    """Every activation at its learning rates, with every seed."""
+    return [
+        Trial(variant, lr, seed) for seed in seeds for variant in rates for lr in rates[variant]
+    ]
 
 
 def sizes(base: Config, variants: Sequence[Variant]) -> list[int]:

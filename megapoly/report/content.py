@@ -16,6 +16,7 @@ FORMAT = 1
 FILE = "report.json"
 COMPARISON = "comparison.json"
 _DIGITS = 5
+_OF_A_COMPARISON = ("commands", "hardware", "versions")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Content:
         title: of the page.
         reference: activation that the others are compared with.
         runs: records, complete or not, the later of two of the same run.
-        comparisons: content of each comparison.json, by key.
+        comparisons: ``commands``, ``hardware`` and ``versions`` of each comparison.json, by key.
         notes: Markdown of the author.
         theory: content of theory.json.
         theory_folder: where it lay, for the command below its figures.
@@ -124,9 +125,9 @@ def _found(folder: Path, merged: dict[str, Any]) -> list[Run]:
             key = run_folder.resolve().parent.name
             comparison = _from_here(comparison)
             others = merged["comparisons"].get(key)
-            if others is not None and others["command"] != comparison["command"]:
+            if others is not None and others["commands"] != comparison["commands"]:
                 key = f"{run_folder.resolve().parent.parent.name}/{key}"
-            merged["comparisons"][key] = comparison
+            merged["comparisons"][key] = {k: comparison.get(k) for k in _OF_A_COMPARISON}
         trial = (comparison or {}).get("trials", {}).get(run_folder.resolve().name)
         found = read_run(run_folder, comparison=key, trial=trial)
         runs.append(replace(found, analysis=_from_here(found.analysis)))
@@ -151,7 +152,7 @@ def _comparison(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"command", "trials"} - content.keys()
+        missing = {"commands", "trials"} - content.keys()
         if missing:
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
     except (ValueError, AttributeError) as error:

@@ -68,7 +68,7 @@ def rates_caption(group: Group) -> str:
     return (
         f"Final {group.ranked_by} loss at each learning rate of the grid, of the seeds that all "
         "rates have; a ring marks the rate that the tables are of. A line that falls to its end "
-        "asks for a wider grid."
+        "asks for a wider grid; where a run diverged there is no point."
     )
 
 
@@ -100,7 +100,7 @@ def learning_rates(group: Group) -> Figure:
                 markeredgecolor=colour(entry),
                 markeredgewidth=1.3,
             )
-    rates = sorted({lr for entry in entries for lr in entry.rates})
+    rates = sorted({lr for entry in entries for lr in entry.tried})
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()

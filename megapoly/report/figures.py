@@ -222,7 +222,8 @@ _ANALYSES = {
     "effective_rank": (
         "Effective rank of the FFN weights",
         "exp of the entropy of the normalised singular values (Eq. 36) by layer, like Fig. 6; of "
-        "experts the mean and the range.",
+        "experts the mean and the range. A matrix with fewer rows or columns has a lower one as it "
+        "starts, and gated FFNs have two thirds as many: compare these with each other.",
     ),
     "similarity": (
         "Similarity of layers",

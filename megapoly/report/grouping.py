@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from megapoly.activations import registry
@@ -26,10 +27,12 @@ def group_runs(runs: Iterable[Run], reference: str) -> list[Group]:
     """Groups of the complete runs; dense ones first, then those with the most runs.
 
     Args:
-        runs: complete or not.
+        runs: complete or not; of those that are not, those that diverged are told to the line that
+            they belong to.
         reference: activation.
     """
     by_key: dict[str, list[Run]] = {}
+    runs = list(runs)
     for run in runs:
         if run.complete:
             by_key.setdefault(json.dumps(_key(run), sort_keys=True), []).append(run)
@@ -39,8 +42,24 @@ def group_runs(runs: Iterable[Run], reference: str) -> list[Group]:
     for part in parts:
         kind = "moe" if _is_moe(part[0]) else "dense"
         number = 1 + sum(group.moe == _is_moe(part[0]) for group in groups)
-        groups.append(_group(kind if number == 1 else f"{kind}_{number}", part, reference))
+        slug = kind if number == 1 else f"{kind}_{number}"
+        diverged = [r for r in runs if r.diverged and not r.complete and _belongs(r, part)]
+        groups.append(_group(slug, part, diverged, reference))
     return groups
+
+
+def _belongs(run: Run, part: Sequence[Run]) -> bool:
+    """Whether a run without a last step is a trial of the comparison that ``part`` comes from.
+
+    It may lack a checkpoint, which would tell what it was trained on.
+    """
+    without_data = {"training data": None, "data known by": None}
+    return any(
+        run.comparison == other.comparison
+        and _key(run) | without_data == _key(other) | without_data
+        and _near(run.parameters, other.parameters)
+        for other in part
+    )
 
 
 def _is_moe(run: Run) -> bool:
@@ -87,27 +106,21 @@ def _near(count: int, other: int) -> bool:
     return abs(count - other) <= TOLERANCE * min(count, other)
 
 
-def _group(slug: str, runs: list[Run], reference: str) -> Group:
-    options = {run.key: options_of(run) for run in runs}
-    if len({round(run.config["optimizer"]["min_lr"] / run.lr, 6) for run in runs}) == 1:
-        for values in options.values():  # a floor that follows the rate is one choice
-            del values["optimizer.min_lr"]
-    names = sorted({name for values in options.values() for name in values})
-    base = {}
-    for name in names:
-        present = [json.dumps(v[name]) for v in options.values() if name in v]
-        base[name] = json.loads(Counter(present).most_common(1)[0][0])
+def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> Group:
+    own = _own_options(runs, [*runs, *diverged])
     models: dict[str, list[Run]] = {}
-    variants: dict[str, dict[str, Any]] = {}
+    lost: dict[str, dict[float, list[str]]] = {}
     for run in runs:
-        own = {k: v for k, v in options[run.key].items() if v != base[k]}
-        key = json.dumps([run.activation, _order(run), own])
-        models.setdefault(key, []).append(run)
-        variants[key] = own
+        models.setdefault(_model(run, own), []).append(run)
+    for run in diverged:
+        lost.setdefault(_model(run, own), {}).setdefault(run.lr, []).append(run.seed)
     repeated: list[tuple[Run, Run]] = []
     entries = [
-        _entry(members, variants[key], repeated, _several_orders(runs, members[0]))
-        for key, members in models.items()
+        replace(
+            _entry(members, own[members[0].key], repeated, _several_orders(runs, members[0])),
+            diverged=lost.get(model, {}),
+        )
+        for model, members in models.items()
     ]
     entries.sort(key=_place)
     first = [entry for entry in entries if entry.activation == reference]
@@ -121,8 +134,28 @@ def _group(slug: str, runs: list[Run], reference: str) -> Group:
         entries=entries,
         reference=next((e for e in first if e.plain), first[0] if first else None),
         repeated=repeated,
-        varied=sorted({name for own in variants.values() for name in own}),
+        varied=sorted({name for run in runs for name in own[run.key]}),
     )
+
+
+def _own_options(complete: Sequence[Run], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Options of each of ``runs`` that most of the complete ones have otherwise, by its key."""
+    options = {run.key: options_of(run) for run in runs}
+    if len({round(run.config["optimizer"]["min_lr"] / run.lr, 6) for run in complete}) == 1:
+        for values in options.values():  # a floor that follows the rate is one choice
+            del values["optimizer.min_lr"]
+    base = {}
+    for name in {name for values in options.values() for name in values}:
+        present = [json.dumps(v[name]) for run in complete if name in (v := options[run.key])]
+        base[name] = json.loads(Counter(present).most_common(1)[0][0]) if present else None
+    return {
+        key: {name: values[name] for name in sorted(values) if values[name] != base[name]}
+        for key, values in options.items()
+    }
+
+
+def _model(run: Run, own: dict[str, dict[str, Any]]) -> str:
+    return json.dumps([run.activation, _order(run), own[run.key]])
 
 
 def _entry(

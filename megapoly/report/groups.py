@@ -47,6 +47,7 @@ class Entry:
         title: activation, and order where several are around.
         label: the title and the variant, for tables and figures.
         runs: complete ones, at any learning rate and seed.
+        diverged: seeds of those that could not be completed, by learning rate.
     """
 
     activation: str
@@ -55,6 +56,7 @@ class Entry:
     title: str
     label: str
     runs: list[Run]
+    diverged: dict[float, list[str]] = field(default_factory=dict)
 
     @property
     def plain(self) -> bool:
@@ -73,18 +75,27 @@ class Entry:
     def scores(self) -> dict[float, float | None]:
         """Final validation loss by learning rate: mean over the seeds that all rates have.
 
-        Training loss where there is no validation; None where a run's is not finite.
+        Training loss where there is no validation; None where a run's is not finite, or a run
+        diverged.
         """
-        return _scores(self.rates)
+        return {**_scores(self.rates), **dict.fromkeys(self.diverged)}
+
+    @property
+    def tried(self) -> list[float]:
+        """Learning rates, ascending, with those at which runs diverged."""
+        return sorted({*self.rates, *self.diverged})
 
     @cached_property
     def lr(self) -> float:
         """The rate that the tables are of.
 
         Of the rates with most seeds the one with the lowest loss, over the seeds that these share.
+        One at which a run diverged is taken where there is no other.
         """
-        most = max(len(runs) for runs in self.rates.values())
-        scores = _scores({lr: runs for lr, runs in self.rates.items() if len(runs) == most})
+        sound = {lr: runs for lr, runs in self.rates.items() if lr not in self.diverged}
+        rates = sound or self.rates
+        most = max(len(runs) for runs in rates.values())
+        scores = _scores({lr: runs for lr, runs in rates.items() if len(runs) == most})
         known = {lr: float("inf") if score is None else score for lr, score in scores.items()}
         return min(known, key=lambda lr: known[lr])
 

@@ -248,21 +248,16 @@ def _tokenizer(run: Run) -> str:
 def _against_paper(group: Group, recipes: Path) -> list[tuple[str, str, str]]:
     """Rows of what is here and what is in the paper; equal ones are left out."""
     entry = group.reference or group.entries[0]
-    run = entry.runs[0]
+    run = next(iter(entry.seeds.values()))
     here = paper.facts(run.config, run.parameters, run.active_parameters)
     rates = sorted({entry.lr for entry in group.entries})
-    here["learning rate"] = ", ".join(f"{lr:g}" for lr in rates) + _floor(run)
+    here["learning rate"] = ", ".join(f"{lr:g}" for lr in rates)
     full = paper.recipe(recipes, group.moe)
     there = paper.facts(full, full["parameters"], full["active"])
     seeds = sorted({len(entry.seeds) for entry in group.entries})
     here["seeds"], there["seeds"] = " or ".join(map(str, seeds)), "one"
     here["hardware"], there["hardware"] = _processes(run), paper.results(group.moe).hardware
     return [(name, here[name], there[name]) for name in here if here[name] != there[name]]
-
-
-def _floor(run: Run) -> str:
-    optimizer = run.config["optimizer"]
-    return f"; {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
 
 
 def _processes(run: Run) -> str:
@@ -282,12 +277,14 @@ def _analysis_notes(group: Group) -> list[tuple[str, str]]:
 
 
 def _unfinished(run: Run) -> str:
-    return f"{run.name}: step {run.iteration:,} of {run.steps:,}"
+    how = "diverged after step" if run.diverged else "step"
+    return f"{run.name}: {how} {run.iteration:,} of {run.steps:,}"
 
 
 def _comparison(key: str, content: Content) -> dict[str, Any]:
     """A comparison's command, machine and versions."""
     found = content.comparisons[key]
+    runs = [run for run in content.runs if run.comparison == key]
     hardware = found.get("hardware") or {}
     parts = [str(hardware.get("gpu") or ""), str(hardware.get("cpu") or "")]
     machine = ", ".join(part for part in parts if part)
@@ -298,12 +295,11 @@ def _comparison(key: str, content: Content) -> dict[str, Any]:
     versions = ", ".join(f"{name} {v}" for name, v in (found.get("versions") or {}).items())
     return {
         "name": key,
-        "command": found["command"],
+        "commands": found["commands"],
         "machine": machine or "not recorded",
         "versions": versions or "not recorded",
-        "wall_time": duration(found["wall_time_s"]) if found.get("wall_time_s") else None,
-        # Those of an earlier grid are in its file, and not here.
-        "trials": sum(run.comparison == key for run in content.runs),
+        "wall_time": duration(sum(run.wall_time_s for run in runs)),
+        "trials": len(runs),
     }
 
 

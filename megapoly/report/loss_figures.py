@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megapoly.config.data_sources import MEAN
 from megapoly.report import paper
 from megapoly.report.groups import Entry, Group
 from megapoly.report.runs import Run
@@ -48,8 +47,7 @@ class Curves:
 
     def curve(self, run: Run) -> dict[int, float | None]:
         """Loss of a run by tokens."""
-        kind = run.validation if self.validation else run.training
-        return dict(zip(kind["tokens"], kind[MEAN if self.validation else "loss"], strict=True))
+        return dict(zip(*run.curve(validation=self.validation), strict=True))
 
 
 def curves_caption(spec: Curves) -> str:

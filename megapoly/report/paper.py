@@ -111,7 +111,7 @@ def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, 
         width = model["moe_ffn_hidden_size"]
         ffn = f"{experts} experts, top-{model['moe_router_topk']}, {width:,}, gated "
         ffn += f"{width * 2 // 3:,}"
-    floor = f"{optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
+    floor = optimizer["min_lr"] / optimizer["lr"]
     return {
         "parameters": size,
         "layers, width": f"{model['num_layers']}, {model['hidden_size']:,}, {heads}",
@@ -121,7 +121,8 @@ def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, 
         "context": f"{training['seq_length']:,} tokens",
         "batch": f"{training['global_batch_size']:,} sequences, {step:,} tokens",
         "training tokens": f"{short(tokens)}, {tokens / parameters:.1f} per parameter",
-        "learning rate": f"{optimizer['lr']:g}, {floor}",
+        "learning rate": f"{optimizer['lr']:g}",
+        "its decay": f"{optimizer['lr_decay_style']}, to {floor:.3g} of it",
         "warm-up": f"{optimizer['lr_warmup_iters']:,} of {training['train_iters']:,} steps",
         "AdamW": f"betas {optimizer['adam_beta1']:g}, {optimizer['adam_beta2']:g}, weight decay "
         f"{optimizer['weight_decay']:g}, clip {optimizer['clip_grad']:g}",

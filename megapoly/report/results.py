@@ -114,17 +114,16 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
     shares, seeds = {}, 0
     for seed, run in entry.seeds.items():
         other = reference.seeds.get(seed)
-        curve = run.validation if validation else run.training
         if other is None:
             continue
         target = other.validation_loss() if validation else other.training_loss
-        if target is None or len(curve["tokens"]) < 2:
+        tokens, losses = run.curve(validation=validation)
+        if target is None or len(tokens) < 2:
             continue
         seeds += 1
-        losses = curve[MEAN if validation else "loss"]
-        tokens = first_crossing(curve["tokens"], losses, target)
-        if tokens is not None and losses[-1] is not None and losses[-1] <= target:
-            shares[seed] = tokens / run.tokens
+        crossing = first_crossing(tokens, losses, target)
+        if crossing is not None and losses[-1] is not None and losses[-1] <= target:
+            shares[seed] = crossing / run.tokens
     return Reach(shares, seeds) if seeds else None
 
 

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from megapoly.activations import registry
 from megapoly.report.cells import NONE, Cell, Table, duration
-from megapoly.report.groups import Group, final_loss, options_of
+from megapoly.report.groups import Entry, Group, final_loss, options_of
 from megapoly.report.runs import Run
 
 
 def learning_rates(group: Group) -> Table:
     """Final validation loss of each activation at each rate."""
-    rates = sorted({lr for entry in group.entries for lr in entry.rates})
-    rows = []
-    for entry in group.entries:
-        cells = []
-        for lr in rates:
-            if lr not in entry.rates:
-                cells.append(Cell(NONE))
-                continue
-            score, seeds = entry.scores[lr], len(entry.rates[lr])
-            cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
-            cell.below = f"{seeds} seeds" if seeds > 1 else "1 seed"
-            if seeds > min(map(len, entry.rates.values())):
-                own = [loss for run in entry.rates[lr].values() if (loss := final_loss(run))]
-                cell.below += f": {sum(own) / len(own):.3f}" if len(own) == seeds else ""
-            cells.append(cell)
-        rows.append((entry.label, cells))
+    rates = sorted({lr for entry in group.entries for lr in entry.tried})
+    rows = [(entry.label, [_at_rate(entry, lr) for lr in rates]) for entry in group.entries]
     notes = [
         f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have, and "
         "below it over more where a rate has more; bold: the rate that other tables and figures "
@@ -42,16 +28,36 @@ def learning_rates(group: Group) -> Table:
     )
 
 
+def _at_rate(entry: Entry, lr: float) -> Cell:
+    if lr not in entry.tried:
+        return Cell(NONE)
+    runs, score = entry.rates.get(lr, {}), entry.scores[lr]
+    cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
+    if lost := entry.diverged.get(lr):
+        cell.below = f"{len(lost)} of {len(lost) + len(runs)} seeds"
+        return cell
+    cell.below = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+    if len(runs) > min(map(len, entry.rates.values())):
+        own = [loss for run in runs.values() if (loss := final_loss(run))]
+        cell.below += f": {sum(own) / len(own):.3f}" if len(own) == len(runs) else ""
+    return cell
+
+
 def warnings(group: Group) -> list[str]:
     """What is doubtful about the choice of the rates."""
     found = []
     for entry in group.entries:
-        rates = list(entry.rates)
+        rates = entry.tried
+        if lost := entry.diverged.get(entry.lr):
+            found.append(
+                f"{entry.label} diverged with seed {' and '.join(lost)} at the rate that it is "
+                "shown at; its means leave that out."
+            )
         scored = {lr: score for lr, score in entry.scores.items() if score is not None}
         if len(rates) < 2 or not scored:
             continue
         best = min(scored, key=lambda lr: scored[lr])
-        if len(entry.rates[best]) == len(entry.seeds):
+        if len(entry.rates[best]) == len(entry.seeds) and not lost:
             best = entry.lr
         if best in (rates[0], rates[-1]):
             side = "lowest" if best == rates[0] else "highest"
@@ -64,7 +70,7 @@ def warnings(group: Group) -> list[str]:
                 f"{entry.label} is shown at {entry.lr:g}, which has most seeds, though {best:g} is "
                 "better on the seeds that both have."
             )
-    tried = {tuple(entry.rates) for entry in group.entries}
+    tried = {tuple(entry.tried) for entry in group.entries}
     if len(tried) > 1:
         found.append("Not every line had the same rates to choose from.")
     elif len(next(iter(tried))) == 1:

@@ -40,7 +40,7 @@ class Run:
         active_parameters: those that one token meets.
         window_steps: steps of the trailing mean.
         training: ``tokens`` and ``loss``; None where a loss was not finite.
-        validation: ``tokens``, and by domain, ``mean`` included, the losses.
+        validation: ``tokens``, and ``loss`` by domain, ``mean`` included.
         tasks: percent at the last evaluation, by task.
         wall_time_s: of the trial, or of its steps alone.
         wall_time_of: ``trial`` or ``steps``.
@@ -49,6 +49,7 @@ class Run:
         layout: processes of the job, as the checkpoint says.
         version: megapoly's.
         comparison: the comparison that it is a trial of, by key.
+        diverged: whether that says that its loss was not finite.
         analysis: content of its analysis.json.
     """
 
@@ -59,7 +60,7 @@ class Run:
     active_parameters: int
     window_steps: int
     training: dict[str, list[Any]]
-    validation: dict[str, list[Any]]
+    validation: dict[str, Any]
     tasks: dict[str, float]
     wall_time_s: float
     wall_time_of: str
@@ -67,6 +68,7 @@ class Run:
     layout: dict[str, int] | None
     version: str | None
     comparison: str | None
+    diverged: bool
     analysis: dict[str, Any] | None
 
     @property
@@ -110,12 +112,18 @@ class Run:
     @property
     def domains(self) -> list[str]:
         """Validation sets, without their mean."""
-        return [key for key in self.validation if key not in ("tokens", MEAN)]
+        return [key for key in self.validation["loss"] if key != MEAN]
 
     def validation_loss(self, domain: str = MEAN) -> float | None:
         """At the last evaluation; None: there is none, or it is not finite."""
-        losses = self.validation.get(domain)
+        losses = self.validation["loss"].get(domain)
         return losses[-1] if losses else None
+
+    def curve(self, *, validation: bool) -> tuple[list[int], list[float | None]]:
+        """Tokens, and the mean validation loss or the training loss there; None: not finite."""
+        kind = self.validation if validation else self.training
+        losses = self.validation["loss"].get(MEAN, []) if validation else self.training["loss"]
+        return kind["tokens"], losses
 
     @property
     def key(self) -> str:
@@ -172,6 +180,7 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
         layout=position.get("layout"),
         version=position.get("megapoly_version"),
         comparison=comparison,
+        diverged=bool((trial or {}).get("diverged")),
         analysis=_read_json(folder / "analysis" / "analysis.json"),
     )
 
@@ -221,18 +230,19 @@ def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:
     }
 
 
-def _validation(steps: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Losses by domain; that of a single domain is the mean as well."""
+def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens, and losses by domain; that of a single domain is the mean as well."""
     evaluated = [step for step in steps if any(_is(key, "val") for key in step)]
     evaluated = [evaluated[i] for i in thinned(len(evaluated), MOST_POINTS)]
     keys = [k for k in (evaluated[-1] if evaluated else {}) if _is(k, "val")]
     domains = {key.split("/")[1]: key for key in keys if key.endswith("/loss")}
-    curves: dict[str, list[Any]] = {"tokens": [step["consumed_tokens"] for step in evaluated]}
-    for domain, key in domains.items():
-        curves[domain] = [_finite(step.get(key, math.nan)) for step in evaluated]
+    losses = {
+        domain: [_finite(step.get(key, math.nan)) for step in evaluated]
+        for domain, key in domains.items()
+    }
     if len(domains) == 1:
-        curves[MEAN] = curves[next(iter(domains))]
-    return curves
+        losses[MEAN] = next(iter(losses.values()))
+    return {"tokens": [step["consumed_tokens"] for step in evaluated], "loss": losses}
 
 
 def _position(folder: Path) -> dict[str, Any]:

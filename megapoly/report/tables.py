@@ -62,8 +62,8 @@ def losses(group: Group) -> Table:
     run = group.runs[0]
     notes = [
         f"Mean ± standard deviation over seeds. Training loss: mean over the last "
-        f"{run.window_steps} of {run.steps} steps. Validation: mean over domains at the last step; "
-        "perplexity is exp of each seed's mean loss."
+        f"{run.window_steps} of {run.steps} steps. Validation: mean over domains at the last step"
+        f"{_evaluated(run)}; perplexity is exp of each seed's mean loss."
     ]
     if reference is not None:
         notes.append(
@@ -85,6 +85,17 @@ def losses(group: Group) -> Table:
         notes,
         len(columns) if of_paper else None,
     )
+
+
+def _evaluated(run: Run) -> str:
+    """On how many tokens, which are the same for all: a second source of error beside seeds."""
+    training = run.config["training"]
+    if not run.domains:
+        return ""
+    if training["eval_iters"] is None:
+        return ", of whole sets"
+    tokens = training["eval_iters"] * training["global_batch_size"] * training["seq_length"]
+    return f", of at most {tokens:,} tokens of each, the same for all runs"
 
 
 def domains(group: Group) -> Table:

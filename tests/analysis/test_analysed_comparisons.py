@@ -1,15 +1,16 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megapoly.analysis.command import AnalysisError, Asked, of_comparisons
+from megapoly.analysis.command import AnalysisError, Asked, analyze, of_comparisons
 
 
 def comparison(folder: Path, chosen: dict[str, str]) -> Path:
     folder.mkdir()
     (folder / "comparison.json").write_text(
-        json.dumps({"wall_time_s": 1.0, "trials": {}, "chosen": chosen})
+        json.dumps({"commands": [], "trials": {}, "chosen": chosen})
     )
     return folder
 
@@ -20,7 +21,8 @@ def test_chosen_runs_without_these_parts_are_asked_for(tmp_path: Path) -> None:
     for name, parts in (("s.1", ["rank", "similarity"]), ("g.1", ["similarity"])):
         (dense / name / "analysis").mkdir(parents=True)
         written = dense / name / "analysis/analysis.json"
-        written.write_text(json.dumps({"parts": parts}))
+        asked = {"tokens": 64, "options": []}
+        written.write_text(json.dumps({"parts": parts, "asked": asked}))
     (dense / "r.1/analysis").mkdir(parents=True)
     (dense / "r.1/analysis/analysis.json").write_text('{"parts": ["ra')  # of a full disk
     asked = Asked(None, parts=("rank",), tokens=64, words=("--data.seed", "3"))
@@ -30,6 +32,29 @@ def test_chosen_runs_without_these_parts_are_asked_for(tmp_path: Path) -> None:
         f"python tools/analyze.py --checkpoint {moe / 'm.1'} --parts rank --tokens 64 --data.seed 3"
     )
     assert {each.parts for each in found} == {("rank",)}
+
+
+def test_another_text_is_another_analysis(tmp_path: Path) -> None:
+    dense = comparison(tmp_path / "dense", {"swiglu": "s.1"})
+    (dense / "s.1/analysis").mkdir(parents=True)
+    content = {"parts": ["rank", "similarity"], "asked": {"tokens": 64, "options": []}}
+    (dense / "s.1/analysis/analysis.json").write_text(json.dumps(content))
+    similarity = Asked(None, parts=("similarity",), tokens=64)
+    assert of_comparisons(similarity, [dense]) == []
+    for other in ({"tokens": 65}, {"words": ("--data.validation={}",)}):
+        assert len(of_comparisons(replace(similarity, **other), [dense])) == 1
+    # Which the rank is not of.
+    assert of_comparisons(replace(similarity, parts=("rank",), tokens=65), [dense]) == []
+    with pytest.raises(AnalysisError, match=r"has an analysis with rank, too.*--output"):
+        analyze(replace(similarity, checkpoint=_run(dense / "s.1"), tokens=65))
+
+
+def _run(folder: Path) -> Path:
+    """With what passes for a complete checkpoint."""
+    checkpoint = folder / "checkpoints/iter_0000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text("{}")
+    return folder
 
 
 def test_a_comparison_whose_rates_are_not_chosen_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_all_mistakes_in_names_are_told() -> None:
     assert "relu is named twice" in text
 
 
-def test_the_grid_has_one_seed_and_the_seeds_have_one_rate() -> None:
+def test_the_grid_has_one_seed_and_the_seeds_have_the_chosen_rates() -> None:
     swiglu, polynorm = Variant("swiglu", None), Variant("polynorm", 3)
     grid = rate_trials([swiglu, polynorm], [1e-3, 2e-3], seed=7)
     assert [(t.variant, t.lr, t.seed) for t in grid] == [
@@ -77,11 +77,13 @@ def test_the_grid_has_one_seed_and_the_seeds_have_one_rate() -> None:
         (swiglu, 2e-3, 7),
         (polynorm, 2e-3, 7),
     ]
-    rest = seed_trials([swiglu, polynorm], {swiglu: 1e-3, polynorm: 2e-3}, [8, 9])
+    rest = seed_trials({swiglu: [1e-3], polynorm: [1e-3, 2e-3]}, [8, 9])
     assert [(t.variant, t.lr, t.seed) for t in rest] == [
         (swiglu, 1e-3, 8),
+        (polynorm, 1e-3, 8),
         (polynorm, 2e-3, 8),
         (swiglu, 1e-3, 9),
+        (polynorm, 1e-3, 9),
         (polynorm, 2e-3, 9),
     ]
 

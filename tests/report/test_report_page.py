@@ -73,11 +73,10 @@ def made(tmp_path_factory):
     (runs / "polynorm.seed_1/analysis").mkdir()
     (runs / "polynorm.seed_1/analysis/analysis.json").write_text(json.dumps(analysis))
     comparison = {
-        "command": f"python {folder}/tools/compare_activations.py --config tiny.yaml",
+        "commands": [f"python {folder}/tools/compare_activations.py --config tiny.yaml"],
         "hardware": {"cpu": "some <CPU>", "cores": 2, "memory_gib": 8, "gpu": None},
         "versions": {"torch": "2.13.0"},
-        "wall_time_s": 3725.0,
-        "trials": {},
+        "trials": {"polynorm.seed_1": {"wall_time_s": 3600.0, "phase": "seeds"}},
     }
     (runs / "comparison.json").write_text(json.dumps(comparison))
     (folder / "notes.md").write_text("The **gap** is small.\n\n![x](https://example.org/x.png)\n")
@@ -173,7 +172,9 @@ def test_page_says_what_it_is_made_of(made):
         "unfinished: step 40 of 50",
         "python tools/compare_activations.py --config tiny.yaml",
         "some <CPU>, 2 cores, 8 GiB memory",
-        "1 h 2 min",
+        "1 h 4 min, added up",
+        "cosine, to 0.1 of it",
+        "of at most 2,560 tokens of each, the same for all runs",
         "ffffffffffff0001",
         "1,345,423,456",
         "PolyNorm; activation_norm l2",

@@ -93,9 +93,15 @@ def test_comparison_is_read_and_two_of_a_name_are_told_apart(tmp_path):
         folder = tmp_path / size / "dense"
         write_run(folder / "polynorm.seed_1", [3.0], lr=1e-3 if size == "small" else 2e-3)
         trials = {"polynorm.seed_1": {"wall_time_s": 77.0, "phase": "seeds"}}
-        comparison = {"command": f"compare {size}", "trials": trials}
+        comparison = {"commands": [f"compare {size}"], "trials": trials}
         (folder / "comparison.json").write_text(json.dumps(comparison))
     content = read([tmp_path])
     assert [(run.wall_time_s, run.wall_time_of) for run in content.runs] == [(77.0, "trial")] * 2
-    commands = {content.comparisons[run.comparison]["command"] for run in content.runs}
-    assert commands == {"compare small", "compare large"}
+    commands = [content.comparisons[run.comparison]["commands"] for run in content.runs]
+    assert sorted(commands) == [["compare large"], ["compare small"]]
+
+
+def test_a_validation_set_may_have_any_name(tmp_path):
+    run = read_run(write_run(tmp_path / "r", [3.0], evaluations={1: {"tokens": 2.0, "loss": 3.0}}))
+    assert run.complete and run.domains == ["tokens", "loss"]
+    assert (run.validation_loss("tokens"), run.validation_loss()) == (2.0, 2.5)

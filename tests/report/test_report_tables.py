@@ -1,3 +1,4 @@
+import json
 import math
 import statistics
 
@@ -6,6 +7,7 @@ from made_runs import write_run
 
 from megapoly.report import results
 from megapoly.report.answer import answer
+from megapoly.report.content import read
 from megapoly.report.end_figures import final_losses
 from megapoly.report.grouping import group_runs
 from megapoly.report.run_tables import learning_rates
@@ -180,6 +182,41 @@ def test_best_rate_at_the_edge_is_said(tmp_path):
     assert chosen == {"SwiGLU": ["2.000"], "PolyNorm": ["2.000"]}
     assert table.notes[1:] == [
         "PolyNorm is best at the highest rate that was tried (0.004): its own best may lie beyond."
+    ]
+
+
+def test_a_rate_that_diverged_was_tried(tmp_path):
+    """PolyNorm is lost at 0.004 with its only seed, and at 0.002, where it is best, with one."""
+    trials = {}
+    for activation in ("swiglu", "polynorm"):
+        for lr, loss in ((1e-3, 3.0), (2e-3, 2.0), (4e-3, 2.5)):
+            for seed in (1, 2) if lr < 4e-3 else (1,):
+                name = f"{activation}.lr_{lr:g}.seed_{seed}"
+                options = {"activation": activation, "lr": lr, "seed": seed, "steps": 2}
+                options["evaluations"] = {2: {"a": loss}}
+                if activation == "polynorm" and (lr, seed) in ((2e-3, 2), (4e-3, 1)):
+                    write_run(tmp_path / name, [9.0], source=None, **options)
+                    trials[name] = {"wall_time_s": 1.0, "phase": "rates", "diverged": True}
+                else:
+                    write_run(tmp_path / name, [3.0, loss], **options)
+    comparison = {"commands": ["compare"], "trials": trials, "chosen": {}}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    (found,) = group_runs(read([tmp_path]).runs, "swiglu")
+    table = learning_rates(found)
+    assert {label: [(c.text, c.below, c.best) for c in row] for label, row in table.rows} == {
+        "SwiGLU": [
+            ("3.000", "2 seeds: 3.000", False),
+            ("2.000", "2 seeds: 2.000", True),
+            ("2.500", "1 seed", False),
+        ],
+        "PolyNorm": [
+            ("3.000", "2 seeds: 3.000", True),
+            ("diverged", "1 of 2 seeds", False),
+            ("diverged", "1 of 1 seeds", False),
+        ],
+    }
+    assert table.notes[1:] == [
+        "PolyNorm is best at the lowest rate that was tried (0.001): its own best may lie beyond."
     ]
 
 

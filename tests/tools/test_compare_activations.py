@@ -57,7 +57,8 @@ def test_runs_are_trained_on_the_same_data_at_the_seed(compared: Path) -> None:
     record = json.loads((compared / "comparison.json").read_text())
     assert set(record["trials"]) == set(names)
     assert record["chosen"] == {"swiglu": names[0], "polyrelu_order_2": names[1]}
-    assert record["command"].startswith(f"python tools/compare_activations.py --config {RECIPE}")
+    (command,) = record["commands"]
+    assert command.startswith(f"python tools/compare_activations.py --config {RECIPE}")
 
 
 def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
@@ -71,6 +72,8 @@ def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
         "polynorm_order_2.lr_0.002.seed_1",
         "polynorm.lr_0.002.seed_1",
     ]
+    near = compare(*words.split(), *"--learning-rates 1e-3 2e-3 --seeds 1 2 --margin 0.05".split())
+    assert near.splitlines()[-1] == "polynorm.lr_(best, within 0.05).seed_2"
     assert not (tmp_path / "out").exists()
 
 
@@ -110,6 +113,7 @@ def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: P
         ("--launcher sh --processes 2", "--processes is for runs on this machine"),
         ("--seeds 2 1 2", "--seeds: each must be named once, not 2 1 2"),
         ("--learning-rates 0.001 1e-3", "--learning-rates: each must be named once, not 0.001"),
+        ("--margin 0.1 --seeds 1 2", "--margin is for several --learning-rates and --seeds"),
         ("--modle.num_layers 3", "the nearest is `model.num_layers`"),
     ],
 )
