@@ -3,7 +3,7 @@
 # make paper      the paper in miniature: activations trained at equal size, data and tokens, models
 #                 looked into, theorems built; runs/paper/report/index.html. TEXT=FOLDER: on these
 #                 domains (a .jsonl each) instead of the built-in text
-# make paper-full the same with three seeds and a grid of learning rates, in runs/paper_full
+# make paper-full the same with three to five seeds and a grid of learning rates, in runs/paper_full
 # make test       the CPU test suite
 # make test-parallel   every kind of parallel layout and their combinations, at up to 8 processes
 # make check      lint, format and type checks; Dockerfiles and shell scripts, too

@@ -13,7 +13,7 @@ weights and the order of the data, so that activations are compared on the same 
 without one.
 
 Runs are the folders OUTPUT/ACTIVATION.lr_RATE.seed_SEED; the same command goes on where it was
-stopped. In the end tables of OUTPUT's runs are shown, with differences to the first activation;
+stopped. In the end tables of OUTPUT's runs are shown, with differences to swiglu if it is there;
 tools/report.py makes the page, tools/analyze.py looks into the models.
 
 --jobs run at a time, each with --processes processes on this machine, or by --launcher on others:
