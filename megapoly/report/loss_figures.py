@@ -139,13 +139,12 @@ def _tokens_axis(axes: Axes, group: Group) -> None:
 
 
 def _look_at(axes: Axes, start: float) -> None:
-    """Set the vertical range by what lies right of ``start``."""
-    seen = [
-        float(y)
-        for line in axes.get_lines()
-        for x, y in np.column_stack((line.get_xdata(), line.get_ydata()))
-        if x >= start
-    ]
+    """Set the vertical range by what lies right of ``start``, bands and level lines, too."""
+    lines = [np.column_stack((line.get_xdata(), line.get_ydata())) for line in axes.get_lines()]
+    level = [float(line[0, 1]) for line in lines if len(line) and np.ptp(line[:, 1]) == 0]
+    bands = [path.vertices for band in axes.collections for path in band.get_paths()]
+    points = np.concatenate([*lines, *bands]) if lines or bands else np.empty((0, 2))
+    seen = [*level, *points[points[:, 0] >= start, 1].tolist()]
     if len(seen) > 1 and max(seen) > min(seen):
         margin = 0.06 * (max(seen) - min(seen))
         axes.set_ylim(min(seen) - margin, max(seen) + margin)

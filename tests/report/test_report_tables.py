@@ -10,6 +10,7 @@ from megapoly.report.answer import answer
 from megapoly.report.content import read
 from megapoly.report.end_figures import final_losses
 from megapoly.report.grouping import group_runs
+from megapoly.report.loss_figures import Curves, curves
 from megapoly.report.run_tables import learning_rates
 from megapoly.report.runs import read_run
 from megapoly.report.style import MUTED
@@ -183,6 +184,23 @@ def test_best_rate_at_the_edge_is_said(tmp_path):
     assert table.notes[1:] == [
         "PolyNorm is best at the highest rate that was tried (0.004): its own best may lie beyond."
     ]
+
+
+def test_curves_show_the_whole_band_and_the_reference(tmp_path):
+    """Differences are -0.1 and -0.3 from the first fifth on, far below the reference's zero."""
+    runs = []
+    for activation, gaps in (("swiglu", (0.0, 0.0)), ("polynorm", (-0.1, -0.3))):
+        for seed, gap in enumerate(gaps):
+            evaluations = {step: {"a": 3.0 - step / 10 + gap} for step in range(1, 11)}
+            options = {"activation": activation, "seed": seed, "evaluations": evaluations}
+            folder = tmp_path / f"{activation}.{seed}"
+            runs.append(read_run(write_run(folder, [3.0] * 10, **options)))
+    (found,) = group_runs(runs, "swiglu")
+    losses, differences = curves(Curves(found, found.entries, validation=True)).axes
+    low, high = differences.get_ylim()
+    assert low < -0.3 < high and low < 0 < high
+    low, high = losses.get_ylim()
+    assert low < 1.7 and 2.8 < high < 3.0, "from the end's lowest to what lies behind a fifth"
 
 
 def test_a_rate_that_diverged_was_tried(tmp_path):
