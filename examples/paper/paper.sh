@@ -38,12 +38,15 @@ compare moe moe "${moe[@]}" --activations swiglu gelu relu polynorm
 compare dense forms "${forms[@]}" --activations \
     squared_relu polyrelu:2 polyrelu:4 polyprelu polyrelunorm gated_polynorm
 folders=(dense moe forms)
-if [ "$extent" = full ]; then # What the ranking depends on: width of the FFN, tokens, initial weights.
+if [ "$extent" = full ]; then # What the ranking depends on, one thing changed at a time.
     compare dense wide "${forms[@]}" --model.ffn_hidden_size 1056 --activations swiglu polyrelu polynorm
     compare dense long "${forms[@]}" --training.train_iters 8000 --training.eval_interval 400 \
         --activations swiglu polynorm
+    compare dense warm_up "${forms[@]}" --optimizer.lr_warmup_iters 400 --activations swiglu polynorm
+    compare dense norm "${forms[@]}" --model.activation_norm l2 --activations polynorm
+    compare dense eps "${forms[@]}" --model.activation_eps 1e-3 --activations polynorm
     compare dense small_init "${one[@]}" --model.init_method_std 0.02 --activations swiglu gelu relu polynorm
-    folders+=(wide long small_init)
+    folders+=(wide long warm_up norm eps small_init)
 fi
 "$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
 OMP_NUM_THREADS=1 "$python" -m megapoly.theory --output "$output/theory"
