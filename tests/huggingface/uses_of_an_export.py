@@ -100,6 +100,7 @@ def uses(folder, work):
             work / "saved", trust_remote_code=True, dtype=torch.float32, output_loading_info=True
         )
         of_again = again(**inputs).logits
+        before, after = model.state_dict(), again.state_dict()
         made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
         of_made = made(ids, labels=ids).loss.item()
     return {
@@ -122,7 +123,9 @@ def uses(folder, work):
         "without_gradient": sorted(set(dict(model.named_parameters())) - set(plain)),
         "devices": sorted(map(str, set(offloaded.hf_device_map.values()))),
         "offloaded": largest(of_offloaded - logits),
-        "saved": largest(of_again - logits),
+        "saved": before.keys() == after.keys()
+        and all(torch.equal(before[name], after[name]) for name in before),
+        "saved_logits": largest(of_again - logits),
         "loading": sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]])),
         "made_loss": of_made,
         "losses": trained(model, ids),
