@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--margin",
         type=number(least=0.0, most=100.0),
+        default=0.0,
         metavar="LOSS",
         help="take the other seeds to rates so near to the best, too (0)",
     )
@@ -164,7 +165,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
         variants=variants,
         rates=arguments.learning_rates or [base.optimizer.lr],
         seeds=arguments.seeds,
-        margin=arguments.margin or 0.0,
+        margin=arguments.margin,
         output=arguments.output,
         launcher=_launcher(arguments, base),
         at_once=at_once,

@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megapoly.comparison.outcome import read_comparison
 from megapoly.errors import DataError
 from megapoly.report.grouping import group_runs
 from megapoly.report.runs import Run, read_run, to_record
 
 FORMAT = 1
 FILE = "report.json"
-COMPARISON = "comparison.json"
 _DIGITS = 5
 _OF_A_COMPARISON = ("commands", "hardware", "versions")
 
@@ -119,7 +119,7 @@ def _found(folder: Path, merged: dict[str, Any]) -> list[Run]:
         raise DataError(f"`{folder}` does not exist; name a run's folder, or one of runs.")
     runs = []
     for run_folder in _run_folders(folder):
-        comparison = _comparison(run_folder.parent)
+        comparison = read_comparison(run_folder.parent)
         key = None
         if comparison is not None:
             key = run_folder.resolve().parent.name
@@ -144,23 +144,6 @@ def _run_folders(folder: Path) -> Iterator[Path]:
     else:
         for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
             yield from _run_folders(inner)
-
-
-def _comparison(folder: Path) -> dict[str, Any] | None:
-    path = folder / COMPARISON
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"commands", "trials"} - content.keys()
-        if missing:
-            raise ValueError(f"{' and '.join(sorted(missing))} missing")
-    except (ValueError, AttributeError) as error:
-        raise DataError(
-            f"`{path}` is no file of tools/compare_activations.py ({type(error).__name__}: "
-            f"{error}); let it finish, or take it away."
-        ) from error
-    return dict(content)
 
 
 def _from_here(value: Any) -> Any:

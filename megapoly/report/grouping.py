@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from megapoly.activations import registry
@@ -57,7 +56,7 @@ def _belongs(run: Run, part: Sequence[Run]) -> bool:
     return any(
         run.comparison == other.comparison
         and _key(run) | without_data == _key(other) | without_data
-        and _near(run.parameters, other.parameters)
+        and _of_one_size(run, other)
         for other in part
     )
 
@@ -92,14 +91,18 @@ def _of_equal_size(runs: Sequence[Run]) -> list[list[Run]]:
     parts: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: (run.parameters, run.active_parameters)):
         for part in parts:
-            if _near(run.parameters, part[0].parameters) and _near(
-                run.active_parameters, part[0].active_parameters
-            ):
+            if _of_one_size(run, part[0]):
                 part.append(run)
                 break
         else:
             parts.append([run])
     return parts
+
+
+def _of_one_size(run: Run, other: Run) -> bool:
+    return _near(run.parameters, other.parameters) and _near(
+        run.active_parameters, other.active_parameters
+    )
 
 
 def _near(count: int, other: int) -> bool:
@@ -116,9 +119,12 @@ def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> G
         lost.setdefault(_model(run, own), {}).setdefault(run.lr, []).append(run.seed)
     repeated: list[tuple[Run, Run]] = []
     entries = [
-        replace(
-            _entry(members, own[members[0].key], repeated, _several_orders(runs, members[0])),
-            diverged=lost.get(model, {}),
+        _entry(
+            members,
+            own[members[0].key],
+            lost.get(model, {}),
+            repeated,
+            _several_orders(runs, members[0]),
         )
         for model, members in models.items()
     ]
@@ -161,6 +167,7 @@ def _model(run: Run, own: dict[str, dict[str, Any]]) -> str:
 def _entry(
     members: Sequence[Run],
     variant: dict[str, Any],
+    diverged: dict[float, list[str]],
     repeated: list[tuple[Run, Run]],
     several_orders: bool,
 ) -> Entry:
@@ -175,7 +182,7 @@ def _entry(
     if order is not None and (several_orders or order != ModelConfig.activation_order):
         title += f" r={order}"
     label = f"{title}; {in_words(variant)}" if variant else title
-    return Entry(activation, order, variant, title, label, list(kept.values()))
+    return Entry(activation, order, variant, title, label, list(kept.values()), diverged)
 
 
 def _several_orders(runs: Iterable[Run], of: Run) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,7 +57,7 @@ class Entry:
     title: str
     label: str
     runs: list[Run]
-    diverged: dict[float, list[str]] = field(default_factory=dict)
+    diverged: dict[float, list[str]]
 
     @property
     def plain(self) -> bool:
@@ -172,10 +173,14 @@ def _scores(rates: dict[float, dict[str, Run]]) -> dict[float, float | None]:
     common = set.intersection(*(set(runs) for runs in rates.values()))
     scores: dict[float, float | None] = {}
     for lr, runs in rates.items():
-        losses = [final_loss(runs[seed]) for seed in common or runs]
-        known = [loss for loss in losses if loss is not None]
-        scores[lr] = sum(known) / len(known) if known and len(known) == len(losses) else None
+        scores[lr] = mean_final_loss([runs[seed] for seed in common or runs])
     return scores
+
+
+def mean_final_loss(runs: Collection[Run]) -> float | None:
+    """Mean of what runs are ranked by; None where one's is not finite."""
+    known = [loss for run in runs if (loss := final_loss(run)) is not None]
+    return sum(known) / len(known) if known and len(known) == len(runs) else None
 
 
 def final_loss(run: Run) -> float | None:

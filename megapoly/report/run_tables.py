@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megapoly.activations import registry
 from megapoly.report.cells import NONE, Cell, Table, duration
-from megapoly.report.groups import Entry, Group, final_loss, options_of
+from megapoly.report.groups import Entry, Group, mean_final_loss, options_of
 from megapoly.report.runs import Run
 
 
@@ -38,8 +38,8 @@ def _at_rate(entry: Entry, lr: float) -> Cell:
         return cell
     cell.below = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
     if len(runs) > min(map(len, entry.rates.values())):
-        own = [loss for run in runs.values() if (loss := final_loss(run))]
-        cell.below += f": {sum(own) / len(own):.3f}" if len(own) == len(runs) else ""
+        mean = mean_final_loss(runs.values())
+        cell.below += "" if mean is None else f": {mean:.3f}"
     return cell
 
 

@@ -69,9 +69,7 @@ def test_what_users_do(exported, work, older):
         assert all(".experts." in parameter for parameter in found["without_gradient"])
         assert found["devices"] == ["cpu", "disk"]
         assert found["offloaded"] < 1e-5
-        assert found["saved"]
-        # Weights elsewhere in memory may be added up in another order.
-        assert found["saved_logits"] < 1e-5
+        assert found["saved"] == 0.0
         assert found["loading"] == []
         assert found["made_loss"] == pytest.approx(math.log(4096), abs=1.5)
         assert found["losses"][-1] < found["losses"][0] - 1.0

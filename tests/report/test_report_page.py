@@ -77,6 +77,7 @@ def made(tmp_path_factory):
         "hardware": {"cpu": "some <CPU>", "cores": 2, "memory_gib": 8, "gpu": None},
         "versions": {"torch": "2.13.0"},
         "trials": {"polynorm.seed_1": {"wall_time_s": 3600.0, "phase": "seeds"}},
+        "chosen": {},
     }
     (runs / "comparison.json").write_text(json.dumps(comparison))
     (folder / "notes.md").write_text("The **gap** is small.\n\n![x](https://example.org/x.png)\n")

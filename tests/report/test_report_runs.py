@@ -93,7 +93,7 @@ def test_comparison_is_read_and_two_of_a_name_are_told_apart(tmp_path):
         folder = tmp_path / size / "dense"
         write_run(folder / "polynorm.seed_1", [3.0], lr=1e-3 if size == "small" else 2e-3)
         trials = {"polynorm.seed_1": {"wall_time_s": 77.0, "phase": "seeds"}}
-        comparison = {"commands": [f"compare {size}"], "trials": trials}
+        comparison = {"commands": [f"compare {size}"], "trials": trials, "chosen": {}}
         (folder / "comparison.json").write_text(json.dumps(comparison))
     content = read([tmp_path])
     assert [(run.wall_time_s, run.wall_time_of) for run in content.runs] == [(77.0, "trial")] * 2
