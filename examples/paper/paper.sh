@@ -49,6 +49,7 @@ if [ "$extent" = full ]; then # What the ranking depends on, one thing changed a
     folders+=(wide long warm_up norm eps small_init)
 fi
 "$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
+# Its tensors are small: a second thread makes it no faster.
 OMP_NUM_THREADS=1 "$python" -m megapoly.theory --output "$output/theory"
 "$python" "$root/tools/report.py" "${folders[@]/#/$output/}" --theory "$output/theory" \
     ${NOTES:+--notes "$NOTES"} --output "$output/report"
