@@ -21,12 +21,20 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["megapoly", "megapoly.*"]),
+    packages=[*find_packages(include=["megapoly", "megapoly.*"]), "megapoly.recipes"],
     package_data={
+        "megapoly": ["py.typed"],
         "megapoly.data": ["builtin/*"],
-        "megapoly.report": ["page/*"],
+        "megapoly.recipes": ["*.yaml"],
+        "megapoly.study.report": ["page/*"],
     },
-    entry_points={"console_scripts": ["megapoly-launch=megapoly.launch:main"]},
+    entry_points={
+        "console_scripts": [
+            "megapoly=megapoly.commands:main",
+            # The name that launchers of clusters call: `megapoly launch`.
+            "megapoly-launch=megapoly.commands.launch:main",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.7,<2.14",

@@ -11,10 +11,8 @@ PATH="$PATH:$(dirname "$0")/../.venv/bin"
 exec megapoly-launch --standalone --nproc-per-node "${NPROC_PER_NODE:-2}" "$0" "$@"
 '''
 import sys
-from pathlib import Path
 
 from megapoly.pretrain import main
 
 if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file again
-    recipe = Path(__file__).parent / "configs" / "dense_tiny.yaml"
-    sys.exit(main(sys.argv[1:], default_recipe=recipe, program="pretrain_dense.sh"))
+    sys.exit(main(sys.argv[1:], default_recipe="dense_tiny", program="pretrain_dense.sh"))

@@ -1,4 +1,4 @@
-"""The pre-training job: what ``examples/pretrain_*.sh`` run on every process."""
+"""The pre-training job, put together: what ``megapoly train`` runs on every process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapoly.config import Config, configure, to_yaml
+from megapoly.config import Config, to_yaml
+from megapoly.config.parsing import parse
 from megapoly.config.resolve import tokens_per_step
+from megapoly.config.startup import check_and_resolve
 from megapoly.errors import DivergenceError, MegapolyError
+from megapoly.platform import launcher
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
@@ -26,12 +29,12 @@ COMPLETE, STOPPED = "complete", "stopped"
 DIVERGED = 3
 
 
-def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
+def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> int:
     """Train what the command line asks for.
 
     Args:
         argv: words after the program's name.
-        default_recipe: configuration when ``argv`` has no ``--config``.
+        default_recipe: name or path of the recipe when ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Returns:
@@ -39,8 +42,8 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
         data or a checkpoint cannot be used, :data:`DIVERGED` when the loss is not finite (one
         process of each host says why).
     """
-    is_first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
-    quieten(is_first=os.environ.get("RANK", "0") == "0")
+    is_first_of_host = launcher.local_rank() == 0
+    quieten(is_first=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         complete = pretrain(config)
@@ -52,6 +55,39 @@ def main(argv: Sequence[str], *, default_recipe: Path, program: str) -> int:
     if is_first_of_host and STATUS_FILE in os.environ:
         Path(os.environ[STATUS_FILE]).write_text(COMPLETE if complete else STOPPED)
     return 0
+
+
+def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> Config:
+    """Return the resolved configuration of this job, checked against every rule.
+
+    ``--help``, ``--print-config`` and ``--dry-run`` do what they say instead, and exit; of the last
+    two rank 0 prints the outcome.
+
+    Args:
+        argv: see :func:`megapoly.config.parsing.parse`.
+        default_recipe: name or path of the recipe when ``argv`` names none.
+        program: name to show in the help.
+
+    Raises:
+        ConfigError: what cannot be parsed, or else every broken rule.
+        DataError: the tokenizer's file exists and cannot be used.
+        SystemExit: nothing is to be trained; with the exit status.
+    """
+    arguments = parse(argv, default_recipe=default_recipe, program=program)
+    if arguments.dry_run is not None:
+        from megapoly.preflight.planning.dry_run_command import run_command
+
+        raise SystemExit(run_command(arguments.config, arguments.dry_run))
+    # Here and not above: --help and a wrong command line answer without waiting for torch.
+    from megapoly.data.tokenizer import tokenizer_vocab_size
+
+    vocab_size = tokenizer_vocab_size(arguments.config.data.tokenizer)
+    resolved = check_and_resolve(arguments.config, tokenizer_vocab_size=vocab_size)
+    if arguments.print_config:
+        if launcher.rank() == 0:
+            print(to_yaml(resolved), end="")
+        raise SystemExit(0)
+    return resolved
 
 
 def quieten(is_first: bool) -> None:
@@ -72,7 +108,7 @@ def pretrain(config: Config) -> bool:
     Returns:
         Whether the run is complete; False when it was asked to stop before its last step.
     """
-    from megapoly.platform import select_platform
+    from megapoly.platform.device import select_platform
 
     platform = select_platform(config.training.device)
     # After the platform: these import the engine, which must find it set up.
@@ -83,9 +119,9 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.checkpoint import restore
     from megapoly.training.distributed import is_rank_zero, model_groups, process_group
     from megapoly.training.loop import train
+    from megapoly.training.rank_zero_first import Turns
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import build_state
-    from megapoly.training.turns import Turns
 
     with process_group(config, platform) as store:
         with Turns.of_job(store, config) as turns:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tokenize OLMoE-mix-0924 and the paper's validation sets for the mixture of experts; see README.md for the folders.
 #
-#     RAW=/data/raw TOKENS=data bash examples/data/olmoe_mix_0924.sh [options of tools/preprocess_data.py]
+#     RAW=/data/raw TOKENS=data bash examples/data/olmoe_mix_0924.sh [options of megapoly preprocess]
 set -euo pipefail
 here="$(dirname "$0")"
 raw=${RAW:?the folder with olmoe-mix and validation} tokens=${TOKENS:-data}

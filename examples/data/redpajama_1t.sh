@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tokenize RedPajama-1T and the paper's validation sets for the dense model; see README.md for the folders.
 #
-#     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of tools/preprocess_data.py]
+#     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of megapoly preprocess]
 set -euo pipefail
 here="$(dirname "$0")"
 raw=${RAW:?the folder with redpajama and validation} tokens=${TOKENS:-data}

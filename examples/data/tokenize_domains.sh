@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tokenize folders of text, one pair of token files each.
 #
-#     tokenize_domains.sh SOURCE TARGET TOKENIZER DOMAINS [options of tools/preprocess_data.py]
+#     tokenize_domains.sh SOURCE TARGET TOKENIZER DOMAINS [options of megapoly preprocess]
 #
 # SOURCE/DOMAIN becomes TARGET/DOMAIN_text_document.bin for each of DOMAINS, a list in quotes. A domain without a folder
 # is an error, before anything is done. WORKERS: processes (one for each core). PYTHON: interpreter (that of the
@@ -26,7 +26,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 for domain in "${domains[@]}"; do
     echo "$source_folder/$domain"
-    "$python" "$root/tools/preprocess_data.py" --input "$source_folder/$domain" --output-prefix "$target/$domain" \
+    "$python" -m megapoly preprocess --input "$source_folder/$domain" --output-prefix "$target/$domain" \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$tokenizer" --append-eod \
         --workers "${WORKERS:-$(nproc)}" "$@"
 done

@@ -27,11 +27,11 @@ case $extent in
 esac
 
 compare() { # dense or moe, folder, options
-    "$python" "$root/tools/compare_activations.py" --config "$root/examples/configs/$1_miniature.yaml" \
+    "$python" -m megapoly compare --config "$1_miniature" \
         --config "$output/data/data.yaml" --output "$output/$2" ${JOBS:+--jobs "$JOBS"} "${@:3}"
 }
 
-"$python" "$root/tools/prepare_domains.py" ${TEXT:+--input "$TEXT"} --output "$output/data"
+"$python" -m megapoly prepare-domains ${TEXT:+--input "$TEXT"} --output "$output/data"
 compare dense dense "${dense[@]}" --activations swiglu gelu relu polyrelu polynorm
 compare moe moe "${moe[@]}" --activations swiglu gelu relu polynorm
 # Orders, compositions and variants of ReLU (Fig. 5) and what takes the place of SwiGLU's gate, at one rate.
@@ -48,8 +48,8 @@ if [ "$extent" = full ]; then # What the ranking depends on, one thing changed a
     compare dense small_init "${one[@]}" --model.init_method_std 0.02 --activations swiglu gelu relu polynorm
     folders+=(wide long warm_up norm eps small_init)
 fi
-"$python" "$root/tools/analyze.py" --comparison "$output/dense" "$output/moe"
+"$python" -m megapoly analyze --comparison "$output/dense" "$output/moe"
 # Its tensors are small: a second thread makes it no faster.
-OMP_NUM_THREADS=1 "$python" -m megapoly.theory --output "$output/theory"
-"$python" "$root/tools/report.py" "${folders[@]/#/$output/}" --theory "$output/theory" \
+OMP_NUM_THREADS=1 "$python" -m megapoly theory --output "$output/theory"
+"$python" -m megapoly report "${folders[@]/#/$output/}" --theory "$output/theory" \
     ${NOTES:+--notes "$NOTES"} --output "$output/report"

@@ -76,3 +76,12 @@ def token_file_prefixes(path: str) -> list[str]:
     if Path(f"{path}.idx").is_file() or not glob.has_magic(path):
         return [path]
     return [match.removesuffix(".idx") for match in sorted(glob.glob(f"{path}.idx"))]
+
+
+def tokenizer_file(tokenizer: str) -> Path:
+    """The file that ``data.tokenizer`` names, itself or by its folder."""
+    path = Path(tokenizer)
+    if not path.is_dir():
+        return path
+    file, gpt2_file = path / "tokenizer.json", path / "vocab.json"
+    return gpt2_file if gpt2_file.is_file() and not file.is_file() else file

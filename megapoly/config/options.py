@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -80,23 +80,25 @@ def _expected(hint: Any) -> str:
     return EXPECTED.get(get_origin(hint) or hint, "")
 
 
-def unknown(key: str, place: str = "") -> str:
+def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
     """Message about a key that is no option; names the nearest option.
 
     Args:
         key: dotted name as it was written.
         place: where it was written, such as `` in recipe.yaml``.
+        flags: what the command takes beside the configuration's options, such as ``--config``.
     """
     if key in SECTIONS:
         return f"`{key}`{place} is a section; set its options, such as `{_first_option(key)}`"
-    nearest = max(OPTIONS, key=lambda option: _likeness(key, option))
+    nearest = max([*OPTIONS, *flags], key=lambda option: _likeness(key, option.lstrip("-")))
     return f"unknown option `{key}`{place}; the nearest is `{nearest}`"
 
 
 def _likeness(key: str, option: str) -> tuple[float, float]:
     """How alike two dotted names are: first the field, then the whole."""
     field_of_key, field_of_option = key.rpartition(".")[2], option.rpartition(".")[2]
-    alike = difflib.SequenceMatcher(None, field_of_key.replace("-", "_"), field_of_option).ratio()
+    field_of_key, field_of_option = (x.replace("-", "_") for x in (field_of_key, field_of_option))
+    alike = difflib.SequenceMatcher(None, field_of_key, field_of_option).ratio()
     return alike, difflib.SequenceMatcher(None, key, option).ratio()
 
 

@@ -15,9 +15,10 @@ from typing import Any, get_origin
 import yaml
 from jsonargparse import ArgumentParser
 
-from megapoly.config.conversion import convert, convert_text, read_yaml
 from megapoly.config.options import OPTIONS, SECTIONS, Option, options_of, unknown
+from megapoly.config.recipes import recipe_names, recipe_path
 from megapoly.config.schema import Config
+from megapoly.config.typed_values import convert, convert_text, read_yaml
 from megapoly.errors import ConfigError
 
 # Two forms of one quantity: setting one in a later source replaces the other of an earlier source.
@@ -57,13 +58,14 @@ class Arguments:
     dry_run: DryRunOptions | None = None
 
 
-def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Arguments:
+def parse(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> Arguments:
     """Read a command line; ``--help`` prints the options and exits.
 
     Args:
-        argv: words after the program's name: ``--config FILE.yaml`` (several: later ones go before
-            earlier ones), ``--section.field value`` or ``--section.field=value``,
-            ``--print_config``, ``--dry-run`` with ``--world-size`` and ``--gpu``, ``--help``.
+        argv: words after the program's name: ``--config RECIPE``, a name or a YAML file (several:
+            later ones go before earlier ones), ``--section.field value`` or
+            ``--section.field=value``, ``--print-config``, ``--dry-run`` with ``--world-size`` and
+            ``--gpu``, ``--help``.
         default_recipe: the recipe when ``argv`` names none.
         program: name to show in the help.
 
@@ -80,8 +82,13 @@ def parse(argv: Sequence[str], *, default_recipe: Path, program: str) -> Argumen
         raise SystemExit(0)
     problems = list(words.problems)
     values: dict[str, Any] = {}
-    for recipe in words.recipes or [default_recipe]:
-        values = _merge(values, _read_recipe(recipe, problems))
+    for recipe in words.recipes or [str(default_recipe)]:
+        try:
+            path = recipe_path(recipe)
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            values = _merge(values, _read_recipe(path, problems))
     values = _merge(values, _read_overrides(words.overrides, problems))
     dry_run = _dry_run_options(words, problems)
     if problems:
@@ -106,7 +113,7 @@ def override(config: Config, words: Sequence[str]) -> list[str]:
     problems = list(split.problems)
     if split.recipes or split.print_config or split.help or split.dry_run or split.of_dry_run:
         problems.append(
-            "`--config`, `--print_config`, `--dry-run` and its options, and `--help` have no place "
+            "`--config`, `--print-config`, `--dry-run` and its options, and `--help` have no place "
             "among overrides"
         )
     values = _read_overrides(split.overrides, problems)
@@ -130,6 +137,21 @@ def load_yaml(path: Path) -> Config:
     if problems:
         raise ConfigError(problems)
     return _build(values)
+
+
+def load_recipe(name: str | Path) -> Config:
+    """Read a recipe by its name or path.
+
+    Args:
+        name: of an installed recipe, such as ``moe_tiny``, or path of a YAML file.
+
+    Returns:
+        The configuration, not resolved; absent options keep their defaults.
+
+    Raises:
+        ConfigError: there is no such recipe; or as :func:`parse`.
+    """
+    return load_yaml(recipe_path(name))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -157,17 +179,28 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def help_text(program: str, default_recipe: Path) -> str:
+def help_text(program: str, default_recipe: str | Path) -> str:
     """Usage and every option with its meaning, type and default."""
+    return str(option_parser(program, default_recipe).format_help())
+
+
+def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
+    """Return a parser that has every option, for help, completion and documentation."""
     parser = ArgumentParser(
         prog=program,
-        usage=f"{program} [--config FILE.yaml] [--SECTION.FIELD VALUE ...]",
+        usage=f"{program} [--config RECIPE] [--SECTION.FIELD VALUE ...]",
         description=f"Without --config the recipe is {default_recipe}. Options of the command line "
         "override the recipe's. Lists are written '[a, b]'; null is no value.",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", default=SUPPRESS, help="recipe")
     parser.add_argument(
-        "--print_config",
+        "--config",
+        metavar="RECIPE",
+        default=SUPPRESS,
+        help=f"a YAML file, or a recipe by name: {', '.join(recipe_names())}; given several times, "
+        "later ones override earlier ones",
+    )
+    parser.add_argument(
+        "--print-config",
         action="store_true",
         default=SUPPRESS,
         help="print the resolved configuration and exit",
@@ -204,7 +237,7 @@ def help_text(program: str, default_recipe: Path) -> str:
             metavar="VALUE",
             help=_description(option).replace("``", "`").replace("%", "%%"),
         )
-    return parser.format_help()
+    return parser
 
 
 def _description(option: Option) -> str:
@@ -222,7 +255,7 @@ def _description(option: Option) -> str:
 class _Words:
     """A command line, cut into its parts."""
 
-    recipes: list[Path] = field(default_factory=list)
+    recipes: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str | None]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     print_config: bool = False
@@ -232,6 +265,8 @@ class _Words:
 
 
 _OF_DRY_RUN = ("world-size", "gpu")
+# Options of the command line that are no fields of the configuration.
+FLAGS = ("--config", "--print-config", "--dry-run", "--world-size", "--gpu", "--help")
 
 
 def _split(argv: Sequence[str]) -> _Words:
@@ -241,7 +276,7 @@ def _split(argv: Sequence[str]) -> _Words:
         key, equals, text = word.removeprefix("--").partition("=")
         if word in ("-h", "--help"):
             words.help = True
-        elif word == "--print_config":
+        elif word in ("--print-config", "--print_config"):
             words.print_config = True
         elif word in ("--dry-run", "--dry_run"):
             words.dry_run = True
@@ -257,7 +292,7 @@ def _split(argv: Sequence[str]) -> _Words:
             elif key != "config":
                 words.overrides.append((key, value))
             elif value:
-                words.recipes.append(Path(value))
+                words.recipes.append(value)
             else:
                 words.problems.append("`--config` needs a file: `--config FILE.yaml`")
     return words
@@ -266,7 +301,7 @@ def _split(argv: Sequence[str]) -> _Words:
 def _dry_run_options(words: _Words, problems: list[str]) -> DryRunOptions | None:
     """Options of a dry run; what is wrong is appended to ``problems``."""
     if words.dry_run and words.print_config:
-        problems.append("`--dry-run` and `--print_config` are two things to do; choose one")
+        problems.append("`--dry-run` and `--print-config` are two things to do; choose one")
     if words.of_dry_run and not words.dry_run:
         names = " and ".join(f"`--{name}`" for name in words.of_dry_run)
         problems.append(
@@ -295,7 +330,7 @@ def _read_overrides(
     for key, text in overrides:
         option = OPTIONS.get(key)
         if option is None:
-            problems.append(unknown(key))
+            problems.append(unknown(key, flags=FLAGS))
         elif text is None:
             problems.append(f"`--{key}` needs a value: {option.expected}")
         else:

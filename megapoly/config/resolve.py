@@ -12,7 +12,6 @@ from typing import Literal
 
 from megapoly.config.data_sources import blend_sources
 from megapoly.config.fp8 import FP8_OPTIONS
-from megapoly.config.machine import Machine
 from megapoly.config.schema import (
     BlendSource,
     Config,
@@ -21,6 +20,7 @@ from megapoly.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
+from megapoly.platform.machine import Machine
 
 
 def resolve(

@@ -1,6 +1,6 @@
 """``PREFIX.manifest.json``: where token files came from, and what they must be byte for byte.
 
-One manifest describes all pairs of one run of ``tools/preprocess_data.py``: one for each JSON key,
+One manifest describes all pairs of one run of ``megapoly preprocess``: one for each JSON key,
 ``PREFIX_KEY_document.bin`` and ``.idx``.
 """
 

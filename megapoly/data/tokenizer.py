@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tokenizers
 
+from megapoly.config.data_sources import tokenizer_file
 from megapoly.errors import DataError
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin" / "tokenizer.json"
@@ -163,3 +164,17 @@ def _configured_eos(path: Path) -> str | None:
     except (ValueError, AttributeError) as error:
         raise DataError(f"`{path}` must be a JSON object: {error}") from error
     return token.get("content") if isinstance(token, dict) else token
+
+
+def tokenizer_vocab_size(tokenizer: str | None) -> int | None:
+    """Return the number of ids of a tokenizer; None if its file does not exist.
+
+    Args:
+        tokenizer: ``data.tokenizer``: a ``tokenizer.json``, its folder, or None: the built-in one.
+
+    Raises:
+        DataError: the file exists and cannot be used.
+    """
+    if tokenizer is not None and not tokenizer_file(tokenizer).is_file():
+        return None
+    return load_tokenizer(tokenizer).vocab_size

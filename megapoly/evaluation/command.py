@@ -1,8 +1,7 @@
-"""What ``tools/evaluate.py`` does: benchmarks, perplexity or both, by one process or several."""
+"""What ``megapoly evaluate`` does: benchmarks, perplexity or both, by one process or several."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,15 +19,16 @@ from rich.progress import (
 )
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.asked import Asked, problems_of
-from megapoly.evaluation.following import OnProgress
+from megapoly.evaluation.checkpoint_on_ranks import OpenedCheckpoint, open_checkpoint
 from megapoly.evaluation.harness import check_names, evaluate_tasks, with_data
+from megapoly.evaluation.harness_progress import OnProgress
 from megapoly.evaluation.models import checkpoint_of, open_model
-from megapoly.evaluation.opened import OpenedCheckpoint, open_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
+from megapoly.evaluation.request import EvaluationRequest, problems_of
 from megapoly.evaluation.results import TaskResults, as_json, write_json
 from megapoly.evaluation.table import show_results
 from megapoly.evaluation.tasks import select
+from megapoly.platform import launcher
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -45,7 +45,7 @@ class _Found:
     perplexity: Mapping[str, Any] | None = None
 
 
-def evaluate(asked: Asked) -> None:
+def evaluate(asked: EvaluationRequest) -> None:
     """Evaluate, print tables and write the JSON; collective in a job of several processes.
 
     The process that is the job's first, by torchrun's environment, prints and writes; the others
@@ -56,7 +56,7 @@ def evaluate(asked: Asked) -> None:
             or were stopped by their launcher.
     """
     checkpoint = checkpoint_of(asked.model)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = launcher.world_size()
     problems = list(problems_of(asked, checkpoint, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
@@ -71,7 +71,7 @@ def evaluate(asked: Asked) -> None:
         write_json(asked.json, as_json(found.model, tasks=found.tasks, perplexity=found.perplexity))
 
 
-def _by_one_process(asked: Asked, checkpoint: Path | None) -> _Found:
+def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found:
     """Perplexity comes first: the engine's import must find the process as it is at its start."""
     _check_inputs(asked)
     perplexity, model = None, {}
@@ -97,7 +97,7 @@ def _by_one_process(asked: Asked, checkpoint: Path | None) -> _Found:
     return _Found(model, tasks, perplexity)
 
 
-def _by_the_engine(asked: Asked, checkpoint: Path) -> _Found:
+def _by_the_engine(asked: EvaluationRequest, checkpoint: Path) -> _Found:
     with open_checkpoint(
         checkpoint,
         _words(asked),
@@ -124,7 +124,9 @@ def _by_the_engine(asked: Asked, checkpoint: Path) -> _Found:
     return found
 
 
-def _run_tasks(asked: Asked, lm: LM, on_progress: OnProgress | None) -> TaskResults | None:
+def _run_tasks(
+    asked: EvaluationRequest, lm: LM, on_progress: OnProgress | None
+) -> TaskResults | None:
     return evaluate_tasks(
         lm,
         select(asked.tasks),
@@ -136,12 +138,12 @@ def _run_tasks(asked: Asked, lm: LM, on_progress: OnProgress | None) -> TaskResu
     )
 
 
-def _show(asked: Asked, tasks: TaskResults | None) -> None:
+def _show(asked: EvaluationRequest, tasks: TaskResults | None) -> None:
     if tasks is not None and _is_first():
         show_results(tasks, asked.model.resolve().name, Console())
 
 
-def _check_inputs(asked: Asked) -> None:
+def _check_inputs(asked: EvaluationRequest) -> None:
     """What would otherwise be found when the model is loaded, or after hours, figures lost."""
     if asked.json is not None and _is_first():
         is_there = asked.json.exists()
@@ -160,7 +162,7 @@ def _check_inputs(asked: Asked) -> None:
         check_names(selection)
 
 
-def _words(asked: Asked) -> list[str]:
+def _words(asked: EvaluationRequest) -> list[str]:
     """Overrides of the checkpoint's configuration; --device and --dtype are such, too."""
     words = list(asked.words)
     if asked.device is not None:
@@ -170,7 +172,7 @@ def _words(asked: Asked) -> list[str]:
     return words
 
 
-def _engine_entry(asked: Asked, opened: OpenedCheckpoint) -> dict[str, Any]:
+def _engine_entry(asked: EvaluationRequest, opened: OpenedCheckpoint) -> dict[str, Any]:
     config = opened.model.config
     return _entry(
         asked,
@@ -179,13 +181,13 @@ def _engine_entry(asked: Asked, opened: OpenedCheckpoint) -> dict[str, Any]:
     )
 
 
-def _entry(asked: Asked, *, dtype: str, device: str) -> dict[str, Any]:
+def _entry(asked: EvaluationRequest, *, dtype: str, device: str) -> dict[str, Any]:
     """How it was computed, as the JSON has it."""
     entry = {
         "path": str((checkpoint_of(asked.model) or asked.model).resolve()),
         "dtype": dtype,
         "device": device,
-        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "num_processes": launcher.world_size(),
         "options": list(asked.words),
     }
     if asked.tasks:
@@ -195,7 +197,7 @@ def _entry(asked: Asked, *, dtype: str, device: str) -> dict[str, Any]:
 
 
 def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launcher.rank() == 0
 
 
 def _default_device() -> str:

@@ -23,7 +23,7 @@ from megapoly.config.fp8 import sequence_multiple
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
-from megapoly.evaluation.beginning import no_beginning
+from megapoly.evaluation.bos import no_beginning
 from megapoly.evaluation.token_scores import token_scores
 from megapoly.training.distributed import sum_over_all
 from megapoly.training.state import ModelState, evaluation_mode
@@ -86,7 +86,7 @@ class EngineLM(TemplateLM):
     # What `evaluate_tasks` asks before it runs anything.
     refuses_generation = (
         "the training model has no cache of keys and values; evaluate its checkpoint by one "
-        "process, `python tools/evaluate.py`, which converts it, or leave these tasks out"
+        "process, `megapoly evaluate`, which converts it, or leave these tasks out"
     )
 
     def __init__(

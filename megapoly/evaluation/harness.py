@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megapoly import __version__
 from megapoly.errors import EvaluationError, UnavailableError
 from megapoly.evaluation.collect import collect
-from megapoly.evaluation.following import HarnessWarnings, OnProgress, followed
+from megapoly.evaluation.harness_progress import HarnessWarnings, OnProgress, followed
 from megapoly.evaluation.local_tasks import missing_files, write_task_files
 from megapoly.evaluation.results import Skipped, TaskResults
 from megapoly.evaluation.squad_metrics import squad_metrics_importable
@@ -153,7 +153,7 @@ def with_data(
         lines = "\n".join(f"  {each.task.name}: {shortened(each.missing)}" for each in skipped)
         raise EvaluationError(
             f"`{task_data}` lacks the data of {len(skipped)} of {len(missing)} tasks:\n{lines}\n"
-            "tools/export_benchmarks.py writes what it can; `--skip-missing` leaves tasks out"
+            "megapoly export-benchmarks writes what it can; `--skip-missing` leaves tasks out"
         )
     return tasks, skipped
 

@@ -43,7 +43,7 @@ def open_model(
         ) from error
     import torch
 
-    from megapoly.huggingface.opening import from_checkpoint
+    from megapoly.conversion.open_model import from_checkpoint
     from megapoly.platform.device import check_device
 
     checkpoint = checkpoint_of(path)
@@ -68,7 +68,7 @@ def checkpoint_of(path: Path) -> Path | None:
     Raises:
         CheckpointError: it is neither.
     """
-    from megapoly.huggingface.checkpoint_reader import find_checkpoint
+    from megapoly.conversion.checkpoint_reader import find_checkpoint
 
     checkpoint = find_checkpoint(path)
     if checkpoint is None and not (path / "config.json").is_file():
@@ -104,9 +104,9 @@ def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether ``tools/convert_to_hf.py`` wrote a folder; of a plain Llama its report tells."""
-    from megapoly.huggingface.architecture import MODEL_TYPE
-    from megapoly.huggingface.safetensors_reader import read_json
+    """Whether ``megapoly export`` wrote a folder; of a plain Llama its report tells."""
+    from megapoly.conversion.architecture import MODEL_TYPE
+    from megapoly.conversion.safetensors_reader import read_json
 
     kind = read_json(path / "config.json").get("model_type")
     return kind == MODEL_TYPE or (path / "parity.json").is_file()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.data_sources import MEAN, validation_sets
-from megapoly.evaluation.opened import OpenedCheckpoint
+from megapoly.evaluation.checkpoint_on_ranks import OpenedCheckpoint
 
 if TYPE_CHECKING:
     from megapoly.training.evaluation import Evaluation

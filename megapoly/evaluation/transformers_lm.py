@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.beginning import no_beginning
+from megapoly.evaluation.bos import no_beginning
 
 # The texts, ids of the context, ids of the continuation: what the harness hands on.
 Request = tuple[Any, list[int], list[int]]

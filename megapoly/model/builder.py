@@ -17,7 +17,7 @@ from megapoly.model.initialization import initialize_weights
 from megapoly.model.specs import decoder_spec
 from megapoly.model.transformer_config import transformer_config
 from megapoly.model.vocabulary import exclude_padding
-from megapoly.platform import Platform
+from megapoly.platform.device import Platform
 
 
 def gpt_model(

@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megapoly.activations.module import ActivationSettings, FFNActivation
 from megapoly.config import ModelConfig
 from megapoly.model.attention import ScaledDotProductAttention
 from megapoly.model.experts import GroupedExperts, SequentialExperts
+from megapoly.model.ffn_activation import ActivationSettings, FFNActivation
 from megapoly.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
 

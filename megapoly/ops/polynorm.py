@@ -10,7 +10,7 @@ from torch import Tensor
 from megapoly.ops.arguments import as_rows, check_eps
 from megapoly.ops.backends import Backend
 from megapoly.ops.collectives import is_split, name_of
-from megapoly.ops.polynorm_operators import polynorm_evaluate, polynorm_forward, polynorm_rsqrt
+from megapoly.ops.polynorm_registration import polynorm_evaluate, polynorm_forward, polynorm_rsqrt
 from megapoly.ops.recomputation import row_statistics
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from megapoly.ops import polynorm_rows
+from megapoly.ops import polynorm_reference
 from megapoly.ops.backends import Backend, compiled, resolve_backend
 
 
 @dataclass(frozen=True)
 class PolyNormRows:
-    """One backend; each function is that of :mod:`megapoly.ops.polynorm_rows` of the same name.
+    """One backend; each function is the one of that name in :mod:`.polynorm_reference`.
 
     Args:
         forward: of rows that one rank holds whole.
@@ -37,7 +37,7 @@ class PolyNormRows:
 
 
 _NAMES = [field.name for field in fields(PolyNormRows)]
-_REFERENCE = PolyNormRows(**{name: getattr(polynorm_rows, name) for name in _NAMES})
+_REFERENCE = PolyNormRows(**{name: getattr(polynorm_reference, name) for name in _NAMES})
 
 
 def rows_of(backend: Backend, x: Tensor) -> PolyNormRows:
@@ -50,7 +50,9 @@ def _rows_of(backend: str) -> PolyNormRows:
     if backend == "reference":
         return _REFERENCE
     if backend == "compiled":
-        return PolyNormRows(**{name: compiled(getattr(polynorm_rows, name)) for name in _NAMES})
-    from megapoly.ops.triton import polynorm as kernels
+        return PolyNormRows(
+            **{name: compiled(getattr(polynorm_reference, name)) for name in _NAMES}
+        )
+    from megapoly.ops.triton import polynorm_launch as kernels
 
     return PolyNormRows(**{name: getattr(kernels, name) for name in _NAMES})

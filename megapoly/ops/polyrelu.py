@@ -9,7 +9,7 @@ from megapoly.errors import ShapeError
 from megapoly.ops.arguments import as_rows
 from megapoly.ops.backends import Backend
 from megapoly.ops.collectives import name_of
-from megapoly.ops.polyrelu_operators import polyrelu_forward
+from megapoly.ops.polyrelu_registration import polyrelu_forward
 
 
 def polyrelu(

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megapoly.ops import polyrelu_rows
+from megapoly.ops import polyrelu_reference
 from megapoly.ops.backends import Backend, compiled, resolve_backend
 
 
 class PolyReLURows(NamedTuple):
-    """One backend; the functions are those of :mod:`megapoly.ops.polyrelu_rows`."""
+    """One backend; the functions are those of :mod:`megapoly.ops.polyrelu_reference`."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
@@ -27,9 +27,11 @@ def rows_of(backend: Backend, x: Tensor) -> PolyReLURows:
 @functools.cache
 def _rows_of(backend: str) -> PolyReLURows:
     if backend == "reference":
-        return PolyReLURows(polyrelu_rows.forward, polyrelu_rows.backward)
+        return PolyReLURows(polyrelu_reference.forward, polyrelu_reference.backward)
     if backend == "compiled":
-        return PolyReLURows(compiled(polyrelu_rows.forward), compiled(polyrelu_rows.backward))
-    from megapoly.ops.triton import polyrelu as kernels
+        return PolyReLURows(
+            compiled(polyrelu_reference.forward), compiled(polyrelu_reference.backward)
+        )
+    from megapoly.ops.triton import polyrelu_launch as kernels
 
     return PolyReLURows(kernels.forward, kernels.backward)

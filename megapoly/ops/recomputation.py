@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from megapoly.ops.polynorm_operators import polynorm_rsqrt
+from megapoly.ops.polynorm_registration import polynorm_rsqrt
 
 # Of the region that runs just now; autograd runs one forward or recomputation at a time.
 _kept: list[Tensor] | None = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 from dataclasses import dataclass
 
 import torch
 
-from megapoly.config.machine import Machine
 from megapoly.errors import UnavailableError
+from megapoly.platform import launcher
+from megapoly.platform.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def select_platform(device: str) -> Platform:
                 f"(torch {torch.__version__}); use `--training.device cpu`, or install a CUDA "
                 "build of torch on a machine with a GPU."
             )
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = launcher.local_rank()
         torch.cuda.set_device(local_rank)
         engine_workarounds.install_without_transformer_engine()
         engine_workarounds.install_with_transformer_engine()

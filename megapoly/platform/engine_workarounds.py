@@ -5,8 +5,8 @@ The engine is written for CUDA. :func:`install_on_cpu` lets its training path ru
 any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving, and
 :func:`install_with_transformer_engine` about the former in FP8. Each function below names the
 places in ``megatron/core/`` that make it necessary. Nothing of ``install_on_cpu`` touches a CUDA
-run. What a dry run replaces, for as long as it lasts, is in :mod:`megapoly.planning.fake_job` and
-:mod:`megapoly.planning.activations`.
+run. What a dry run replaces, for as long as it lasts, is in
+``megapoly/preflight/planning/fake_job.py`` and ``activations.py`` beside it.
 """
 
 from __future__ import annotations
@@ -362,7 +362,7 @@ def _adam_keeps_the_fused_state_layout() -> None:
     import megatron.core.optimizer as engine_optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from megapoly.training.adam import Adam
+    from megapoly.platform.adam import Adam
 
     engine_optimizer.Adam, engine_optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
     distrib_optimizer.Adam = Adam

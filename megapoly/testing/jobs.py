@@ -9,11 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megapoly.config import configure
-from megapoly.pretrain import pretrain
-from megapoly.testing.ranks import run_on_ranks
-
-RECIPES = Path(__file__).parents[2] / "examples" / "configs"
+from megapoly.config.recipes import FOLDER as RECIPES
+from megapoly.preflight.local_ranks import run_on_ranks
+from megapoly.pretrain import configure, pretrain
 
 
 @functools.cache
@@ -28,7 +26,7 @@ def run_job(
     """Pre-train and return the lines of ``metrics.jsonl``.
 
     Args:
-        recipe: name of a file in ``examples/configs``.
+        recipe: name of an installed recipe.
         run_dir: of the run; one that holds a checkpoint goes on from it.
         overrides: dotted names and values, as on the command line; without ``training.device`` on
             CPU, also where there is a GPU.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megapoly.config import Config
-from megapoly.platform import Platform
+from megapoly.platform import launcher
+from megapoly.platform.device import Platform
 from megapoly.platform.engine_workarounds import seed_model_parallel_rng
 
 
@@ -31,7 +31,7 @@ def process_group(
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store, rank, world_size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ and not alone:
+    if launcher.is_launched() and not alone:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
     dist.init_process_group(

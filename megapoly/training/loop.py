@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from megapoly.evaluation.task_scores import TasksStopped, check_tasks, task_scores
 from megapoly.training.checkpoint import save_checkpoint
 from megapoly.training.evaluation import evaluate_validation_sets
 from megapoly.training.profiling import StepProfiler
@@ -11,7 +12,6 @@ from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
-from megapoly.training.task_scores import TasksStopped, check_tasks, task_scores
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megapoly.platform import Platform
+from megapoly.platform.device import Platform
 
 
 def random_state(platform: Platform) -> dict[str, Any]:

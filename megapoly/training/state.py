@@ -18,7 +18,7 @@ from megapoly.config import Config
 from megapoly.data.corpus import Corpus
 from megapoly.data.loader import Batch, BatchLayout, training_batches
 from megapoly.model.builder import build_model
-from megapoly.platform import Platform
+from megapoly.platform.device import Platform
 from megapoly.training.optimizer import build_optimizer, build_scheduler
 
 

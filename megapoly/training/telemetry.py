@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megapoly.activations.module import FFNActivation
 from megapoly.model.builder import decoder_layers
+from megapoly.model.ffn_activation import FFNActivation
 from megapoly.training.state import TrainState, gathered_parameters
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.rules import RULES
 from megapoly.config.rules.facts import Facts
 from megapoly.config.schema import Config
+from megapoly.platform.machine import CPU
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_help_has_every_option_with_its_description(recipe: Path) -> None:
     for entry in (BlendSource, ValidationSet):
         for name in options_of(entry):
             assert f"`{name}`:" in words
-    assert "--config FILE.yaml" in text and "--print_config" in text
+    assert "--config RECIPE" in text and "--print-config" in text
 
 
 def test_help_exits_and_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megapoly.config.machine import CPU, Machine
 from megapoly.config.parsing import load_yaml, parse
 from megapoly.config.resolve import lr_decay_iters, lr_warmup_iters, num_microbatches, train_iters
 from megapoly.config.rules import find_problems
 from megapoly.config.schema import Config
+from megapoly.platform.machine import CPU, Machine
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from megapoly.config import resolve as sizes
-from megapoly.config.machine import CPU, Machine
 from megapoly.config.parsing import load_yaml, to_yaml
 from megapoly.config.rules import find_problems
 from megapoly.config.schema import BlendSource, Config, ModelConfig, TrainingConfig
 from megapoly.errors import ConfigError
+from megapoly.platform.machine import CPU, Machine
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "configs").glob("*.yaml"))
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.rules import RULES, check, find_problems
 from megapoly.config.rules.facts import Facts
@@ -21,6 +20,7 @@ from megapoly.config.rules.values import (
     numbers_are_in_range,
 )
 from megapoly.errors import ConfigError
+from megapoly.platform.machine import CPU
 
 FactsOf = Callable[[dict[str, Any]], Facts]
 BOUNDS = [

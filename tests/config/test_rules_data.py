@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import CPU
 from megapoly.config.rules import data, find_problems
 from megapoly.config.rules.facts import Facts
 from megapoly.config.schema import BlendSource, ValidationSet
+from megapoly.platform.machine import CPU
 
 
 def source(name: str = "tokens", **amount: Any) -> BlendSource:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import Machine
 from megapoly.config.rules import gpu
+from megapoly.platform.machine import Machine
 
 
 def machine(capability: tuple[int, int] | None, **others: Any) -> Machine:

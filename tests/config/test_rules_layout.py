@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import Machine
 from megapoly.config.rules import layout
+from megapoly.platform.machine import Machine
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 EP, ETP = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"

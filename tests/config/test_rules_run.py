@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megapoly.config.machine import Machine
 from megapoly.config.rules import run
+from megapoly.platform.machine import Machine
 
 GPU = Machine(cuda=True)
 GPU_WITH_TE = Machine(cuda=True, transformer_engine=True)

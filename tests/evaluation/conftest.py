@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
-from megapoly.parallel_check.layouts import parse
+from megapoly.preflight.layouts import parse
 from megapoly.testing import run_job, run_on_ranks
 
 TINY = {

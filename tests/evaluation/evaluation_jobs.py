@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import json
 import warnings
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megapoly.evaluation.opened import open_checkpoint
+from megapoly.evaluation.checkpoint_on_ranks import open_checkpoint
 
-TOOLS = Path(__file__).parents[2] / "tools"
 TALE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in "
     "my purse, and nothing particular to interest me on shore, I thought I would sail about a "
@@ -158,19 +156,13 @@ class _ByHand:
         return requests
 
 
-def load_tool(name: str):
-    """Import a command under a name of its own: the harness imports a package `evaluate`."""
-    spec = importlib.util.spec_from_file_location(f"{name}_command", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def evaluate_command(words: list[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and error of ``tools/evaluate.py`` on this rank."""
+    """Exit status, standard output and error of ``megapoly evaluate`` on this rank."""
+    from megapoly.commands import evaluate
+
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = load_tool("evaluate").main(words)
+        status = evaluate.main(words)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import datasets
 import pytest
-from evaluation_jobs import TOOLS, evaluate_command, load_tool
+from evaluation_jobs import evaluate_command
 from rich.console import Console
 
-from megapoly.config.evaluation import OPTIONS_OF_EVALUATION
-from megapoly.evaluation.asked import problems_of
+from megapoly.commands import evaluate, export_benchmarks
+from megapoly.conversion.import_folder import ImportOptions, import_model
+from megapoly.evaluation.checkpoint_config import OPTIONS_OF_EVALUATION
 from megapoly.evaluation.local_tasks import LOCAL_SETS, all_files
+from megapoly.evaluation.request import problems_of
 from megapoly.evaluation.tasks import GROUPS, TASKS
-from megapoly.huggingface.importing import ImportOptions, import_model
 from megapoly.testing import run_on_ranks
 
-evaluate, export_benchmarks = load_tool("evaluate"), load_tool("export_benchmarks")
+ROOT = Path(__file__).parents[2]
 
 
 def test_evaluate(export, task_data, tmp_path, capsys):
@@ -126,7 +127,7 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
 @pytest.mark.parametrize(
     ("model", "words", "messages"),
     [
-        ("export", ["--perplexity"], ["tools/convert_from_hf.py makes a checkpoint of it"]),
+        ("export", ["--perplexity"], ["megapoly import makes a checkpoint of it"]),
         ("export", ["--tasks", "piqa", "--model.num_layers", "2"], ["unknown option: --model.num"]),
         ("export", [], ["nothing is asked for; give `--tasks NAME ...`, `--perplexity` or both"]),
         ("run", ["--perplexity", *NEEDS_TASKS],
@@ -158,7 +159,7 @@ def test_several_processes_share_no_folder(export, monkeypatch, capsys):
     assert "2 processes can share a checkpoint, and" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(export), "--tasks", "piqa", "--limits", "2"])
-    assert "unrecognized arguments: --limits" in capsys.readouterr().err
+    assert "unknown option --limits (the nearest is --limit)" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
     with pytest.raises(SystemExit):
@@ -178,18 +179,18 @@ def test_dtype_and_device_are_for_perplexity_too(trained, tmp_path, capsys):
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
-README = TOOLS.parent / "megapoly" / "evaluation" / "README.md"
+README = ROOT / "megapoly" / "evaluation" / "README.md"
 
 
 @pytest.mark.parametrize("text", [README.read_text(), evaluate.__doc__], ids=["README", "help"])
 def test_documented_commands(text):
     """Each can be run where there is such a model."""
     lines = re.findall(
-        r"^    ((?:python|torchrun .*) tools/evaluate.*)", text.replace("\\\n", ""), re.M
+        r"^    ((?:megapoly|torchrun .* -m megapoly) evaluate.*)", text.replace("\\\n", ""), re.M
     )
-    assert len(lines) == text.count(" tools/evaluate.py ") >= 4
+    assert len(lines) == text.count("megapoly evaluate --model") >= 4
     for line in lines:
-        start, _, words = line.partition("tools/evaluate.py ")
+        start, _, words = line.partition("megapoly evaluate ")
         asked = evaluate._parse(shlex.split(words), silent=False)
         checkpoint = None if asked.model == Path("exported") else asked.model
         assert not list(problems_of(asked, checkpoint, 2 if "torchrun" in start else 1))
@@ -200,9 +201,9 @@ def test_documented_commands(text):
 
 def test_the_command_does_not_hide_the_package_of_its_name():
     code = (
-        f"import importlib.util, runpy, sys; sys.path.insert(0, {str(TOOLS)!r}); "
-        f"command = runpy.run_path({str(TOOLS / 'evaluate.py')!r}); "
-        "assert command['main'](['--model', 'none', '--tasks', 'piqa']) == 2; "
+        f"import importlib.util, runpy, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); "
+        f"command = runpy.run_path({str(ROOT / 'tools/evaluate.py')!r}); "
+        "assert command['run']('evaluate', ['--model', 'none', '--tasks', 'piqa']) == 2; "
         "print(importlib.util.find_spec('evaluate').origin)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

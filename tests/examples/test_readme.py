@@ -1,6 +1,5 @@
 """Command lines in the README are ones that the scripts take."""
 
-import importlib
 import re
 import shlex
 from fractions import Fraction
@@ -8,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.commands import module_of
 from megapoly.config.data_sources import blend_sources, shares, validation_sets
 from megapoly.config.parsing import load_yaml, parse
+from megapoly.config.recipes import recipe_path
 from megapoly.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -35,18 +36,17 @@ def test_options_are_known(monkeypatch, script, options):
 def tool_lines():
     """Name and words of every line that starts one of the tools of a comparison."""
     joined = README.replace("\\\n", " ")
-    names = "compare_activations|analyze|report"
-    for match in re.finditer(rf"^ +python tools/({names})\.py (.*)$", joined, re.MULTILINE):
+    names = "compare|analyze|report"
+    for match in re.finditer(rf"^ +megapoly ({names}) (.*)$", joined, re.MULTILINE):
         yield match[1], shlex.split(match[2])
 
 
 @pytest.mark.parametrize(("name", "words"), list(tool_lines()))
 def test_options_of_tools_are_known(monkeypatch, name, words):
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    options, rest = importlib.import_module(name)._parser().parse_known_args(words)
+    options, rest = module_of(name).build_parser().parse_known_args(words)
     assert not rest
-    assert all(path.is_file() for path in getattr(options, "config", []))
+    assert all(recipe_path(name).is_file() for name in getattr(options, "config", []))
 
 
 def test_the_blend_is_one_that_a_recipe_takes(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from megapoly import launch
+from megapoly.commands import launch
 from megapoly.pretrain import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +162,6 @@ def test_launcher_says_whether_a_stopped_job_ended_as_it_should(
     status_file = tmp_path / "status"
     if ended:
         status_file.touch()
-    assert launch._run(status_file) == (0 if ended else 1)
+    assert launch._run(status_file, []) == (0 if ended else 1)
     message = "" if ended else "stopped before the workers had saved and ended: signal 15\n"
     assert capsys.readouterr().err == message

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megapoly.activations import registry
-from megapoly.analysis.activation_statistics import ActivationStatistics
-from megapoly.analysis.effective_rank import effective_rank
-from megapoly.analysis.learned import LearnedActivation
+from megapoly.study.analysis.activation_statistics import ActivationStatistics
+from megapoly.study.analysis.effective_rank import effective_rank
+from megapoly.study.analysis.learned_activation import LearnedActivation
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,7 +23,7 @@ from te_models import (
 
 from megapoly.config.fp8 import RECIPES
 from megapoly.config.rules import find_problems
-from megapoly.platform import select_platform, this_machine
+from megapoly.platform.device import select_platform, this_machine
 from megapoly.training.distributed import process_groups
 
 MACHINE = this_machine()

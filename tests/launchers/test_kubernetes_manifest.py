@@ -11,9 +11,9 @@ import pytest
 import yaml
 from commands import ROOT, TINY, Programs, steps, wait_until
 
-from megapoly.config.machine import Machine
-from megapoly.config.parsing import load_yaml
+from megapoly.config import load_recipe
 from megapoly.config.rules import find_problems
+from megapoly.platform.machine import Machine
 
 A100 = Machine(cuda=True, compute_capability=(8, 0), transformer_engine=True)
 
@@ -55,11 +55,11 @@ def test_one_process_for_each_gpu_and_a_layout_that_fits(manifest: dict[str, Any
         num_gpus += replica["replicas"] * gpus
     assert num_gpus == 64
     (config,) = [w for w in container(replicas(manifest)[0])["command"] if "--config=" in w]
-    config = load_yaml(ROOT / config.removeprefix("--config="))
+    config = load_recipe(config.removeprefix("--config="))
     problems = find_problems(config, world_size=num_gpus, machine=A100)
     assert [problem for problem in problems if "`data." not in problem] == []
     # And the change that its head describes.
-    dense = load_yaml(ROOT / "examples/configs/dense_1b_paper.yaml")
+    dense = load_recipe("dense_1b_paper")
     problems = find_problems(dense, world_size=(1 + 3) * 8, machine=A100)
     assert [problem for problem in problems if "`data." not in problem] == []
 

@@ -19,7 +19,7 @@ def shutdown(self, death_sig=signal.SIGTERM, timeout=None):
 
 LocalElasticAgent._shutdown = shutdown
 PContext.close.__defaults__ = (None, 1)
-from megapoly.launch import main
+from megapoly.commands.launch import main
 sys.exit(main())
 """
 # One whose checkpoint takes 2.5 seconds.

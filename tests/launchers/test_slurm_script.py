@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT, TINY, Programs, steps, wait_until
 
-from megapoly.config.machine import Machine
-from megapoly.config.parsing import load_yaml
+from megapoly.config import load_recipe
 from megapoly.config.rules import find_problems
+from megapoly.platform.machine import Machine
 
 SBATCH = ROOT / "examples/slurm/pretrain.sbatch"
 MOE = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
@@ -192,12 +192,12 @@ def test_the_papers_jobs_fit_their_nodes() -> None:
         assert words[2] == "examples/slurm/pretrain.sbatch" and (ROOT / words[3]).is_file()
         jobs[words[words.index("--config") + 1]] = int(words[1]) * int(gpus)
     assert jobs == {
-        "examples/configs/dense_1b_paper.yaml": 32,
-        "examples/configs/moe_7b_paper.yaml": 64,
+        "dense_1b_paper": 32,
+        "moe_7b_paper": 64,
     }
     a100 = Machine(cuda=True, compute_capability=(8, 0), transformer_engine=True)
     for config, world_size in jobs.items():
-        problems = find_problems(load_yaml(ROOT / config), world_size=world_size, machine=a100)
+        problems = find_problems(load_recipe(config), world_size=world_size, machine=a100)
         assert [problem for problem in problems if "`data." not in problem] == []
 
 

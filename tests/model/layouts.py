@@ -18,13 +18,13 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 from torch import Tensor
 
 from megapoly.config import Config
-from megapoly.config.machine import CPU
 from megapoly.config.options import OPTIONS
 from megapoly.config.resolve import resolve
 from megapoly.data.loader import Batch, BatchLayout
 from megapoly.model.builder import unwrap
-from megapoly.parallel_check.whole import Part, gradient_parts, weight_parts, whole
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
+from megapoly.platform.machine import CPU
+from megapoly.preflight.parallel_check.whole_model import Part, gradient_parts, weight_parts, whole
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import TrainState, build_state

@@ -27,7 +27,8 @@ sys.modules["fused_weight_gradient_mlp_cuda"] = types.SimpleNamespace(
 
 import torch  # noqa: E402
 
-from megapoly.platform import engine_workarounds, select_platform  # noqa: E402
+from megapoly.platform import engine_workarounds  # noqa: E402
+from megapoly.platform.device import select_platform  # noqa: E402
 
 platform = select_platform("cpu")
 engine_workarounds.install_with_transformer_engine()  # as on CUDA

@@ -18,8 +18,8 @@ from megapoly.config import Config
 from megapoly.model.builder import checkpoint_metadata, gpt_model, unwrap
 from megapoly.model.initialization import _shards
 from megapoly.model.transformer_config import transformer_config
-from megapoly.parallel_check.whole import weight_parts
-from megapoly.platform import Platform
+from megapoly.platform.device import Platform
+from megapoly.preflight.parallel_check.whole_model import weight_parts
 from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, train_step, update_parameters

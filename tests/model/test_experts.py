@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from megapoly.activations import ACTIVATIONS, Activation, TensorParallelSum
 from megapoly.model.builder import unwrap
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.distributed import process_groups

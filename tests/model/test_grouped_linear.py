@@ -20,7 +20,7 @@ from megapoly.model.grouped_linear import (
     grouped_mm_obstacle,
     stacked,
 )
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import build_state

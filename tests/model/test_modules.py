@@ -17,7 +17,7 @@ from megapoly.model.attention import ScaledDotProductAttention
 from megapoly.model.grouped_linear import ColumnParallelGroupedLinear, RowParallelGroupedLinear
 from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
 from megapoly.model.transformer_config import transformer_config
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 

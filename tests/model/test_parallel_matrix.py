@@ -12,9 +12,9 @@ import pytest
 from layouts import run_models, small_config
 
 from megapoly.config import ModelConfig
-from megapoly.config.machine import CPU
 from megapoly.config.rules import find_problems
-from megapoly.parallel_check.layouts import all_layouts, covering, parse
+from megapoly.platform.machine import CPU
+from megapoly.preflight.layouts import all_layouts, covering, parse
 
 pytestmark = pytest.mark.parallel
 

@@ -9,13 +9,13 @@ import torch
 from layouts import EXPERTS, small_config
 
 from megapoly.config import Config, load_yaml
-from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import ParallelConfig
 from megapoly.model.builder import gpt_model
 from megapoly.model.parameters import count_parameters
 from megapoly.model.transformer_config import transformer_config
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
+from megapoly.platform.machine import CPU
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 

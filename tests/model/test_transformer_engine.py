@@ -16,11 +16,11 @@ import torch
 from layouts import Result
 from te_models import MODELS
 
-from megapoly.config import configure
 from megapoly.config.fp8 import RECIPES
 from megapoly.errors import ConfigError
-from megapoly.platform import this_machine
-from megapoly.testing.ranks import _free_port
+from megapoly.platform.device import this_machine
+from megapoly.preflight.local_ranks import _free_port
+from megapoly.pretrain import configure
 
 RECIPE = Path(__file__).parents[2] / "examples" / "configs" / "moe_tiny.yaml"
 JOB = Path(__file__).with_name("te_job.py")
@@ -90,7 +90,7 @@ def one_process(jobs):
 
 ENGINE = "megatron.core.extensions.transformer_engine"
 NORM = "transformer_engine.pytorch.module.rmsnorm.RMSNorm"
-ACTIVATION = "megapoly.activations.module.FFNActivation"
+ACTIVATION = "megapoly.model.ffn_activation.FFNActivation"
 FUSED = f"{ENGINE}.TELayerNormColumnParallelLinear"
 COLUMN, ROW = f"{ENGINE}.TEColumnParallelLinear", f"{ENGINE}.TERowParallelLinear"
 IDENTITY = "megatron.core.transformer.identity_op.IdentityOp"

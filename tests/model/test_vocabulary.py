@@ -14,8 +14,8 @@ from megatron.core import parallel_state
 
 from megapoly.config import padded_vocab_size
 from megapoly.model.builder import unwrap
-from megapoly.parallel_check.whole import without_padding
-from megapoly.platform import select_platform
+from megapoly.platform.device import select_platform
+from megapoly.preflight.parallel_check.whole_model import without_padding
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import build_state

@@ -16,21 +16,21 @@ from megapoly.ops.triton.ahead_of_time import Resources, exceeds
 ARCHS = (80, 90)
 WIDTHS = (1032, 8256, 11008)
 OF_EVERY_WIDTH = {
-    "polynorm_whole.forward_kernel",
-    "polynorm_whole.backward_kernel",
-    "polynorm_parts.moments_kernel",
-    "polynorm_parts.evaluate_kernel",
-    "polynorm_parts.gradient_sums_kernel",
-    "polynorm_parts.gradients_kernel",
-    "polyrelu.forward_kernel",
-    "polyrelu.backward_kernel",
+    "polynorm_whole_row.forward_kernel",
+    "polynorm_whole_row.backward_kernel",
+    "polynorm_split_row.moments_kernel",
+    "polynorm_split_row.evaluate_kernel",
+    "polynorm_split_row.gradient_sums_kernel",
+    "polynorm_split_row.gradients_kernel",
+    "polyrelu_row.forward_kernel",
+    "polyrelu_row.backward_kernel",
 }
 OF_NO_WIDTH = {
-    "polynorm_parts.rsqrt_kernel",
+    "polynorm_split_row.rsqrt_kernel",
     "row_sums.sum_chunks_kernel",
     "row_sums.sum_sets_kernel",
 }
-WITHOUT_OPTIONS = OF_NO_WIDTH | {"polynorm_parts.moments_kernel"}
+WITHOUT_OPTIONS = OF_NO_WIDTH | {"polynorm_split_row.moments_kernel"}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from definitions import make_arguments
 from torch.utils.checkpoint import checkpoint
 
-from megapoly.ops import polynorm, polynorm_operators, polyrelu, save_row_statistics
+from megapoly.ops import polynorm, polynorm_registration, polyrelu, save_row_statistics
 from megapoly.ops.backends import compiler_missing
 from megapoly.ops.collectives import NUM_SEGMENTS, PendingSum
 from megapoly.testing import run_on_ranks
@@ -228,9 +228,9 @@ def record(events):
     for name in ("all_reduce", "all_gather_into_tensor"):
         setattr(dist, name, recording(name, getattr(dist, name), of_collective))
     PendingSum.wait = recording("wait", PendingSum.wait)
-    reference = polynorm_operators.rows_of("reference", torch.ones(1, 1))
+    reference = polynorm_registration.rows_of("reference", torch.ones(1, 1))
     recorded = dataclasses.replace(reference, evaluate=recording("evaluate", reference.evaluate))
-    polynorm_operators.rows_of = lambda backend, x: recorded
+    polynorm_registration.rows_of = lambda backend, x: recorded
 
 
 def calls_and_recomputation():

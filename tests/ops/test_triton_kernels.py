@@ -19,7 +19,7 @@ from torch import Tensor
 from megapoly.errors import UnavailableError
 from megapoly.ops import polynorm, polyrelu
 from megapoly.ops.polynorm_backends import rows_of
-from megapoly.ops.triton import host, launch
+from megapoly.ops.triton import host, tile_sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,13 +45,13 @@ LARGE = {"rows": 10_000, "width": 11008, "expert_rows": 8192, "expert_width": 15
 def tiles(request, monkeypatch):
     """Rows in one program's registers, or gone over in blocks as rows longer than that are."""
     if request.param == "blocks":
-        cut_into_blocks(monkeypatch, launch._LIMITS)
+        cut_into_blocks(monkeypatch, tile_sizes._LIMITS)
 
 
 def cut_into_blocks(monkeypatch, kernels):
-    limits = dict.fromkeys(kernels, launch.Limits(lanes_per_warp=256, max_lanes=0))
-    monkeypatch.setattr(launch, "_LIMITS", launch._LIMITS | limits)
-    monkeypatch.setattr(launch, "MAX_BLOCK_OF_PART", 32)
+    limits = dict.fromkeys(kernels, tile_sizes.Limits(lanes_per_warp=256, max_lanes=0))
+    monkeypatch.setattr(tile_sizes, "_LIMITS", tile_sizes._LIMITS | limits)
+    monkeypatch.setattr(tile_sizes, "MAX_BLOCK_OF_PART", 32)
 
 
 def arguments_of(operator, form, dtype=torch.float32, **options) -> Arguments:
@@ -150,10 +150,10 @@ def test_coefficients_in_half_precision():
 
 
 def test_row_that_only_the_backward_pass_cuts_into_blocks(monkeypatch):
-    cut_into_blocks(monkeypatch, [key for key in launch._LIMITS if key[0] > 1])
+    cut_into_blocks(monkeypatch, [key for key in tile_sizes._LIMITS if key[0] > 1])
     arguments = arguments_of("polynorm", "gated", shape=(3, 129))
-    assert launch.whole_tiles(129, num_values=1, order=3)
-    assert launch.whole_tiles(129, num_values=3, order=3) is None
+    assert tile_sizes.whole_tiles(129, num_values=1, order=3)
+    assert tile_sizes.whole_tiles(129, num_values=3, order=3) is None
     assert_precise(run("polynorm", arguments), exact("polynorm", arguments))
 
 

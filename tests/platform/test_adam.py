@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megapoly.training.adam import Adam
+from megapoly.platform.adam import Adam
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megapoly.config.machine import Machine
 from megapoly.errors import UnavailableError
-from megapoly.platform import select_platform, this_machine
+from megapoly.platform.device import select_platform, this_machine
+from megapoly.platform.machine import Machine
 from megapoly.testing import run_on_ranks
 
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 
-from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import Config
 from megapoly.ops import polynorm
-from megapoly.platform import engine_workarounds, select_platform
+from megapoly.platform import engine_workarounds
+from megapoly.platform.device import select_platform
+from megapoly.platform.machine import CPU
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 

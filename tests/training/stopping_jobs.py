@@ -4,8 +4,7 @@ import os
 import signal
 from pathlib import Path
 
-from megapoly.config import configure
-from megapoly.pretrain import pretrain
+from megapoly.pretrain import configure, pretrain
 
 
 def job_stopped_in_tasks(words: list[str], recipe: str) -> None:

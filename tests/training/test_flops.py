@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megapoly.config import Config, load_yaml, padded_vocab_size
-from megapoly.config.machine import CPU
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import LoggingConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megapoly.platform.machine import CPU
 from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import RECIPES, shared_cache
 from megapoly.training.flops import (
@@ -93,7 +93,7 @@ def counted_flops_per_token(configs):
 def count(config):
     from megapoly.data.corpus import load_corpus
     from megapoly.data.tokenizer import load_tokenizer
-    from megapoly.platform import select_platform
+    from megapoly.platform.device import select_platform
     from megapoly.training.distributed import process_groups
     from megapoly.training.state import build_state
     from megapoly.training.step import run_microbatches

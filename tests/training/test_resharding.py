@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megapoly.parallel_check.layouts import parse
+from megapoly.preflight.layouts import parse
 from megapoly.testing import run_job
 
 TINY = {

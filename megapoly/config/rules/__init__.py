@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from megapoly.config.machine import Machine
 from megapoly.config.rules import data, gpu, layout, model, profile, run, schedule, tasks, values
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
+from megapoly.platform.machine import Machine
 
 RULES: tuple[Rule, ...] = (
     *values.RULES,

@@ -14,6 +14,7 @@ from megapoly.config.data_sources import (
     shares,
     tiny_share,
     token_file_prefixes,
+    tokenizer_file,
     unit_of,
     validation_sets,
 )
@@ -173,15 +174,6 @@ def tokenizer_exists(facts: Facts) -> Iterator[str]:
             f"`data.tokenizer` ({tokenizer}) needs a file that does not exist: {file}; give a "
             "tokenizer.json or its folder, or null for the built-in one"
         )
-
-
-def tokenizer_file(tokenizer: str) -> Path:
-    """The file that ``data.tokenizer`` names, itself or by its folder."""
-    path = Path(tokenizer)
-    if not path.is_dir():
-        return path
-    file, gpt2_file = path / "tokenizer.json", path / "vocab.json"
-    return gpt2_file if gpt2_file.is_file() and not file.is_file() else file
 
 
 def evaluation_has_data(facts: Facts) -> Iterator[str]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megapoly.config import resolve
-from megapoly.config.machine import Machine
 from megapoly.config.options import OPTIONS
 from megapoly.config.schema import Config
+from megapoly.platform.machine import Machine
 
 if TYPE_CHECKING:
     from megapoly.activations.registry import Activation

@@ -26,8 +26,13 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megapoly.ops.triton.kernels import polynorm_parts, polynorm_whole, polyrelu, row_sums
-from megapoly.ops.triton.launch import part_tiles, whole_tiles
+from megapoly.ops.triton.kernels import (
+    polynorm_split_row,
+    polynorm_whole_row,
+    polyrelu_row,
+    row_sums,
+)
+from megapoly.ops.triton.tile_sizes import part_tiles, whole_tiles
 
 WIDTHS = (1032, 1536, 8256, 11008, 16384)
 # The paper's FFN widths and recipes come as multiples of 16; rows then begin at multiples of 16.
@@ -79,7 +84,7 @@ def cases(widths: Sequence[int] = WIDTHS, orders: Sequence[int] = (3,)) -> Itera
             flags = {name: full for name in ("HAS_GATE", "HAS_FACTOR", "HAS_PROBS", "HAS_EXPERTS")}
             for width in widths:
                 yield from _row_cases(width, {"ORDER": order, "HAS_SLOPE": full} | flags)
-        yield _case(polynorm_parts, "rsqrt_kernel", 0, {"ORDER": order, "BLOCK": 128}, 4)
+        yield _case(polynorm_split_row, "rsqrt_kernel", 0, {"ORDER": order, "BLOCK": 128}, 4)
         sums = {"NUM_TERMS": order + 1, "CHUNK": row_sums.CHUNK, "HAS_EXPERTS": True, "BLOCK": 128}
         for name in ("sum_chunks_kernel", "sum_sets_kernel"):
             yield _case(row_sums, name, 0, sums, 4)
@@ -94,7 +99,7 @@ def _row_cases(width: int, constants: dict[str, Any]) -> Iterator[Case]:
         tiles = whole_tiles(width, num_values=num_values, order=constants["ORDER"])
         if tiles is not None:
             whole = constants | {"BLOCK": tiles.block, "TAIL": tiles.tail}
-            yield _case(polynorm_whole, name, width, whole, tiles.num_warps)
+            yield _case(polynorm_whole_row, name, width, whole, tiles.num_warps)
     tiles = part_tiles(width)
     num_blocks = {"NUM_BLOCKS": tiles.num_blocks}
     parts = constants | num_blocks | {"BLOCK": tiles.block, "TAIL": tiles.tail}
@@ -104,9 +109,9 @@ def _row_cases(width: int, constants: dict[str, Any]) -> Iterator[Case]:
         "gradient_sums_kernel",
         "gradients_kernel",
     ):
-        yield _case(polynorm_parts, name, width, parts, tiles.num_warps)
+        yield _case(polynorm_split_row, name, width, parts, tiles.num_warps)
     for name in ("forward_kernel", "backward_kernel"):
-        yield _case(polyrelu, name, width, parts, tiles.num_warps)
+        yield _case(polyrelu_row, name, width, parts, tiles.num_warps)
 
 
 def _case(module: Any, name: str, width: int, constants: dict[str, Any], num_warps: int) -> Case:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megapoly.ops.arguments import expert_of_row
 from megapoly.ops.triton.kernels.row_sums import CHUNK, sum_chunks_kernel, sum_sets_kernel
-from megapoly.ops.triton.launch import RowTiles, part_tiles
+from megapoly.ops.triton.tile_sizes import RowTiles, part_tiles
 
 P = ParamSpec("P")
 R = TypeVar("R")

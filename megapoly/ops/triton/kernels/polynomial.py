@@ -10,7 +10,7 @@ import triton.language as tl
 
 from megapoly.ops.triton.kernels.tiles import load_of_row
 
-# The constants of megapoly.ops.polynorm_rows, as the kernels' compiler needs them.
+# The constants of megapoly.ops.polynorm_reference, as the kernels' compiler needs them.
 MOMENT_SHIFT = tl.constexpr(2.0**-8)
 FIRST_ROOT_SHIFT = tl.constexpr(2.0**16)
 TARGET = tl.constexpr(16.0)

@@ -1,0 +1,1 @@
+"""Measurements of operators, training and preprocessing: ``megapoly benchmark``."""

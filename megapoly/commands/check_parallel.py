@@ -1,0 +1,178 @@
+"""Prove, on a laptop's CPU, that a configuration trains the same model at every parallel layout.
+
+    megapoly check-parallel --config moe_7b_paper --world-size 1 2 4 8
+
+Trains a scaled-down copy of the configuration for a few steps as one process, and then at each
+layout from the same initial weights and data. Losses, the gradient norm and the gradient of every
+parameter, put together from all processes, are compared. The exit status is 0 when all differences
+are within rounding, 1 when one is not or a layout fails, 2 when the configuration cannot be used.
+
+A layout is written with its sizes above 1, joined by -: tp (tensor), cp (context), pp (pipeline),
+vpp (interleaved chunks), ep (expert), etp (expert tensor, where it differs from tp), dp (data); and
+options: nosp (no sequence parallelism), a2a (context parallelism that exchanges heads), distopt
+(distributed optimizer with overlap). For example tp2-ep4-etp1-dp2-distopt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from megapoly.config import Config
+from megapoly.config.command_line import Parser, parse_with_overrides, quieten
+from megapoly.config.parsing import parse as parse_config
+from megapoly.config.rules import find_problems
+from megapoly.errors import ConfigError, MegapolyError
+from megapoly.platform.machine import CPU
+from megapoly.preflight.layouts import Layout, all_layouts, covering
+from megapoly.preflight.layouts import parse as parse_layout
+
+if TYPE_CHECKING:
+    from megapoly.preflight.parallel_check.report import Report
+
+RECIPE = "moe_tiny"
+WORLD_SIZES = [1, 2, 4, 8]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; see the module for the exit status."""
+    options, overrides = parse_with_overrides(
+        build_parser(), sys.argv[1:] if argv is None else argv
+    )
+    quieten()
+    try:
+        given = parse_config(
+            ["--config", options.config, *overrides], default_recipe=RECIPE, program="check"
+        )
+        return _check(options, given.config)
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def build_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser(
+        "check-parallel",
+        __doc__,
+        earlier={"--world_sizes": "--world-size", "--timeout_s": "--timeout-s"},
+        epilog="Options of the configuration, --SECTION.FIELD VALUE, override the recipe's.",
+    )
+    add = parser.add_argument
+    add("--config", default=RECIPE, metavar="RECIPE", help="name or YAML file (moe_tiny)")
+    add(
+        "--layouts",
+        nargs="+",
+        metavar="NAME",
+        help="layouts by name, or `all` that the configuration's rules let run; by default a few "
+        "that have every two choices together that any has",
+    )
+    add(
+        "--world-size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="numbers of processes (1 2 4 8); layouts by name are filled with data parallelism, or "
+        "without this option take the processes that they need",
+    )
+    add("--steps", type=int, default=3, help="of training at each layout (3)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
+    add("--timeout-s", type=float, default=600.0, help="for one layout, in seconds (600)")
+    add("--json", type=Path, metavar="FILE", help="write a report with every parameter")
+    return parser
+
+
+def _check(options: argparse.Namespace, config: Config) -> int:
+    # Here and not above: --help and a wrong layout answer without waiting for torch.
+    from megapoly.preflight.parallel_check.comparison import BF16, FP32
+    from megapoly.preflight.parallel_check.report import Report
+    from megapoly.preflight.parallel_check.scaled import scaled_down
+
+    bf16 = options.precision == "bf16"
+    small = scaled_down(config, steps=options.steps, bf16=bf16)
+    if problems := _problems(Layout(), small):
+        raise ConfigError(problems)
+    layouts = _layouts(options, small)
+    report = Report(small, BF16 if bf16 else FP32, [])
+    with tempfile.TemporaryDirectory(prefix="check-parallel-") as cache_dir:
+        _train_all(report, layouts, Path(cache_dir), options.timeout_s)
+    console = Console()
+    console.print(report.table())
+    for line in report.findings():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if options.json:
+        report.write_json(options.json)
+    return 0 if report.is_right else 1
+
+
+def _layouts(options: argparse.Namespace, small: Config) -> list[Layout]:
+    """What is asked for; a layout by name that breaks a rule is refused with the rule."""
+    sizes = options.world_size
+    if options.layouts in (None, ["all"]):
+        chosen: list[Layout] = []
+        for world_size in sizes or WORLD_SIZES:
+            every = all_layouts(
+                world_size,
+                num_experts=small.model.num_moe_experts,
+                is_allowed=lambda layout: not _problems(layout, small),
+            )
+            if not every:
+                raise ConfigError(
+                    [f"the configuration has no layout for {world_size} processes; take 1, 2, 4, 8"]
+                )
+            chosen += every if options.layouts else covering(every)
+        return chosen
+    named = [parse_layout(name) for name in options.layouts]
+    if sizes:
+        filled = [layout.at(world_size) for layout in named for world_size in sizes]
+        named = [layout for layout in filled if layout is not None]
+    problems = [f"{x.name}: {problem}" for x in named for problem in _problems(x, small)]
+    if not named:
+        problems = [f"none of the layouts fits {sizes} processes; leave out --world-size"]
+    if problems:
+        raise ConfigError(problems)
+    return list(dict.fromkeys(named))
+
+
+def _problems(layout: Layout, small: Config) -> list[str]:
+    return find_problems(
+        layout.applied_to(small),
+        world_size=layout.world_size,
+        machine=CPU,
+    )
+
+
+def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s: float) -> None:
+    from megapoly.preflight.parallel_check.comparison import compare
+    from megapoly.preflight.parallel_check.job import train
+    from megapoly.preflight.parallel_check.report import Row
+
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
+        task = bar.add_task("one process", total=len(layouts) + 1)
+        try:
+            expected = train(report.config, Layout(), cache_dir=cache_dir, timeout_s=timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            raise MegapolyError(f"The configuration fails on one process: {error}") from error
+        bar.advance(task)
+        for layout in layouts:
+            processes = f"{layout.world_size} process{'es' if layout.world_size > 1 else ''}"
+            bar.update(task, description=f"{layout.name}, {processes}")
+            row, start = Row(layout, 0.0), time.perf_counter()
+            try:
+                steps = train(report.config, layout, cache_dir=cache_dir, timeout_s=timeout_s)
+                row.comparison = compare(steps, expected)
+            except (RuntimeError, TimeoutError) as error:
+                row.failure = str(error)
+            row.seconds = time.perf_counter() - start
+            report.rows.append(row)
+            bar.advance(task)
+        bar.update(task, description="done")

@@ -1,0 +1,89 @@
+"""Write a checkpoint as a Hugging Face folder, and prove that it is the same model.
+
+    megapoly export --model runs/moe_tiny/checkpoints/iter_0000240 --output DIR
+
+reads the tensors of the distributed checkpoint, saved at any parallel layout, one at a time, and
+writes safetensors, config.json, tokenizer and model card. Models that Llama or OLMoE describe
+(swiglu, geglu) become plain `llama` or `olmoe`; every other brings its code, for
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) of transformers 4.57 or later.
+
+Then the folder is opened as a user would open it, and its logits on real text are compared in fp32
+with those of the checkpoint's own model: DIR/parity.json. The exit status is 0; 1 if they differ
+beyond the tolerance, naming the first module that does; 2 when the checkpoint or the output cannot
+be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megapoly.config.command_line import DTYPES, Parser, add_conversion_options, quieten
+from megapoly.errors import MegapolyError
+
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; see the module for the exit status."""
+    options = build_parser().parse_args(argv)
+    quieten()
+    # Here and not above: --help answers without waiting for torch.
+    import torch
+
+    from megapoly.conversion.export import ExportOptions, export
+    from megapoly.conversion.parity import ParityError
+
+    console = Console(stderr=True)
+    arguments = vars(options)
+    if options.dtype is not None:
+        arguments["dtype"] = getattr(torch, options.dtype)
+    if options.tolerance is None:
+        del arguments["tolerance"]
+    try:
+        parity = export(ExportOptions(**arguments), console)
+    except MegapolyError as error:
+        print(error, file=sys.stderr)
+        return 1 if isinstance(error, ParityError) else 2
+    print(f"wrote {options.output}")
+    print("not compared with the checkpoint" if parity is None else parity.summary())
+    return 0
+
+
+def build_parser() -> Parser:
+    """Return the command's parser."""
+    parser = Parser("export", __doc__, earlier={"--checkpoint": "--model"})
+    add = parser.add_argument
+    add(
+        "--model",
+        dest="checkpoint",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="run (its newest checkpoint), or checkpoint `iter_*`",
+    )
+    add("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
+    add(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        metavar="SIZE",
+        help="of one safetensors file, such as 500MB (5GB)",
+    )
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the run's)")
+    add_conversion_options(parser, output="DIR", report="parity.json")
+    return parser
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as ``500MB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
+    num_bytes = 0 if match is None else int(float(match[1]) * _SIZES[match[2]])
+    if num_bytes == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 500MB or 5GB")
+    return num_bytes

@@ -1,0 +1,82 @@
+"""Pre-train a model, or resume a run from its newest checkpoint.
+
+    megapoly train --config moe_tiny
+    megapoly train --config dense_1b_paper --nproc-per-node 8 --run_dir runs/dense_1b
+    torchrun --nproc-per-node 8 -m megapoly train --config moe_7b_paper
+
+--nproc-per-node starts that many processes on this machine. Under torchrun, `megapoly launch` or
+another launcher this is one of the job's processes, and the option is refused.
+
+The exit status is 0 when the run is complete or was asked to stop (Ctrl-C and SIGTERM save first),
+2 when the configuration, the data or a checkpoint cannot be used, 3 when the loss is not finite.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from textwrap import fill
+
+from jsonargparse import ArgumentParser
+
+from megapoly import pretrain
+from megapoly.config.command_line import whole
+from megapoly.config.parsing import option_parser
+from megapoly.platform import launcher
+
+DEFAULT_RECIPE = "moe_tiny"
+_PROCESSES = "--nproc-per-node"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; see the module for the exit status."""
+    try:
+        num_processes, rest = _take_processes(argv)
+    except ValueError as error:
+        print(f"megapoly train: {error}", file=sys.stderr)
+        return 2
+    if "-h" in rest or "--help" in rest:
+        print(build_parser().format_help(), end="")
+        return 0
+    if num_processes is None:
+        return pretrain.main(rest, default_recipe=DEFAULT_RECIPE, program="megapoly train")
+    from megapoly.commands import launch
+
+    return launch.main(
+        ["--standalone", _PROCESSES, str(num_processes), "-m", "megapoly", "train", *rest]
+    )
+
+
+def build_parser() -> ArgumentParser:
+    """Return a parser of all options, for help, completion and documentation."""
+    parser = option_parser("megapoly train", DEFAULT_RECIPE)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    options = fill(parser.description or "", width=100)
+    parser.description = f"{__doc__}\n{options}"
+    parser.add_argument(
+        _PROCESSES, metavar="N", default=SUPPRESS, help="processes to start on this machine"
+    )
+    return parser
+
+
+def _take_processes(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Split off the number of processes to start; None: this process trains."""
+    rest, given = list(argv), None
+    for i, argument in enumerate(rest):
+        flag, equals, text = argument.partition("=")
+        if flag.replace("_", "-") == _PROCESSES:
+            given = text if equals else "".join(rest[i + 1 : i + 2])
+            del rest[i : i + (1 if equals else 2)]
+            break
+    if given is None:
+        return None, rest
+    if launcher.is_launched():
+        raise ValueError(
+            f"{_PROCESSES} ({given}) has no effect here: a launcher has started the processes of "
+            "this job; leave it out, or give it to the launcher"
+        )
+    try:
+        return whole(1)(given), rest
+    except Exception as error:
+        raise ValueError(f"{_PROCESSES}: {error}") from error

@@ -1,0 +1,295 @@
+"""Which Hugging Face architecture a model is, and its ``config.json``.
+
+A model that Llama or OLMoE describes exactly is written as one of these, so that it opens without
+remote code; every other as ``megapoly``, with the code of :mod:`megapoly.conversion.remote_code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from megapoly.activations import registry
+from megapoly.config import ModelConfig, ffn_width
+from megapoly.errors import CheckpointError
+
+ModelType = Literal["llama", "olmoe", "megapoly"]
+MODEL_TYPE = "megapoly"
+CODE_FILES = ("configuration_megapoly.py", "modeling_megapoly.py")
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_megapoly.MegapolyConfig",
+    "AutoModel": "modeling_megapoly.MegapolyModel",
+    "AutoModelForCausalLM": "modeling_megapoly.MegapolyForCausalLM",
+}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    MODEL_TYPE: "MegapolyForCausalLM",
+}
+# Of Llama and OLMoE, where config.json does not name it.
+_DEFAULT_ACT = "silu"
+_DEFAULT_POSITIONS = 2048
+# Names that a PolyCom release may have for its activations, without case and underscores.
+_RELEASED_ACTS = ("polynorm", "polyrelu")
+
+
+def model_type(model: ModelConfig) -> ModelType:
+    """The architecture that a model is exported as; ``model`` is resolved."""
+    has_name = registry.get(model.activation).hidden_act is not None
+    if not has_name or model.moe_shared_expert_intermediate_size:
+        return "megapoly"
+    if model.num_moe_experts is None:
+        return "llama" if model.qk_norm == "none" else "megapoly"
+    # OLMoE's norms are as wide as hidden_size, whatever the heads are.
+    usual_heads = model.num_attention_heads * int(model.kv_channels or 0) == model.hidden_size
+    return "olmoe" if model.qk_norm == "full" and usual_heads else "megapoly"
+
+
+def hf_config(
+    model: ModelConfig,
+    *,
+    seq_length: int,
+    dtype: str,
+    bos: int | None,
+    eos: int,
+    pad: int | None,
+) -> dict[str, Any]:
+    """``config.json`` of a model.
+
+    Args:
+        model: resolved.
+        seq_length: that it was trained with.
+        dtype: of the weights, ``float32`` or another of torch's names.
+        bos: id that texts begin with; None: none.
+        eos: id that ends a document.
+        pad: id of padding; None: none.
+    """
+    kind = model_type(model)
+    common = {
+        "architectures": [_CLASSES[kind]],
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "max_position_embeddings": seq_length,
+        "rms_norm_eps": model.normalization_eps,
+        "rope_theta": float(model.rotary_base),
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": model.attention_dropout,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+        # transformers 4 reads the second, 5 the first.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    return common | (_megapoly_fields(model) if kind == MODEL_TYPE else _library_fields(model))
+
+
+def _library_fields(model: ModelConfig) -> dict[str, Any]:
+    """Fields of Llama and OLMoE alone."""
+    fields: dict[str, Any] = {
+        "hidden_act": registry.get(model.activation).hidden_act,
+        "attention_bias": False,
+        # transformers 5 reads this, 4 the `rope_theta` above.
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+    }
+    if model.num_moe_experts is None:
+        return fields | {
+            "intermediate_size": ffn_width(model, model.ffn_hidden_size),
+            "mlp_bias": False,
+        }
+    assert model.moe_ffn_hidden_size is not None, "resolved"
+    return fields | {
+        "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
+        "num_experts": model.num_moe_experts,
+        **_router_fields(model),
+        "clip_qkv": None,
+    }
+
+
+def _megapoly_fields(model: ModelConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "auto_map": _AUTO_MAP,
+        "hidden_act": model.activation,
+        "activation_order": model.activation_order,
+        "activation_norm": model.activation_norm,
+        "activation_eps": model.activation_eps,
+        "activation_coefficients": model.activation_coefficients,
+        "qk_norm": model.qk_norm,
+    }
+    if model.num_moe_experts is None:
+        return fields | {"intermediate_size": ffn_width(model, model.ffn_hidden_size)}
+    assert model.moe_ffn_hidden_size is not None, "resolved"
+    shared = model.moe_shared_expert_intermediate_size
+    return fields | {
+        "num_experts": model.num_moe_experts,
+        "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
+        "shared_expert_intermediate_size": ffn_width(model, shared) if shared else None,
+        **_router_fields(model),
+    }
+
+
+def _router_fields(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_experts_per_tok": model.moe_router_topk,
+        # A softmax over the chosen logits is the softmax over all, divided by its sum over these.
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "output_router_logits": False,
+    }
+
+
+def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
+    """The model that a ``config.json`` describes, resolved.
+
+    Args:
+        config: content of the file: Llama (also with the activations of the released PolyCom
+            checkpoints), OLMoE or an export of this project.
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: the architecture is another, or has something that this project's models
+            do not; with the fields.
+    """
+    kind = config.get("model_type")
+    if kind not in _CLASSES:
+        raise CheckpointError(
+            f"`model_type` in {source} must be one of {', '.join(_CLASSES)}, which can be imported;"
+            f" it is {kind}."
+        )
+    _require(config, source)
+    _refuse_what_is_not_offered(config, source)
+    heads = config["num_attention_heads"]
+    model = ModelConfig(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_attention_heads=heads,
+        num_query_groups=config.get("num_key_value_heads") or heads,
+        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        scale_gated_ffn=False,
+        normalization_eps=config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5),
+        rotary_base=_rotary_base(config, source),
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        vocab_size=config["vocab_size"],
+        init_method_std=config.get("initializer_range", 0.02),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        transformer_engine=False,
+    )
+    if kind == MODEL_TYPE:
+        _set_activation(model, config)
+        model.qk_norm = config["qk_norm"]
+    else:
+        _set_library_activation(model, config, source)
+        model.qk_norm = "full" if kind == "olmoe" else "none"
+    if config.get("num_experts") is None:
+        model.ffn_hidden_size = config["intermediate_size"]
+    else:
+        _set_experts(model, config)
+    return model
+
+
+def max_positions(config: Mapping[str, Any]) -> int:
+    """Length of the sequences that the model of a ``config.json`` is for."""
+    return int(config.get("max_position_embeddings", _DEFAULT_POSITIONS))
+
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+
+
+def _require(config: Mapping[str, Any], source: str) -> None:
+    missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
+    if missing:
+        raise CheckpointError(f"{source} must have whole numbers {', '.join(missing)}.")
+
+
+def is_polycom_release(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is Llama's with an activation that transformers does not know."""
+    act = config.get("hidden_act", _DEFAULT_ACT)
+    return config.get("model_type") == "llama" and act not in _library_acts()
+
+
+def _library_acts() -> dict[str, str]:
+    """Names in the registry by transformers' names of what is in a gated FFN."""
+    entries = registry.ACTIVATIONS.items()
+    return {entry.hidden_act: name for name, entry in entries if entry.hidden_act is not None}
+
+
+def _set_activation(model: ModelConfig, config: Mapping[str, Any]) -> None:
+    model.activation = config["hidden_act"]
+    registry.get(model.activation)
+    model.activation_order = config["activation_order"]
+    model.activation_norm = config["activation_norm"]
+    model.activation_eps = config["activation_eps"]
+    model.activation_coefficients = config["activation_coefficients"]
+
+
+def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
+    model.num_moe_experts = config["num_experts"]
+    model.moe_ffn_hidden_size = config["intermediate_size"]
+    model.moe_shared_expert_intermediate_size = config.get("shared_expert_intermediate_size")
+    model.moe_router_topk = config["num_experts_per_tok"]
+    model.moe_router_pre_softmax = not config.get("norm_topk_prob", False)
+    model.moe_aux_loss_coeff = config.get("router_aux_loss_coef", 0.01)
+
+
+def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], source: str) -> None:
+    """Gated SiLU or GELU, or the activation that a released PolyCom checkpoint names."""
+    named = _library_acts() | {name: name for name in _RELEASED_ACTS}
+    act = str(config.get("hidden_act", _DEFAULT_ACT))
+    key = act if act in named else act.replace("_", "").lower()
+    if key not in named:
+        raise CheckpointError(
+            f"`hidden_act` in {source} must be one of {', '.join(named)}; it is {act}."
+        )
+    model.activation = named[key]
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 (``rope_scaling``) and 5 (``rope_parameters``) say of positions."""
+    return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+
+
+def _rotary_base(config: Mapping[str, Any], source: str) -> int:
+    base = float(_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0)))
+    if base != int(base):
+        raise CheckpointError(f"`rope_theta` in {source} must be a whole number; it is {base}.")
+    return int(base)
+
+
+def _refuse_what_is_not_offered(config: Mapping[str, Any], source: str) -> None:
+    rope = _rope(config)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    found = {
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "clip_qkv": config.get("clip_qkv"),
+        "rope_scaling": None if kind == "default" else rope,
+        "rope_interleaved": config.get("rope_interleaved"),
+        "partial_rotary_factor": None if partial == 1.0 else partial,
+        "quantization_config": config.get("quantization_config"),
+    }
+    if config.get("num_experts_per_tok") == 1 and config.get("norm_topk_prob"):
+        # A probability divided by itself is one, and the router would learn nothing.
+        found["norm_topk_prob, with num_experts_per_tok 1"] = True
+    given = {name: value for name, value in found.items() if value not in (None, False)}
+    if given:
+        listed = ", ".join(f"`{name}`: {value}" for name, value in given.items())
+        raise CheckpointError(
+            f"{source} has {listed}; this project's models have no biases, no clipping of queries "
+            "and keys, unscaled rotary positions, unquantized weights, and for a single expert its "
+            "own probability. Such a model cannot be imported."
+        )

@@ -1,0 +1,230 @@
+"""Compare a checkpoint with a Hugging Face folder, each opened in its own way."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megapoly.conversion.architecture import (
+    hf_config,
+    is_polycom_release,
+    max_positions,
+    model_config,
+)
+from megapoly.conversion.classes import class_without_code, model_from_fields
+from megapoly.conversion.engine_recording import record_checkpoint
+from megapoly.conversion.export_recording import record_export
+from megapoly.conversion.parity import Parity, difference
+from megapoly.conversion.safetensors_reader import read_json
+from megapoly.data.builtin import builtin_documents
+from megapoly.data.tokenizer import Tokenizer, load_tokenizer
+
+NUM_TOKENS, TEXT_TOKENS = 256, 128
+# Of the memory that is free, what the exported model may take as a whole.
+MEMORY_SHARE = 0.4
+_M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+_LAYERS_ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def compare_export(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
+) -> Parity:
+    """Compare a folder that was just written with its checkpoint, opened as users open it.
+
+    Args:
+        checkpoint: an ``iter_*`` folder.
+        folder: the export.
+        dtype: of the export's weights.
+        tolerance: see :class:`megapoly.conversion.parity.Parity`.
+        console: for what is going on.
+    """
+    tokenizer = load_tokenizer(folder)
+    other_ids = {"other_ids": texts_with_other_ids(folder, tokenizer)}
+    return _compare(
+        checkpoint, folder, tokenizer, other_ids, dtype, tolerance, console, run_code=True
+    )
+
+
+def compare_import(
+    checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
+) -> Parity:
+    """Compare a checkpoint that was just written with its source; code in the source is not run.
+
+    Args:
+        checkpoint: with its tokenizer.
+        folder: the source.
+        dtype: of the source's weights.
+        tolerance: see :class:`megapoly.conversion.parity.Parity`.
+        console: for what is going on.
+    """
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    return _compare(checkpoint, folder, tokenizer, {}, dtype, tolerance, console, run_code=False)
+
+
+def _compare(
+    checkpoint: Path,
+    folder: Path,
+    tokenizer: Tokenizer,
+    found: dict[str, list[str]],
+    dtype: torch.dtype,
+    tolerance: float,
+    console: Console,
+    *,
+    run_code: bool,
+) -> Parity:
+    _give_freed_blocks_back()
+    tokens = real_text(tokenizer, max_positions(read_json(folder / "config.json")))
+    with console.status("comparing: the checkpoint's model"):
+        expected = record_checkpoint(checkpoint, tokens, dtype)
+    with (
+        console.status("comparing: the model in transformers"),
+        tempfile.TemporaryDirectory(prefix="megapoly-parity-") as offload,
+    ):
+        model, loading = load_folder(folder, Path(offload), run_code=run_code)
+        recorded = record_export(model, tokens, expected.rows)
+    weights = str(dtype).removeprefix("torch.")
+    return difference(
+        expected, recorded, tokens, loading | found, weights=weights, tolerance=tolerance
+    )
+
+
+def real_text(tokenizer: Tokenizer, max_length: int) -> Tensor:
+    """[b, s] ids of the built-in books' validation part, s at most ``max_length``, 256 in all."""
+    length = min(TEXT_TOKENS, max_length)
+    wanted = NUM_TOKENS // length
+    texts = [d.text for d in builtin_documents() if d.split == "validation"]
+    from_each = -(-wanted // len(texts))
+    pieces = []
+    for text in texts:
+        ids = tokenizer.encode(text[: 16 * length * from_each])
+        pieces += [ids[i * length : (i + 1) * length] for i in range(from_each)]
+    whole = [piece for piece in pieces if len(piece) == length]
+    return torch.tensor(whole[:: max(1, len(whole) // wanted)][:wanted])
+
+
+def texts_with_other_ids(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """Beginnings of texts that transformers' tokenizer in a folder reads otherwise than training.
+
+    Special tokens at the beginning are no difference: whether there are some, its files say.
+    """
+    from transformers import AutoTokenizer
+
+    others = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    found = []
+    for document in builtin_documents()[::40]:
+        text = f" {document.text[:500]}  \n\n\n{document.text[500:520]}\n"
+        ids = others(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids != tokenizer.encode(text):
+            found.append(text[:40])
+    return found
+
+
+def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, dict[str, list[str]]]:
+    """The model of a folder in fp32; where it is large, its layers left on disk.
+
+    Args:
+        folder: of the model.
+        offload: to put layers in; it must last as long as the model.
+        run_code: open it as users do, by the code that it brings; otherwise by this package's.
+
+    Returns:
+        The model, and keys that did not fit, by kind.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    arguments: dict[str, Any] = {}
+    config = read_json(folder / "config.json")
+    if is_polycom_release(config):
+        arguments["config"], opener = release_model(folder)
+    elif run_code:
+        opener, arguments["trust_remote_code"] = AutoModelForCausalLM, True
+    else:
+        opener = class_without_code(config)
+    if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
+        arguments |= {"device_map": _LAYERS_ON_DISK, "offload_folder": offload}
+    model, info = opener.from_pretrained(
+        folder,
+        local_files_only=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **arguments,
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model.eval(), {kind: sorted(map(str, info.get(kind) or [])) for kind in kinds}
+
+
+def _give_freed_blocks_back() -> None:
+    """Have malloc return large blocks to the system when they are freed.
+
+    glibc keeps blocks of up to 32 MB for itself once it has seen one freed. What is small and stays
+    then settles in the places of an expert's matrices, and those of the next layer go elsewhere:
+    7 GB for the 6.9B mixture, and 3 GB so (glibc 2.36).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # of glibc
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def release_model(folder: Path) -> tuple[Any, Any]:
+    """Configuration and class for a PolyCom release, whose own code is not published.
+
+    The tensors' names are those of this project's exports, so these open it as it is.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    fields = hf_config(
+        model_config(config, source=str(path)),
+        seq_length=max_positions(config),
+        dtype="float32",
+        bos=None,
+        eos=0,
+        pad=None,
+    )
+    return model_from_fields(fields)
+
+
+def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this process can still take: of the machine, and of the container that it is in.
+
+    Args:
+        cgroup: where the container's limits are, of either version of control groups.
+    """
+    free = [psutil.virtual_memory().available]
+    for limit, used in _CGROUP_FILES:
+        try:
+            free.append(int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+        except (OSError, ValueError):  # the other version; no limit ("max")
+            continue
+    return max(0, min(free))
+
+
+def fp32_bytes(folder: Path) -> int:
+    """Bytes of a folder's weights in fp32."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
+            total += 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    return total

@@ -1,0 +1,193 @@
+"""Record the checkpoint's own model.
+
+It is the engine's, and the engine says which of its weights lies where in the checkpoint; nothing
+of :mod:`megapoly.conversion.tensor_map` has a part in it. One layer at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.config import Config
+from megapoly.config.resolve import without_gpu_kernels
+from megapoly.config.schema import ParallelConfig
+from megapoly.conversion.checkpoint_reader import CheckpointReader, read_description
+from megapoly.conversion.recording import Recording, rows_for_every_expert, sums_of_rows
+
+
+def record_checkpoint(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> Recording:
+    """Run the checkpoint's own model in fp32 on this process's CPU.
+
+    Args:
+        checkpoint: an ``iter_*`` folder.
+        tokens: [b, s].
+        dtype: that the weights are rounded to first.
+    """
+    recording = Recording()
+    with engine_model(checkpoint, dtype) as model, ExitStack() as hooks:
+        for remove in _engine_hooks(model, recording):
+            hooks.callback(remove)
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        with torch.no_grad():
+            logits = model(tokens, positions, attention_mask=None)
+        recording.keep("lm_head", logits[..., : model.real_vocab_size])
+        embedding = model.embedding.word_embeddings.weight[: model.real_vocab_size]
+        recording.embedding = sums_of_rows(embedding)
+    return recording
+
+
+@contextmanager
+def engine_model(checkpoint: Path, dtype: torch.dtype) -> Iterator[Any]:
+    """The engine's model of a checkpoint on CPU, its layers in memory only while they run."""
+    from megapoly.platform.device import select_platform
+
+    platform = select_platform("cpu")
+    from megapoly.model.builder import gpt_model
+    from megapoly.model.transformer_config import transformer_config
+    from megapoly.training.distributed import process_groups
+
+    config = _of_one_process(read_description(checkpoint)[0])
+    with process_groups(config, platform, alone=True):
+        with torch.device("meta"):
+            model = gpt_model(config, transformer_config(config, on_cpu=True))
+        model.real_vocab_size = config.model.vocab_size
+        model.has_qk_norm = config.model.qk_norm != "none"
+        load = _Loader(model, CheckpointReader(checkpoint), dtype)
+        for i, layer in enumerate(model.decoder.layers):
+            prefix = f"decoder.layers.{i}."
+            layer.register_forward_pre_hook(lambda module, _, prefix=prefix: load(module, prefix))
+            layer.register_forward_hook(lambda module, *_: _forget(module))
+        for prefix in ("embedding.", "decoder.final_layernorm.", "output_layer."):
+            load(model.get_submodule(prefix[:-1]), prefix)
+        yield model.eval()
+
+
+def _of_one_process(config: Config) -> Config:
+    """The same model without any parallelism or GPU libraries, in fp32."""
+    config = copy.deepcopy(config)
+    config.parallel = ParallelConfig(expert_tensor_parallel_size=1, sequence_parallel=False)
+    without_gpu_kernels(config)
+    config.model.activation_backend = "reference"
+    config.training.bf16 = False
+    return config
+
+
+class _Loader:
+    """Fills a module from the checkpoint, where the engine says that its weights are.
+
+    Args:
+        model: whose part the module is.
+        reader: of the checkpoint.
+        dtype: that weights are rounded to.
+    """
+
+    def __init__(self, model: Any, reader: CheckpointReader, dtype: torch.dtype):
+        self.model, self.reader, self.dtype = model, reader, dtype
+
+    @torch.no_grad()
+    def __call__(self, module: torch.nn.Module, prefix: str) -> None:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+        from megapoly.model.builder import checkpoint_metadata
+
+        module.to_empty(device="cpu")
+        entries = self.model.sharded_state_dict(metadata=checkpoint_metadata())
+        for name, entry in entries.items():
+            if not name.startswith(prefix):
+                continue
+            if isinstance(entry, ShardedTensorFactory):  # cuts a gated FC1 into its two halves
+                for part in entry.build():
+                    self._fill(part)
+            elif isinstance(entry, ShardedTensor):
+                self._fill(entry)
+
+    def _fill(self, part: Any) -> None:
+        """Read one part; padding of the vocabulary that the checkpoint lacks is zero."""
+        stored = torch.zeros(part.data.shape, dtype=self.reader.dtype(part.key))
+        self.reader.read_into(stored, part.key, part.global_offset)
+        part.data.copy_(stored.to(self.dtype))
+
+
+def _forget(module: torch.nn.Module) -> None:
+    module.to("meta")
+
+
+def _engine_hooks(model: Any, recording: Recording) -> Iterator[Callable[[], None]]:
+    """Hooks on the engine's modules; theirs are [s, b, ..]."""
+
+    def keep(module: torch.nn.Module, name: str) -> Callable[[], None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            recording.keep(name, _of_tokens(output))
+
+        return module.register_forward_hook(hook).remove
+
+    yield keep(model.embedding, "model.embed_tokens")
+    for i, layer in enumerate(model.decoder.layers):
+        place = f"model.layers.{i}"
+        yield keep(layer.input_layernorm, f"{place}.input_layernorm")
+        part = "norm" if model.has_qk_norm else "proj"
+        yield _keep_projections(layer.self_attention, f"{place}.self_attn", part, recording)
+        yield keep(layer.self_attention, f"{place}.self_attn")
+        yield keep(layer.pre_mlp_layernorm, f"{place}.post_attention_layernorm")
+        yield keep(layer.mlp, f"{place}.mlp")
+        if hasattr(layer.mlp, "router"):
+            yield _keep_routing(layer.mlp, f"{place}.mlp", recording)
+        yield keep(layer, place)
+    yield keep(model.decoder.final_layernorm, "model.norm")
+
+
+def _of_tokens(output: Any) -> Tensor:
+    """[s, b, ..], perhaps with a bias -> [b, s, ..]."""
+    return (output[0] if isinstance(output, tuple) else output).transpose(0, 1)
+
+
+def _keep_projections(
+    attention: Any, place: str, part: str, recording: Recording
+) -> Callable[[], None]:
+    """Queries, keys and values, queries and keys behind their norms if they have some."""
+    project = attention.get_query_key_value_tensors
+
+    def projected(*args: Any, **kwargs: Any) -> Any:
+        result = project(*args, **kwargs)
+        for name, tensor in zip(("q", "k", "v"), result, strict=False):
+            which = "proj" if name == "v" else part
+            recording.keep(f"{place}.{name}_{which}", tensor.transpose(0, 1))
+        return result
+
+    attention.get_query_key_value_tensors = projected
+
+    def remove() -> None:
+        del attention.get_query_key_value_tensors
+
+    return remove
+
+
+def _keep_routing(mlp: Any, place: str, recording: Recording) -> Callable[[], None]:
+    """The router's choices on the text, and on the rows that reach every expert."""
+    routed: dict[str, Tensor] = {}
+
+    def keep_probs(_: Any, inputs: Any, output: Any) -> None:
+        seq_length, batch = inputs[0].shape[:2]
+        probs, chosen = (t.view(seq_length, batch, -1).transpose(0, 1) for t in output)
+        routed["probs"] = torch.where(chosen, probs, 0.0).float()
+
+    def probe(_: Any, __: Any, ___: Any) -> None:
+        recording.probs[place] = routed["probs"]
+        recording.rows[place] = rows_for_every_expert(mlp.router.weight)
+        output = _of_tokens(mlp.forward(recording.rows[place].transpose(0, 1)))
+        recording.every_expert[place] = output.detach().clone(), routed["probs"]
+
+    hooks = (mlp.router.register_forward_hook(keep_probs), mlp.register_forward_hook(probe))
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove

@@ -1,0 +1,138 @@
+"""Write a checkpoint as a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megapoly.conversion.architecture import CODE_FILES, MODEL_TYPE
+from megapoly.conversion.checkpoint_model import (
+    checked_links,
+    describe,
+    is_trained_with,
+    tensors_of,
+    tokenizer_source,
+)
+from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
+from megapoly.conversion.comparison import compare_export
+from megapoly.conversion.model_card import model_card
+from megapoly.conversion.optional_libraries import require_libraries
+from megapoly.conversion.output_folder import output_folder, write_json
+from megapoly.conversion.parity import TOLERANCE, Parity
+from megapoly.conversion.progress import bytes_bar
+from megapoly.conversion.safetensors_files import plan_shards, write_shards
+from megapoly.conversion.tensor_map import Link
+from megapoly.conversion.tokenizer_files import SpecialIds, write_tokenizer
+
+_REMOTE_CODE = Path(__file__).parent / "remote_code"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What ``megapoly export`` is asked for.
+
+    Args:
+        checkpoint: an ``iter_*`` folder, or a run, whose newest is taken.
+        output: folder to make.
+        dtype: of the weights; None: as they are stored.
+        max_shard_size: bytes of one safetensors file.
+        tokenizer: a ``tokenizer.json`` or folder, in place of the one that the run names.
+        overwrite: replace ``output`` if it exists.
+        skip_parity: do not compare the written model with the checkpoint's.
+        tolerance: of the comparison, see :class:`megapoly.conversion.parity.Parity`.
+    """
+
+    checkpoint: Path
+    output: Path
+    dtype: torch.dtype | None = None
+    max_shard_size: int = 5_000_000_000
+    tokenizer: str | None = None
+    overwrite: bool = False
+    skip_parity: bool = False
+    tolerance: float = TOLERANCE
+
+
+def export(options: ExportOptions, console: Console) -> Parity | None:
+    """Convert a checkpoint and prove that the result is the same model.
+
+    Everything is written to a hidden folder beside ``output``, which is renamed when all of it is
+    there and the comparison has passed.
+
+    Returns:
+        The comparison; None where it was skipped.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete or not of its configuration's model, or
+            ``output`` exists.
+        UnavailableError: a library is missing.
+        DataError: the tokenizer cannot be read, or the disk is full.
+        ParityError: the written model is not the checkpoint's. What was written is kept in
+            ``OUTPUT.failed``.
+    """
+    require_libraries()
+    source = find_checkpoint(options.checkpoint) or options.checkpoint
+    with output_folder(options.output, source=source, overwrite=options.overwrite) as folder:
+        return _write(options, CheckpointReader(source), folder, console)
+
+
+def _write(
+    options: ExportOptions, reader: CheckpointReader, folder: Path, console: Console
+) -> Parity | None:
+    links = checked_links(reader)
+    dtype = options.dtype or reader.dtype(links[0].key)
+    source = tokenizer_source(reader, options.tokenizer)
+    special = write_tokenizer(source, folder, seq_length=reader.config.training.seq_length)
+    if options.tokenizer is not None and not is_trained_with(reader, source):
+        console.print(f"note: {source} is another file than the run's tokenizer")
+    config = describe(reader, special, dtype)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(special))
+    if config["model_type"] == MODEL_TYPE:
+        for name in CODE_FILES:
+            shutil.copyfile(_REMOTE_CODE / name, folder / name)
+    write_weights(reader, links, folder, dtype, options.max_shard_size, console)
+    result = None
+    if not options.skip_parity:
+        result = compare_export(reader.path, folder, dtype, options.tolerance, console)
+    write_json(folder / "parity.json", {"skipped": True} if result is None else result.to_dict())
+    (folder / "README.md").write_text(model_card(reader, config, result), encoding="utf-8")
+    if result is not None:
+        result.raise_if_different("parity.json")
+    return result
+
+
+def write_weights(
+    reader: CheckpointReader,
+    links: list[Link],
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    console: Console,
+) -> None:
+    """Write all tensors as safetensors."""
+    shards = plan_shards({link.name: link.shape for link in links}, dtype, max_shard_size)
+    total = sum(link.num_elements for link in links) * dtype.itemsize
+    with bytes_bar("writing weights", total, console) as advance:
+
+        def named() -> Iterator[tuple[str, Tensor]]:
+            for link, tensor in tensors_of(reader, links):
+                yield link.name, tensor
+                advance(link.num_elements * dtype.itemsize)
+
+        write_shards(folder, shards, dtype, named())
+
+
+def generation_config(special: SpecialIds) -> Mapping[str, Any]:
+    """``generation_config.json``: greedy unless asked otherwise, up to the end of a document."""
+    return {
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.eos if special.pad is None else special.pad,
+    }

@@ -1,0 +1,89 @@
+"""Record an exported model, or one that was imported, in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.conversion.recording import Recording, sums_of_rows
+
+
+def record_export(model: Any, tokens: Tensor, rows: Mapping[str, Tensor]) -> Recording:
+    """Run an exported model.
+
+    Args:
+        model: of ``AutoModelForCausalLM``: Llama, OLMoE or this project's.
+        tokens: [b, s].
+        rows: that reach every expert, by the module of the experts.
+    """
+    recording = Recording()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if _is_compared(name):
+                hooks.callback(_keep_output(module, name, recording))
+            elif name.endswith(".mlp.gate"):
+                place = name.removesuffix(".gate")
+                mlp = model.get_submodule(place)
+                hooks.callback(
+                    _keep_routing(module, mlp, place, model.config, rows[place], recording)
+                )
+        logits = model(input_ids=tokens, use_cache=False).logits
+        recording.keep("lm_head", logits)
+        recording.embedding = sums_of_rows(model.get_input_embeddings().weight)
+    return recording
+
+
+_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+
+
+def _is_compared(name: str) -> bool:
+    words = name.split(".")
+    if name in ("model.embed_tokens", "model.norm"):
+        return True
+    if words[:2] != ["model", "layers"]:
+        return False
+    return len(words) == 3 or words[3:] in [
+        *([part] for part in _PARTS),
+        *(["self_attn", part] for part in _PROJECTIONS),
+    ]
+
+
+def _keep_output(module: Any, name: str, recording: Recording) -> Callable[[], None]:
+    def hook(_: Any, __: Any, output: Any) -> None:
+        recording.keep(name, output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_hook(hook).remove
+
+
+def _keep_routing(
+    gate: Any, mlp: Any, place: str, config: Any, rows: Tensor, recording: Recording
+) -> Callable[[], None]:
+    """The router's choices on the text, and on the rows that reach every expert."""
+    routed: dict[str, Tensor] = {}
+
+    def keep_probs(_: Any, __: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output  # [tokens, experts]
+        probs = logits.float().softmax(-1)
+        kept, chosen = probs.topk(config.num_experts_per_tok, dim=-1)
+        if config.norm_topk_prob:
+            kept = kept / kept.sum(-1, keepdim=True)
+        routed["probs"] = torch.zeros_like(probs).scatter(-1, chosen, kept)
+
+    def probe(_: Any, inputs: Any, __: Any) -> None:
+        recording.probs[place] = routed["probs"].view(*inputs[0].shape[:2], -1)
+        output = mlp.forward(rows)
+        first = output[0] if isinstance(output, tuple) else output
+        recording.every_expert[place] = first.detach().float().clone(), routed["probs"][None]
+
+    hooks = (gate.register_forward_hook(keep_probs), mlp.register_forward_hook(probe))
+
+    def remove() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return remove

@@ -1,0 +1,290 @@
+"""Write a Hugging Face folder as a checkpoint, block by block; also with another activation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+import megapoly
+from megapoly.activations import registry
+from megapoly.config import Config, ModelConfig, to_yaml
+from megapoly.config.rules import find_problems
+from megapoly.conversion import tensor_map
+from megapoly.conversion.architecture import max_positions, model_config
+from megapoly.conversion.checkpoint_model import check_finite
+from megapoly.conversion.checkpoint_writer import Block, write_tensors
+from megapoly.conversion.comparison import compare_import
+from megapoly.conversion.optional_libraries import require_libraries
+from megapoly.conversion.output_folder import output_folder, write_json
+from megapoly.conversion.parity import TOLERANCE, Parity
+from megapoly.conversion.progress import bytes_bar
+from megapoly.conversion.safetensors_reader import SafetensorsReader
+from megapoly.conversion.tensor_map import Link
+from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
+from megapoly.conversion.upcycling import OtherActivation, outside_of_ffn, with_activation
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.errors import CheckpointError, ConfigError
+from megapoly.model.initial_values import initial_value
+from megapoly.platform.machine import CPU
+
+# A tied output layer that is stored all the same.
+_OUTPUT, _INPUT = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What ``megapoly import`` is asked for.
+
+    Args:
+        model: folder of a Llama, OLMoE or exported model.
+        output: checkpoint folder to make.
+        tokenizer: a ``tokenizer.json`` or folder, in place of the model's own.
+        activation: start another model from the parts that do not depend on the FFN; None: the
+            same model.
+        overwrite: replace ``output`` if it exists.
+        skip_parity: do not compare the checkpoint with the source.
+        tolerance: of the comparison, see :class:`megapoly.conversion.parity.Parity`.
+    """
+
+    model: Path
+    output: Path
+    tokenizer: str | None = None
+    activation: OtherActivation | None = None
+    overwrite: bool = False
+    skip_parity: bool = False
+    tolerance: float = TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of the tensors.
+
+    Args:
+        taken: names and sizes of what came from the source.
+        initialised: what was drawn as at the start of a run, by names in the form of an export.
+        left: of the source, not used.
+        parity: comparison with the source; None: skipped, or another model.
+        skipped: the comparison was left out on request.
+    """
+
+    taken: dict[str, int]
+    initialised: dict[str, int]
+    left: dict[str, int]
+    parity: Parity | None = None
+    skipped: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``import.json``."""
+        compared = {"skipped": True} if self.skipped else None
+        if self.parity is not None:
+            compared = self.parity.to_dict()
+        tensors = {name: getattr(self, name) for name in ("taken", "initialised", "left")}
+        return tensors | {"parity": compared}
+
+
+def import_model(options: ImportOptions, console: Console) -> Report:
+    """Convert a folder into a checkpoint that training goes on from, at any layout.
+
+    Beside the tensors stand ``config.yaml`` (resolved), ``recipe.yaml`` (the model, its tokenizer
+    and this checkpoint, to train with), ``run.json``, ``import.json`` and ``tokenizer/``.
+
+    Raises:
+        CheckpointError: the folder is not of a known model, or not complete.
+        ConfigError: ``activation`` breaks a rule of training.
+        UnavailableError: a library is missing.
+        DataError: its tokenizer cannot be read, or the disk is full.
+        ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
+    """
+    require_libraries()
+    output, overwrite = options.output, options.overwrite
+    with output_folder(output, source=options.model, overwrite=overwrite) as folder:
+        with SafetensorsReader(options.model) as source:
+            report = _write(options, source, folder, console)
+        write_json(folder / "import.json", report.to_dict())
+        if report.parity is not None:
+            report.parity.raise_if_different("import.json")
+    return report
+
+
+def _write(
+    options: ImportOptions, source: SafetensorsReader, folder: Path, console: Console
+) -> Report:
+    original = model_config(source.config, source=str(options.model / "config.json"))
+    _check_names(source, original)
+    model, seed = original, Config().training.seed
+    if options.activation is not None:
+        model, seed = with_activation(original, options.activation), options.activation.seed
+    dtypes = source.dtypes()
+    # fp16 has no training here; fp32 holds it exactly.
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=seed)
+    _write_tokenizer(options.tokenizer or str(options.model), folder, config)
+    config.data.tokenizer = str(options.output.resolve() / "tokenizer")
+    report = _write_tensors(options, source, original, config, folder, dtype, console)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
+    write_json(folder / "run.json", _run_description(options))
+    if options.skip_parity or options.activation is not None:
+        return dataclasses.replace(report, skipped=options.skip_parity)
+    result = compare_import(folder, options.model, dtype, options.tolerance, console)
+    return dataclasses.replace(report, parity=result)
+
+
+def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
+    """Write the tokenizer, and check that training takes it and the model."""
+    check_vocabulary(source, config.model)
+    place = folder / "tokenizer"
+    place.mkdir()
+    write_tokenizer(source, place, seq_length=config.training.seq_length)
+    config.data.tokenizer = str(place)
+    problems = find_problems(
+        config,
+        world_size=1,
+        machine=CPU,
+        tokenizer_vocab_size=load_tokenizer(place).vocab_size,
+    )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _write_tensors(
+    options: ImportOptions,
+    source: SafetensorsReader,
+    original: ModelConfig,
+    config: Config,
+    folder: Path,
+    dtype: torch.dtype,
+    console: Console,
+) -> Report:
+    model, stored = config.model, set(source.names)
+    links = tensor_map.links(model)
+    taken = stored if options.activation is None else stored & outside_of_ffn(original)
+    report = Report(
+        taken={link.name: link.num_elements for link in links if link.name in taken},
+        initialised={link.name: link.num_elements for link in links if link.name not in taken},
+        left={
+            name: torch.Size(source.shape(name)).numel()
+            for name in sorted(stored - taken if options.activation else ())
+        },
+    )
+    blocks = []
+    for (key, index), group in itertools.groupby(links, key=lambda link: (link.key, link.index)):
+        parts = list(group)
+        make: Callable[[], Tensor] = partial(_from_source, source, parts)
+        if parts[0].name not in taken:
+            make = partial(_from_seed, parts[0], config)
+        blocks.append(Block(key, index, _axes(index, model), parts[0].block, make))
+    total = sum(block.num_bytes(dtype) for block in blocks)
+    with bytes_bar("writing tensors", total, console) as advance:
+        write_tensors(folder, blocks, dtype, advance)
+    return report
+
+
+def _from_source(source: SafetensorsReader, parts: list[Link]) -> Tensor:
+    """A block out of the folder's tensors."""
+    tensors = [source.read(link.name) for link in parts]
+    block = torch.empty(parts[0].block, dtype=tensors[0].dtype)
+    for link, tensor in zip(parts, tensors, strict=True):
+        check_finite(tensor, f"`{link.name}` in {source.folder}")
+        link.write(tensor.reshape(link.shape), block)
+    return block
+
+
+def _from_seed(link: Link, config: Config) -> Tensor:
+    """A block as at the start of a run."""
+    model = config.model
+    name = link.key.rpartition(".")[2]
+    if ".activation_func." in link.key:
+        initial = registry.get(model.activation).coefficients
+        assert initial is not None
+        return torch.tensor(initial(model.activation_order)[name])
+    return initial_value(link.key, link.index, link.block, model, config.training.seed)
+
+
+def _axes(index: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
+    """Sizes of the axes of layers and experts."""
+    return (model.num_layers, model.num_moe_experts or 0)[: len(index)]
+
+
+def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
+    """The folder has the tensors of its configuration's model, and no others.
+
+    Raises:
+        CheckpointError: it does not; with names and shapes.
+    """
+    expected = {link.name: link.shape for link in tensor_map.links(model)}
+    names = set(source.names)
+    if _OUTPUT in names and _OUTPUT not in expected:
+        if not torch.equal(source.read(_OUTPUT), source.read(_INPUT)):
+            raise CheckpointError(
+                f"{source.folder} ties its embeddings (`tie_word_embeddings`), but `{_OUTPUT}` is "
+                f"not `{_INPUT}`; set it to false in config.json if both are meant."
+            )
+        names.remove(_OUTPUT)
+    problems = [f"`{name}` is missing" for name in expected if name not in names]
+    problems += [f"`{name}` is not known" for name in sorted(names - set(expected))]
+    problems += [
+        f"`{name}` is {source.shape(name)}, not {shape}"
+        for name, shape in expected.items()
+        if name in names and source.shape(name) != shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"Every tensor of {source.folder} must be one of the model in its config.json, and be "
+            f"there: {'; '.join(problems[:8])}{' ..' if len(problems) > 8 else ''}."
+        )
+
+
+def _configuration(
+    source: SafetensorsReader, model: ModelConfig, *, bf16: bool, seed: int
+) -> Config:
+    config = Config(model=model)
+    model.make_vocab_size_divisible_by = 1  # nothing is padded here; a run pads as it needs
+    config.training.train_iters = 1  # none; the recipe leaves it to the run
+    config.training.seq_length = max_positions(source.config)
+    config.training.bf16 = bf16
+    config.training.seed = seed
+    return config
+
+
+def _recipe(config: Config, output: Path) -> str:
+    """What a run needs to go on: the model, its tokenizer, this checkpoint."""
+    whole, default = yaml.safe_load(to_yaml(config)), yaml.safe_load(to_yaml(Config()))
+    model = {k: v for k, v in whole["model"].items() if v != default["model"][k]}
+    # The machine and the layout decide of these.
+    for name in (
+        "transformer_engine",
+        "apply_rope_fusion",
+        "moe_permute_fusion",
+        "make_vocab_size_divisible_by",
+    ):
+        model.pop(name, None)
+    recipe = {
+        "model": model,
+        "data": {"tokenizer": config.data.tokenizer},
+        "training": {"seq_length": config.training.seq_length, "bf16": config.training.bf16},
+        "checkpoint": {"load": str(output)},
+    }
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _run_description(options: ImportOptions) -> dict[str, Any]:
+    return {
+        "iteration": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "data_fingerprint": None,
+        "data": None,
+        "weights_only": True,
+        "imported_from": options.model.resolve().name,
+        "megapoly_version": megapoly.__version__,
+    }

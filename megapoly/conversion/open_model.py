@@ -1,0 +1,94 @@
+"""A model to use, from a checkpoint or a Hugging Face folder, by transformers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megapoly.conversion.checkpoint_model import (
+    checked_links,
+    describe,
+    tensors_of,
+    tokenizer_source,
+)
+from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
+from megapoly.conversion.classes import class_without_code, model_from_fields
+from megapoly.conversion.optional_libraries import require_libraries
+from megapoly.conversion.safetensors_reader import read_json
+from megapoly.conversion.tokenizer_files import write_tokenizer
+from megapoly.errors import CheckpointError
+
+
+def open_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """Model and tokenizer; code in a folder is not run.
+
+    Args:
+        path: a checkpoint ``iter_*``, a run (its newest checkpoint), or a Hugging Face folder. A
+            checkpoint is converted in memory.
+        dtype: to compute in; None: as stored.
+        device: where.
+
+    Returns:
+        A ``PreTrainedModel`` in evaluation mode and its tokenizer.
+
+    Raises:
+        CheckpointError: it is none of these, or not complete.
+        UnavailableError: a library is missing.
+    """
+    require_libraries()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        model, tokenizer = from_checkpoint(checkpoint)
+    elif (path / "config.json").is_file():
+        model, tokenizer = from_folder(path)
+    else:
+        raise CheckpointError(
+            f"{path} must be a checkpoint (`iter_*`), a run with one, or a folder with a "
+            "config.json."
+        )
+    return model.to(device=device, dtype=dtype or model.dtype).eval(), tokenizer
+
+
+def from_folder(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a Hugging Face folder; of exports by this package's classes.
+
+    Raises:
+        CheckpointError: transformers cannot open it.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    opener = class_without_code(read_json(folder / "config.json"))
+    try:
+        model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
+        return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of files, of configurations, of weights
+        raise CheckpointError(f"{folder} cannot be opened by transformers: {error}") from error
+
+
+def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint, as an export of it would be opened."""
+    from transformers import PreTrainedTokenizerFast
+
+    reader = CheckpointReader(checkpoint)
+    links = checked_links(reader)
+    with tempfile.TemporaryDirectory(prefix="megapoly-tokenizer-") as folder:
+        special = write_tokenizer(
+            tokenizer_source(reader, None),
+            Path(folder),
+            seq_length=reader.config.training.seq_length,
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    dtype = reader.dtype(links[0].key)
+    config, model_class = model_from_fields(describe(reader, special, dtype))
+    weights = {link.name: tensor for link, tensor in tensors_of(reader, links)}
+    model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return model, tokenizer

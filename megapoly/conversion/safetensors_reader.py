@@ -1,0 +1,114 @@
+"""Tensors of a Hugging Face folder, read one at a time."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapoly.conversion.safetensors_files import DTYPES, INDEX_NAME
+from megapoly.errors import CheckpointError
+
+_DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
+# Constants that old releases of transformers saved with a model.
+_CONSTANTS = ("rotary_emb.inv_freq",)
+
+
+class SafetensorsReader:
+    """The tensors of a folder with one or several ``*.safetensors``; use as a context.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        CheckpointError: there are no such files, or the index names one that is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> SafetensorsReader:
+        """Open every file; none is read."""
+        from safetensors import SafetensorError, safe_open
+
+        for path in self._paths():
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close them."""
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Of every weight; constants that some releases saved beside them are left out."""
+        return [name for name in self._files if not name.endswith(_CONSTANTS)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Of all weights.
+
+        Raises:
+            CheckpointError: one is not a floating-point type that a model can be trained in.
+        """
+        named = {self._files[name].get_slice(name).get_dtype() for name in self.names}
+        if unknown := named - set(_DTYPE_OF_NAME):
+            raise CheckpointError(
+                f"Weights must be {', '.join(_DTYPE_OF_NAME)}; {self.folder} has "
+                f"{', '.join(sorted(unknown))}. Convert them with transformers first."
+            )
+        return {_DTYPE_OF_NAME[name] for name in named}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._files[name].get_tensor(name)
+
+    def _paths(self) -> list[Path]:
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} must have an object `weight_map`.")
+            names = sorted(set(weight_map.values()))
+            paths = [self.folder / name for name in names]
+        else:
+            paths = sorted(self.folder.glob("*.safetensors"))
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing or not paths:
+            what = f"lacks {', '.join(missing)}" if missing else "has no *.safetensors"
+            raise CheckpointError(
+                f"{self.folder} {what}. A model in another format is converted by "
+                "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)`."
+            )
+        return paths
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must be a JSON file of a Hugging Face model: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return content

@@ -1,0 +1,69 @@
+"""Start a model with another activation from what does not depend on the FFN."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+from megapoly.activations import registry
+from megapoly.config import ModelConfig
+from megapoly.conversion import tensor_map
+from megapoly.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherActivation:
+    """The activation of the model that is started.
+
+    Args:
+        name: in the registry.
+        order: highest power, of a polynomial.
+        ffn_hidden_size: width of the FFN, of experts; None: the same number of parameters.
+        seed: of what is initialised.
+    """
+
+    name: str
+    order: int = 3
+    ffn_hidden_size: int | None = None
+    seed: int = 1234
+
+
+def with_activation(model: ModelConfig, activation: OtherActivation) -> ModelConfig:
+    """The same model with another activation.
+
+    Its FFN has the same number of parameters, coefficients aside: 3/2 of the width where the
+    source is gated and it is not, 2/3 the other way round.
+
+    Raises:
+        ConfigError: there is no such activation, or that is no whole number.
+    """
+    changed = copy.deepcopy(model)
+    changed.activation, changed.activation_order = activation.name, activation.order
+    was, is_gated = registry.get(model.activation).gated, registry.get(activation.name).gated
+    times, over = {(True, False): (3, 2), (False, True): (2, 3)}.get((was, is_gated), (1, 1))
+
+    def scaled(width: int) -> int:
+        if width * times % over:
+            raise ConfigError(
+                [
+                    f"the FFN's width ({width}) times {times} / {over} must be a whole number, so "
+                    f"that {activation.name} has the parameters of {model.activation}; choose "
+                    "one with --ffn-hidden-size"
+                ]
+            )
+        return width * times // over
+
+    given = activation.ffn_hidden_size
+    if model.num_moe_experts is None:
+        changed.ffn_hidden_size = scaled(model.ffn_hidden_size) if given is None else given
+        return changed
+    assert model.moe_ffn_hidden_size is not None
+    changed.moe_ffn_hidden_size = scaled(model.moe_ffn_hidden_size) if given is None else given
+    shared = model.moe_shared_expert_intermediate_size
+    changed.moe_shared_expert_intermediate_size = scaled(shared) if shared else None
+    return changed
+
+
+def outside_of_ffn(model: ModelConfig) -> set[str]:
+    """Names of attention, embeddings and norms."""
+    return {link.name for link in tensor_map.links(model) if ".mlp." not in link.name}

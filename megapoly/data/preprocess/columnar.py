@@ -1,0 +1,214 @@
+"""Readers of Parquet and Arrow files, and of text files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megapoly.data.preprocess.records import BadRecord, Block, RecordRules, Rejected
+from megapoly.errors import DataError, UnavailableError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_ROWS_AT_ONCE = 512
+_BYTE_ORDER_MARK = "\ufeff"
+
+
+def num_row_groups(path: Path) -> int:
+    """Row groups of a Parquet file.
+
+    Raises:
+        DataError: it is none, or is truncated.
+    """
+    return int(_parquet(path).num_row_groups)
+
+
+def num_rows_before(path: Path, group: int) -> int:
+    """Rows of a Parquet file before a row group."""
+    metadata = _parquet(path).metadata
+    return sum(metadata.row_group(i).num_rows for i in range(group))
+
+
+def read_parquet(
+    path: Path, first_group: int, end_group: int, rules: RecordRules
+) -> Iterator[Block]:
+    """Blocks of the rows of some row groups.
+
+    Raises:
+        DataError: a column is missing or not of text.
+    """
+    file = _parquet(path)
+    _check_columns(path, file.schema_arrow, rules)
+    row = 0
+    for group in range(first_group, end_group):
+        group_bytes = sum(
+            file.metadata.row_group(group).column(i).total_compressed_size
+            for i in range(file.metadata.num_columns)
+        )
+        num_rows = file.metadata.row_group(group).num_rows
+        for batch in _batches(path, file, group, rules):
+            block = _rows_of(batch, row, rules)
+            block.source_bytes = group_bytes * batch.num_rows // max(1, num_rows)
+            row += batch.num_rows
+            yield block
+
+
+def _batches(path: Path, file: Any, group: int, rules: RecordRules) -> Iterator[Any]:
+    """Rows of a row group, some at a time."""
+    try:
+        yield from file.iter_batches(_ROWS_AT_ONCE, [group], list(rules.keys))
+    except (_import_pyarrow().ArrowException, OSError) as error:
+        raise DataError(
+            f"`{path}` has a row group ({group}) that cannot be read: {error}. It is damaged: copy "
+            "or make it again."
+        ) from error
+
+
+def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]:
+    """Blocks of the record batches of an Arrow stream or file, from a position on.
+
+    ``Block.position`` is the number of batches so far, and stands at the end of each.
+
+    Raises:
+        DataError: it is neither, or a column is missing or not of text.
+    """
+    pyarrow = _import_pyarrow()
+    size = path.stat().st_size
+    try:
+        source = pyarrow.memory_map(str(path))
+        batches = _arrow_batches(pyarrow, source)
+        schema, number = next(batches), 0
+        _check_columns(path, schema, rules)
+        row = consumed = 0
+        for number, batch in enumerate(batches, 1):
+            if number > position:
+                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                    part = batch.select(list(rules.keys)).slice(start, _ROWS_AT_ONCE)
+                    block = _rows_of(part, row, rules)
+                    block.source_bytes = batch.nbytes * part.num_rows // max(1, batch.num_rows)
+                    block.source_bytes = min(block.source_bytes, size - consumed)
+                    consumed += block.source_bytes
+                    if start + part.num_rows == batch.num_rows:
+                        block.position = number
+                    row += part.num_rows
+                    yield block
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"`{path}` is not an Arrow file that can be read: {error}") from error
+
+
+def read_text(path: Path, rules: RecordRules) -> Iterator[Block]:
+    """A text file as one document."""
+    size = path.stat().st_size
+    block = Block([[] for _ in rules.keys], num_rows=1, source_bytes=size)
+    content = None
+    try:
+        if size > rules.max_document_bytes:
+            raise rules.too_large(size)
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRecord("invalid UTF-8", f"byte {error.start}") from error
+        text = rules.check_text("text", text.removeprefix(_BYTE_ORDER_MARK))
+        for column in block.texts:
+            column.append(text)
+    except BadRecord as bad:
+        block.rejected.append(Rejected(0, bad.reason, bad.detail, content, size))
+    yield block
+
+
+def _import_pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UnavailableError(
+            "Reading Parquet and Arrow files needs the package pyarrow: `pip install '.[data]'`."
+        ) from error
+    return pyarrow
+
+
+def _parquet(path: Path) -> Any:
+    pyarrow = _import_pyarrow()
+    try:
+        return pyarrow.parquet.ParquetFile(path, memory_map=True)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"`{path}` is not a Parquet file that can be read: {error}") from error
+
+
+def _arrow_batches(pyarrow: Any, source: Any) -> Iterator[Any]:
+    """The schema, then every record batch of an IPC stream (as ``datasets`` saves) or file."""
+    if source.read(6) == b"ARROW1":
+        reader = pyarrow.ipc.open_file(source)
+        yield reader.schema
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+        source.seek(0)
+        reader = pyarrow.ipc.open_stream(source)
+        yield reader.schema
+        yield from reader
+
+
+def _check_columns(path: Path, schema: pyarrow.Schema, rules: RecordRules) -> None:
+    types = _import_pyarrow().types
+    text_kinds = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+    )
+    for key in rules.keys:
+        if schema.names.count(key) > 1:
+            raise DataError(f"`{path}` must have one column `{key}`; it has several.")
+        if key not in schema.names:
+            raise DataError(
+                f"`{path}` must have the column `{key}`; it has {', '.join(schema.names)}. Name "
+                "another with `--json-keys`."
+            )
+        kind = schema.field(key).type
+        if types.is_dictionary(kind):
+            kind = kind.value_type
+        if not any(is_kind(kind) for is_kind in text_kinds):
+            raise DataError(f"The column `{key}` of `{path}` must be of strings; it is of {kind}.")
+
+
+def _rows_of(batch: Any, first_row: int, rules: RecordRules) -> Block:
+    """Texts of a record batch of the wanted columns."""
+    pyarrow = _import_pyarrow()
+    block = Block([[] for _ in rules.keys], num_rows=batch.num_rows)
+    # As bytes: a string column may hold invalid UTF-8, and reading it as strings raises for all.
+    columns = [
+        batch.column(batch.schema.get_field_index(key)).cast(pyarrow.large_binary())
+        for key in rules.keys
+    ]
+    for row, values in enumerate(zip(*columns, strict=True), first_row):
+        contents = [value.as_py() for value in values]
+        try:
+            texts = [
+                _text(key, content, rules)
+                for key, content in zip(rules.keys, contents, strict=True)
+            ]
+        except BadRecord as bad:
+            kept = [c for c in contents if c is not None and len(c) <= rules.max_document_bytes]
+            size = sum(len(content or b"") for content in contents)
+            block.rejected.append(
+                Rejected(row, bad.reason, bad.detail, kept[0] if kept else None, size)
+            )
+            continue
+        for column, text in zip(block.texts, texts, strict=True):
+            column.append(text)
+    return block
+
+
+def _text(key: str, content: bytes | None, rules: RecordRules) -> str:
+    if content is None:
+        return rules.check_text(key, None)
+    if len(content) > rules.max_document_bytes:
+        raise rules.too_large(len(content))
+    try:
+        return rules.check_text(key, content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("invalid UTF-8", f"byte {error.start}") from error

@@ -1,0 +1,255 @@
+"""Readers of JSON lines: a range of a plain file, and a compressed stream."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from megapoly.data.preprocess.records import Block, Oversized, RecordRules, Rejected, parse_lines
+from megapoly.errors import UnavailableError
+
+READ_BYTES = 4 << 20
+# So much of a compressed file may be counted as done before its text is.
+_GZIP_READ_BYTES = 64 << 10
+# A zstd frame can be 20,000 times smaller than its content, and the library has no limit for what
+# one call returns.
+_ZSTD_READ_BYTES = 16 << 10
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class DamagedStream(Exception):
+    """A compressed file ends too early or is corrupt.
+
+    Args:
+        reason: for counting.
+        detail: where.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class LineSplitter:
+    """Cuts a stream of bytes into lines, and keeps no line above a limit.
+
+    Args:
+        max_bytes: longest line that is kept.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._pending = bytearray()
+        self._dropped = 0  # bytes of a line that is over the limit
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes since the last end of a line."""
+        return len(self._pending) + self._dropped
+
+    def feed(self, data: bytes) -> list[bytes | Oversized]:
+        """Lines that end in ``data``, without their ends."""
+        *ended, rest = data.split(b"\n")
+        lines = [self._finish(line) for line in ended[:1]]
+        if self._max_bytes < len(data):
+            lines += [self._finish(line) for line in ended[1:]]
+        else:
+            lines += ended[1:]
+        self._keep(rest)
+        return lines
+
+    def end(self) -> list[bytes | Oversized]:
+        """The last line, if the stream does not end with a line's end."""
+        return [self._finish(b"")] if self.num_pending else []
+
+    def _finish(self, ending: bytes) -> bytes | Oversized:
+        size = self._dropped + len(self._pending) + len(ending)
+        line = bytes(self._pending) + ending if size <= self._max_bytes else Oversized(size)
+        self._pending.clear()
+        self._dropped = 0
+        return line
+
+    def _keep(self, data: bytes) -> None:
+        if self._dropped or len(self._pending) + len(data) > self._max_bytes:
+            self._dropped += len(self._pending) + len(data)
+            self._pending.clear()
+        else:
+            self._pending += data
+
+
+def read_range(path: Path, start: int, end: int, rules: RecordRules) -> Iterator[Block]:
+    """Blocks of the lines that begin at a byte from ``start`` to ``end``.
+
+    Ranges that follow one another give every line of the file once. The last line may go on behind
+    ``end``.
+    """
+    splitter = LineSplitter(rules.max_document_bytes)
+    row = 0
+    with path.open("rb", buffering=0) as stream:
+        for data in _range_chunks(stream, start, end, splitter):
+            lines = splitter.feed(data) if data else splitter.end()
+            columns, rejected = parse_lines(lines, row, rules)
+            yield Block(columns, rejected, len(lines), len(data))
+            row += len(lines)
+
+
+def _range_chunks(
+    stream: io.FileIO, start: int, end: int, splitter: LineSplitter
+) -> Iterator[bytes]:
+    """Bytes of the lines that begin in a range; an empty chunk is the end."""
+    position = _first_line(stream, start, end)
+    if position is None:
+        return
+    stream.seek(position)
+    while position < end:
+        data = stream.read(min(READ_BYTES, end - position))
+        if not data:
+            break
+        at_beginning, position = position == 0, position + len(data)
+        if kept := data.removeprefix(_BYTE_ORDER_MARK) if at_beginning else data:
+            yield kept
+    while splitter.num_pending and (data := stream.read(READ_BYTES)):
+        line_end = data.find(b"\n") + 1
+        yield data[:line_end] if line_end else data
+        if line_end:
+            return
+    yield b""
+
+
+def _first_line(stream: io.FileIO, start: int, end: int) -> int | None:
+    """Where the first line begins that begins at ``start`` or later; None: nowhere to ``end``."""
+    if start == 0:
+        return 0
+    position = start - 1
+    stream.seek(position)
+    while position < end and (data := stream.read(READ_BYTES)):
+        line_end = data.find(b"\n")
+        if line_end >= 0:
+            return position + line_end + 1
+        position += len(data)
+    return None
+
+
+def count_lines_before(path: Path, start: int) -> int:
+    """Lines of a file that begin before the byte ``start``."""
+    count = position = 0
+    ending = b"\n"
+    with path.open("rb", buffering=0) as stream:
+        while position < start and (data := stream.read(min(READ_BYTES, start - position))):
+            count += data.count(b"\n")
+            position += len(data)
+            ending = data[-1:]
+    return count + (ending != b"\n")
+
+
+def read_compressed(path: Path, format_: str, position: int, rules: RecordRules) -> Iterator[Block]:
+    """Blocks of a ``jsonl.gz`` or ``jsonl.zst`` file, from a position on.
+
+    A file that ends too early or is corrupt ends with a rejected row for what is lost.
+
+    Args:
+        path: of the file.
+        format_: which of the two.
+        position: ``Block.position`` of the last block that was read before, or 0: an offset in the
+            decompressed text, always the beginning of a line. What is before it is decompressed and
+            dropped.
+        rules: what makes a record good.
+    """
+    splitter = LineSplitter(rules.max_document_bytes)
+    row = offset = consumed = 0
+    with path.open("rb") as stream:
+        chunks = _gzip_chunks(stream) if format_ == "jsonl.gz" else _zstd_chunks(stream)
+        for data in _gathered(chunks):
+            damage = data if isinstance(data, DamagedStream) else None
+            if isinstance(data, bytes) and data:
+                is_first, skipped = offset == 0, max(0, position - offset)
+                offset += len(data)
+                if skipped >= len(data):
+                    continue
+                data = data[skipped:]
+                lines = splitter.feed(data.removeprefix(_BYTE_ORDER_MARK) if is_first else data)
+            else:
+                # Damaged: the line that was cut belongs to what is lost.
+                lines = [] if damage else splitter.end()
+            columns, rejected = parse_lines(lines, row, rules)
+            block = Block(columns, rejected, len(lines), stream.tell() - consumed)
+            block.position = offset - splitter.num_pending
+            row, consumed = row + len(lines), stream.tell()
+            if damage:
+                block.num_rows += 1
+                block.rejected.append(Rejected(row, damage.reason, damage.detail, None, 0))
+            yield block
+
+
+def _gathered(chunks: Iterator[bytes]) -> Iterator[bytes | DamagedStream]:
+    """Chunks put together to a size that is worth a call; then an empty one, or what went wrong."""
+    end: bytes | DamagedStream = b""
+    parts, size = [], 0
+    while True:
+        try:
+            chunk = next(chunks, b"")
+        except DamagedStream as damage:
+            chunk, end = b"", damage
+        parts.append(chunk)
+        size += len(chunk)
+        if size and (size >= READ_BYTES or not chunk):
+            yield b"".join(parts)
+            parts, size = [], 0
+        if not chunk:
+            yield end
+            return
+
+
+def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
+    # An empty file is what an interrupted download leaves.
+    decompressor, begun = zlib.decompressobj(wbits=31), True
+    while data := stream.read(_GZIP_READ_BYTES):
+        while data:
+            begun = True
+            try:
+                text = decompressor.decompress(data, READ_BYTES)
+            except zlib.error as error:
+                raise DamagedStream(
+                    "corrupt gzip", f"near byte {stream.tell() - len(data):,}: {error}"
+                ) from error
+            if text:
+                yield text
+            data = decompressor.unconsumed_tail
+            if decompressor.eof:
+                # Another member may follow, or zeros that fill up a block.
+                data = decompressor.unused_data.lstrip(b"\0")
+                decompressor, begun = zlib.decompressobj(wbits=31), False
+    if begun:
+        raise DamagedStream("truncated gzip", f"it ends after {stream.tell():,} bytes")
+
+
+def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UnavailableError(
+            "Reading .zst needs the package zstandard: `pip install '.[data]'`."
+        ) from error
+    # Frames of `zstd --long=31` need a window of 2 GiB.
+    context = zstandard.ZstdDecompressor(max_window_size=2**31)
+    decompressor, begun = context.decompressobj(), True
+    while data := stream.read(_ZSTD_READ_BYTES):
+        while data:
+            begun = True
+            try:
+                text = decompressor.decompress(data)
+            except zstandard.ZstdError as error:
+                raise DamagedStream(
+                    "corrupt zstd", f"before byte {stream.tell():,}: {error}"
+                ) from error
+            if text:
+                yield text
+            data = b""
+            if decompressor.eof:
+                data = decompressor.unused_data
+                decompressor, begun = context.decompressobj(), False
+    if begun:
+        raise DamagedStream("truncated zstd", f"it ends after {stream.tell():,} bytes")

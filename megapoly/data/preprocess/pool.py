@@ -1,0 +1,153 @@
+"""Worker processes, each with its own pipe: a worker that dies is noticed at once."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import psutil
+
+from megapoly.data.preprocess.tokenization import Backend, ReferenceBackend
+from megapoly.data.preprocess.worker import Job, Progress, Task, Worker
+from megapoly.errors import DataError, MegapolyError
+
+
+class WorkerPool:
+    """Processes that do parts of a job.
+
+    Args:
+        job: what to do.
+        num_workers: how many.
+        backend: shared with the workers where they are forked.
+        reference: as ``backend``.
+    """
+
+    def __init__(
+        self, job: Job, num_workers: int, backend: Backend, reference: ReferenceBackend
+    ) -> None:
+        context = multiprocessing.get_context(_start_method())
+        shared = (backend, reference) if context.get_start_method() == "fork" else (None, None)
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        for _ in range(num_workers):
+            ours, theirs = context.Pipe()
+            # A forked worker has copies of our ends of the pipes; while one is open, the other
+            # workers would not notice that this process is gone.
+            inherited = [*self._connections, ours] if shared[0] else []
+            process = context.Process(  # type: ignore[attr-defined] # contexts are typed as a base
+                target=_serve, args=(theirs, job, shared, inherited), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        report: Callable[[Progress], None],
+        *,
+        tick: Callable[[], None],
+    ) -> None:
+        """Do all tasks; the order in which they end is not fixed.
+
+        Args:
+            tasks: what to do.
+            report: called with every message of a worker.
+            tick: called at least twice a second.
+
+        Raises:
+            MegapolyError: of a worker.
+            DataError: a worker died.
+        """
+        waiting = list(reversed(tasks))
+        busy: dict[Connection, Task] = {}
+        for connection in self._connections:
+            self._give(connection, waiting, busy)
+        while busy:
+            for ready in wait(list(busy), timeout=0.5):
+                assert isinstance(ready, Connection)
+                message = self._receive(ready)
+                if isinstance(message, Progress):
+                    report(message)
+                elif isinstance(message, Exception):
+                    raise message
+                else:
+                    del busy[ready]
+                    self._give(ready, waiting, busy)
+            tick()
+
+    def _give(
+        self, connection: Connection, waiting: list[Task], busy: dict[Connection, Task]
+    ) -> None:
+        if waiting:
+            busy[connection] = waiting.pop()
+            connection.send(busy[connection])
+
+    def _receive(self, connection: Connection) -> Any:
+        try:
+            return connection.recv()
+        except (EOFError, ConnectionError) as error:
+            process = self._processes[self._connections.index(connection)]
+            process.join(timeout=5)
+            raise DataError(
+                f"A worker ended without a word (exit code {process.exitcode}; -9 is what the "
+                "system does to a process when memory runs out). Finished shards stay: start the "
+                "same command again, perhaps with fewer `--workers`."
+            ) from error
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the workers, wherever they are."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+
+
+def _start_method() -> str:
+    """``fork`` shares the loaded tokenizer; it is only safe from a process of one thread."""
+    return "fork" if sys.platform == "linux" and psutil.Process().num_threads() == 1 else "spawn"
+
+
+def _serve(
+    connection: Connection,
+    job: Job,
+    shared: tuple[Backend | None, ReferenceBackend | None],
+    inherited: Sequence[Connection],
+) -> None:
+    """Body of a worker: parts come in, progress and results go out, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in inherited:
+        other.close()
+    # A closed pipe: the parent is gone.
+    with contextlib.suppress(EOFError, ConnectionError):
+        try:
+            worker = Worker(job, *shared)
+        except MegapolyError as error:
+            connection.recv()
+            connection.send(error)
+            return
+        while True:
+            task: Task = connection.recv()
+            try:
+                worker.do(task, connection.send)
+                connection.send(None)
+            except MegapolyError as error:
+                connection.send(DataError(str(error)))
+            except ConnectionError:
+                raise
+            except Exception as error:  # ours: the place is worth more than a clean screen
+                traceback.print_exc()
+                connection.send(DataError(f"A worker failed at {task}: {error!r}"))

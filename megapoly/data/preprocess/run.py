@@ -1,0 +1,261 @@
+"""One run of the preprocessor, from files to a manifest."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from megapoly.data.manifest import Manifest, PairRecord, SourceRecord, manifest_path, read_manifest
+from megapoly.data.preprocess.assemble import Work, assemble
+from megapoly.data.preprocess.options import PreprocessOptions
+from megapoly.data.preprocess.parts import Part, cut
+from megapoly.data.preprocess.pool import WorkerPool
+from megapoly.data.preprocess.progress import ProgressDisplay, Totals, joining_bar
+from megapoly.data.preprocess.records import RecordRules
+from megapoly.data.preprocess.sample import sample_texts
+from megapoly.data.preprocess.shards import ShardFolder
+from megapoly.data.preprocess.sources import Source, find_sources
+from megapoly.data.preprocess.tokenization import Backend, ReferenceBackend, TokenizerSettings
+from megapoly.data.preprocess.tokenization import load_settings as load_tokenizer_settings
+from megapoly.data.preprocess.trust import choose_backend
+from megapoly.data.preprocess.work_folder import (
+    locked,
+    open_work_folder,
+    plan_of,
+    plan_path,
+    remove,
+)
+from megapoly.data.preprocess.worker import Job, Task, Worker
+from megapoly.data.token_files import pair_paths, sha256_of
+from megapoly.errors import DataError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins with.
+
+    Args:
+        sources: input files.
+        settings: tokenizer.
+        rules: what makes a record good.
+    """
+
+    sources: list[Source]
+    settings: TokenizerSettings
+    rules: RecordRules
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.
+
+    Args:
+        manifest: as written.
+        tokens: of each source.
+        totals: of this run alone, without what an interrupted one did.
+        seconds: wall time.
+        cpu_seconds: of all processes.
+    """
+
+    manifest: Manifest
+    tokens: list[int]
+    totals: Totals
+    seconds: float
+    cpu_seconds: float
+
+
+def read_inputs(options: PreprocessOptions) -> Inputs:
+    """Find the files and load the tokenizer.
+
+    Raises:
+        DataError: there are no such files, the tokenizer cannot be used, or a key is named twice.
+    """
+    if len(set(options.json_keys)) < len(options.json_keys):
+        raise DataError(
+            f"`--json-keys` ({' '.join(options.json_keys)}) must name every key once: each has a "
+            "pair of files of its own."
+        )
+    if any("/" in key for key in options.json_keys) or not options.output_prefix.name:
+        raise DataError(
+            f"`--output-prefix` ({options.output_prefix}) and `--json-keys` "
+            f"({' '.join(options.json_keys)}) make file names: the prefix must have a last part, "
+            "and a key no `/`."
+        )
+    sources = find_sources(options.input)
+    settings = load_tokenizer_settings(
+        options.tokenizer_model,
+        type_=options.tokenizer_type,
+        append_eod=options.append_eod,
+        include_special_tokens=options.include_special_tokens,
+        split_special_tokens=options.split_special_tokens,
+        vocab_file=options.vocab_file,
+        merge_file=options.merge_file,
+    )
+    rules = RecordRules(
+        options.json_keys, options.keep_empty, int(options.max_document_mib * 2**20)
+    )
+    return Inputs(sources, settings, rules)
+
+
+def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
+    """Turn text into token files.
+
+    Finished parts of the input are kept in ``PREFIX.shards`` until the token files are complete, so
+    that the same command goes on where an interrupted one was. The bytes do not depend on the
+    number of workers.
+
+    Args:
+        options: of the command.
+        console: for progress.
+
+    Returns:
+        What was done; None if the token files of this very command are there already.
+
+    Raises:
+        DataError: input, tokenizer, disk or existing output do not allow it.
+        UnavailableError: a package is missing.
+    """
+    start = time.monotonic()
+    inputs = read_inputs(options)
+    may_be_complete = not options.overwrite and not options.restart
+    if not options.shard_folder.is_dir() and may_be_complete and _is_complete(options, inputs):
+        return None
+    if not may_be_complete or not _is_complete(options, inputs):
+        _check_outputs(options)
+    with locked(options.shard_folder):
+        if may_be_complete and _is_complete(options, inputs):  # another run has just done it
+            remove(options.shard_folder)
+            return None
+        sample = sample_texts(inputs.sources, inputs.rules)
+        backend, reference = choose_backend(inputs.settings, options.tokenizer_backend, sample)
+        console.print(f"tokenizer backend: {backend.name}", highlight=False)
+        plan = plan_of(options, inputs.sources, inputs.settings, backend.kind)
+        continued = open_work_folder(options.shard_folder, plan, restart=options.restart)
+        input_bytes = sum(source.size_bytes for source in inputs.sources)
+        parts = cut(inputs.sources, options.part_bytes_of(input_bytes))
+        totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
+        work = Work(options, inputs.sources, inputs.settings, backend.name, parts)
+        with joining_bar(work.bin_bytes, console) as advance:
+            manifest, tokens = assemble(work, advance=advance)
+        remove(options.shard_folder)
+    return Result(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
+
+
+def _make_shards(
+    options: PreprocessOptions,
+    inputs: Inputs,
+    parts: Sequence[Part],
+    backends: tuple[Backend, ReferenceBackend],
+    console: Console,
+    continued: bool,
+) -> Totals:
+    folder = ShardFolder(options.shard_folder, options.json_keys)
+    shards = {part.index: folder.finished(part.index) for part in parts} if continued else {}
+    is_done = {index: bool(found) and found[-1].is_last for index, found in shards.items()}
+    todo = [part for part in parts if not is_done.get(part.index)]
+    if continued:
+        console.print(
+            f"going on: {len(parts) - len(todo):,} of {len(parts):,} parts are finished",
+            highlight=False,
+        )
+    job = Job(
+        sources=tuple(inputs.sources),
+        settings=inputs.settings,
+        rules=inputs.rules,
+        backend=backends[0].kind,
+        on_bad_line=options.on_bad_line,
+        check_every=options.check_every,
+        chunk_bytes=options.chunk_bytes,
+        folder=options.shard_folder,
+    )
+    tasks = _tasks(parts, todo)
+    done_bytes = _bytes_by_source(inputs.sources, [p for p in parts if is_done.get(p.index)])
+    display = ProgressDisplay(inputs.sources, done_bytes, console)
+    num_workers = min(options.workers, len(tasks))
+    if num_workers <= 1:
+        worker = Worker(job, *backends)
+        with display:
+            for task in tasks:
+                worker.do(task, display.report)
+    else:
+        with WorkerPool(job, num_workers, *backends) as pool, display:
+            pool.run(tasks, display.add, tick=display.tick)
+    return display.totals
+
+
+def _tasks(parts: Sequence[Part], todo: Sequence[Part]) -> list[Task]:
+    """Parts, after the hashes of files that several parts read: the largest file takes longest."""
+    whole = {source for part in parts for source in part.whole_sources}
+    shared = {piece.source for part in parts for piece in part.pieces} - whole
+    return [*sorted(shared), *todo]
+
+
+def _bytes_by_source(sources: Sequence[Source], parts: Sequence[Part]) -> list[int]:
+    """Bytes of each file in some parts, about."""
+    pieces = Counter(piece.source for part in parts for piece in part.pieces)
+    sizes = [0] * len(sources)
+    for part in parts:
+        for piece in part.pieces:
+            source = sources[piece.source]
+            if source.format == "jsonl":
+                sizes[piece.source] += piece.end - piece.start
+            elif piece.source in part.whole_sources:
+                sizes[piece.source] = source.size_bytes
+            else:
+                sizes[piece.source] += part.size_bytes // pieces[piece.source]
+    return sizes
+
+
+def _is_complete(options: PreprocessOptions, inputs: Inputs) -> bool:
+    """Whether the token files are those that this command would write."""
+    path = manifest_path(options.output_prefix)
+    if not path.is_file() or plan_path(options.shard_folder).is_file():
+        return False
+    manifest = read_manifest(path)
+    backend = manifest.tokenizer.backend if manifest.tokenizer else ""
+    return (
+        manifest.arguments == options.arguments()
+        and manifest.tokenizer == inputs.settings.record(backend)
+        and len(manifest.sources) == len(inputs.sources)
+        and all(map(_is_same_source, manifest.sources, inputs.sources))
+        and all(_has_size(options, record) for record in manifest.pairs)
+    )
+
+
+def _is_same_source(record: SourceRecord, source: Source) -> bool:
+    """Whether a file is the one of the manifest; its content decides where the times differ."""
+    if (record.path, record.size_bytes) != (str(source.path), source.size_bytes):
+        return False
+    return record.modified_ns == source.modified_ns or record.sha256 == sha256_of(source.path)
+
+
+def _has_size(options: PreprocessOptions, record: PairRecord) -> bool:
+    paths = pair_paths(options.output_prefix.with_name(record.name))
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    return sizes == [record.bin_bytes, record.idx_bytes]
+
+
+def _check_outputs(options: PreprocessOptions) -> None:
+    """Refuse to replace the token files of another command."""
+    if options.overwrite or plan_path(options.shard_folder).is_file():
+        return
+    paths = [manifest_path(options.output_prefix)]
+    paths += [path for key in options.json_keys for path in pair_paths(options.pair_prefix(key))]
+    existing = [str(path) for path in paths if path.exists()]
+    if existing:
+        raise DataError(
+            f"`--output-prefix` must not name token files that exist: {', '.join(existing)}, made "
+            "by another command or from other input. Choose another prefix, or replace them with "
+            "--overwrite."
+        )
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of all that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

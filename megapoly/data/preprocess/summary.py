@@ -1,0 +1,103 @@
+"""The table at the end of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
+
+from megapoly.data.manifest import manifest_path
+from megapoly.data.preprocess.options import PreprocessOptions
+from megapoly.data.preprocess.run import Result
+
+_MAX_ROWS = 20
+_COUNTS = ("MB", "documents", "tokens", "rejected")
+
+
+def show_summary(options: PreprocessOptions, result: Result, console: Console) -> None:
+    """Print files, token files and what was rejected."""
+    console.print(_sources_table(result))
+    for pair in result.manifest.pairs:
+        quantiles = pair.tokens_per_document
+        console.print(
+            f"{options.output_prefix.with_name(pair.name)}.bin: {pair.tokens:,} tokens "
+            f"({pair.dtype}, {pair.bin_bytes / 1e6:,.1f} MB) in {pair.documents:,} documents of "
+            f"{quantiles['min']:,.0f} to {quantiles['max']:,.0f}, median {quantiles['p50']:,.0f}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        if pair.eod_inside:
+            console.print(
+                f"  {pair.eod_inside:,} end-of-document tokens stand inside documents, because "
+                "their text names the token; --split-special-tokens takes it as text",
+                highlight=False,
+                soft_wrap=True,
+            )
+    _show_rejected(options, result, console)
+    console.print(
+        f"described by {manifest_path(options.output_prefix)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    totals, seconds = result.totals, max(result.seconds, 1e-9)
+    console.print(
+        f"{totals.documents:,} documents in this run of {seconds:.1f} s: "
+        f"{totals.documents / seconds:,.0f} documents/s, "
+        f"{totals.source_bytes / 1e6 / seconds:.1f} MB/s; {result.cpu_seconds:.1f} CPU-seconds: "
+        f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents each",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _sources_table(result: Result) -> Table:
+    paths = [Path(os.path.abspath(source.path)) for source in result.manifest.sources]
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    table = Table(
+        Column(escape(f"file in {folder}"), overflow="fold"),
+        *(Column(name, justify="right", no_wrap=True) for name in _COUNTS),
+    )
+    rows = list(zip(result.manifest.sources, result.tokens, strict=True))
+    shown = rows if len(rows) <= _MAX_ROWS else rows[: _MAX_ROWS - 1]
+    rest = rows[len(shown) :]
+    for source, tokens in shown:
+        table.add_row(
+            escape(os.path.relpath(source.path, folder)),
+            f"{source.size_bytes / 1e6:,.1f}",
+            f"{source.documents:,}",
+            f"{tokens:,}",
+            f"{source.rejected:,}",
+        )
+    for name, group in ((f"{len(rest):,} more", rest), ("total", rows)):
+        if group and len(rows) > 1:
+            table.add_row(
+                name,
+                f"{sum(source.size_bytes for source, _ in group) / 1e6:,.1f}",
+                f"{sum(source.documents for source, _ in group):,}",
+                f"{sum(tokens for _, tokens in group):,}",
+                f"{sum(source.rejected for source, _ in group):,}",
+                style="bold" if name == "total" else None,
+            )
+    return table
+
+
+def _show_rejected(options: PreprocessOptions, result: Result, console: Console) -> None:
+    rejected = result.manifest.rejected
+    if not rejected.total:
+        return
+    table = Table("rejected", "reason", Column("first", overflow="fold"))
+    for reason, count in rejected.by_reason.items():
+        first = next((e for e in rejected.examples if e["reason"].startswith(reason)), None)
+        where = f"{first['source']}, {first['line']:,}" if first else ""
+        table.add_row(f"{count:,}", escape(reason), escape(where))
+    console.print(table)
+    if rejected.policy == "quarantine":
+        console.print(
+            f"all of them: {options.quarantine_path}", highlight=False, markup=False, soft_wrap=True
+        )

@@ -1,0 +1,377 @@
+"""Text to ids in batches: the tokenizer, as Megatron's tool uses it, and the libraries that run it.
+
+The reference is the package ``tokenizers``. ``gigatoken`` gives the same ids more than ten times
+faster for most byte-pair tokenizers; it is compared with the reference before it is used and while
+it is (:mod:`megapoly.data.preprocess.trust`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from json import dumps as dump_json
+from json import loads as parse_json
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import psutil
+import tokenizers
+
+from megapoly.data.index_file import token_dtype
+from megapoly.data.manifest import TokenizerRecord
+from megapoly.data.tokenizer import Tokenizer, load_tokenizer
+from megapoly.errors import DataError, UnavailableError
+
+_PROBE = "a"
+# `tokenizers` needs some 150 bytes for each byte of a batch while it works.
+_REFERENCE_BATCH_CHARS = 1 << 20
+_FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
+# gigatoken remembers every word that it has seen; without a limit a worker grows by about a
+# gigabyte for 25 million distinct words. Measured with gigatoken 0.10.
+MAX_CACHE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """A tokenizer and what is added to its ids; the same bytes come from the same settings.
+
+    Args:
+        type: Megatron's name of its kind.
+        path: where it was read.
+        json: content of its ``tokenizer.json``.
+        sha256: of that content, as it lies on disk.
+        num_tokens: tokens in the vocabulary.
+        vocab_size: ids that an embedding needs: the highest and one.
+        eod: id that ends a document.
+        append_eod: whether every document ends with it.
+        prefix: ids that the tokenizer itself puts before every text.
+        suffix: ids that it puts after every text.
+        split_special_tokens: whether the name of a special token in a text is text; false: it
+            becomes that token, as in Megatron's tool.
+    """
+
+    type: str
+    path: str
+    json: str
+    sha256: str
+    num_tokens: int
+    vocab_size: int
+    eod: int
+    append_eod: bool
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    split_special_tokens: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of an id in the token file; Megatron's choice unless the ids do not fit it."""
+        dtype = token_dtype(self.num_tokens)
+        fits = self.vocab_size - 1 <= np.iinfo(dtype).max
+        return dtype if fits else np.dtype(np.int32)
+
+    def record(self, backend: str) -> TokenizerRecord:
+        """What the manifest says about it."""
+        return TokenizerRecord(
+            type=self.type,
+            path=self.path,
+            sha256=self.sha256,
+            vocab_size=self.vocab_size,
+            eod=self.eod,
+            appends_eod=self.append_eod,
+            prefix=list(self.prefix),
+            suffix=list(self.suffix),
+            backend=backend,
+        )
+
+
+def load_settings(
+    path: str | None,
+    *,
+    type_: str,
+    append_eod: bool,
+    include_special_tokens: bool,
+    split_special_tokens: bool,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+) -> TokenizerSettings:
+    """Read a tokenizer.
+
+    Args:
+        path: a ``tokenizer.json`` or its folder (``HuggingFaceTokenizer``); null: the built-in one.
+        type_: ``HuggingFaceTokenizer`` or ``GPT2BPETokenizer``.
+        append_eod: end every document with the end-of-document token.
+        include_special_tokens: add what the tokenizer's post-processor adds, such as Llama's
+            beginning of sentence.
+        split_special_tokens: see :class:`TokenizerSettings`.
+        vocab_file: ``vocab.json`` of a ``GPT2BPETokenizer``.
+        merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
+
+    Raises:
+        DataError: it cannot be read, has no end of document, or adds more than ids before and after
+            a text.
+    """
+    if type_ == "GPT2BPETokenizer":
+        if vocab_file is None or merge_file is None:
+            raise DataError(
+                "`--tokenizer-type GPT2BPETokenizer` needs --vocab-file and --merge-file."
+            )
+        tokenizer = Tokenizer.from_gpt2_files(Path(vocab_file), Path(merge_file))
+    else:
+        tokenizer = load_tokenizer(path)
+    prefix, suffix = _added_ids(tokenizer) if include_special_tokens else ((), ())
+    return TokenizerSettings(
+        type=type_,
+        path=str(tokenizer.path),
+        json=tokenizer.json,
+        sha256=tokenizer.fingerprint,
+        num_tokens=tokenizer.num_tokens,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        append_eod=append_eod,
+        prefix=prefix,
+        suffix=suffix,
+        split_special_tokens=split_special_tokens,
+    )
+
+
+def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the post-processor puts before and after a text."""
+    inner, whole = tokenizer.encode(_PROBE), tokenizer.encode_with_special_tokens(_PROBE)
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    raise DataError(
+        f"The tokenizer's post-processor must only add ids before and after a text; `{_PROBE}` is "
+        f"{inner} without it and {whole} with it. Leave it out: "
+        "--tokenizer-hf-no-include-special-tokens."
+    )
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Ids of some texts, one after the other.
+
+    Args:
+        ids: [tokens].
+        lengths: [texts] int64, tokens of each.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+
+class Backend(Protocol):
+    """Something that turns texts into ids, without prefix, suffix and end of document.
+
+    ``kind`` is what ``--tokenizer-backend`` calls it, ``name`` the library and its version.
+    """
+
+    kind: str
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids of texts."""
+        ...
+
+
+class ReferenceBackend:
+    """The package ``tokenizers``.
+
+    Args:
+        settings: of the tokenizer.
+    """
+
+    kind = "tokenizers"
+
+    def __init__(self, settings: TokenizerSettings):
+        self.name = f"tokenizers {tokenizers.__version__}"
+        self._settings = settings
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(self._settings.json)
+        tokenizer.encode_special_tokens = self._settings.split_special_tokens
+        return tokenizer
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids of texts."""
+        rows: list[np.ndarray] = []
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size >= _REFERENCE_BATCH_CHARS:
+                rows += self._encode_batch(batch)
+                batch, size = [], 0
+        rows += self._encode_batch(batch)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return TokenBatch(np.concatenate([np.zeros(0, np.uint32), *rows]), lengths)
+
+    def encode_one(self, text: str) -> list[int]:
+        """Ids of one text."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+class GigatokenBackend:
+    """The package ``gigatoken``, in the calling thread.
+
+    Args:
+        settings: of the tokenizer.
+        reference: of the same tokenizer, for doubtful texts; null: made here.
+
+    Raises:
+        UnavailableError: the package is not installed.
+        DataError: it does not know this kind of tokenizer.
+    """
+
+    kind = "gigatoken"
+
+    def __init__(self, settings: TokenizerSettings, reference: ReferenceBackend | None = None):
+        try:
+            import gigatoken
+        except ImportError as error:
+            raise UnavailableError(
+                "The package gigatoken is not installed: `pip install '.[data]'`."
+            ) from error
+        self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
+        self._json = _without_special_tokens(settings)
+        self._reference = reference or ReferenceBackend(settings)
+        self._is_doubtful = DoubtfulTexts(settings.json)
+        self._load = gigatoken.Tokenizer.from_json
+        try:
+            self._reload()
+        except Exception as error:  # the library raises what its parsers raise
+            raise DataError(f"gigatoken cannot read this tokenizer: {error}") from error
+
+    def _reload(self) -> None:
+        self._tokenizer: Any = None  # before the next one is made
+        self._tokenizer = self._load(self._json)
+        self._bytes_at_start = _resident_bytes()
+
+    def encode(self, texts: Sequence[str]) -> TokenBatch:
+        """Ids of texts."""
+        import awkward
+
+        if not texts:
+            return TokenBatch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        doubtful = [i for i, text in enumerate(texts) if self._is_doubtful(text)]
+        if doubtful:
+            return self._encode_mixed(texts, doubtful)
+        rows = self._tokenizer.encode_batch(list(texts), parallel=False)
+        batch = TokenBatch(
+            awkward.flatten(rows).to_numpy(), awkward.num(rows).to_numpy().astype(np.int64)
+        )
+        if _resident_bytes() - self._bytes_at_start > MAX_CACHE_BYTES:
+            self._reload()
+        return batch
+
+    def _encode_mixed(self, texts: Sequence[str], doubtful: Sequence[int]) -> TokenBatch:
+        """Ids of texts of which some are left to the reference."""
+        wanted = set(doubtful)
+        rows: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
+        for backend, places in (
+            (self._reference, list(doubtful)),
+            (self, [i for i in range(len(texts)) if i not in wanted]),
+        ):
+            batch = backend.encode([texts[i] for i in places])
+            for i, row in zip(places, np.split(batch.ids, np.cumsum(batch.lengths)), strict=False):
+                rows[i] = row
+        lengths = np.array([len(row) for row in rows], np.int64)
+        return TokenBatch(np.concatenate(rows), lengths)
+
+
+class DoubtfulTexts:
+    """Whether a text may be cut differently by libraries with other versions of Unicode.
+
+    gigatoken 0.10 and tokenizers 0.23 order some combining marks differently when they normalise,
+    and differ on letters that are recent. Text that is normalised already, of characters that
+    Python's own tables know, is not touched by either.
+
+    Args:
+        json: the ``tokenizer.json``, which tells whether texts are normalised at all.
+    """
+
+    def __init__(self, json: str):
+        content = parse_json(json)
+        normalizer = dump_json(content.get("normalizer"))
+        self._forms = [form for form in _FORMS if f'"{form}"' in normalizer]
+        self._has_classes = bool(content.get("pre_tokenizer"))
+
+    def __call__(self, text: str) -> bool:
+        """True if the reference has to decide."""
+        if text.isascii():
+            return False
+        if any(not unicodedata.is_normalized(form, text) for form in self._forms):
+            return True
+        if not (self._forms or self._has_classes):
+            return False
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        return bool(_unassigned()[codes].any())
+
+
+@functools.cache
+def _unassigned() -> np.ndarray:
+    """Whether a code point is unknown to Python's Unicode tables; [0x110000] bool."""
+    table = np.zeros(0x110000, bool)
+    table[0x30000:0xF0000] = True  # but for what follows
+    for code in (*range(0x33480), *range(0xE0000, 0xE0200)):
+        table[code] = unicodedata.category(chr(code)) == "Cn"
+    return table
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _without_special_tokens(settings: TokenizerSettings) -> str:
+    """The ``tokenizer.json`` for gigatoken, which takes every added token out of a text first."""
+    if not settings.split_special_tokens:
+        return settings.json
+    content = parse_json(settings.json)
+    content["added_tokens"] = [
+        token for token in content.get("added_tokens") or [] if not token.get("special")
+    ]
+    return dump_json(content)
+
+
+def add_ids(batch: TokenBatch, settings: TokenizerSettings) -> TokenBatch:
+    """Put prefix, suffix and end of document around every text.
+
+    A text without any id, not even one of prefix and suffix, stays empty and has no end: the rule
+    of Megatron's tool (tools/preprocess_data.py, ``Encoder.encode``).
+
+    Args:
+        batch: ids of the texts alone.
+        settings: what to add.
+
+    Returns:
+        ``ids`` in the type of the token file.
+    """
+    before = settings.prefix
+    after = (*settings.suffix, *((settings.eod,) if settings.append_eod else ()))
+    has_ids = batch.lengths > 0
+    if settings.prefix or settings.suffix:
+        has_ids = np.ones_like(has_ids)
+    lengths = batch.lengths + has_ids * (len(before) + len(after))
+    ends = np.cumsum(lengths)[has_ids]
+    starts = ends - lengths[has_ids]
+    ids = np.empty(int(lengths.sum()), settings.dtype)
+    is_text = np.ones(len(ids), bool)
+    for i, token in enumerate(before):
+        ids[starts + i] = token
+        is_text[starts + i] = False
+    for i, token in enumerate(reversed(after), start=1):
+        ids[ends - i] = token
+        is_text[ends - i] = False
+    ids[is_text] = batch.ids
+    return TokenBatch(ids, lengths)

@@ -1,0 +1,408 @@
+"""Check pairs of token files: index, sizes, hashes, token ids, document boundaries.
+
+The exit status is 0 when all is right, 1 when something is not, 2 when a pair cannot be checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megapoly.data.index_file import Index, read_index
+from megapoly.data.preprocess.document_lengths import LengthStatistics
+from megapoly.data.preprocess.pairs import BLOCK_BYTES, Described, document_lengths, find_pairs
+from megapoly.data.token_files import pair_paths, sha256_of
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.errors import DataError
+
+_AT_ONCE = 1 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add = parser.add_argument
+    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="of pairs or of manifests")
+    add("--vocab-size", type=int, metavar="N", help="ids must be below it (the manifest's)")
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="a tokenizer.json or its folder: documents must end with its end of document",
+    )
+    add("--quick", action="store_true", help="sizes and index only; .bin is not read")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify; see the module for the exit status."""
+    pairs = [pair for prefix in options.prefixes for pair in find_pairs(prefix)]
+    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
+    problems: list[str] = []
+    is_missing = False
+    for pair in pairs:
+        expectations = Expectations.of(pair)
+        if tokenizer is not None:
+            expectations.eod = tokenizer.eod
+            expectations.vocab_size = expectations.vocab_size or tokenizer.vocab_size
+        expectations.vocab_size = options.vocab_size or expectations.vocab_size
+        report = verify_with_progress(pair, expectations, quick=options.quick)
+        print(pair.prefix)
+        for check, found in report.found.items():
+            print(f"  {check:<13} {found}")
+        for problem in report.problems:
+            print(problem)
+        problems += report.problems
+        is_missing |= report.is_missing
+    if is_missing:
+        return 2
+    print("all right" if not problems else f"problems: {len(problems)}")
+    return 1 if problems else 0
+
+
+@dataclass
+class Expectations:
+    """What the ids of a pair have to be.
+
+    Args:
+        vocab_size: ids are below it.
+        eod: every document that has tokens ends with it.
+        prefix: every document that has tokens begins with these.
+    """
+
+    vocab_size: int | None = None
+    eod: int | None = None
+    prefix: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, pair: Described) -> Expectations:
+        """Those of the manifest."""
+        record = pair.manifest.tokenizer if pair.manifest else None
+        if record is None:
+            return cls()
+        return cls(record.vocab_size, record.eod if record.appends_eod else None, record.prefix)
+
+
+@dataclass
+class Report:
+    """Result for one pair.
+
+    Args:
+        found: for each check what was found, in words.
+        problems: what is not right: rule, values, remedy.
+        is_missing: whether there is no pair to check.
+    """
+
+    found: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    is_missing: bool = False
+
+    def add(self, check: str, found: str, problems: Iterator[str] | list[str]) -> bool:
+        """Note a check; whether it is right."""
+        new = list(problems)
+        self.found[check] = found if not new else f"WRONG: {found}"
+        self.problems += new
+        return not new
+
+
+def verify_with_progress(pair: Described, expected: Expectations, *, quick: bool) -> Report:
+    """As :func:`verify`, with a bar on the error output."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        path = pair_paths(pair.prefix)[0]
+        task = bar.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
+        return verify(pair, expected, quick=quick, advance=lambda size: bar.advance(task, size))
+
+
+def verify(
+    pair: Described,
+    expected: Expectations,
+    *,
+    quick: bool = False,
+    advance: Callable[[int], None] = lambda size: None,
+) -> Report:
+    """Check everything about a pair; ids are only looked at where index and sizes are right.
+
+    Args:
+        pair: the pair and its manifest.
+        expected: what the ids have to be.
+        quick: do not read ``.bin``.
+        advance: called with the bytes that were read of ``.bin``.
+    """
+    report = Report()
+    bin_path, idx_path = pair_paths(pair.prefix)
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            report.add("files", f"no {path.name}", [f"`{path}` is missing: copy or make it again."])
+            report.is_missing = True
+            return report
+    try:
+        index = read_index(idx_path)
+    except DataError as error:
+        report.add("index", "damaged", [str(error)])
+        return report
+    found = f"{index.num_documents:,} documents, {index.num_sequences:,} sequences"
+    report.add("index", found, index_problems(idx_path, index))
+    sizes = f"{bin_path.stat().st_size:,} and {idx_path.stat().st_size:,} bytes"
+    report.add("sizes", sizes, _size_problems(pair, index))
+    if report.problems:
+        return report
+    if pair.record is None:
+        report.found["manifest"] = "none: content cannot be compared with a hash"
+    else:
+        report.add("manifest", "counts and hash of .idx", _record_problems(pair, index, idx_path))
+    if not quick:
+        _check_content(pair, index, expected, report, advance)
+    return report
+
+
+def index_problems(path: Path, index: Index) -> Iterator[str]:
+    """Lengths above 0, offsets their running sum, document bounds from 0 to all sequences."""
+    for problems in (_length_problems, _offset_problems, _bound_problems):
+        for problem in problems(index):
+            yield f"`{path}`: {problem}. The index is damaged: copy or make the pair again."
+
+
+def _length_problems(index: Index) -> Iterator[str]:
+    for start in range(0, index.num_sequences, _AT_ONCE):
+        is_wrong = index.lengths[start : start + _AT_ONCE] <= 0
+        if is_wrong.any():
+            place = start + int(np.argmax(is_wrong))
+            yield f"sequence {place} has {index.lengths[place]} tokens"
+            return
+
+
+def _offset_problems(index: Index) -> Iterator[str]:
+    total = 0
+    for start in range(0, index.num_sequences, _AT_ONCE):
+        sizes = index.lengths[start : start + _AT_ONCE].astype(np.int64) * index.dtype.itemsize
+        expected = total + np.cumsum(sizes) - sizes
+        is_wrong = index.offsets[start : start + _AT_ONCE] != expected
+        if is_wrong.any():
+            place = start + int(np.argmax(is_wrong))
+            yield (
+                f"sequence {place} must begin at byte {expected[place - start]}, behind those "
+                f"before it; it begins at {index.offsets[place]}"
+            )
+            return
+        total += int(sizes.sum())
+
+
+def _bound_problems(index: Index) -> Iterator[str]:
+    bounds = index.document_bounds
+    reach = bounds[[0, -1]].tolist() if len(bounds) else []
+    if reach != [0, index.num_sequences]:
+        yield (
+            f"documents must reach from sequence 0 to {index.num_sequences}; they reach from "
+            f"{reach}"
+        )
+    for start in range(0, index.num_documents, _AT_ONCE):
+        falls = np.diff(bounds[start : start + _AT_ONCE + 1]) < 0
+        if falls.any():
+            yield f"document {start + int(np.argmax(falls))} ends before it begins"
+            return
+
+
+def _size_problems(pair: Described, index: Index) -> Iterator[str]:
+    bin_path, idx_path = pair_paths(pair.prefix)
+    actual, described = bin_path.stat().st_size, index.num_tokens * index.dtype.itemsize
+    if actual != described:
+        yield (
+            f"`{bin_path}` must have {described:,} bytes, {index.num_tokens:,} tokens of "
+            f"{index.dtype.itemsize}, as `{idx_path}` says; it has {actual:,}. One of them is "
+            "truncated or belongs to another pair: copy or make both again."
+        )
+
+
+def _record_problems(pair: Described, index: Index, idx_path: Path) -> Iterator[str]:
+    record = pair.record
+    assert record is not None
+    statistics = LengthStatistics()
+    for lengths in document_lengths(index):
+        statistics.add(lengths)
+    counted = {
+        "dtype": index.dtype.name,
+        "documents": index.num_documents,
+        "sequences": index.num_sequences,
+        "tokens": index.num_tokens,
+        "tokens_per_document": statistics.quantiles(),
+        "idx_sha256": sha256_of(idx_path),
+    }
+    for name, value in counted.items():
+        if getattr(record, name) != value:
+            yield (
+                f"`{idx_path}` must have the {name} of its manifest, {getattr(record, name)}; it "
+                f"has {value}. It is damaged or another file: copy or make the pair again."
+            )
+
+
+@dataclass
+class _Content:
+    """What one pass over ``.bin`` finds."""
+
+    sha256: str = ""
+    highest: int = -1
+    lowest: int = 0
+    num_eod: int = 0
+    num_ended: int = 0
+    not_ended: int | None = None
+    num_not_ended: int = 0
+    not_begun: int | None = None
+    beyond: tuple[int, int, int] | None = None  # document, place in it, id
+
+
+def _check_content(
+    pair: Described,
+    index: Index,
+    expected: Expectations,
+    report: Report,
+    advance: Callable[[int], None],
+) -> None:
+    content = _read_content(pair.prefix, index, expected, advance)
+    bin_path, record = pair_paths(pair.prefix)[0], pair.record
+    if record is not None:
+        report.add("hash of .bin", content.sha256, _hash_problems(bin_path, pair, content))
+    limit = "no vocabulary to compare with"
+    if expected.vocab_size is not None:
+        limit = f"the vocabulary has {expected.vocab_size}"
+    text = f"{content.lowest} to {content.highest}; {limit}"
+    report.add("token ids", text, _id_problems(bin_path, expected, content))
+    if expected.eod is not None:
+        inside = content.num_eod - content.num_ended
+        text = f"{content.num_ended:,} end with {expected.eod}; {inside:,} of these ids are inside"
+        report.add("ends", text, _end_problems(bin_path, pair, expected, content))
+    if expected.prefix:
+        text = f"documents begin with {expected.prefix}"
+        report.add("beginnings", text, _beginning_problems(bin_path, expected, content))
+
+
+def _hash_problems(path: Path, pair: Described, content: _Content) -> Iterator[str]:
+    record = pair.record
+    assert record is not None
+    if record.bin_sha256 != content.sha256:
+        yield (
+            f"`{path}` must have the SHA-256 of its manifest, {record.bin_sha256}; it has "
+            f"{content.sha256}. Its content is damaged: copy or make it again."
+        )
+    if record.highest_token_id != content.highest:
+        yield (
+            f"`{path}` must have the highest id of its manifest, {record.highest_token_id}; it "
+            f"has {content.highest}. Its content is damaged: copy or make it again."
+        )
+
+
+def _id_problems(path: Path, expected: Expectations, content: _Content) -> Iterator[str]:
+    if content.beyond is not None:
+        document, place, token = content.beyond
+        yield (
+            f"`{path}`: ids must be 0 or more"
+            + (f" and below {expected.vocab_size}" if expected.vocab_size is not None else "")
+            + f"; document {document} has {token} at token {place}. It is damaged or of another "
+            "tokenizer."
+        )
+
+
+def _end_problems(
+    path: Path, pair: Described, expected: Expectations, content: _Content
+) -> Iterator[str]:
+    if content.not_ended is not None:
+        yield (
+            f"`{path}`: documents must end with {expected.eod}; {content.num_not_ended:,} do not, "
+            f"the first is document {content.not_ended}. They were made without --append-eod, or "
+            "the pair is damaged."
+        )
+    record = pair.record
+    inside = content.num_eod - content.num_ended
+    if record is not None and record.eod_inside >= 0 and inside != record.eod_inside:
+        yield (
+            f"`{path}` must have {record.eod_inside} ends of document inside documents, as its "
+            f"manifest says; it has {inside}. The pair is damaged."
+        )
+
+
+def _beginning_problems(path: Path, expected: Expectations, content: _Content) -> Iterator[str]:
+    if content.not_begun is not None:
+        yield (
+            f"`{path}`: documents must begin with {expected.prefix}; document {content.not_begun} "
+            "does not. The pair is damaged."
+        )
+
+
+def _read_content(
+    prefix: Path, index: Index, expected: Expectations, advance: Callable[[int], None]
+) -> _Content:
+    content, digest = _Content(), hashlib.sha256()
+    first_document = 0
+    with pair_paths(prefix)[0].open("rb") as stream:
+        for lengths in document_lengths(index):
+            ends = np.cumsum(lengths)
+            left = int(ends[-1]) if len(ends) else 0
+            done = 0
+            while left > 0:
+                size = min(BLOCK_BYTES // index.dtype.itemsize, left)
+                data = stream.read(size * index.dtype.itemsize)
+                digest.update(data)
+                ids = np.frombuffer(data, index.dtype)
+                _see(content, ids, lengths, ends, done, first_document, expected)
+                done, left = done + size, left - size
+                advance(len(data))
+            first_document += len(lengths)
+    content.sha256 = digest.hexdigest()
+    return content
+
+
+def _see(
+    content: _Content,
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    ends: np.ndarray,
+    start: int,
+    first_document: int,
+    expected: Expectations,
+) -> None:
+    """Look at a block of ids.
+
+    Args:
+        content: what was found before; changed.
+        ids: of the block.
+        lengths: of some consecutive documents.
+        ends: running sum of these.
+        start: place of the block behind the beginning of the first of the documents.
+        first_document: number of that.
+        expected: what the ids have to be.
+    """
+    stop = start + len(ids)
+    highest, lowest = int(ids.max()), int(ids.min())
+    content.highest, content.lowest = max(content.highest, highest), min(content.lowest, lowest)
+    limit = expected.vocab_size if expected.vocab_size is not None else highest + 1
+    if content.beyond is None and (highest >= limit or lowest < 0):
+        place = start + int(np.argmax((ids >= limit) | (ids < 0)))
+        document = int(np.searchsorted(ends, place, side="right"))
+        inside = place - int(ends[document] - lengths[document])
+        content.beyond = (first_document + document, inside, int(ids[place - start]))
+    has_tokens = lengths > 0
+    if expected.eod is not None:
+        content.num_eod += int(np.count_nonzero(ids == expected.eod))
+        ending = np.flatnonzero(has_tokens & (ends > start) & (ends <= stop))
+        is_ended = ids[ends[ending] - 1 - start] == expected.eod
+        content.num_ended += int(is_ended.sum())
+        content.num_not_ended += int((~is_ended).sum())
+        if content.not_ended is None and not is_ended.all():
+            content.not_ended = first_document + int(ending[np.argmin(is_ended)])
+    for i, token in enumerate(expected.prefix):
+        places = ends - lengths + i
+        here = np.flatnonzero(has_tokens & (places >= start) & (places < stop))
+        is_begun = ids[places[here] - start] == token
+        if content.not_begun is None and not is_begun.all():
+            content.not_begun = first_document + int(here[np.argmin(is_begun)])

@@ -1,0 +1,158 @@
+"""The folder of an unfinished run: which run it is of, and that only one process works in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megapoly.data.files import full_disk_explained, write_text
+from megapoly.data.preprocess.options import PreprocessOptions
+from megapoly.data.preprocess.sources import Source
+from megapoly.data.preprocess.tokenization import TokenizerSettings
+from megapoly.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+# A worker whose parent was killed ends with its next message.
+_LOCK_WAIT_S = 20.0
+
+
+def plan_of(
+    options: PreprocessOptions,
+    sources: Sequence[Source],
+    settings: TokenizerSettings,
+    backend: str,
+) -> dict[str, Any]:
+    """Everything that decides which bytes a run writes, and how it is cut into parts."""
+    return {
+        "arguments": options.arguments(),
+        "tokenizer": settings.sha256,
+        "added_ids": [settings.eod, settings.prefix, settings.suffix, settings.dtype.name],
+        "tokenizer_backend": backend,
+        "part_bytes": options.part_bytes_of(sum(source.size_bytes for source in sources)),
+        "chunk_bytes": options.chunk_bytes,
+        "sources": [[str(s.path), s.size_bytes, s.modified_ns] for s in sources],
+    }
+
+
+def open_work_folder(folder: Path, plan: Mapping[str, Any], *, restart: bool) -> bool:
+    """Make the folder, or go on in it.
+
+    Args:
+        folder: of the shards; locked.
+        plan: of this run.
+        restart: drop what is there.
+
+    Returns:
+        Whether it is of an interrupted run.
+
+    Raises:
+        DataError: it is of a run with another plan.
+    """
+    path = plan_path(folder)
+    plan = json.loads(json.dumps(plan))
+    if restart or not path.is_file():
+        # Without a plan: what a finished run, or a restart, could not delete any more.
+        path.unlink(missing_ok=True)
+        for old in folder.iterdir():
+            if old.name != "lock":
+                old.unlink()
+    if path.is_file():
+        found = json.loads(path.read_text())
+        different = [key for key in plan if plan[key] != found.get(key)]
+        if different:
+            raise DataError(
+                f"`{folder}` is of an interrupted run that differs in: {', '.join(different)}"
+                f"{_difference(found, plan, different[0])}. Start that command again to finish it, "
+                "or drop its work with --restart."
+            )
+        return True
+    write_text(path, json.dumps(plan, indent=1))
+    return False
+
+
+def _difference(found: Mapping[str, Any], plan: Mapping[str, Any], key: str) -> str:
+    before, now = found.get(key), plan[key]
+    if key == "sources" and isinstance(before, list):
+        changed = [new[0] for old, new in zip(before, now, strict=False) if old != new]
+        return f" ({len(before)} files then, {len(now)} now; first other one: {changed[:1]})"
+    if isinstance(now, dict) and isinstance(before, dict):
+        changed = [
+            f"{k}: {before.get(k)} then, {v} now" for k, v in now.items() if before.get(k) != v
+        ]
+        return f" ({'; '.join(changed)})"
+    return f" ({before} then, {now} now)"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder and keep every other process out of it.
+
+    Raises:
+        DataError: another process has it.
+    """
+    while True:
+        with full_disk_explained(folder / "lock"):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        with lock:
+            _lock(lock.fileno(), folder)
+            if not _is_same(lock.fileno(), folder / "lock"):
+                continue  # its last holder has deleted the folder
+            yield
+            return
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        logger.warning("Two runs with one --output-prefix at a time are not noticed here.")
+        return
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"Another process works in `{folder}`; wait until it has ended, or choose "
+                    "another --output-prefix."
+                ) from error
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            logger.warning(
+                "This disk has no locks: two runs with one --output-prefix at a time are not "
+                "noticed."
+            )
+            return
+
+
+def plan_path(folder: Path) -> Path:
+    """The file that tells which run a folder is of; while it is there, the run is unfinished."""
+    return folder / "plan.json"
+
+
+def remove(folder: Path) -> None:
+    """Delete the folder of a finished run, its plan first: half a folder is not gone on from."""
+    plan_path(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder)

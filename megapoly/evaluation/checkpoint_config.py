@@ -1,0 +1,133 @@
+"""From a checkpoint and a command line to the configuration that the checkpoint is evaluated with.
+
+Model, data and batch are the checkpoint's. The layout is given anew, as the processes are others:
+one process for each model, unless options say otherwise. Options that only training reads are
+refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapoly.config.parsing import load_yaml, override
+from megapoly.config.schema import (
+    CheckpointConfig,
+    Config,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megapoly.config.startup import check_and_resolve
+from megapoly.data.tokenizer import tokenizer_vocab_size
+from megapoly.errors import CheckpointError
+
+# What an evaluation reads and does not have to take from the checkpoint as it stands there.
+OPTIONS_OF_EVALUATION = (
+    "model.activation_backend",
+    "model.activation_deterministic",
+    "model.make_vocab_size_divisible_by",
+    "model.moe_router_dtype",
+    "model.moe_token_dispatcher_type",
+    "model.moe_grouped_gemm",
+    "model.transformer_engine",
+    "model.apply_rope_fusion",
+    "model.moe_permute_fusion",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size",
+    "parallel.context_parallel_size",
+    "parallel.cp_comm_type",
+    "parallel.expert_model_parallel_size",
+    "parallel.expert_tensor_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.distributed_timeout_minutes",
+    "data.validation",
+    "data.tokenizer",
+    "data.cache_dir",
+    "data.eod_mask_loss",
+    "training.seq_length",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.bf16",
+    "training.device",
+    "training.eval_iters",
+)
+
+
+def configure_evaluation(
+    checkpoint: Path, overrides: Sequence[str] = (), *, needs_validation: bool = False
+) -> Config:
+    """Configure the evaluation of a checkpoint by this job.
+
+    ``training.device`` is ``auto`` unless set. ``run_dir``, and with it ``data.cache_dir`` where
+    that was not set, is the folder that the checkpoint lies in, also where it was moved.
+
+    Args:
+        checkpoint: ``RUN_DIR/checkpoints/iter_0000100``.
+        overrides: words of the command line, ``--section.field value``.
+        needs_validation: validation sets are evaluated; otherwise those of the checkpoint's run
+            need not be there.
+
+    Returns:
+        The resolved configuration, which breaks no rule.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete.
+        ConfigError: what cannot be parsed, or else every broken rule.
+        DataError: the tokenizer's file exists and cannot be used.
+    """
+    if not (checkpoint / "run.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint (it has no run.json); give the path of an "
+            "`iter_*` folder."
+        )
+    saved = load_yaml(checkpoint / "config.yaml")
+    config = _without_training(saved, checkpoint)
+    if not needs_validation:
+        config.data.validation = None
+    names = override(config, overrides)
+    problems = [
+        f"`{name}`: nothing reads this when a checkpoint is evaluated; leave it out"
+        for name in names
+        if name not in OPTIONS_OF_EVALUATION
+    ]
+    if "data.validation" in names and not needs_validation:
+        problems.append("`data.validation`: nothing reads this without perplexity; leave it out")
+    if needs_validation and saved.data.blend is not None and config.data.validation is None:
+        problems.append(
+            f"`data.validation` (null): the run of {checkpoint} had training text of its own and "
+            "no validation sets; name some, such as `--data.validation '{wiki: tokens/wiki}'`"
+        )
+    vocab_size = tokenizer_vocab_size(config.data.tokenizer)
+    return check_and_resolve(config, tokenizer_vocab_size=vocab_size, problems=problems)
+
+
+def _without_training(saved: Config, checkpoint: Path) -> Config:
+    """What an evaluation takes from a run; the rest keeps values that no rule objects to."""
+    run_dir = checkpoint.resolve().parent
+    if run_dir.name == "checkpoints":
+        run_dir = run_dir.parent
+    timeout, old = saved.parallel.distributed_timeout_minutes, saved.training
+    is_own_cache = saved.data.cache_dir == str(Path(saved.run_dir) / "cache")
+    return Config(
+        run_dir=str(run_dir),
+        # Kernels are those of the machine that evaluates.
+        model=dataclasses.replace(
+            saved.model, transformer_engine=None, apply_rope_fusion=None, moe_permute_fusion=None
+        ),
+        parallel=ParallelConfig(distributed_timeout_minutes=timeout),
+        data=dataclasses.replace(
+            saved.data, blend=None, cache_dir=None if is_own_cache else saved.data.cache_dir
+        ),
+        training=TrainingConfig(
+            train_iters=1,
+            seq_length=old.seq_length,
+            micro_batch_size=old.micro_batch_size,
+            global_batch_size=old.global_batch_size,
+            seed=old.seed,
+            bf16=old.bf16,
+            eval_iters=old.eval_iters,
+        ),
+        checkpoint=CheckpointConfig(save=False),
+    )

@@ -1,0 +1,129 @@
+"""A checkpoint, opened for evaluation by the processes of this job at any layout."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megapoly.config import Config
+from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.evaluation.checkpoint_config import configure_evaluation
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from megapoly.data.samples import SamplePool
+    from megapoly.data.tokenizer import Tokenizer
+    from megapoly.training.state import ModelState
+
+_FAREWELL_S, _PAUSE_S = 5.0, 0.01
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A model on all ranks, and what it is evaluated with.
+
+    Args:
+        path: of the checkpoint.
+        iteration: steps that it was trained.
+        model: this rank's part.
+        tokenizer: of its training data.
+        validation: samples of the validation sets, by name.
+        warnings: what the user should know about their files.
+    """
+
+    path: Path
+    iteration: int
+    model: ModelState
+    tokenizer: Tokenizer
+    validation: dict[str, SamplePool] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    with_validation: bool = False,
+    check: Callable[[], None] | None = None,
+) -> Iterator[OpenedCheckpoint]:
+    """Load the model of a checkpoint on all ranks of the job; collective.
+
+    Makes the process groups, which end with the context. Rank and number of processes come from
+    torchrun's environment; without it the job is one process.
+
+    Args:
+        path: ``RUN_DIR/checkpoints/iter_0000100``.
+        overrides: words of the command line, ``--section.field value``, see
+            :func:`megapoly.evaluation.checkpoint_config.configure_evaluation`.
+        with_validation: open the validation sets, too.
+        check: called on every rank before the model is loaded; where it raises on one, all raise.
+
+    Raises:
+        CheckpointError: the checkpoint is not complete, or not what the options say.
+        ConfigError: every broken rule.
+        DataError: validation data or tokenizer cannot be used.
+        PeerError: another rank failed.
+    """
+    config = configure_evaluation(path, overrides, needs_validation=with_validation)
+    from megapoly.platform.device import select_platform
+
+    platform = select_platform(config.training.device)
+    # After the platform: these import the engine, which must find it set up.
+    from megapoly.data.corpus import load_validation
+    from megapoly.data.tokenizer import load_tokenizer
+    from megapoly.training.checkpoint import read_position
+    from megapoly.training.distributed import model_groups, process_group
+    from megapoly.training.model_only import load_model
+    from megapoly.training.rank_zero_first import Turns
+
+    position = read_position(path)
+    with process_group(config, platform) as store:
+        validation: dict[str, SamplePool] = {}
+        warnings: list[str] = []
+        with Turns.of_job(store, config) as turns:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            _check_tokenizer(tokenizer, position.get("data"), config, path)
+            if check is not None:
+                check()
+            if with_validation:
+                validation, warnings = load_validation(
+                    config, tokenizer=tokenizer, first=turns.first
+                )
+        with model_groups(config):
+            model = load_model(config, platform, path)
+            try:
+                yield OpenedCheckpoint(
+                    path, position["iteration"], model, tokenizer, validation, warnings
+                )
+            except MegapolyError:
+                _meet(store)
+                raise
+
+
+def _meet(store: dist.Store) -> None:
+    """Wait for ranks that fail alike: a launcher ends all, unheard, as soon as one has ended."""
+    import torch.distributed as dist
+
+    deadline = time.monotonic() + _FAREWELL_S
+    with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
+        store.add("failed", 1)
+        while store.add("failed", 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(_PAUSE_S)
+
+
+def _check_tokenizer(
+    tokenizer: Tokenizer, trained_on: dict[str, object] | None, config: Config, path: Path
+) -> None:
+    # A checkpoint made from a Hugging Face folder says nothing of training text.
+    if trained_on is not None and trained_on["tokenizer"] != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on ids of another tokenizer (fingerprint "
+            f"{trained_on['tokenizer']}); `data.tokenizer` ({config.data.tokenizer}) has "
+            f"{tokenizer.fingerprint}. Give the one that the training text was prepared with."
+        )

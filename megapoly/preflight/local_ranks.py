@@ -1,0 +1,119 @@
+"""Several processes from one that has imported torch and the engine already.
+
+Importing both takes seconds; a fork server does it once for a whole test session.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["megapoly.preflight.local_ranks_preload"])
+# The fork server has made the engine one for CPU, in every process that it starts.
+_CONTEXT_OF_GPUS = multiprocessing.get_context("spawn")
+
+
+def run_on_ranks(
+    function: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    timeout_s: float = 300.0,
+    device: str = "cpu",
+) -> list[Any]:
+    """Call ``function(*args)`` on every rank of a new job, with torchrun's environment set.
+
+    Args:
+        function: importable from a module; it makes its own process groups.
+        num_ranks: processes, one thread each.
+        *args: for every rank the same; picklable.
+        timeout_s: for all of them together.
+        device: ``cpu`` or ``cuda``: what ``function`` works on. For ``cuda`` nothing of the engine
+            is imported or changed before.
+
+    Returns:
+        What each rank returned.
+
+    Raises:
+        RuntimeError: a rank failed; with its traceback.
+        TimeoutError: some rank did not end.
+    """
+    port = _free_port()
+    context = _CONTEXT_OF_GPUS if device == "cuda" else _CONTEXT
+    processes: list[Any] = []
+    connections: list[Connection] = []
+    for rank in range(num_ranks):
+        receiver, sender = context.Pipe(duplex=False)
+        environment = _environment(rank, num_ranks, port)
+        process = context.Process(target=_worker, args=(sender, environment, function, args))
+        process.start()
+        sender.close()
+        processes.append(process)
+        connections.append(receiver)
+    try:
+        return _collect(connections, timeout_s)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    pending: list[Any] = list(connections)
+    while pending:
+        ready: list[Any] = wait(pending, timeout=timeout_s)
+        if not ready:
+            missing = [i for i, connection in enumerate(connections) if connection in pending]
+            raise TimeoutError(f"ranks {missing} did not end within {timeout_s} s")
+        for connection in ready:
+            pending.remove(connection)
+            rank = connections.index(connection)
+            try:
+                failure, results[rank] = connection.recv()
+            except EOFError:
+                failure = "the process ended without a result"
+            if failure:
+                raise RuntimeError(f"rank {rank} failed:\n{failure}")
+    return [results[rank] for rank in range(len(connections))]
+
+
+def _worker(
+    sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any
+) -> None:
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        message: tuple[str | None, Any] = (None, function(*args))
+    except BaseException:
+        message = (traceback.format_exc(), None)
+    # Not `send`: that shares a tensor's memory with this process, which ends before it is read.
+    sender.send_bytes(pickle.dumps(message))
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

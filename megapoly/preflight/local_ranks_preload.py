@@ -1,0 +1,23 @@
+"""Imported once by the fork server: everything that a rank needs."""
+
+import contextlib
+import os
+import warnings
+
+# Read when tqdm is imported: the bars of libraries, on every rank, are no output of ours.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megapoly.platform import engine_workarounds
+
+    engine_workarounds.install_on_cpu()
+    import megapoly.data.corpus
+    import megapoly.training.checkpoint
+    import megapoly.training.loop
+    import megapoly.training.rank_zero_first  # noqa: F401
+    import megapoly.training.reporter
+
+    with contextlib.suppress(ImportError):  # the harness is an extra
+        import megapoly.evaluation.engine_lm
+        import megapoly.evaluation.transformers_lm  # noqa: F401

@@ -1,0 +1,102 @@
+"""Train a few steps at a layout and keep everything that must not depend on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megapoly.config import Config
+from megapoly.data.corpus import load_corpus
+from megapoly.data.tokenizer import load_tokenizer
+from megapoly.platform.device import select_platform
+from megapoly.preflight.layouts import Layout
+from megapoly.preflight.parallel_check.whole_model import (
+    Part,
+    gradient_parts,
+    whole,
+    without_padding,
+)
+from megapoly.testing import run_on_ranks
+from megapoly.training.distributed import model_groups, process_group
+from megapoly.training.rank_zero_first import Turns
+from megapoly.training.state import TrainState, build_state
+from megapoly.training.step import compute_gradients, update_parameters
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of training.
+
+    Args:
+        losses: cross-entropy (``lm_loss``) and the router's losses.
+        grad_norm: global norm before clipping.
+        gradients: of the whole model, by the parameters' names in a checkpoint; fp32.
+        disagreements: how much ranks differ that should hold the same gradient, by the same names.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    gradients: dict[str, Tensor]
+    disagreements: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _RankStep:
+    losses: dict[str, float]
+    grad_norm: float
+    parts: list[Part]
+
+
+def train(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) -> list[Step]:
+    """Train on CPU processes, one thread each, with gloo.
+
+    Args:
+        config: resolved, of one process.
+        layout: to train it at.
+        cache_dir: for the tokenized text.
+        timeout_s: for the whole job.
+
+    Raises:
+        RuntimeError: a rank failed; with its traceback.
+        TimeoutError: some rank did not end.
+    """
+    config = layout.applied_to(config)
+    config.data.cache_dir = str(cache_dir)
+    ranks = run_on_ranks(steps_of_rank, layout.world_size, config, timeout_s=timeout_s)
+    assert config.model.vocab_size is not None
+    return [_whole_step(steps, config.model.vocab_size) for steps in zip(*ranks, strict=True)]
+
+
+def _whole_step(ranks: Sequence[_RankStep], vocab_size: int) -> Step:
+    gradients = whole(part for rank in ranks for part in rank.parts)
+    tensors = without_padding(gradients.tensors, vocab_size)
+    return Step(ranks[0].losses, ranks[0].grad_norm, tensors, gradients.disagreements)
+
+
+def steps_of_rank(config: Config) -> list[_RankStep]:
+    """What every process does."""
+    warnings.filterwarnings("ignore")  # the engine's, on optional packages and names of torch
+    platform = select_platform("cpu")
+    with process_group(config, platform) as store:
+        with Turns.of_job(store, config) as turns:
+            corpus = load_corpus(config, tokenizer=load_tokenizer(None), first=turns.first)
+        with model_groups(config):
+            return _steps(build_state(config, platform, corpus))
+
+
+def _steps(state: TrainState) -> list[_RankStep]:
+    batches = state.training_batches()
+    steps = []
+    for _ in itertools.repeat(None, state.config.training.train_iters or 0):
+        losses = compute_gradients(state, batches)
+        parts = gradient_parts(state.chunks)
+        result = update_parameters(state, losses)
+        steps.append(
+            _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, parts)
+        )
+    return steps

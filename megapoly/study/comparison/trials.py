@@ -1,0 +1,197 @@
+"""Trials of a comparison: runs that are the same but for activation, order, rate and seed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megapoly.activations import registry
+from megapoly.config import Config
+from megapoly.config.resolve import resolve, tokens_per_step, train_iters
+from megapoly.errors import ConfigError
+from megapoly.platform.machine import CPU
+from megapoly.preflight.planning.parameters import total_parameters
+
+DEFAULT_ORDER = 3
+# How far the parameters of compared models may be apart, relative to the first: coefficients, and
+# widths that two thirds do not divide.
+PARAMETER_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An activation, with its order where it has one.
+
+    Args:
+        activation: name in the registry.
+        order: highest power; None: an activation without powers.
+    """
+
+    activation: str
+    order: int | None
+
+    @property
+    def name(self) -> str:
+        """``polyrelu``, or ``polyrelu_order_4`` where the order is not the usual one."""
+        usual = self.order in (None, DEFAULT_ORDER)
+        return self.activation if usual else f"{self.activation}_order_{self.order}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run.
+
+    Args:
+        variant: activation.
+        lr: highest learning rate; the lowest keeps its ratio to it.
+        seed: of weights and of the data's order.
+    """
+
+    variant: Variant
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, such as ``polynorm.lr_0.004.seed_1``."""
+        return f"{self.variant.name}.lr_{self.lr:g}.seed_{self.seed}"
+
+    def config(self, base: Config, output: Path) -> Config:
+        """The run's configuration, made from that of all."""
+        config = copy.deepcopy(base)
+        config.run_dir = str(output / self.name)
+        config.model.activation = self.variant.activation
+        config.model.activation_order = self.variant.order or DEFAULT_ORDER
+        config.optimizer.min_lr = self.lr * (base.optimizer.min_lr / base.optimizer.lr)
+        config.optimizer.lr = self.lr
+        config.training.seed = config.data.seed = self.seed
+        return config
+
+
+def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[Variant]:
+    """Variants of a command line.
+
+    Args:
+        words: names of activations; ``polyrelu:4`` is one of order 4 alone.
+        orders: of polynomial activations that name none; None: the usual one.
+
+    Raises:
+        ConfigError: a name is not in the registry, an order is none, or belongs to an activation
+            without powers, nothing takes the orders, or a variant is named twice.
+    """
+    problems, variants, takes_orders = [], [], False
+    for word in words:
+        name, _, order = word.partition(":")
+        try:
+            has_powers = registry.get(name).has_coefficients
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        if order and not (has_powers and order in ("2", "3", "4")):
+            kind = "2, 3 or 4" if has_powers else f"none: {name} has no powers"
+            problems.append(f"the order of `{word}` must be {kind}")
+        elif order:
+            variants.append(Variant(name, int(order)))
+        elif has_powers:
+            takes_orders = True
+            variants += [Variant(name, o) for o in orders or [DEFAULT_ORDER]]
+        else:
+            variants.append(Variant(name, None))
+    twice = sorted({v.name for v in variants if variants.count(v) > 1})
+    if twice:
+        problems.append(f"every activation must be named once; {', '.join(twice)} is named twice")
+    if orders and not (takes_orders or problems):
+        problems.append(
+            f"`--orders` ({' '.join(map(str, orders))}): nothing reads this where no polynomial "
+            "activation is named without an order; leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return variants
+
+
+def rate_trials(variants: Sequence[Variant], rates: Sequence[float], seed: int) -> list[Trial]:
+    """Every activation at every learning rate, with one seed."""
+    return [Trial(variant, lr, seed) for lr in rates for variant in variants]
+
+
+def seed_trials(rates: Mapping[Variant, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
+    """Every activation at its learning rates, with every seed."""
+    return [
+        Trial(variant, lr, seed) for seed in seeds for variant in rates for lr in rates[variant]
+    ]
+
+
+def sizes(base: Config, variants: Sequence[Variant]) -> list[int]:
+    """Parameters of each variant's model, of a configuration with ``vocab_size``."""
+    assert base.model.vocab_size is not None
+    return [
+        total_parameters(
+            resolve(
+                Trial(variant, base.optimizer.lr, 0).config(base, Path()),
+                tokenizer_vocab_size=base.model.vocab_size,
+                machine=CPU,  # nothing of what a GPU changes is counted
+            )
+        )
+        for variant in variants
+    ]
+
+
+def check_comparable(base: Config, variants: Sequence[Variant]) -> None:
+    """Refuse a comparison of models of different size, or one that says nothing.
+
+    Args:
+        base: configuration of all trials, which is checked by itself, with ``vocab_size``.
+        variants: what is compared.
+
+    Raises:
+        ConfigError: numbers of parameters are further apart than :data:`PARAMETER_TOLERANCE`, or
+            there is no evaluation or checkpoint.
+    """
+    found = sizes(base, variants)
+    problems = [
+        f"compared models must have parameters equal to {PARAMETER_TOLERANCE:.0%}: "
+        f"{variant.name} has {size:,}, {variants[0].name} {found[0]:,}; gated activations get two "
+        "thirds of a width with `model.scale_gated_ffn`, so choose widths that 3 divides"
+        for variant, size in zip(variants, found, strict=True)
+        if abs(size - found[0]) > PARAMETER_TOLERANCE * found[0]
+    ]
+    if not base.training.eval_interval:
+        problems.append(
+            "`training.eval_interval` (0) must be above 0: validation losses are what is compared; "
+            "with the number of steps there is an evaluation at the end alone"
+        )
+    if not base.checkpoint.save:
+        problems.append(
+            "`checkpoint.save` (false) must be true: a trial goes on from its checkpoint, and is "
+            "analysed by it"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def describe(base: Config, variants: Sequence[Variant]) -> Iterator[str]:
+    """What is the same in all trials, one line each."""
+    steps = train_iters(base)
+    tokens = tokens_per_step(base)
+    found = sizes(base, variants)
+    kind = f"MoE of {base.model.num_moe_experts} experts" if base.model.num_moe_experts else "dense"
+    yield f"{kind}, {base.model.num_layers} layers, width {base.model.hidden_size}"
+    yield f"parameters: {min(found):,} to {max(found):,}"
+    yield f"tokens: {steps * tokens:,} each, {steps} steps of {tokens:,}"
+
+
+def with_tasks(base: Config, tasks: Sequence[str], folder: str | None, limit: int | None) -> Config:
+    """The configuration with benchmarks after the last step."""
+    return replace(
+        base,
+        training=replace(
+            base.training,
+            eval_tasks=list(tasks),
+            eval_tasks_interval=train_iters(base),
+            eval_tasks_data=folder,
+            eval_tasks_limit=limit,
+        ),
+    )

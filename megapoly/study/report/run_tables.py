@@ -1,0 +1,116 @@
+"""Tables of how the runs of a group were made: learning rates, and what is each one's own."""
+
+from __future__ import annotations
+
+from megapoly.activations import registry
+from megapoly.study.report.cells import NONE, Cell, Table, duration
+from megapoly.study.report.groups import Entry, Group, mean_final_loss, options_of
+from megapoly.study.report.runs import Run
+
+
+def learning_rates(group: Group) -> Table:
+    """Final validation loss of each activation at each rate."""
+    rates = sorted({lr for entry in group.entries for lr in entry.tried})
+    rows = [(entry.label, [_at_rate(entry, lr) for lr in rates]) for entry in group.entries]
+    notes = [
+        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have, and "
+        "below it over more where a rate has more; bold: the rate that other tables and figures "
+        "use, of those with most seeds the best. It is chosen by this same loss, which flatters "
+        "every line a little."
+        if len(rates) > 1
+        else f"Final {group.ranked_by} loss."
+    ]
+    return Table(
+        "Learning rates",
+        ["activation", *(f"{lr:g}" for lr in rates)],
+        rows,
+        notes + warnings(group),
+    )
+
+
+def _at_rate(entry: Entry, lr: float) -> Cell:
+    if lr not in entry.tried:
+        return Cell(NONE)
+    runs, score = entry.rates.get(lr, {}), entry.scores[lr]
+    cell = Cell("diverged" if score is None else f"{score:.3f}", best=lr == entry.lr)
+    if lost := entry.diverged.get(lr):
+        cell.below = f"{len(lost)} of {len(lost) + len(runs)} seeds"
+        return cell
+    cell.below = f"{len(runs)} seeds" if len(runs) > 1 else "1 seed"
+    if len(runs) > min(map(len, entry.rates.values())):
+        mean = mean_final_loss(runs.values())
+        cell.below += "" if mean is None else f": {mean:.3f}"
+    return cell
+
+
+def warnings(group: Group) -> list[str]:
+    """What is doubtful about the choice of the rates."""
+    found = []
+    for entry in group.entries:
+        rates = entry.tried
+        if lost := entry.diverged.get(entry.lr):
+            found.append(
+                f"{entry.label} diverged with seed {' and '.join(lost)} at the rate that it is "
+                "shown at; its means leave that out."
+            )
+        scored = {lr: score for lr, score in entry.scores.items() if score is not None}
+        if len(rates) < 2 or not scored:
+            continue
+        best = min(scored, key=lambda lr: scored[lr])
+        if len(entry.rates[best]) == len(entry.seeds) and not lost:
+            best = entry.lr
+        if best in (rates[0], rates[-1]):
+            side = "lowest" if best == rates[0] else "highest"
+            found.append(
+                f"{entry.label} is best at the {side} rate that was tried ({best:g}): its own best "
+                "may lie beyond."
+            )
+        if best != entry.lr:
+            found.append(
+                f"{entry.label} is shown at {entry.lr:g}, which has most seeds, though {best:g} is "
+                "better on the seeds that both have."
+            )
+    tried = {tuple(entry.tried) for entry in group.entries}
+    if len(tried) > 1:
+        found.append("Not every line had the same rates to choose from.")
+    elif len(next(iter(tried))) == 1:
+        found.append(
+            "One rate for all, so whichever activation it suits best is at an advantage; a grid "
+            "would tell."
+        )
+    return found
+
+
+def own_options(group: Group) -> Table:
+    """What differs between the runs of a group."""
+    rows = []
+    for entry in group.entries:
+        activation = registry.get(entry.activation)
+        run, runs = entry.runs[0], list(entry.seeds.values())
+        speed = sum(r.tokens for r in runs) / max(1e-9, sum(r.wall_time_s for r in runs))
+        cells = [
+            Cell(f"{run.parameters:,}", below=f"{run.active_parameters:,} active" * group.moe),
+            Cell("gated, two thirds as wide" if activation.gated else "ungated"),
+            Cell(f"{entry.lr:g}"),
+            Cell(", ".join(entry.seeds)),
+            Cell(
+                duration(sum(r.wall_time_s for r in entry.runs)),
+                below=f"{len(entry.runs)} run{'s' * (len(entry.runs) > 1)}",
+            ),
+            Cell(f"{speed:,.0f}"),
+        ]
+        cells += [Cell(_option(run, name)) for name in group.varied]
+        rows.append((entry.label, cells))
+    columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
+    names = [name.split(".")[-1] for name in group.varied]
+    notes = [
+        "Wall time: of all runs of a line, added up. Tokens/s: of those at its rate, start, "
+        "evaluation and checkpoints included, beside whatever else the machine did; no measure of "
+        "an activation's speed."
+    ]
+    return Table("What differs between the runs", [*columns, *names], rows, notes)
+
+
+def _option(run: Run, name: str) -> str:
+    value = options_of(run).get(name, NONE)
+    return f"{value:g}" if isinstance(value, float) else str(value)

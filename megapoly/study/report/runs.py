@@ -1,0 +1,305 @@
+"""A run folder as a record: everything that the page says of it, in plain values.
+
+The losses of training are kept as their trailing mean over a twentieth of the run's steps, at no
+more than 150 steps; the value at the last step is the run's final training loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megapoly.config import load_yaml
+from megapoly.config.data_sources import MEAN
+from megapoly.config.parsing import to_dict
+from megapoly.errors import DataError
+from megapoly.study.report.statistics import thinned, trailing_mean
+
+# Of the steps of a run; its final training loss is the mean over so many.
+WINDOW = 1 / 20
+MOST_POINTS = 150
+# What every line of metrics.jsonl has.
+_OF_A_STEP = ("iteration", "consumed_tokens", "lm_loss", "step_time_s")
+# Where a run lies says nothing about it.
+_PLACES = ("checkpoint", "logging")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run.
+
+    Args:
+        name: of its folder.
+        config: the resolved configuration, without places on disk.
+        iteration: steps that it has made.
+        parameters: of the model; padding of the vocabulary counts.
+        active_parameters: those that one token meets.
+        window_steps: steps of the trailing mean.
+        training: ``tokens`` and ``loss``; None where a loss was not finite.
+        validation: ``tokens``, and ``loss`` by domain, ``mean`` included.
+        tasks: percent at the last evaluation, by task.
+        wall_time_s: of the trial, or of its steps alone.
+        wall_time_of: ``trial`` or ``steps``.
+        data: what the checkpoint says of the data: ``fingerprint``, ``sources``, ``tokenizer``
+            (SHA-256); None: it has no checkpoint.
+        layout: processes of the job, as the checkpoint says.
+        version: megapoly's.
+        comparison: the comparison that it is a trial of, by key.
+        diverged: whether that says that its loss was not finite.
+        analysis: content of its analysis.json.
+    """
+
+    name: str
+    config: dict[str, Any]
+    iteration: int
+    parameters: int
+    active_parameters: int
+    window_steps: int
+    training: dict[str, list[Any]]
+    validation: dict[str, Any]
+    tasks: dict[str, float]
+    wall_time_s: float
+    wall_time_of: str
+    data: dict[str, Any] | None
+    layout: dict[str, int] | None
+    version: str | None
+    comparison: str | None
+    diverged: bool
+    analysis: dict[str, Any] | None
+
+    @property
+    def activation(self) -> str:
+        """Name in the registry."""
+        return str(self.config["model"]["activation"])
+
+    @property
+    def lr(self) -> float:
+        """Highest learning rate."""
+        return float(self.config["optimizer"]["lr"])
+
+    @property
+    def seed(self) -> str:
+        """Of weights and data; runs of one seed start and read alike."""
+        weights, data = self.config["training"]["seed"], self.config["data"]["seed"]
+        return str(weights) if weights == data else f"{weights}/{data}"
+
+    @property
+    def steps(self) -> int:
+        """Steps that it was asked to make."""
+        return int(self.config["training"]["train_iters"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it was asked to train on."""
+        training = self.config["training"]
+        return self.steps * int(training["global_batch_size"]) * int(training["seq_length"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has made all steps, and ended on an evaluation if it made any."""
+        evaluated = self.validation["tokens"]
+        return self.iteration >= self.steps and (not evaluated or evaluated[-1] >= self.tokens)
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean over the last steps; None: not finite."""
+        return self.training["loss"][-1] if self.training["loss"] else None
+
+    @property
+    def domains(self) -> list[str]:
+        """Validation sets, without their mean."""
+        return [key for key in self.validation["loss"] if key != MEAN]
+
+    def validation_loss(self, domain: str = MEAN) -> float | None:
+        """At the last evaluation; None: there is none, or it is not finite."""
+        losses = self.validation["loss"].get(domain)
+        return losses[-1] if losses else None
+
+    def curve(self, *, validation: bool) -> tuple[list[int], list[float | None]]:
+        """Tokens, and the mean validation loss or the training loss there; None: not finite."""
+        kind = self.validation if validation else self.training
+        losses = self.validation["loss"].get(MEAN, []) if validation else self.training["loss"]
+        return kind["tokens"], losses
+
+    @property
+    def key(self) -> str:
+        """The same for a run and a later record of it."""
+        text = json.dumps([self.name, self.config], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def to_record(run: Run) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return asdict(run)
+
+
+def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) -> Run:
+    """Read a run's folder.
+
+    Args:
+        folder: with ``config.yaml`` and ``metrics.jsonl``.
+        comparison: key of the comparison that it belongs to.
+        trial: what ``comparison.json`` says of it.
+
+    Raises:
+        MegapolyError: a file cannot be read, or holds what no run writes.
+    """
+    from megapoly.preflight.planning.parameters import active_parameters, total_parameters
+
+    config = load_yaml(folder / "config.yaml")
+    steps = read_metrics(folder / "metrics.jsonl")
+    position = _position(folder)
+    total = config.training.train_iters or len(steps)
+    window = max(1, round(total * WINDOW))
+    wall_time = (trial or {}).get("wall_time_s")
+    tasks = {
+        key.removeprefix("task/"): score
+        for step in steps
+        for key, value in step.items()
+        if _is(key, "task") and (score := _finite(value)) is not None
+    }
+    return Run(
+        name=folder.resolve().name,
+        config=_without_places(to_dict(config)),
+        iteration=steps[-1]["iteration"] if steps else 0,
+        parameters=total_parameters(config),
+        active_parameters=active_parameters(config),
+        window_steps=window,
+        training=_training(steps, window),
+        validation=_validation(steps),
+        tasks=tasks,
+        wall_time_s=round(
+            math.fsum(s["step_time_s"] for s in steps) if wall_time is None else wall_time, 1
+        ),
+        wall_time_of="steps" if wall_time is None else "trial",
+        data=_data(position),
+        layout=position.get("layout"),
+        version=position.get("megapoly_version"),
+        comparison=comparison,
+        diverged=bool((trial or {}).get("diverged")),
+        analysis=_read_json(folder / "analysis" / "analysis.json"),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Steps of a run in order; a last line that is being written is left out.
+
+    Raises:
+        DataError: the file cannot be read, or another line lacks what every step has.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"`{path}` cannot be read ({error}); name a run's folder.") from error
+    whole, unfinished = lines[:-1], lines[-1]
+    found: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate([*whole, unfinished] if unfinished else whole, start=1):
+        try:
+            step = json.loads(line)
+            missing = [name for name in _OF_A_STEP if name not in step]
+            if missing:
+                raise ValueError(f"{', '.join(missing)} missing")
+            found[step["iteration"]] = step
+        except (ValueError, TypeError) as error:
+            if number > len(whole):
+                break
+            raise DataError(
+                f"`{path}`, line {number}, is no step of a run ({error}); is it a metrics.jsonl?"
+            ) from error
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def _is(key: str, kind: str) -> bool:
+    return key.startswith(f"{kind}/")
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, 6) if value is not None and math.isfinite(value) else None
+
+
+def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:
+    means = trailing_mean([step["lm_loss"] for step in steps], window)
+    kept = thinned(len(steps), MOST_POINTS)
+    return {
+        "tokens": [steps[i]["consumed_tokens"] for i in kept],
+        "loss": [_finite(means[i]) for i in kept],
+    }
+
+
+def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens, and losses by domain; that of a single domain is the mean as well."""
+    evaluated = [step for step in steps if any(_is(key, "val") for key in step)]
+    evaluated = [evaluated[i] for i in thinned(len(evaluated), MOST_POINTS)]
+    keys = [k for k in (evaluated[-1] if evaluated else {}) if _is(k, "val")]
+    domains = {key.split("/")[1]: key for key in keys if key.endswith("/loss")}
+    losses = {
+        domain: [_finite(step.get(key, math.nan)) for step in evaluated]
+        for domain, key in domains.items()
+    }
+    if len(domains) == 1:
+        losses[MEAN] = next(iter(losses.values()))
+    return {"tokens": [step["consumed_tokens"] for step in evaluated], "loss": losses}
+
+
+def _position(folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint says; nothing where there is none."""
+    found = sorted(
+        (folder / "checkpoints").glob("iter_*/run.json"),
+        key=lambda path: int(path.parent.name.removeprefix("iter_")),
+    )
+    return (_read_json(found[-1]) or {}) if found else {}
+
+
+def _data(position: dict[str, Any]) -> dict[str, Any] | None:
+    if "data" not in position:
+        return None
+    data = position["data"]
+    sources = [{k: v for k, v in source.items() if k != "path"} for source in data["sources"]]
+    return {
+        "fingerprint": position["data_fingerprint"],
+        "sources": sources,
+        "tokenizer": data["tokenizer"],
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """An object of a file; None: there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"`{path}` is not JSON ({error}); write it anew.") from error
+    return content if isinstance(content, dict) else None
+
+
+def source_name(source: dict[str, Any]) -> str:
+    """A source's name without what the tokenising tool adds to that of a file."""
+    return str(source["name"]).removesuffix("_document").removesuffix("_text")
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without folders, of data files only their names."""
+    kept = {k: v for k, v in config.items() if k != "run_dir" and k not in _PLACES}
+    data = {k: v for k, v in config["data"].items() if k != "cache_dir"}
+    data["tokenizer"] = _last_part(data["tokenizer"])
+    if data["blend"]:
+        data["blend"] = [{**source, "path": _last_part(source["path"])} for source in data["blend"]]
+    if data["validation"]:
+        data["validation"] = {k: _last_part(v) for k, v in data["validation"].items()}
+    training = {k: v for k, v in config["training"].items() if k != "eval_tasks_data"}
+    return {**kept, "data": data, "training": training}
+
+
+def _last_part(place: Any) -> Any:
+    if isinstance(place, str):
+        return Path(place).name
+    if isinstance(place, list):
+        return [_last_part(part) for part in place]
+    if isinstance(place, dict):
+        return {**place, "path": _last_part(place["path"])}
+    return place

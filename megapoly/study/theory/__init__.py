@@ -1,0 +1,19 @@
+"""The paper's theorems as networks that can be evaluated and counted; README.md has the figures."""
+
+from megapoly.study.theory.equality import relu_to_polyrelu
+from megapoly.study.theory.imitation import imitate_network, unit_network
+from megapoly.study.theory.network import Network, Size
+from megapoly.study.theory.powers import power_network
+from megapoly.study.theory.smooth import Wave, polyrelu_network, relu_network
+
+__all__ = [
+    "Network",
+    "Size",
+    "Wave",
+    "imitate_network",
+    "polyrelu_network",
+    "power_network",
+    "relu_network",
+    "relu_to_polyrelu",
+    "unit_network",
+]

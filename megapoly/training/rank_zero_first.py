@@ -1,0 +1,255 @@
+"""Who builds files and who waits for them at the start of a job.
+
+Ranks wait on the job's key-value store and not in a collective: a store can say what is waited for,
+how long it may take and why it failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megapoly.config import Config
+from megapoly.errors import DataError, MegapolyError, PeerError
+from megapoly.platform import launcher
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Questions to the store: soon after the beginning often, later once a second, which a thousand
+# ranks can do. Store.wait would print two lines of C++ for every slice that passes (torch 2.13).
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
+# Rank 0 often serves the store; it stays so long for others to read why it failed.
+_FAREWELL_S = 10.0
+
+
+class Turns:
+    """Lets one process for each disk build files before the others open them.
+
+    A context: its body calls :meth:`first` and :meth:`same`, on all ranks in the same order. When
+    the body raises on one rank, the others raise with its text, at once where they wait. The
+    context ends on no rank before it ends on all.
+
+    Within :meth:`first` rank 0 goes first. Then the first process of every other host: where there
+    is a common disk it finds the files, otherwise it builds them. Its neighbours come last. A lock
+    in ``cache_dir`` keeps hosts that share a disk without rank 0, and other jobs, from building
+    there at the same time.
+
+    Args:
+        store: of the job.
+        rank: of this process.
+        world_size: processes of the job.
+        local_rank: number of this process on its host, whose ranks follow each other.
+        cache_dir: where files are built.
+        timeout_s: how long to wait for one thing.
+        log_every_s: time between lines on what is waited for; one process of each host writes them.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        cache_dir: Path,
+        timeout_s: float,
+        log_every_s: float = 60.0,
+    ):
+        self._store = store
+        self._rank, self._world_size = rank, world_size
+        self._builder_of_host = rank - local_rank  # rank of its first process
+        self._cache_dir = cache_dir
+        self._timeout_s, self._log_every_s = timeout_s, log_every_s
+        self._num_stages = 0
+
+    @classmethod
+    def of_job(cls, store: dist.Store, config: Config) -> Turns:
+        """Build from torchrun's environment and the limits of a resolved configuration."""
+        return cls(
+            store,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            local_rank=launcher.local_rank(),
+            cache_dir=Path(config.data.cache_dir or Path(config.run_dir) / "cache"),
+            timeout_s=60 * config.parallel.distributed_timeout_minutes,
+        )
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._leave(error)
+            return
+        try:
+            self._wait_for_all()
+        except PeerError as found:
+            self._leave(found)
+            raise
+        self._leave(None)
+
+    def first(self, what: str, build: Callable[[], T]) -> T:
+        """Call a function on every rank, on the one that builds before those that find.
+
+        Args:
+            what: what it does, after "waits for rank 0 to".
+            build: builds files that are not there, and opens them.
+
+        Raises:
+            PeerError: another rank failed, or did not come in time.
+        """
+        stage, self._num_stages = self._num_stages, self._num_stages + 1
+        if self._rank == 0:
+            self._store.set("now", what)
+        else:
+            self._wait(lambda: self._is_set(f"done/{stage}/0"), f"rank 0 to {what}")
+        if self._rank == self._builder_of_host:
+            with self._lock(what):
+                result = build()
+            self._store.set(f"done/{stage}/{self._rank}", "")
+            return result
+        done = f"done/{stage}/{self._builder_of_host}"
+        self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
+        return build()
+
+    def same(self, what: str, value: str) -> None:
+        """Check that a value is rank 0's.
+
+        Args:
+            what: what the value is of.
+            value: short.
+
+        Raises:
+            DataError: it is another one.
+            PeerError: as :meth:`first`.
+        """
+        key = f"same/{what}"
+        if self._rank == 0:
+            self._store.set(key, value)
+            return
+        self._wait(lambda: self._is_set(key), f"rank 0 to open its {what}")
+        theirs = self._store.get(key).decode()
+        if theirs != value:
+            raise DataError(
+                f"All ranks must read the same {what}; that of rank {self._rank} has fingerprint "
+                f"{value}, that of rank 0 {theirs}. Copy the files of rank 0's host to this one."
+            )
+
+    def _wait(self, is_done: Callable[[], bool], for_what: str) -> None:
+        begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
+        next_line = self._log_every_s
+        try:
+            while not is_done():
+                self._raise_failure_of_others()
+                waited = time.monotonic() - begin
+                if waited > self._timeout_s:
+                    raise PeerError(self._timeout_message(waited, for_what))
+                if waited > next_line:
+                    next_line += self._log_every_s
+                    self._log(waited, for_what)
+                time.sleep(pause)
+                pause = min(_LONGEST_PAUSE_S, 1.5 * pause)
+        except dist.DistNetworkError as error:
+            raise PeerError(
+                f"rank {self._rank} waited for {for_what}, and the process that serves the job's "
+                "store ended; its own message says why."
+            ) from error
+
+    def _timeout_message(self, waited: float, for_what: str) -> str:
+        return (
+            f"rank {self._rank} waited {waited:.0f} s for {for_what}, longer than "
+            f"`parallel.distributed_timeout_minutes` ({self._timeout_s / 60:g}) allows; rank 0 was "
+            f"last to {self._now()}. If it is still at work, raise the option; what is built until "
+            "then is kept."
+        )
+
+    def _log(self, waited: float, for_what: str) -> None:
+        # On the host of rank 0, which builds, the next one speaks.
+        if self._rank in (self._builder_of_host, 1):
+            logger.warning(
+                "rank %d waits for %s: %.0f s so far, at most %.0f s (rank 0 is to %s)",
+                self._rank,
+                for_what,
+                waited,
+                self._timeout_s,
+                self._now(),
+            )
+
+    def _now(self) -> str:
+        """What rank 0 began last."""
+        return self._store.get("now").decode() if self._is_set("now") else "begin"
+
+    def _is_set(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def _wait_for_all(self) -> None:
+        """Wait until every rank has come here."""
+        self._store.set(f"ready/{self._rank}", "")
+        self._store.add("ready", 1)
+        if self._rank == 0:
+            self._store.set("now", "wait for all ranks to open the data")
+        self._wait(
+            lambda: self._store.add("ready", 0) >= self._world_size,
+            "all ranks to open the data",
+        )
+
+    def _raise_failure_of_others(self) -> None:
+        if self._is_set("failure"):
+            raise PeerError(self._store.get("failure").decode())
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Tell the others what went wrong, if anything; on rank 0 wait until they have read it."""
+        with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
+            if error is not None and not self._is_set("failure"):
+                self._tell(error)
+            if self._rank != 0:
+                self._store.add("left", 1)
+                return
+            deadline = time.monotonic() + _FAREWELL_S
+            while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
+                time.sleep(_SHORTEST_PAUSE_S)
+
+    def _tell(self, error: BaseException) -> None:
+        text = str(error) if isinstance(error, MegapolyError) else repr(error)
+        if self._store.add("failures", 1) == 1:
+            self._store.set("failure", f"rank {self._rank}: {text}")
+            # The first process of a host says why it ends, but it may hang and never hear of this.
+            if self._rank != self._builder_of_host:
+                logger.error("rank %d: %s", self._rank, text)
+
+    @contextlib.contextmanager
+    def _lock(self, what: str) -> Iterator[None]:
+        """Hold the lock of ``cache_dir``; the kernel opens it when its holder ends.
+
+        A disk without locks, or one that is only read, goes without: files are whole or not there.
+        """
+        try:
+            self._cache_dir.mkdir(parents=True, exist_ok=True)
+            stream = (self._cache_dir / ".lock").open("w")
+        except OSError:
+            yield
+            return
+        with stream:
+            self._wait(
+                lambda: _takes_lock(stream.fileno()),
+                f"another process that builds in {self._cache_dir}, to {what}",
+            )
+            yield
+
+
+def _takes_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

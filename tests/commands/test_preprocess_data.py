@@ -1,0 +1,280 @@
+"""The command, called as its users call it: workers, kills, full disks, Ctrl-C."""
+
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megapoly.data.builtin import builtin_documents
+from megapoly.data.manifest import read_manifest
+from megapoly.data.tokenizer import BUILTIN_TOKENIZER
+
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """4 MB of lines: two copies of a part of the built-in books, in two files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = [document.text for document in builtin_documents()[:130]]
+    lines = [json.dumps({"text": text, "title": text[:20]}) + "\n" for text in texts]
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_text("".join(lines))
+        lines.reverse()
+    return folder
+
+
+def command(corpus: Path, prefix: Path, *more: str) -> list[str]:
+    words = f"--input {corpus} --output-prefix {prefix} --append-eod --part-mib 0.1".split()
+    return [sys.executable, str(TOOL), *words, *more]
+
+
+def start(words, **options) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, **(pipes | options))
+
+
+def run(words, **options) -> tuple[int, str, str]:
+    process = start(words, **options)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def hashes(prefix: Path) -> list[str]:
+    paths = [Path(f"{prefix}_text_document.{ending}") for ending in ("bin", "idx")]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, tmp_path_factory) -> list[str]:
+    prefix = tmp_path_factory.mktemp("expected") / "out"
+    status, output, errors = run(command(corpus, prefix, "--workers", "1"))
+    assert status == 0, errors
+    assert "260 documents" in output
+    return hashes(prefix)
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, expected):
+    for workers in ("2", "3"):
+        status, output, errors = run(command(corpus, tmp_path / workers, "--workers", workers))
+        assert status == 0, errors
+        assert hashes(tmp_path / workers) == expected
+        manifest = read_manifest(Path(f"{tmp_path / workers}.manifest.json"))
+        paths = [corpus / "a.jsonl", corpus / "b.jsonl"]
+        assert [source.sha256 for source in manifest.sources] == [
+            hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+        ]
+        for word in ("a.jsonl", "total", "260", "CPU-seconds"):
+            assert word in output
+
+
+def test_killed_at_twenty_points_it_gives_the_same_bytes(corpus, tmp_path, expected):
+    prefix, random_ = tmp_path / "out", random.Random(0)
+    words = command(corpus, prefix, "--workers", "2", "--part-mib", "0.02")
+    seen, kills = [], 0
+    while kills < 20:
+        process = start(words, start_new_session=True)
+        # When so many shards more are finished, which may be never, or the token files begun.
+        wanted = random_.choice([0, 5, 20, 50, 1000]) + len(list(tmp_path.glob("*/0*.json")))
+        while process.poll() is None and len(list(tmp_path.glob("*/0*.json"))) < wanted:
+            if wanted > 900 and list(tmp_path.glob("*/*.partial")):
+                break
+            time.sleep(0.002)
+        time.sleep(random_.uniform(0, 0.02))
+        if process.poll() is None:
+            # Sometimes the parent alone, as the system does when memory runs out.
+            if kills % 3:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            kills += 1
+        process.communicate()
+        seen.append(len(list(tmp_path.glob("*/0*.json"))))
+        # What has a final name is whole.
+        if Path(f"{prefix}_text_document.idx").exists():
+            assert hashes(prefix) == expected
+        if Path(f"{prefix}.manifest.json").exists():
+            for path in tmp_path.glob("out[._]*"):
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert len(set(seen)) > 5, seen
+    status, _, errors = run(words)
+    assert status == 0, errors
+    assert hashes(prefix) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.manifest.json",
+        "out_text_document.bin",
+        "out_text_document.idx",
+    ]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_made(corpus, tmp_path, expected):
+    """A limit on the size of a file is an error of the same kind (EFBIG, not ENOSPC)."""
+    prefix = tmp_path / "out"
+    for limit in (20_000, 500_000):  # in a shard; while shards are joined
+        status, _, errors = run(
+            command(corpus, prefix, "--workers", "2"),
+            preexec_fn=lambda limit=limit: resource.setrlimit(
+                resource.RLIMIT_FSIZE, (limit, limit)
+            ),
+        )
+        assert status == 2, errors
+        assert "No space is left to write" in errors and "bytes are free in" in errors
+        assert "Traceback" not in errors
+        assert [path.name for path in tmp_path.iterdir()] == ["out.shards"]
+    assert not list(tmp_path.rglob("*.partial"))
+    status, _, errors = run(command(corpus, prefix))
+    assert status == 0, errors
+    assert hashes(prefix) == expected
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_on_request_it_says_so_and_goes_on(
+    corpus, tmp_path, expected, signal_number, workers
+):
+    words = command(corpus, tmp_path / "out", "--workers", workers, "--part-mib", "0.02")
+    process = start(words, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.shards/0*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if signal_number == signal.SIGINT:
+        os.killpg(process.pid, signal_number)  # Ctrl-C reaches every process of the terminal
+    else:
+        process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    status, _, errors = run(words)
+    assert status == 0, errors
+    assert "going on: " in errors
+    assert hashes(tmp_path / "out")[0] == expected[0]
+
+
+def test_a_bad_line_stops_all_workers_with_its_place(corpus, tmp_path):
+    lines = (corpus / "b.jsonl").read_bytes().splitlines(keepends=True)
+    lines[100] = b'{"text": 3}\n'
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes((corpus / "a.jsonl").read_bytes())
+    (tmp_path / "in" / "b.jsonl").write_bytes(b"".join(lines))
+    status, _, errors = run(command(tmp_path / "in", tmp_path / "out", "--workers", "2"))
+    assert status == 2
+    assert "b.jsonl, line 101: `text` is not a string (a number)." in errors
+    assert "Traceback" not in errors
+
+
+def test_a_worker_that_dies_is_noticed(corpus, tmp_path):
+    process = start(command(corpus, tmp_path / "out", "--workers", "2", "--part-mib", "0.005"))
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out.shards/0*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "A worker ended without a word (exit code -9" in errors
+
+
+def test_two_runs_with_one_prefix_do_not_mix(corpus, tmp_path, expected):
+    words = command(corpus, tmp_path / "out", "--workers", "1")
+    processes = [start(words), start(words)]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    # The second waits for the first, and then finds its work done or does it again.
+    assert sorted(status for _, status in ends)[0] == 0, ends
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_dry_run_estimates_and_writes_nothing(corpus, tmp_path):
+    status, output, errors = run(command(corpus, tmp_path / "out", "--dry-run"))
+    assert status == 0, errors
+    tokens = next(line for line in output.splitlines() if "tokens, about" in line)
+    estimate = int(tokens.split("│")[2].replace(",", ""))
+    run(command(corpus, tmp_path / "out"))
+    actual = read_manifest(tmp_path / "out.manifest.json").pairs[0].tokens
+    assert estimate == pytest.approx(actual, rel=0.1)
+
+
+def test_flags_of_megatrons_tool(corpus, tmp_path):
+    model = TOOL.parents[1] / "megapoly" / "data" / "builtin" / "tokenizer.json"
+    words = [sys.executable, str(TOOL)]
+    words += f"--input {corpus}/a.jsonl --json-keys text title --tokenizer-model {model}".split()
+    words += f"--tokenizer-type HuggingFaceTokenizer --output-prefix {tmp_path}/out".split()
+    words += "--append-eod --workers 1 --partitions 4 --log-interval 1000".split()
+    status, _, errors = run(words)
+    assert status == 0, errors
+    assert "--partitions is not needed: " in errors and "--log-interval is not needed" in errors
+    for key in ("text", "title"):
+        assert (tmp_path / f"out_{key}_document.bin").is_file()
+    status, _, errors = run([*words, "--tokenizer-type", "Llama2Tokenizer"])
+    assert status == 2 and "read from the tokenizer.json" in errors
+    status, _, errors = run([*words, "--split-sentences"])
+    assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
+
+
+def test_what_cannot_be_asked_for_is_refused_with_the_reason(corpus, tmp_path):
+    for more, message in (
+        (["--part-mib", "1e-7"], "--part-mib (1e-07) must be at least 0.004"),
+        (["--max-document-mib", "inf"], "above 0"),
+        (["--use-gigatoken", "--tokenizer-backend", "tokenizers"], "exclude each other"),
+        (["--json-keys", "a/b"], "a key no `/`"),
+        (["--output-prefix", "."], "must have a last part"),
+        (["--output-prefix", str(corpus / "a.jsonl" / "x")], "Not a directory"),
+    ):
+        status, _, errors = run([*command(corpus, tmp_path / "out"), *more], cwd=tmp_path)
+        assert status == 2 and message in errors and "Traceback" not in errors, (more, errors)
+
+
+def test_a_missing_package_is_named(corpus, tmp_path):
+    (tmp_path / "orjson.py").write_text("raise ImportError\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    status, _, errors = run(command(corpus, tmp_path / "out"), env=environment)
+    assert status == 2
+    assert errors == "The preprocessor needs the package orjson: `pip install '.[data]'`.\n"
+
+
+def readme_commands(path: str) -> list[list[str]]:
+    """Words after the tool's name in the lines that start it."""
+    text = (TOOL.parents[1] / path).read_text().replace("\\\n", " ")
+    return [
+        shlex.split(m, comments=True)
+        for m in re.findall(r"^ +megapoly preprocess(.*)$", text, re.M)
+    ]
+
+
+def test_commands_of_the_readmes_run(corpus, tmp_path):
+    """In the order of the page, on files of the names that it uses."""
+    (tmp_path / "raw" / "more").mkdir(parents=True)
+    shutil.copy(corpus / "a.jsonl", tmp_path / "raw" / "a.jsonl")
+    shutil.copy(corpus / "b.jsonl", tmp_path / "raw" / "more" / "b.jsonl")
+    shutil.copy(BUILTIN_TOKENIZER, tmp_path / "tokenizer.json")
+    commands = readme_commands("README.md") + readme_commands("megapoly/data/preprocess/README.md")
+    assert len(commands) >= 6
+    for words in commands:
+        if words[0] == "merge":
+            for name in ("a", "b"):
+                for ending in (".bin", ".idx"):
+                    shutil.copy(
+                        tmp_path / f"tokens/books_text_document{ending}",
+                        tmp_path / f"{name}_text_document{ending}",
+                    )
+        status, output, errors = run([sys.executable, str(TOOL), *words], cwd=tmp_path)
+        assert status == 0, (words, errors)
+        assert output
+    assert (tmp_path / "ab_text_document.bin").is_file() and (tmp_path / "lengths.png").is_file()
+
+
+def test_help_names_every_option():
+    status, output, _ = run([sys.executable, str(TOOL), "--help"])
+    assert status == 0
+    for word in ("verify PREFIX", "merge PREFIX", "--on-bad-line", "--dry-run", "--workers"):
+        assert word in output

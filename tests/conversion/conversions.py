@@ -1,0 +1,150 @@
+"""What the tests of conversions run on a process of its own, which the engine needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megapoly.conversion import comparison
+from megapoly.conversion.engine_recording import engine_model
+from megapoly.conversion.export import ExportOptions, export
+from megapoly.conversion.import_folder import ImportOptions, import_model
+from megapoly.conversion.open_model import open_model
+from megapoly.conversion.parity import TOLERANCE
+from megapoly.data.tokenizer import load_tokenizer
+
+QUIET = Console(quiet=True)
+NUM_NEW_TOKENS = 12
+
+
+def quiet():
+    import warnings
+
+    warnings.filterwarnings("ignore")
+
+
+def export_and_compare(pairs):
+    """For each checkpoint and output: the parity, and what both models continue a text with."""
+    quiet()
+    results = []
+    for checkpoint, output in pairs:
+        result = export(ExportOptions(checkpoint, output), QUIET)
+        prompt = comparison.real_text(load_tokenizer(output), 8)[:1]
+        results.append(
+            (
+                result.to_dict(),
+                greedy_of_engine(checkpoint, prompt),
+                greedy_of_export(output, prompt),
+            )
+        )
+    return results
+
+
+def export_of_rank(checkpoint, folder):
+    """In a shell of a job script, whose variables name other processes."""
+    quiet()
+    options = ExportOptions(checkpoint, folder / os.environ["RANK"])
+    return export(options, QUIET).passed
+
+
+def greedy_of_engine(checkpoint, tokens):
+    with engine_model(checkpoint, torch.float32) as model, torch.no_grad():
+        for _ in range(NUM_NEW_TOKENS):
+            positions = torch.arange(tokens.shape[1])[None]
+            logits = model(tokens, positions, attention_mask=None)[..., : model.real_vocab_size]
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    return tokens[0].tolist()
+
+
+def greedy_of_export(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float32
+    )
+    return continue_greedily(model, tokens)
+
+
+def continue_greedily(model, tokens):
+    ids = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=NUM_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=[],
+        pad_token_id=0,
+    )
+    return ids[0].tolist()
+
+
+def compare_broken(checkpoint, folder, breaks, work):
+    """By the name of a break: whether the comparison passed, and the module that it named."""
+    quiet()
+    results = {}
+    for name, change in breaks.items():
+        broken = work / name
+        shutil.copytree(folder, broken)
+        (weights,) = broken.glob("*.safetensors")
+        tensors, config = load_file(weights), json.loads((broken / "config.json").read_text())
+        change(tensors, config)
+        save_file({k: t.contiguous() for k, t in tensors.items()}, weights, {"format": "pt"})
+        (broken / "config.json").write_text(json.dumps(config))
+        result = comparison.compare_export(checkpoint, broken, torch.float32, TOLERANCE, QUIET)
+        results[name] = (result.passed, result.first_difference, result.loading)
+    return results
+
+
+def export_broken(checkpoint, output):
+    """Export with a mapping that has queries and keys swapped."""
+    quiet()
+    from megapoly.conversion import tensor_map
+
+    right = tensor_map._attention_links
+
+    def swapped(model, layer):
+        links = list(right(model, layer))
+        q, k = (next(x for x in links if f".{n}_proj" in x.name) for n in "qk")
+        for link in links:
+            if link is q or link is k:
+                other = k if link is q else q
+                link = type(link)(**(vars(link) | {"view": other.view}))
+            yield link
+
+    tensor_map._attention_links = swapped
+    export(ExportOptions(checkpoint, output), QUIET)
+
+
+def import_and_back(folder, checkpoint, back, options=()):
+    """Import a folder and export the result; returns the report of the import."""
+    quiet()
+    report = import_model(ImportOptions(Path(folder), checkpoint, **dict(options)), QUIET)
+    export(ExportOptions(checkpoint, back, skip_parity=True), QUIET)
+    return report.to_dict()
+
+
+def import_only(folder, checkpoint, options=()):
+    quiet()
+    return import_model(ImportOptions(Path(folder), checkpoint, **dict(options)), QUIET).to_dict()
+
+
+def parity_with_layers_on_disk(checkpoint, folder):
+    """As for a model that memory has no room for."""
+    quiet()
+    comparison.MEMORY_SHARE = 0.0
+    return comparison.compare_export(checkpoint, folder, torch.float32, TOLERANCE, QUIET).to_dict()
+
+
+def open_in_memory(checkpoint, folder, tokens):
+    """Logits of the model that is made of a checkpoint in memory, and of its export."""
+    quiet()
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        return [
+            open_model(path, dtype=torch.float32)[0](ids).logits.numpy()
+            for path in (checkpoint, folder)
+        ]

@@ -1,0 +1,33 @@
+"""Text and memory of a comparison."""
+
+import psutil
+import pytest
+
+from megapoly.conversion.comparison import free_memory_bytes, real_text
+from megapoly.data.builtin import builtin_documents
+from megapoly.data.tokenizer import load_tokenizer
+
+
+@pytest.mark.parametrize(("length", "shape"), [(4096, (2, 128)), (128, (2, 128)), (8, (32, 8))])
+def test_text_is_256_tokens_of_the_validation_part(length, shape):
+    tokenizer = load_tokenizer(None)
+    tokens = real_text(tokenizer, length)
+    assert tokens.shape == shape
+    texts = [document.text for document in builtin_documents() if document.split == "validation"]
+    for row in tokens.tolist():
+        assert any(tokenizer.decode(row).strip("\ufffd") in text for text in texts)
+    assert len({tuple(row) for row in tokens.tolist()}) == shape[0]
+
+
+def test_free_memory_is_that_of_the_container(tmp_path):
+    machine = psutil.virtual_memory().available
+    assert free_memory_bytes(tmp_path) == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert free_memory_bytes(tmp_path) > 10_000
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory_bytes(tmp_path) == 4000
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("3500\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("1000\n")
+    assert free_memory_bytes(tmp_path) == 2500

@@ -1,0 +1,58 @@
+"""Tokenizers of a folder: the same ids in transformers as in training."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from megapoly.conversion.tokenizer_files import write_tokenizer
+from megapoly.data.builtin import builtin_documents
+from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
+from megapoly.errors import DataError
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A tokenizer's folder with a beginning, padding, a class of one model and a template."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    tokenizer = json.loads(BUILTIN_TOKENIZER.read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    names = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "auto_map": {"AutoTokenizer": ["elsewhere.Tokenizer", None]},
+        "legacy": False,
+        "bos_token": {"content": names[10]},
+        "pad_token": names[11],
+        "eos_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_ids_and_files(source, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    special = write_tokenizer(source, output, seq_length=77)
+    eod = load_tokenizer(source).eod
+    assert (special.bos, special.eos, special.pad) == (10, eod, 11)
+    config = json.loads((output / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_max_length"] == 77
+    assert not {"auto_map", "legacy"} & set(config)
+    assert (output / "chat_template.jinja").read_text() == "{{ messages }}"
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (10, eod, 11)
+    for document in builtin_documents()[::60]:
+        text = f"  {document.text[:200]}\n\n\n x"
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == load_tokenizer(source).encode(text)
+
+
+def test_a_special_token_that_there_is_not_is_refused(source, tmp_path):
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
+    with pytest.raises(DataError, match="`pad_token`.*'<pad>' is not"):
+        write_tokenizer(source, tmp_path, seq_length=8)

@@ -1,0 +1,216 @@
+"""Ranks that wait for one that builds: on a real store, on several hosts (by their numbers)."""
+
+import datetime
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megapoly.config import Config
+from megapoly.errors import DataError, PeerError
+from megapoly.testing import run_on_ranks
+from megapoly.training.rank_zero_first import Turns
+
+BUILD = "build the sample indices of `cc`"
+
+
+def make_turns(*, ranks_per_host: int = 4, folder: str = "/nowhere", **changes) -> Turns:
+    store, rank, world_size = next(
+        dist.rendezvous("env://", timeout=datetime.timedelta(seconds=60))
+    )
+    # The ranks of a test start one after the other: begin together.
+    store.add("started", 1)
+    while store.add("started", 0) < world_size:
+        time.sleep(0.01)
+    arguments = {"cache_dir": Path(folder), "timeout_s": 60.0, "log_every_s": 60.0} | changes
+    return Turns(
+        dist.PrefixStore("test", store),
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank % ranks_per_host,
+        **arguments,
+    )
+
+
+def build_once(folder: Path, *, seconds: float = 0.0) -> str:
+    """Who built the file that is there now; builds are counted by what they leave behind."""
+    file = folder / "built"
+    if not file.exists():
+        (folder / f"attempt-{os.environ['RANK']}").touch()
+        time.sleep(seconds)
+        file.write_text(os.environ["RANK"])
+    return file.read_text()
+
+
+def logged() -> list[str]:
+    """Lines of the log from now on."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("megapoly").addHandler(handler)
+    return lines
+
+
+def slow(folder: str) -> tuple[str, list[str]]:
+    """Rank 0 takes its time: what was built, and what this rank logged."""
+    lines = logged()
+    with make_turns(folder=folder, log_every_s=0.4) as turns:
+        built = turns.first(BUILD, lambda: build_once(Path(folder), seconds=1.5))
+    return built, lines
+
+
+def test_others_wait_for_rank_0_and_one_of_them_says_for_what(tmp_path):
+    results = run_on_ranks(slow, 3, str(tmp_path))
+    assert [built for built, _ in results] == ["0", "0", "0"]
+    assert [path.name for path in tmp_path.glob("attempt*")] == ["attempt-0"]
+    lines = [line for line in results[1][1] if "all ranks" not in line]
+    assert 1 <= len(lines) <= 4
+    pattern = (
+        rf"rank 1 waits for rank 0 to {BUILD}: \d s so far, at most 60 s \(rank 0 is to {BUILD}\)"
+    )
+    assert all(re.fullmatch(pattern, line) for line in lines)
+    assert not any(BUILD in line for line in results[0][1]) and results[2][1] == []
+
+
+def failing(rank_that_fails: int, ranks_per_host: int) -> tuple[str, str, float]:
+    rank = int(os.environ["RANK"])
+
+    def build() -> None:
+        if rank == rank_that_fails:
+            raise DataError("`x.bin` has 7 bytes")
+
+    begin = time.monotonic()
+    try:
+        with make_turns(ranks_per_host=ranks_per_host) as turns:
+            turns.first(BUILD, build)
+    except (DataError, PeerError) as error:
+        return type(error).__name__, str(error), time.monotonic() - begin
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize(("rank", "ranks_per_host"), [(0, 4), (2, 2)])
+def test_all_get_the_text_of_the_rank_that_failed_at_once(rank, ranks_per_host):
+    results = run_on_ranks(failing, 4, rank, ranks_per_host)
+    for other, (kind, text, seconds) in enumerate(results):
+        own = other == rank
+        assert kind == ("DataError" if own else "PeerError")
+        assert text == ("`x.bin` has 7 bytes" if own else f"rank {rank}: `x.bin` has 7 bytes")
+        assert seconds < 5
+
+
+def late() -> tuple[str, list[str]]:
+    lines = logged()
+    try:
+        with make_turns(timeout_s=0.6) as turns:
+            turns.first(BUILD, lambda: time.sleep(2.0))
+            assert os.environ["RANK"] == "0"
+    except PeerError as error:
+        return str(error), lines
+    raise AssertionError("no error")
+
+
+def test_a_time_out_says_who_waited_for_what_and_how_long():
+    (of_rank_0, _), (of_rank_1, lines) = run_on_ranks(late, 2)
+    assert lines == [f"rank 1: {of_rank_1}"]  # rank 0 may hang: it is said at once
+    assert of_rank_1 == (
+        f"rank 1 waited 1 s for rank 0 to {BUILD}, longer than "
+        f"`parallel.distributed_timeout_minutes` (0.01) allows; rank 0 was last to {BUILD}. If it "
+        "is still at work, raise the option; what is built until then is kept."
+    )
+    assert of_rank_0 == f"rank 1: {of_rank_1}"
+
+
+def on_hosts(folders: list[str]) -> str:
+    """Two ranks a host, each host with its disk."""
+    folder = Path(folders[int(os.environ["RANK"]) // 2])
+    with make_turns(ranks_per_host=2, folder=str(folder)) as turns:
+        return turns.first(BUILD, lambda: build_once(folder, seconds=0.3))
+
+
+@pytest.mark.parametrize(
+    ("disks", "builders"),
+    [
+        # Each host has its own; two share one that rank 0 does not have; all share one.
+        ("abc", {"a": {0}, "b": {2}, "c": {4}}),
+        ("abb", {"a": {0}, "b": {2, 4}}),
+        ("aaa", {"a": {0}}),
+    ],
+)
+def test_one_process_builds_on_each_disk(tmp_path, disks, builders):
+    folders = [tmp_path / disk for disk in disks]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    built = run_on_ranks(on_hosts, 6, [str(folder) for folder in folders])
+    for disk, possible in builders.items():
+        (attempt,) = (tmp_path / disk).glob("attempt-*")
+        assert int(attempt.name.removeprefix("attempt-")) in possible
+        theirs = {built[rank] for rank in range(6) if disks[rank // 2] == disk}
+        assert theirs == {attempt.name.removeprefix("attempt-")}
+
+
+def with_other_files() -> tuple[str, str]:
+    rank = int(os.environ["RANK"])
+    try:
+        with make_turns() as turns:
+            turns.same("training data", "abc" if rank < 2 else "xyz")
+    except (DataError, PeerError) as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("no error")
+
+
+def test_a_rank_with_other_files_ends_the_job():
+    *others, (kind, text) = run_on_ranks(with_other_files, 3)
+    assert kind == "DataError"
+    assert "of rank 2 has fingerprint xyz, that of rank 0 abc" in text
+    assert others == [("PeerError", f"rank 2: {text}")] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "builder"),
+    [({}, 5), ({"LOCAL_RANK": "2"}, 3), ({"LOCAL_RANK": "5"}, 0)],
+)
+def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, builder):
+    """Rank 5 of 8; without torchrun's variable it builds for itself, behind the lock."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    turns = Turns.of_job(dist.HashStore(), Config())
+    assert turns._builder_of_host == builder
+    assert turns._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
+    assert turns._cache_dir == Path("runs/default/cache")
+
+
+def test_a_process_alone_waits_for_nobody(tmp_path):
+    turns = Turns(
+        dist.HashStore(),
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        cache_dir=tmp_path / "cache",
+        timeout_s=1.0,
+    )
+    with turns:
+        assert turns.first("build", lambda: 7) == 7
+        turns.same("data", "x")
+    with pytest.raises(ZeroDivisionError), turns:
+        turns.first("fail", lambda: 1 // 0)
+
+
+def test_a_cache_that_cannot_be_locked_is_used_without(tmp_path):
+    (tmp_path / "file").touch()
+    turns = Turns(
+        dist.HashStore(),
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        cache_dir=tmp_path / "file" / "cache",
+        timeout_s=1.0,
+    )
+    with turns:
+        assert turns.first("build", lambda: 7) == 7
