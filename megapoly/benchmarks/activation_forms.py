@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from megapoly import ops
 from megapoly.errors import UnavailableError
-from megapoly.ops.backends import Backend, compiler_missing, resolve_backend
+from megapoly.ops.backends import compiler_missing, resolve_backend
+from megapoly.polynomial import Backend
 
 EPS = 1e-6
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

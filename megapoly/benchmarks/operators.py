@@ -56,7 +56,7 @@ from megapoly.benchmarks.activation_forms import (
 from megapoly.benchmarks.operators_report import Seconds, case_report, print_report
 from megapoly.config.command_line import Parser
 from megapoly.errors import MegapolyError, UnavailableError
-from megapoly.ops.backends import Backend
+from megapoly.polynomial import Backend
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megapoly.activations import registry
-from megapoly.ops.backends import Backend
 from megapoly.ops.collectives import scale_gradient
+from megapoly.polynomial import Backend
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
-"""What the operators share: shapes, rows, and which coefficients a row uses."""
+"""Arguments of the operators: checks, rows, and the coefficients that a row uses."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from megapoly.errors import ShapeError
+from megapoly.polynomial import ORDERS, Norm
 
-ORDERS = (2, 3, 4)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class RowArguments(NamedTuple):
-    """Arguments of one call as rows.
+    """Tensors of one call, flattened to rows.
 
     Args:
         x: [rows, d / tp].
@@ -41,8 +42,10 @@ def as_rows(
     """Check that the arguments fit together and flatten the leading dimensions.
 
     Raises:
-        ShapeError: they do not.
+        ShapeError: the arguments do not fit together.
+        NotImplementedError: one of them carries a tangent of forward-mode differentiation.
     """
+    _refuse_tangents(x, coefficients, probs, gate)
     _check_tensors(x=x, coefficients=coefficients, offsets=offsets, probs=probs, gate=gate)
     _check_shapes(x, coefficients, offsets, probs, gate)
     rows = row_major(x.reshape(-1, x.shape[-1]))
@@ -56,7 +59,7 @@ def as_rows(
 
 
 def row_major(rows: Tensor) -> Tensor:
-    """Rows whose elements lie side by side; the rows themselves may be apart (half of FC1)."""
+    """Make the elements of a row contiguous; rows may be apart, as in half of FC1's output."""
     apart = rows.stride(0) < rows.shape[-1] and rows.shape[0] > 1
     return rows.contiguous() if apart or rows.stride(-1) != 1 else rows
 
@@ -64,26 +67,46 @@ def row_major(rows: Tensor) -> Tensor:
 def check_eps(eps: float) -> None:
     """Raise ValueError for an eps whose products with powers of m leave fp32."""
     if not 1e-30 <= eps <= 1e6:
-        raise ValueError(f"`eps` is between 1e-30 and 1e6, got {eps}.")
+        raise ValueError(f"`eps` ({eps}) must be between 1e-30 and 1e6; 1e-6 is the default.")
+
+
+def check_norm(norm: str) -> None:
+    """Raise ValueError for a name that is not a norm's."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"`norm` ({norm}) is not valid; must be rms or l2.")
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Registered operators drop tangents: without this error a derivative would be a silent 0."""
+    if forward_ad._current_level < 0:  # outside of `dual_level` and `torch.func.jvp`
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "PolyCom operators have no forward-mode derivative; use reverse mode "
+                "(`backward`, `torch.autograd.grad`)."
+            )
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
-    """One device for all, floating dtypes that can be promoted; a gate as its rows."""
+    """Check devices and dtypes."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     devices = {name: str(tensor.device) for name, tensor in given.items()}
     if len(set(devices.values())) > 1:
-        raise ShapeError(f"All arguments are on one device, got {devices}.")
+        raise ShapeError(f"All arguments must be on one device, got {devices}; move them.")
     for name, tensor in given.items():
         if name == "offsets":
             if tensor.dtype not in (torch.int32, torch.int64):
-                raise ShapeError(f"`offsets` is int32, got {tensor.dtype}.")
+                raise ShapeError(f"`offsets` must be int32, got {tensor.dtype}; convert it.")
         elif tensor.dtype not in _DTYPES:
             raise ShapeError(
-                f"`{name}` is fp64, fp32, fp16 or bf16, got {tensor.dtype}; convert it."
+                f"`{name}` must be fp64, fp32, fp16 or bf16, got {tensor.dtype}; convert it."
             )
     x, gate = tensors["x"], tensors["gate"]
     if x is not None and gate is not None and x.dtype != gate.dtype:
-        raise ShapeError(f"`gate` has the dtype of `x`, {x.dtype}, got {gate.dtype}.")
+        raise ShapeError(
+            f"`gate` must have the dtype of `x`, {x.dtype}, got {gate.dtype}; convert it."
+        )
 
 
 def _check_shapes(
@@ -97,53 +120,75 @@ def _check_shapes(
         raise ShapeError(f"`x` needs a last dimension of at least 1, got {tuple(x.shape)}.")
     if (coefficients.dim() == 2) != (offsets is not None) or coefficients.dim() not in (1, 2):
         raise ShapeError(
-            "`coefficients` is [order + 1] without `offsets` or [experts, order + 1] with them, "
-            f"got {tuple(coefficients.shape)} and {'no ' if offsets is None else ''}offsets."
+            "`coefficients` must be [order + 1] without `offsets`, or [experts, order + 1] with "
+            f"them, got {tuple(coefficients.shape)} and {'no ' if offsets is None else ''}offsets."
         )
     if coefficients.shape[-1] - 1 not in ORDERS:
         raise ShapeError(
-            f"`coefficients` has order + 1 entries a set, order in {ORDERS}, got "
+            f"`coefficients` must have order + 1 entries per set, with order in {ORDERS}, got "
             f"{tuple(coefficients.shape)}."
         )
     if offsets is not None and offsets.shape != (coefficients.shape[0] + 1,):
         raise ShapeError(
-            f"`offsets` has one more entry than there are experts ({coefficients.shape[0]}), got "
+            f"`offsets` must have one more entry than experts ({coefficients.shape[0]}), got "
             f"{tuple(offsets.shape)}."
         )
     if offsets is not None and x.dim() != 2:
-        raise ShapeError(f"`x` is [rows, width] with `offsets`, got {tuple(x.shape)}.")
+        raise ShapeError(
+            f"`x` must be [rows, width] with `offsets`, got {tuple(x.shape)}; flatten it."
+        )
     if probs is not None and probs.shape != x.shape[:-1]:
-        raise ShapeError(f"`probs` is {tuple(x.shape[:-1])}, one a row, got {tuple(probs.shape)}.")
+        raise ShapeError(
+            f"`probs` must be {tuple(x.shape[:-1])}, one per row, got {tuple(probs.shape)}."
+        )
     if gate is not None and gate.shape != x.shape:
-        raise ShapeError(f"`gate` has the shape of `x`, {tuple(x.shape)}, got {tuple(gate.shape)}.")
+        raise ShapeError(
+            f"`gate` must have the shape of `x`, {tuple(x.shape)}, got {tuple(gate.shape)}."
+        )
+
+
+def expert_offsets(tokens_per_expert: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return the first row of each expert and then the number of rows, for rows sorted by expert.
+
+    Args:
+        tokens_per_expert: [experts] integers, rows of each expert.
+        device: of the result; None: that of ``tokens_per_expert``.
+
+    Returns:
+        [experts + 1] int32: the ``offsets`` of the operators.
+    """
+    counts = tokens_per_expert.to(device=device, dtype=torch.int32)
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
-    """Expert of each row, for rows sorted by expert: expert e owns offsets[e] to offsets[e + 1].
+    """Return the expert of each row, for rows sorted by expert.
+
+    Expert e has rows offsets[e] to offsets[e + 1] - 1.
 
     Args:
         offsets: [experts + 1] integers, ascending from 0.
         num_rows: rows.
 
     Returns:
-        [num_rows] int32; rows from offsets[experts] on are padding and get the number of experts.
+        [num_rows] int32; padding, the rows from offsets[experts] on, gets the number of experts.
     """
     rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets[1:], rows, right=True, out_int32=True)
 
 
-def of_each_row(parameter: Tensor, expert: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[n] -> [1, n], or [experts, n] -> [rows, n] with zeros for padding rows."""
+def expand_to_rows(parameter: Tensor, expert: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Expand [n] to [1, n], or [experts, n] to [rows, n] with zeros for padding rows."""
     parameter = parameter.to(dtype)
     if expert is None:
         return parameter[None]
     return torch.cat([parameter, parameter.new_zeros(1, parameter.shape[-1])])[expert]
 
 
-def sum_over_rows(per_row: Tensor, expert: Tensor | None, num_experts: int) -> Tensor:
-    """[rows, n] -> [n], or [experts, n] with the sum of each expert's rows; added up in fp64."""
-    per_row = per_row.double()
+def sum_over_rows(terms: Tensor, expert: Tensor | None, num_experts: int) -> Tensor:
+    """Sum [rows, n] to [n], or the rows of each expert to [experts, n], in fp64."""
+    terms = terms.double()
     if expert is None:
-        return per_row.sum(0)
-    sums = per_row.new_zeros(num_experts + 1, per_row.shape[-1])
-    return sums.index_add(0, expert, per_row)[:num_experts]
+        return terms.sum(0)
+    sums = terms.new_zeros(num_experts + 1, terms.shape[-1])
+    return sums.index_add(0, expert, terms)[:num_experts]

@@ -1,21 +1,26 @@
-"""Which code computes the rows: plain PyTorch, PyTorch compiled, or Triton kernels."""
+"""Backends: plain PyTorch, PyTorch compiled, or Triton kernels."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar, get_args
+from dataclasses import fields
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
 from megapoly.errors import UnavailableError
+from megapoly.polynomial import Backend
 
-Backend = Literal["auto", "reference", "compiled", "triton"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The default of 8 recompilations is fewer than there are combinations of order, dtype and optional
@@ -25,14 +30,15 @@ _DYNAMO_OPTIONS = {"recompile_limit": 64, "specialize_float": True}
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+T = TypeVar("T", bound="DataclassInstance")
 R = TypeVar("R")
 
 
 def compiler_missing(device_type: str) -> str | None:
-    """Why ``compiled`` cannot run on a device, or None if it can."""
+    """Return why ``compiled`` cannot run on a device, or None if it can."""
     if device_type == "cuda":
         return None if _triton_is_installed() else "Triton is not installed (`pip install triton`)"
-    # The one that torch._inductor.config.cpp.cxx takes; it does not look for others.
+    # The compiler that torch._inductor.config.cpp.cxx uses; it does not look for others.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not shutil.which(compiler):
         return f"there is no C++ compiler {compiler} on PATH (Debian: `apt-get install g++`)"
@@ -40,7 +46,7 @@ def compiler_missing(device_type: str) -> str | None:
 
 
 def triton_missing(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why ``triton`` cannot run on tensors of a device and dtype, or None if it can."""
+    """Return why ``triton`` cannot run on tensors of a device and dtype, or None if it can."""
     if not _triton_is_installed():
         return "Triton is not installed (`pip install triton`)"
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,24 +61,30 @@ def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a name that is not a backend's."""
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise ValueError(f"`backend` ({backend}) is not valid; must be one of {names}.")
+
+
 @functools.cache
 def resolve_backend(
     backend: Backend, device_type: str, dtype: torch.dtype = torch.float32
 ) -> Literal["reference", "compiled", "triton"]:
-    """The backend that runs; ``auto`` takes the fastest that can and says once which.
+    """Return the backend that runs; ``auto`` takes the fastest one available and logs it once.
 
     Raises:
-        UnavailableError: one was asked for that cannot run on the device.
-        ValueError: there is no backend of that name.
+        UnavailableError: the requested backend cannot run on the device.
+        ValueError: ``backend`` is not the name of one.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"`backend` ({backend}) is one of {', '.join(get_args(Backend))}.")
+    check_backend(backend)
     if backend == "reference":
         return "reference"
     if backend == "auto":
-        # On CPU Triton only interprets: that is for tests.
-        takes_triton = device_type == "cuda" and triton_missing(device_type, dtype) is None
-        return _fastest(device_type, takes_triton)
+        # On CPU Triton only interprets its kernels, for tests.
+        can_run_triton = device_type == "cuda" and triton_missing(device_type, dtype) is None
+        return _fastest(device_type, can_run_triton)
     missing = (
         triton_missing(device_type, dtype) if backend == "triton" else compiler_missing(device_type)
     )
@@ -85,9 +97,9 @@ def resolve_backend(
 
 
 @functools.cache
-def _fastest(device_type: str, takes_triton: bool) -> Literal["reference", "compiled", "triton"]:
+def _fastest(device_type: str, can_run_triton: bool) -> Literal["reference", "compiled", "triton"]:
     missing = compiler_missing(device_type)
-    if takes_triton:
+    if can_run_triton:
         logger.info("activation backend: triton")
         return "triton"
     logger.info("activation backend: %s", f"reference: {missing}" if missing else "compiled")
@@ -95,11 +107,11 @@ def _fastest(device_type: str, takes_triton: bool) -> Literal["reference", "comp
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` of rows through ``torch.compile``.
+    """Compile a function of rows with ``torch.compile``.
 
     Shapes are dynamic, so that the number of rows is not part of the code: one compilation for each
     combination of order, dtype and optional arguments serves every number of tokens. Inductor
-    specialises on 0 and 1, so these few rows run as written.
+    specialises on 0 and 1 rows, so these run uncompiled.
     """
     run_compiled = torch.compile(function, dynamic=True, fullgraph=True)
 
@@ -112,3 +124,19 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
             return run_compiled(*args, **kwargs)
 
     return run
+
+
+def load_functions(kind: type[T], backend: str, reference: ModuleType, kernels: str) -> T:
+    """Collect the functions of one backend.
+
+    Args:
+        kind: dataclass with one field for each function, of the function's name.
+        backend: resolved.
+        reference: module of the functions in plain PyTorch, which ``compiled`` compiles.
+        kernels: name of the module that launches Triton kernels; imported only if it runs.
+    """
+    module = importlib.import_module(kernels) if backend == "triton" else reference
+    functions = {field.name: getattr(module, field.name) for field in fields(kind)}
+    if backend == "compiled":
+        functions = {name: compiled(function) for name, function in functions.items()}
+    return kind(**functions)

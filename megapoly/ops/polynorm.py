@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.distributed as dist
 from torch import Tensor
 
-from megapoly.ops.arguments import as_rows, check_eps
-from megapoly.ops.backends import Backend
+from megapoly.ops.arguments import as_rows, check_eps, check_norm
 from megapoly.ops.collectives import is_split, name_of
 from megapoly.ops.polynorm_registration import polynorm_evaluate, polynorm_forward, polynorm_rsqrt
 from megapoly.ops.recomputation import row_statistics
+from megapoly.polynomial import DEFAULT_EPS, Backend, Norm
 
 
 def polynorm(
     x: Tensor,
     coefficients: Tensor,
     *,
-    eps: float = 1e-6,
-    norm: Literal["rms", "l2"] = "rms",
+    eps: float = DEFAULT_EPS,
+    norm: Norm = "rms",
     group: dist.ProcessGroup | None = None,
     offsets: Tensor | None = None,
     probs: Tensor | None = None,
@@ -27,7 +25,7 @@ def polynorm(
     deterministic: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Weighted sum of normalised powers of ``x`` over the whole FFN width.
+    """Compute a weighted sum of powers of ``x``, each normalised over the whole FFN width.
 
         y = p (a0 + a1 n(x) + a2 n(x^2) + .. + ar n(x^r)) u,   n(v) = v / sqrt(mean(v^2) + eps)
 
@@ -36,45 +34,46 @@ def polynorm(
         S_k = sum_j g_j x_j^k,   T_k = r_k S_k,   A_k = p k a_k r_k,   B_k = A_k r_k T_k / d
         dx = g (A_1 + A_2 x + ..) - x (B_1 + B_2 x^2 + ..),   da_k = sum_rows p T_k
 
-    in which r_k is the reciprocal root of the k-th mean square, and d the width (``l2``: 1).
+    where r_k is the reciprocal root of the k-th mean square and d the width (``l2``: 1).
 
     Source: PolyCom (ICLR 2025), Eq. 3, with the released code's root mean square.
 
     Args:
-        x: [..., d / tp]; any floating dtype; finite in bf16 or fp32, however large.
+        x: [..., d / tp]; any floating dtype; any finite value of bf16 or fp32.
         coefficients: [r + 1], ascending powers, or [experts, r + 1] with ``offsets``; r is 2 to 4.
         eps: added to the mean square (``l2``: to the sum of squares); 1e-30 to 1e6.
-        norm: what divides a power: its root mean square, or its L2 norm.
-        group: ranks that share one row, all with equally many columns; statistics are over all of
-            their columns. One all-reduce forward and one backward, of r fp64 and r + 1 fp32 numbers
-            a row.
+        norm: divides a power by its root mean square (``rms``) or its L2 norm (``l2``).
+        group: ranks that share one row, each with the same number of columns; statistics are over
+            the columns of all of them. One all-reduce forward and one backward, of r fp64 and r + 1
+            fp32 numbers per row.
         offsets: [experts + 1] int32 for rows sorted by expert, ascending from 0 to at most the
-            number of rows; ``x`` is then [rows, d / tp]. It stays on the device. Rows from
-            offsets[experts] on are padding: output and gradients are 0 there, whatever ``x`` holds.
-        probs: p, one a row (the router probability).
-        gate: u, the shape of ``x`` (the gated form).
-        deterministic: the same bits on 1, 2, 4 and 8 ranks: 8 segments of a row are added up in a
-            fixed order, an all-gather in place of the all-reduce.
+            number of rows, see :func:`expert_offsets`; ``x`` is then [rows, d / tp]. It stays on
+            the device. Rows from offsets[experts] on are padding: output and gradients are 0 there,
+            whatever ``x`` holds.
+        probs: p, one per row (the router probability).
+        gate: u, of the shape of ``x`` (the gated form).
+        deterministic: give the same bits on 1, 2, 4 and 8 ranks: 8 segments of a row are added in a
+            fixed order, with an all-gather instead of the all-reduce.
         backend: ``reference`` is plain PyTorch, ``compiled`` the same through torch.compile,
-            ``triton`` CUDA kernels; ``auto`` takes the fastest that can run.
+            ``triton`` CUDA kernels; ``auto`` takes the fastest one available.
 
     Returns:
         [..., d / tp] in the dtype of ``x``; statistics and sums are fp32 (fp64 for fp64).
 
     Raises:
         ShapeError: the arguments do not fit together.
-        ValueError: ``eps`` or ``norm`` is none that there is.
-        UnavailableError: the backend cannot run here.
+        ValueError: ``eps``, ``norm`` or ``backend`` is not valid.
+        UnavailableError: the backend cannot run on this machine.
+        NotImplementedError: forward-mode or second derivatives are requested.
 
     Note:
         Gradients of ``coefficients`` and ``probs`` are complete and equal on every rank of
-        ``group``: they come from sums that the backward pass has already reduced. Saved for the
-        backward pass: ``x`` and r numbers a row.
+        ``group``: they come from sums that the backward pass has already reduced. The backward pass
+        needs ``x`` and r numbers per row, which the forward pass saves.
     """
     rows = as_rows(x, coefficients, offsets, probs, gate)
     check_eps(eps)
-    if norm not in ("rms", "l2"):
-        raise ValueError(f"`norm` ({norm}) is rms or l2.")
+    check_norm(norm)
     num_ranks = group.size() if group is not None else 1
     divisor = x.shape[-1] * num_ranks if norm == "rms" else 1
     parameters = (rows.coefficients, rows.probs, rows.gate, rows.offsets)

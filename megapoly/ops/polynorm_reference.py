@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megapoly.ops.arguments import expert_of_row, of_each_row, sum_over_rows
+from megapoly.ops.arguments import expand_to_rows, expert_of_row, sum_over_rows
 
 # Sums of squares are exchanged as sums of (x 2^-8)^2k in fp64: with order 4 and |x| to 3.4e38 they
 # stay below 2^984, and what eps does not hide anyway stays above the smallest fp64.
-MOMENT_SHIFT = 2.0**-8
+SQUARE_SUM_SHIFT = 2.0**-8
 # r_1 is saved times 2^16: 1 / 3.4e38 would not be a normal fp32 number.
 FIRST_ROOT_SHIFT = 2.0**16
 # A row is scaled so that its largest element (statistics) or root mean square (m) is at most 16
@@ -30,7 +30,7 @@ FIRST_ROOT_SHIFT = 2.0**16
 TARGET = 16.0
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """``x`` in the dtype that is computed in: fp32, or fp64 for fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -42,9 +42,9 @@ def power_of_two(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def moments(x: Tensor, order: int) -> Tensor:
+def square_sums(x: Tensor, order: int) -> Tensor:
     """sum_j (x_j 2^-8)^2k for k = 1 .. order: [rows, order] fp64, to be summed over ranks."""
-    value = wide(x)
+    value = upcast(x)
     largest = value.abs().amax(-1, keepdim=True)
     scale = (power_of_two(largest) / TARGET).clamp(min=1.0)
     square = (value * (1.0 / scale)).square()
@@ -52,25 +52,27 @@ def moments(x: Tensor, order: int) -> Tensor:
     for _ in range(order - 1):
         power = power * square
         sums.append(power.sum(-1))
-    unit = (scale.double() * MOMENT_SHIFT).square()
+    unit = (scale.double() * SQUARE_SUM_SHIFT).square()
     return torch.stack(sums, dim=-1).double() * _powers(unit, order)
 
 
-def rsqrt_of_moments(moments: Tensor, divisor: int, eps: float, dtype: torch.dtype) -> Tensor:
+def rsqrt_of_square_sums(
+    square_sums: Tensor, divisor: int, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The row's reciprocal roots: [r_1 2^16, t_2, .., t_order].
 
     Args:
-        moments: [rows, order], over all ranks of the row.
+        square_sums: [rows, order], over all ranks of the row.
         divisor: the width of the whole row (L2 norm: 1).
         eps: added to a mean square.
         dtype: of the result.
     """
-    order = moments.shape[-1]
-    means = moments / divisor
-    first = (means[:, :1] * MOMENT_SHIFT**-2 + eps).rsqrt() * FIRST_ROOT_SHIFT
+    order = square_sums.shape[-1]
+    means = square_sums / divisor
+    first = (means[:, :1] * SQUARE_SUM_SHIFT**-2 + eps).rsqrt() * FIRST_ROOT_SHIFT
     first = first.to(dtype)
     unit = _inverse_scale(first).double().square()
-    roots = means * _powers(unit * MOMENT_SHIFT**-2, order) + eps * _powers(unit, order)
+    roots = means * _powers(unit * SQUARE_SUM_SHIFT**-2, order) + eps * _powers(unit, order)
     return torch.cat([first, roots[:, 1:].rsqrt().to(dtype)], dim=-1)
 
 
@@ -112,20 +114,20 @@ def evaluate(
 ) -> Tensor:
     """Output p (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
-    a = of_each_row(coefficients, expert, rsqrt.dtype)
+    a = expand_to_rows(coefficients, expert, rsqrt.dtype)
     inverse, roots = _scale_and_roots(rsqrt)
     constants = torch.cat([a[:, :1].expand(x.shape[0], 1), a[:, 1:] * roots], dim=-1)
     if probs is not None:
-        constants = constants * wide(probs)[:, None]
+        constants = constants * upcast(probs)[:, None]
     # Joined, so that the compiled loop over a row only loads them.
     table = torch.cat([inverse, constants], dim=-1)
-    y = horner(wide(x) * table[:, :1], table[:, 1:])
+    y = horner(upcast(x) * table[:, :1], table[:, 1:])
     if factor is not None:
-        y = y * wide(factor)
-    return without_padding(y, expert, coefficients).to(x.dtype)
+        y = y * upcast(factor)
+    return zero_padding_rows(y, expert, coefficients).to(x.dtype)
 
 
-def without_padding(x: Tensor, expert: Tensor | None, coefficients: Tensor) -> Tensor:
+def zero_padding_rows(x: Tensor, expert: Tensor | None, coefficients: Tensor) -> Tensor:
     """``x`` with zeros in padding rows, whatever is there: a product with 0 would keep NaN."""
     if expert is None:
         return x
@@ -136,7 +138,7 @@ def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | 
     """sum_j g_j u_j z_j^k for k = 0 .. order: [rows, order + 1]."""
     order = rsqrt.shape[-1]
     g = gated(grad_output, gate)
-    z = wide(x) * _inverse_scale(rsqrt[:, :1])
+    z = upcast(x) * _inverse_scale(rsqrt[:, :1])
     sums = [g.sum(-1)]
     for _ in range(order):
         g = g * z
@@ -146,8 +148,8 @@ def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | 
 
 def gated(grad_output: Tensor, gate: Tensor | None) -> Tensor:
     """The product g u in the dtype that is computed in."""
-    g = wide(grad_output)
-    return g if gate is None else g * wide(gate)
+    g = upcast(grad_output)
+    return g if gate is None else g * upcast(gate)
 
 
 def gradients(
@@ -169,26 +171,26 @@ def gradients(
     """
     order = rsqrt.shape[-1]
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
-    a = of_each_row(coefficients, expert, rsqrt.dtype)
+    a = expand_to_rows(coefficients, expert, rsqrt.dtype)
     inverse, roots = _scale_and_roots(rsqrt)
     terms = torch.cat([sums[:, :1], roots * sums[:, 1:]], dim=-1)  # G, T_1 .. T_r
 
     k = torch.arange(1, order + 1, dtype=rsqrt.dtype, device=x.device)
     direct = k * a[:, 1:] * roots  # A_k
     if probs is not None:
-        direct = direct * wide(probs)[:, None]
+        direct = direct * upcast(probs)[:, None]
     through_norm = direct * roots * terms[:, 1:] / divisor  # B_k
     table = torch.cat([inverse, direct, through_norm], dim=-1)
     inverse, direct, through_norm = table.split([1, order, order], dim=-1)
-    z = wide(x) * inverse
+    z = upcast(x) * inverse
     grad_x = gated(grad_output, gate) * horner(z, direct) - z * horner(z * z, through_norm)
-    grad_x = without_padding(grad_x * inverse, expert, coefficients).to(x.dtype)
+    grad_x = zero_padding_rows(grad_x * inverse, expert, coefficients).to(x.dtype)
 
-    terms = without_padding(terms, expert, coefficients)
+    terms = zero_padding_rows(terms, expert, coefficients)
     grad_probs = None
     if probs is not None:
         grad_probs = (a * terms).sum(-1).to(probs.dtype)
-        terms = terms * wide(probs)[:, None]
+        terms = terms * upcast(probs)[:, None]
     grad_coefficients = sum_over_rows(terms, expert, coefficients.shape[0])
     return grad_x, grad_coefficients.to(coefficients.dtype), grad_probs
 
@@ -204,7 +206,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and reciprocal roots of rows that one rank holds whole."""
     order = coefficients.shape[-1] - 1
-    rsqrt = rsqrt_of_moments(moments(x, order), divisor, eps, wide(x[:0]).dtype)
+    rsqrt = rsqrt_of_square_sums(square_sums(x, order), divisor, eps, upcast(x[:0]).dtype)
     return evaluate(x, rsqrt, coefficients, probs, gate, offsets), rsqrt
 
 

@@ -7,13 +7,17 @@ activations repeats only the latter (see :func:`megapoly.ops.save_row_statistics
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megapoly.ops import polynorm_reference
 from megapoly.ops.arguments import row_major
-from megapoly.ops.backends import Backend
+from megapoly.ops.backends import load_functions, resolve_backend
 from megapoly.ops.collectives import PendingSum, check_segments, segments, size_of
 from megapoly.ops.library import (
     absent,
@@ -23,10 +27,44 @@ from megapoly.ops.library import (
     present,
     refuse_second_derivative,
 )
-from megapoly.ops.polynorm_backends import rows_of
+from megapoly.polynomial import Backend
 
 _ROWS = "Tensor coefficients, Tensor? probs, Tensor? gate, Tensor? offsets"
 _LAYOUT = "int divisor, str group, bool deterministic, str backend"
+
+
+@dataclass(frozen=True)
+class PolyNormFunctions:
+    """One backend; each function is the one of that name in :mod:`.polynorm_reference`.
+
+    Args:
+        forward: of rows that one rank holds whole.
+        backward: of the same rows.
+        square_sums: from a part of each row; ranks add them up.
+        rsqrt_of_square_sums: reciprocal roots from the sums over all ranks.
+        evaluate: the polynomial, pointwise.
+        gradient_sums: from a part of each row; ranks add them up.
+        gradients: from the sums over all ranks, pointwise.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+    square_sums: Callable[[Tensor, int], Tensor]
+    rsqrt_of_square_sums: Callable[[Tensor, int, float, torch.dtype], Tensor]
+    evaluate: Callable[..., Tensor]
+    gradient_sums: Callable[..., Tensor]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+
+
+def functions_for(backend: Backend, x: Tensor) -> PolyNormFunctions:
+    """Return the functions that run on the device and dtype of ``x``."""
+    return _functions(resolve_backend(backend, x.device.type, x.dtype))
+
+
+@functools.cache
+def _functions(backend: str) -> PolyNormFunctions:
+    kernels = "megapoly.ops.triton.polynorm_launch"
+    return load_functions(PolyNormFunctions, backend, polynorm_reference, kernels)
 
 
 def _rsqrt_like(x: Tensor, order: int) -> Tensor:
@@ -52,7 +90,7 @@ def polynorm_forward(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Output and reciprocal roots of whole rows."""
-    return rows_of(backend, x).forward(x, coefficients, probs, gate, offsets, divisor, eps)
+    return functions_for(backend, x).forward(x, coefficients, probs, gate, offsets, divisor, eps)
 
 
 def _fake_rsqrt(x: Tensor, order: int, *others: Any) -> Tensor:
@@ -73,15 +111,17 @@ def polynorm_rsqrt(
     backend: Backend,
 ) -> Tensor:
     """Reciprocal roots of rows of which this rank holds a part: the forward collective."""
-    rows = rows_of(backend, x)
+    functions = functions_for(backend, x)
     if deterministic:
         num_ranks = size_of(group)
         check_segments(x.shape[-1], num_ranks)
-        sums = torch.stack([rows.moments(part, order) for part in segments(x, num_ranks)])
+        sums = torch.stack([functions.square_sums(part, order) for part in segments(x, num_ranks)])
     else:
-        sums = rows.moments(x, order)
+        sums = functions.square_sums(x, order)
     sums = PendingSum(sums, group, deterministic=deterministic).wait()
-    return rows.rsqrt_of_moments(sums, divisor, eps, torch.promote_types(x.dtype, torch.float32))
+    return functions.rsqrt_of_square_sums(
+        sums, divisor, eps, torch.promote_types(x.dtype, torch.float32)
+    )
 
 
 def _fake_evaluate(x: Tensor, *others: Any) -> Tensor:
@@ -105,7 +145,7 @@ def polynorm_evaluate(
     backend: Backend,
 ) -> Tensor:
     """Output from x and its reciprocal roots; layout and divisor are for the backward pass."""
-    return rows_of(backend, x).evaluate(x, rsqrt, coefficients, probs, gate, offsets)
+    return functions_for(backend, x).evaluate(x, rsqrt, coefficients, probs, gate, offsets)
 
 
 def _fake_backward(
@@ -144,12 +184,12 @@ def polynorm_backward(
     backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, coefficients, probs and gate: the backward collective."""
-    rows = rows_of(backend, x)
+    functions = functions_for(backend, x)
     grad_output = row_major(grad_output)
     given = (coefficients, probs, gate, offsets)
     grad_gate: Tensor | None = None
     if not group and not deterministic:
-        grad_x, grad_coefficients, grad_probs, grad_gate = rows.backward(
+        grad_x, grad_coefficients, grad_probs, grad_gate = functions.backward(
             x, rsqrt, grad_output, *given, divisor
         )
     else:
@@ -159,8 +199,8 @@ def polynorm_backward(
             deterministic=deterministic,
         )
         if gate is not None:  # needs no sum: it runs while the ranks exchange theirs
-            grad_gate = rows.evaluate(x, rsqrt, coefficients, probs, grad_output, offsets)
-        grad_x, grad_coefficients, grad_probs = rows.gradients(
+            grad_gate = functions.evaluate(x, rsqrt, coefficients, probs, grad_output, offsets)
+        grad_x, grad_coefficients, grad_probs = functions.gradients(
             x, rsqrt, pending.wait(), grad_output, *given, divisor
         )
     return grad_x, grad_coefficients, or_absent(grad_probs, x), or_absent(grad_gate, x)
@@ -175,14 +215,14 @@ def _gradient_sums(
     deterministic: bool,
     backend: Backend,
 ) -> Tensor:
-    rows = rows_of(backend, x)
+    functions = functions_for(backend, x)
     if not deterministic:
-        return rows.gradient_sums(x, rsqrt, grad_output, gate)
+        return functions.gradient_sums(x, rsqrt, grad_output, gate)
     num_ranks = size_of(group)
     parts = [segments(tensor, num_ranks) for tensor in (x, grad_output)]
     gates = [None] * len(parts[0]) if gate is None else segments(gate, num_ranks)
     return torch.stack(
-        [rows.gradient_sums(x, rsqrt, g, u) for x, g, u in zip(*parts, gates, strict=True)]
+        [functions.gradient_sums(x, rsqrt, g, u) for x, g, u in zip(*parts, gates, strict=True)]
     )
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megapoly.errors import ShapeError
 from megapoly.ops.arguments import as_rows
-from megapoly.ops.backends import Backend
 from megapoly.ops.collectives import name_of
 from megapoly.ops.polyrelu_registration import polyrelu_forward
+from megapoly.polynomial import Backend
 
 
 def polyrelu(
@@ -24,40 +24,43 @@ def polyrelu(
     deterministic: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Polynomial of ``relu(x)``, or of ``prelu(x)`` when a slope is given.
+    """Compute a polynomial of ``relu(x)``, or of ``prelu(x)`` if a slope is given.
 
         y = p (a0 + a1 h + a2 h^2 + .. + ar h^r) u,   h = max(x, 0) + slope min(x, 0)
 
-    Source: PolyCom (ICLR 2025), Eq. 2; PolyPReLU is of Fig. 5(b).
+    Source: PolyCom (ICLR 2025), Eq. 2; PolyPReLU: Fig. 5(b).
 
     Args:
-        x: [..., d / tp]; any floating dtype. Powers are not normalised: |h|^r and its products
-            with gradients must be finite in fp32.
+        x: [..., d / tp]; any floating dtype. Powers are not normalised: |h|^r and its products with
+            gradients must be finite in fp32.
         coefficients: [r + 1], ascending powers, or [experts, r + 1] with ``offsets``; r is 2 to 4.
         slope: [1], or [experts, 1] with ``offsets``: the learned slope below zero.
         group: ranks that share one row; gradients of ``coefficients``, ``slope`` and ``probs`` are
-            summed over it, by one all-reduce backward, and complete on every rank.
+            summed over it, by one all-reduce backward, and are complete on every rank.
         offsets: [experts + 1] int32 for rows sorted by expert, ascending from 0 to at most the
-            number of rows; ``x`` is then [rows, d / tp]. It stays on the device. Rows from
-            offsets[experts] on are padding: output and gradients are 0 there, whatever ``x`` holds.
-        probs: p, one a row (the router probability).
-        gate: u, the shape of ``x`` (the gated form).
-        deterministic: the same bits on 1, 2, 4 and 8 ranks, as in :func:`megapoly.ops.polynorm`.
+            number of rows, see :func:`expert_offsets`; ``x`` is then [rows, d / tp]. It stays on
+            the device. Rows from offsets[experts] on are padding: output and gradients are 0 there,
+            whatever ``x`` holds.
+        probs: p, one per row (the router probability).
+        gate: u, of the shape of ``x`` (the gated form).
+        deterministic: give the same bits on 1, 2, 4 and 8 ranks, see :func:`megapoly.ops.polynorm`.
         backend: as in :func:`megapoly.ops.polynorm`.
 
     Returns:
-        [..., d / tp] in the dtype of ``x``; computed in fp32 (fp64 for fp64). Saved for the
-        backward pass: ``x`` alone.
+        [..., d / tp] in the dtype of ``x``; computed in fp32 (fp64 for fp64). Only ``x`` is saved
+        for the backward pass.
 
     Raises:
         ShapeError: the arguments do not fit together.
-        UnavailableError: the backend cannot run here.
+        ValueError: ``backend`` is not valid.
+        UnavailableError: the backend cannot run on this machine.
+        NotImplementedError: forward-mode or second derivatives are requested.
     """
     rows = as_rows(x, coefficients, offsets, probs, gate)
     one_per_set = (*coefficients.shape[:-1], 1)
     if slope is not None and slope.shape != one_per_set:
         raise ShapeError(
-            f"`slope` is {one_per_set}, one for each coefficient set, got {tuple(slope.shape)}."
+            f"`slope` must be {one_per_set}, one per coefficient set, got {tuple(slope.shape)}."
         )
     y: Tensor = polyrelu_forward(
         rows.x,

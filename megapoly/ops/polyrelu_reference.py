@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megapoly.ops.arguments import expert_of_row, of_each_row, sum_over_rows
-from megapoly.ops.polynorm_reference import gated, horner, wide, without_padding
+from megapoly.ops.arguments import expand_to_rows, expert_of_row, sum_over_rows
+from megapoly.ops.polynorm_reference import gated, horner, upcast, zero_padding_rows
 
 
 def forward(
@@ -23,21 +23,21 @@ def forward(
 ) -> Tensor:
     """Output p (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
-    value = wide(x)
-    a = of_each_row(coefficients, expert, value.dtype)
+    value = upcast(x)
+    a = expand_to_rows(coefficients, expert, value.dtype)
     y = horner(_rectified(value, slope, expert), a)
     if probs is not None:
-        y = y * wide(probs)[:, None]
+        y = y * upcast(probs)[:, None]
     if gate is not None:
-        y = y * wide(gate)
-    return without_padding(y, expert, coefficients).to(x.dtype)
+        y = y * upcast(gate)
+    return zero_padding_rows(y, expert, coefficients).to(x.dtype)
 
 
 def _rectified(value: Tensor, slope: Tensor | None, expert: Tensor | None) -> Tensor:
     """h: max(x, 0) + slope min(x, 0)."""
     if slope is None:
         return value.relu()
-    return torch.where(value > 0, value, value * of_each_row(slope, expert, value.dtype))
+    return torch.where(value > 0, value, value * expand_to_rows(slope, expert, value.dtype))
 
 
 def backward(
@@ -59,21 +59,21 @@ def backward(
     each row they are partial sums.
     """
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
-    value = wide(x)
-    a = of_each_row(coefficients, expert, value.dtype)
+    value = upcast(x)
+    a = expand_to_rows(coefficients, expert, value.dtype)
     h = _rectified(value, slope, expert)
     g = gated(grad_output, gate)
     k = torch.arange(1, a.shape[-1], dtype=a.dtype, device=x.device)
     through = g * horner(h, k * a[:, 1:])  # g u P'(h)
-    below = 0.0 if slope is None else of_each_row(slope, expert, value.dtype)
-    p = 1.0 if probs is None else wide(probs)[:, None]
-    grad_x = without_padding(through * torch.where(value > 0, p, below * p), expert, coefficients)
+    below = 0.0 if slope is None else expand_to_rows(slope, expert, value.dtype)
+    p = 1.0 if probs is None else upcast(probs)[:, None]
+    grad_x = zero_padding_rows(through * torch.where(value > 0, p, below * p), expert, coefficients)
 
     terms, power = [g.sum(-1)], g
     for _ in range(a.shape[-1] - 1):
         power = power * h
         terms.append(power.sum(-1))
-    sums = without_padding(torch.stack(terms, dim=-1), expert, coefficients)
+    sums = zero_padding_rows(torch.stack(terms, dim=-1), expert, coefficients)
     num_experts = coefficients.shape[0]
     grad_coefficients = sum_over_rows(sums * p, expert, num_experts)
     grad_slope = None
@@ -83,6 +83,6 @@ def backward(
     grad_probs = None if probs is None else (a * sums).sum(-1)
     grad_gate = None
     if gate is not None:
-        grad_gate = without_padding(wide(grad_output) * horner(h, a) * p, expert, coefficients)
+        grad_gate = zero_padding_rows(upcast(grad_output) * horner(h, a) * p, expert, coefficients)
         grad_gate = grad_gate.to(gate.dtype)
     return grad_x.to(x.dtype), grad_coefficients, grad_slope, grad_probs, grad_gate

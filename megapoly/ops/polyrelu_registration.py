@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megapoly.ops import polyrelu_reference
 from megapoly.ops.arguments import row_major
-from megapoly.ops.backends import Backend
+from megapoly.ops.backends import load_functions, resolve_backend
 from megapoly.ops.collectives import PendingSum, check_segments, segments, size_of
 from megapoly.ops.library import (
     absent,
@@ -18,11 +22,30 @@ from megapoly.ops.library import (
     present,
     refuse_second_derivative,
 )
-from megapoly.ops.polyrelu_backends import rows_of
+from megapoly.polynomial import Backend
 
 _ROWS = "Tensor coefficients, Tensor? slope, Tensor? probs, Tensor? gate, Tensor? offsets"
 _LAYOUT = "str group, bool deterministic, str backend"
 _NUM_LAYOUT = 3
+
+
+@dataclass(frozen=True)
+class PolyReLUFunctions:
+    """One backend; each function is the one of that name in :mod:`.polyrelu_reference`."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]
+
+
+def functions_for(backend: Backend, x: Tensor) -> PolyReLUFunctions:
+    """Return the functions that run on the device and dtype of ``x``."""
+    return _functions(resolve_backend(backend, x.device.type, x.dtype))
+
+
+@functools.cache
+def _functions(backend: str) -> PolyReLUFunctions:
+    kernels = "megapoly.ops.triton.polyrelu_launch"
+    return load_functions(PolyReLUFunctions, backend, polyrelu_reference, kernels)
 
 
 def _fake_forward(x: Tensor, *others: Any) -> Tensor:
@@ -42,7 +65,7 @@ def polyrelu_forward(
     backend: Backend,
 ) -> Tensor:
     """Output, pointwise; the layout is for the backward pass."""
-    return rows_of(backend, x).forward(x, coefficients, slope, probs, gate, offsets)
+    return functions_for(backend, x).forward(x, coefficients, slope, probs, gate, offsets)
 
 
 def _fake_backward(
@@ -94,7 +117,7 @@ def polyrelu_backward(
         [None] * num_segments if gate is None else gate.chunk(num_segments, -1),
         strict=True,
     ):
-        grad_x, *row_sums, grad_gate = rows_of(backend, x).backward(
+        grad_x, *row_sums, grad_gate = functions_for(backend, x).backward(
             x_part, grad_part, coefficients, slope, probs, gate_part, offsets
         )
         grads_x.append(grad_x)

@@ -18,7 +18,7 @@ WIDTHS = (1032, 8256, 11008)
 OF_EVERY_WIDTH = {
     "polynorm_whole_row.forward_kernel",
     "polynorm_whole_row.backward_kernel",
-    "polynorm_split_row.moments_kernel",
+    "polynorm_split_row.square_sums_kernel",
     "polynorm_split_row.evaluate_kernel",
     "polynorm_split_row.gradient_sums_kernel",
     "polynorm_split_row.gradients_kernel",
@@ -30,7 +30,7 @@ OF_NO_WIDTH = {
     "row_sums.sum_chunks_kernel",
     "row_sums.sum_sets_kernel",
 }
-WITHOUT_OPTIONS = OF_NO_WIDTH | {"polynorm_split_row.moments_kernel"}
+WITHOUT_OPTIONS = OF_NO_WIDTH | {"polynorm_split_row.square_sums_kernel"}
 
 
 @pytest.fixture(scope="module")

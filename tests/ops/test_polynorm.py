@@ -160,11 +160,11 @@ REFUSED = {
     "gate": ({"gate": torch.ones(3, 4)}, "gate"),
     "gate of another dtype": ({"gate": torch.ones(3, 8).half()}, "dtype of `x`"),
     "integers": ({"x": torch.ones(3, 8, dtype=torch.int32)}, "convert it"),
-    "integer probs": ({"probs": torch.ones(3, dtype=torch.int64)}, "`probs` is fp64"),
+    "integer probs": ({"probs": torch.ones(3, dtype=torch.int64)}, "`probs` must be fp64"),
     "order": ({"coefficients": torch.ones(6)}, "order in"),
     "offsets that are no integers": (
         {"coefficients": torch.ones(1, 4), "offsets": torch.tensor([0.0, 3.0])},
-        "`offsets` is int32",
+        "`offsets` must be int32",
     ),
     "another device": ({"coefficients": torch.ones(4, device="meta")}, "one device"),
     "leading dimensions with offsets": (

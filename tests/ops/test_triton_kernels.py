@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megapoly.errors import UnavailableError
 from megapoly.ops import polynorm, polyrelu
-from megapoly.ops.polynorm_backends import rows_of
+from megapoly.ops.polynorm_registration import functions_for
 from megapoly.ops.triton import host, tile_sizes
 
 pytestmark = [
@@ -306,14 +306,14 @@ def test_statistics_of_two_halves_of_a_row_add_up():
     x[1] *= 1e5
     x[2, :65] *= 1e30
     x[3, 65:] *= 1e-10
-    kernels = rows_of("triton", x)
-    moments = kernels.moments(x, 4)
-    exact_moments = torch.stack([(x.double() / 256).pow(2 * k).sum(-1) for k in (1, 2, 3, 4)], -1)
-    torch.testing.assert_close(moments, exact_moments, rtol=1e-6, atol=0)
-    halves = sum(kernels.moments(half, 4) for half in x.chunk(2, dim=-1))
-    torch.testing.assert_close(halves, moments, rtol=1e-6, atol=0)
+    kernels = functions_for("triton", x)
+    square_sums = kernels.square_sums(x, 4)
+    exact_sums = torch.stack([(x.double() / 256).pow(2 * k).sum(-1) for k in (1, 2, 3, 4)], -1)
+    torch.testing.assert_close(square_sums, exact_sums, rtol=1e-6, atol=0)
+    halves = sum(kernels.square_sums(half, 4) for half in x.chunk(2, dim=-1))
+    torch.testing.assert_close(halves, square_sums, rtol=1e-6, atol=0)
 
-    rsqrt = kernels.rsqrt_of_moments(moments, 130, 1e-6, torch.float32)
+    rsqrt = kernels.rsqrt_of_square_sums(square_sums, 130, 1e-6, torch.float32)
     given = (arguments.grad_output, arguments.gate)
     sums = kernels.gradient_sums(x, rsqrt, *given)
     halves = sum(

@@ -33,6 +33,7 @@ from megapoly.ops.triton.kernels import (
     row_sums,
 )
 from megapoly.ops.triton.tile_sizes import part_tiles, whole_tiles
+from megapoly.polynomial import DEFAULT_ORDER
 
 WIDTHS = (1032, 1536, 8256, 11008, 16384)
 # The paper's FFN widths and recipes come as multiples of 16; rows then begin at multiples of 16.
@@ -77,7 +78,9 @@ class Resources:
     load_bytes: int
 
 
-def cases(widths: Sequence[int] = WIDTHS, orders: Sequence[int] = (3,)) -> Iterator[Case]:
+def cases(
+    widths: Sequence[int] = WIDTHS, orders: Sequence[int] = (DEFAULT_ORDER,)
+) -> Iterator[Case]:
     """Every kernel at every width, plain and with experts, probabilities and gate."""
     for order in orders:
         for full in (False, True):
@@ -104,7 +107,7 @@ def _row_cases(width: int, constants: dict[str, Any]) -> Iterator[Case]:
     num_blocks = {"NUM_BLOCKS": tiles.num_blocks}
     parts = constants | num_blocks | {"BLOCK": tiles.block, "TAIL": tiles.tail}
     for name in (
-        "moments_kernel",
+        "square_sums_kernel",
         "evaluate_kernel",
         "gradient_sums_kernel",
         "gradients_kernel",
@@ -171,7 +174,7 @@ def _kind(name: str, case: Case, dtype: str) -> str:
     absent = name in optional and not case.constants.get(optional[name], True)
     if name in case.constants or absent:
         return "constexpr"
-    if name == "moments_ptr":
+    if name == "square_sums_ptr":
         return "*fp64"
     if name in _FP32 or (name.startswith("slope") and name.endswith("_ptr")):
         return "*fp32"
@@ -211,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="%(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="%(default)s")
-    parser.add_argument("--orders", type=int, nargs="+", default=[3], help="%(default)s")
+    parser.add_argument(
+        "--orders", type=int, nargs="+", default=[DEFAULT_ORDER], help="%(default)s"
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args(argv)

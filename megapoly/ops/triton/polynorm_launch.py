@@ -36,7 +36,7 @@ def forward(
     order = coefficients.shape[-1] - 1
     tiles = whole_tiles(width, num_values=1, order=order)
     if tiles is None:
-        rsqrt = rsqrt_of_moments(moments(x, order), divisor, eps, torch.float32)
+        rsqrt = rsqrt_of_square_sums(square_sums(x, order), divisor, eps, torch.float32)
         return evaluate(x, rsqrt, coefficients, probs, gate, offsets), rsqrt
     y = x.new_empty(x.shape)
     rsqrt = x.new_empty(num_rows, order, dtype=torch.float32)
@@ -122,12 +122,12 @@ def backward(
 
 
 @on_device_of_rows
-def moments(x: Tensor, order: int) -> Tensor:
+def square_sums(x: Tensor, order: int) -> Tensor:
     """[rows, order] fp64: sums over a part of each row of (x_j 2^-8)^2k."""
     num_rows, width = x.shape
     result = x.new_empty(num_rows, order, dtype=torch.float64)
     if num_rows:
-        polynorm_split_row.moments_kernel[(num_rows,)](
+        polynorm_split_row.square_sums_kernel[(num_rows,)](
             x,
             result,
             x.stride(0),
@@ -140,13 +140,15 @@ def moments(x: Tensor, order: int) -> Tensor:
 
 
 @on_device_of_rows
-def rsqrt_of_moments(moments: Tensor, divisor: int, eps: float, dtype: torch.dtype) -> Tensor:
+def rsqrt_of_square_sums(
+    square_sums: Tensor, divisor: int, eps: float, dtype: torch.dtype
+) -> Tensor:
     """The row's reciprocal roots [r_1 2^16, t_2, ..]; fp32."""
-    num_rows, order = moments.shape
-    result = moments.new_empty(num_rows, order, dtype=dtype)
+    num_rows, order = square_sums.shape
+    result = square_sums.new_empty(num_rows, order, dtype=dtype)
     if num_rows:
         polynorm_split_row.rsqrt_kernel[(-(-num_rows // _RSQRT_ROWS),)](
-            moments.contiguous(),
+            square_sums.contiguous(),
             result,
             num_rows,
             divisor,

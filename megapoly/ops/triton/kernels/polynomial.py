@@ -11,7 +11,7 @@ import triton.language as tl
 from megapoly.ops.triton.kernels.tiles import load_of_row
 
 # The constants of megapoly.ops.polynorm_reference, as the kernels' compiler needs them.
-MOMENT_SHIFT = tl.constexpr(2.0**-8)
+SQUARE_SUM_SHIFT = tl.constexpr(2.0**-8)
 FIRST_ROOT_SHIFT = tl.constexpr(2.0**16)
 TARGET = tl.constexpr(16.0)
 # Sums of squares below this have not overflowed anywhere: the row needs no scale.

@@ -11,8 +11,8 @@ import triton.language as tl
 
 from megapoly.ops.triton.kernels.polynomial import (
     FIRST_ROOT_SHIFT,
-    MOMENT_SHIFT,
     SAFE_SUM,
+    SQUARE_SUM_SHIFT,
     add_weighted,
     horner,
     inverse_power_of_two,
@@ -98,9 +98,9 @@ def largest_element(
 
 
 @triton.jit
-def moments_kernel(
+def square_sums_kernel(
     x_ptr,
-    moments_ptr,
+    square_sums_ptr,
     x_stride,
     width,
     ORDER: tl.constexpr,
@@ -121,20 +121,20 @@ def moments_kernel(
         q1, q2, q3, q4 = part_square_sums(
             x_row, inverse_power_of_two(scale), width, ORDER, NUM_BLOCKS, BLOCK, TAIL
         )
-    unit = (scale * MOMENT_SHIFT).to(tl.float64)
+    unit = (scale * SQUARE_SUM_SHIFT).to(tl.float64)
     unit = unit * unit
-    moments_row = moments_ptr + row * ORDER
-    tl.store(moments_row, q1.to(tl.float64) * unit)
-    tl.store(moments_row + 1, q2.to(tl.float64) * (unit * unit))
+    square_sums_row = square_sums_ptr + row * ORDER
+    tl.store(square_sums_row, q1.to(tl.float64) * unit)
+    tl.store(square_sums_row + 1, q2.to(tl.float64) * (unit * unit))
     if ORDER >= 3:
-        tl.store(moments_row + 2, q3.to(tl.float64) * (unit * unit * unit))
+        tl.store(square_sums_row + 2, q3.to(tl.float64) * (unit * unit * unit))
     if ORDER >= 4:
-        tl.store(moments_row + 3, q4.to(tl.float64) * (unit * unit) * (unit * unit))
+        tl.store(square_sums_row + 3, q4.to(tl.float64) * (unit * unit) * (unit * unit))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rsqrt_kernel(
-    moments_ptr,
+    square_sums_ptr,
     rsqrt_ptr,
     num_rows,
     divisor,
@@ -142,23 +142,23 @@ def rsqrt_kernel(
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Moments of whole rows to [r_1 2^16, t_2, ..], in fp64; BLOCK rows a program."""
+    """Square sums of whole rows to [r_1 2^16, t_2, ..], in fp64; BLOCK rows a program."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
-    mean = tl.load(moments_ptr + rows * ORDER, mask=mask, other=1.0) / divisor
-    mean = mean * (1.0 / (MOMENT_SHIFT * MOMENT_SHIFT)) + eps
+    mean = tl.load(square_sums_ptr + rows * ORDER, mask=mask, other=1.0) / divisor
+    mean = mean * (1.0 / (SQUARE_SUM_SHIFT * SQUARE_SUM_SHIFT)) + eps
     first = (1.0 / tl.sqrt(mean) * FIRST_ROOT_SHIFT).to(tl.float32)
     tl.store(rsqrt_ptr + rows * ORDER, first, mask=mask)
     unit = inverse_scale(first).to(tl.float64)
     unit = unit * unit
     power = unit
-    moment_unit = unit * (1.0 / (MOMENT_SHIFT * MOMENT_SHIFT))
-    moment_power = moment_unit
+    shifted_unit = unit * (1.0 / (SQUARE_SUM_SHIFT * SQUARE_SUM_SHIFT))
+    shifted_power = shifted_unit
     for k in tl.static_range(1, ORDER):
         power = power * unit
-        moment_power = moment_power * moment_unit
-        mean = tl.load(moments_ptr + rows * ORDER + k, mask=mask, other=1.0) / divisor
-        root = 1.0 / tl.sqrt(mean * moment_power + eps * power)
+        shifted_power = shifted_power * shifted_unit
+        mean = tl.load(square_sums_ptr + rows * ORDER + k, mask=mask, other=1.0) / divisor
+        root = 1.0 / tl.sqrt(mean * shifted_power + eps * power)
         tl.store(rsqrt_ptr + rows * ORDER + k, root.to(tl.float32), mask=mask)
 
 
