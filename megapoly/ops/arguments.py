@@ -70,6 +70,12 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"`eps` ({eps}) must be between 1e-30 and 1e6; 1e-6 is the default.")
 
 
+def check_order(order: int) -> None:
+    """Raise ValueError for an order that the operators do not have."""
+    if order not in ORDERS:
+        raise ValueError(f"`order` ({order}) is not valid; must be one of {ORDERS}.")
+
+
 def check_norm(norm: str) -> None:
     """Raise ValueError for a name that is not a norm's."""
     if norm not in get_args(Norm):

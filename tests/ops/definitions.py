@@ -59,6 +59,31 @@ def _scaled(y: Tensor, probs: Tensor | None, gate: Tensor | None) -> Tensor:
     return y if gate is None else y * gate
 
 
+def module_operator(kind: type[torch.nn.Module]) -> Callable[..., Tensor]:
+    """A module as a function with the arguments of its operator."""
+
+    def call(
+        x: Tensor,
+        coefficients: Tensor,
+        *,
+        slope: Tensor | None = None,
+        offsets: Tensor | None = None,
+        probs: Tensor | None = None,
+        gate: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        parameters = {"coefficients": coefficients}
+        if slope is not None:
+            options["slope"], parameters["slope"] = 0.25, slope
+        if offsets is not None:
+            options["num_experts"] = coefficients.shape[0]
+        module = kind(coefficients.shape[-1] - 1, gated=gate is not None, **options)
+        inputs = {"gate": gate, "probs": probs, "offsets": offsets}
+        return torch.func.functional_call(module, parameters, (x,), inputs, strict=True)
+
+    return call
+
+
 @dataclass
 class Arguments:
     """Tensors of one call, and the gradient that comes back."""

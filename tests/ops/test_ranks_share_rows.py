@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from definitions import FORMS, POLYNORM_FORMS, assert_close, make_arguments
+from definitions import FORMS, POLYNORM_FORMS, assert_close, make_arguments, module_operator
 
-from megapoly.ops import polynorm, polyrelu
+from megapoly.ops import PolyNorm, PolyReLU, polynorm, polyrelu
 from megapoly.ops.collectives import is_split, scale_gradient, sum_over_ranks
 from megapoly.testing import run_on_ranks
 
 OPERATORS = {"polynorm": polynorm, "polyrelu": polyrelu}
+MODULES = {"PolyNorm": module_operator(PolyNorm), "PolyReLU": module_operator(PolyReLU)}
 CASES = {
     **{
         f"polynorm {norm} {form}": ("polynorm", form, {"norm": norm, "backend": "reference"})
@@ -19,6 +20,8 @@ CASES = {
         for form in POLYNORM_FORMS
     },
     **{f"polyrelu {form}": ("polyrelu", form, {"backend": "reference"}) for form in FORMS},
+    "PolyNorm": ("PolyNorm", "gated_experts", {"backend": "reference"}),
+    "PolyReLU": ("PolyReLU", "prelu_experts", {"backend": "reference"}),
 }
 SPLIT = ("output", "x", "gate")
 
@@ -26,7 +29,7 @@ SPLIT = ("output", "x", "gate")
 def run_case(case, rank=0, num_ranks=1, group=None):
     operator, form, options = CASES[case]
     arguments = make_arguments(form).columns(rank, num_ranks)
-    return arguments.run(OPERATORS[operator], group=group, **options)
+    return arguments.run((OPERATORS | MODULES)[operator], group=group, **options)
 
 
 def run_cases():
