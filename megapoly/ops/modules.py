@@ -114,7 +114,6 @@ class _PolynomialActivation(torch.nn.Module):
         """Load ``coefficients``, or ``weight`` and ``bias`` of the authors' release."""
         names = (f"{prefix}weight", f"{prefix}bias")
         if all(name in state_dict for name in names):
-            state_dict = dict(state_dict)
             weight, bias = (state_dict.pop(name) for name in names)
             state_dict[f"{prefix}coefficients"] = torch.cat([bias, weight.flip(-1)], dim=-1)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

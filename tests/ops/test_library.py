@@ -191,22 +191,29 @@ def test_second_derivative_is_refused(operator, wanted, deterministic):
         gradient.sum().backward()
 
 
-IMPORT_WITH_TORCH_ALONE = """
+RUN_WITH_TORCH_ALONE = """
 import sys
-for name in ("megatron", "triton", "jsonargparse", "transformer_engine", "yaml"):
+for name in ("megatron", "triton", "jsonargparse", "transformer_engine", "yaml", "transformers",
+             "tensorboard", "rich", "psutil", "tokenizers", "huggingface_hub"):
     sys.modules[name] = None
-import torch, megapoly.ops
+import torch
+from megapoly import PolyNorm, PolyReLU
+from megapoly.activations import ACTIVATIONS
+from megapoly.ops import polynorm, polyrelu
 x = torch.ones(3, 8, requires_grad=True)
-for operator in (megapoly.ops.polynorm, megapoly.ops.polyrelu):
+for operator in (polynorm, polyrelu):
     operator(x, torch.ones(4), backend="reference").sum().backward()
-print([name for name in sys.modules if name.startswith("megapoly.")
-       and not name.startswith(("megapoly.ops", "megapoly.errors", "megapoly.polynomial"))])
+for module in (PolyNorm(backend="reference"), PolyReLU(slope=0.25, backend="reference")):
+    module(x).sum().backward()
+    assert module.coefficients.grad.any()
+print([name for name in sys.modules if name.startswith("megapoly.") and not name.startswith(
+       ("megapoly.ops", "megapoly.activations", "megapoly.errors", "megapoly.polynomial"))])
 """
 
 
-def test_import_needs_torch_alone():
+def test_operators_modules_and_registry_need_torch_alone():
     result = subprocess.run(
-        [sys.executable, "-c", IMPORT_WITH_TORCH_ALONE], capture_output=True, text=True
+        [sys.executable, "-c", RUN_WITH_TORCH_ALONE], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["[]"]
