@@ -1,5 +1,11 @@
-"""FFN activations: the registry, and the module that fills the engine's activation slot."""
+"""FFN activations by name; :mod:`megapoly.model.ffn_activation` puts one into the engine's slot."""
 
-from megapoly.activations.registry import ACTIVATIONS, Activation, TensorParallelSum, get
+from megapoly.activations.registry import (
+    ACTIVATIONS,
+    Activation,
+    ActivationInputs,
+    TensorParallelSum,
+    get,
+)
 
-__all__ = ["ACTIVATIONS", "Activation", "TensorParallelSum", "get"]
+__all__ = ["ACTIVATIONS", "Activation", "ActivationInputs", "TensorParallelSum", "get"]

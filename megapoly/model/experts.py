@@ -14,24 +14,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class GroupedExperts(TEGroupedMLP):
-    """FC1, activation times router probability, FC2, on rows sorted by expert.
-
-    Source: the engine's ``TEGroupedMLP`` (transformer/moe/experts.py:512), whose linear maps come
-    from the spec, Transformer Engine's or :mod:`megapoly.model.grouped_linear`'s. Its activation
-    gets neither the router probability nor the number of tokens of each expert, and cannot have
-    coefficients for each expert, hence the forward here.
+class _RoutedExperts(MegatronModule):
+    """Constructor of both forms: the engine's linear maps around one activation for all experts.
 
     Args:
         num_local_experts: experts on this rank.
         config: the engine's configuration.
-        submodules: linear maps and activation.
+        submodules: linear maps, the engine's or Transformer Engine's, and activation.
         pg_collection: process groups of the experts.
     """
 
@@ -48,6 +44,16 @@ class GroupedExperts(TEGroupedMLP):
         self.activation_func = build_module(
             submodules.activation_func, config=config, num_local_experts=num_local_experts
         )
+
+
+class GroupedExperts(_RoutedExperts, TEGroupedMLP):
+    """FC1, activation times router probability, FC2, on rows sorted by expert.
+
+    Source: the engine's ``TEGroupedMLP`` (transformer/moe/experts.py:512), whose linear maps come
+    from the spec, Transformer Engine's or :mod:`megapoly.model.grouped_linear`'s. Its activation
+    gets neither the router probability nor the number of tokens of each expert, and cannot have
+    coefficients for each expert, hence the forward here.
+    """
 
     def forward(
         self,
@@ -82,34 +88,14 @@ class GroupedExperts(TEGroupedMLP):
         return output, None
 
 
-class SequentialExperts(SequentialMLP):
+class SequentialExperts(_RoutedExperts, SequentialMLP):
     """FC1, activation times router probability, FC2, one expert after another.
 
     Source: the engine's ``SequentialMLP`` (transformer/moe/experts.py:820), which has an ``MLP``
     for each expert. Only their linear maps are used: an ``MLP`` has an activation of its own, but
     all experts of a layer may share one coefficient set, and it multiplies by the router
     probability after the activation, not in it.
-
-    Args:
-        num_local_experts: experts on this rank.
-        config: the engine's configuration.
-        submodules: linear maps, the engine's or Transformer Engine's, and activation.
-        pg_collection: process groups of the experts.
     """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        submodules: MLPSubmodules,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        linears = dataclasses.replace(submodules, activation_func=None)
-        super().__init__(num_local_experts, config, linears, pg_collection)
-        _mark_expert_weights(self)
-        self.activation_func = build_module(
-            submodules.activation_func, config=config, num_local_experts=num_local_experts
-        )
 
     def forward(
         self,

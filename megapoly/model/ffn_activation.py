@@ -12,20 +12,21 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megapoly.activations import registry
+from megapoly.activations import ActivationInputs, registry
+from megapoly.ops import expert_offsets
 from megapoly.ops.collectives import scale_gradient
-from megapoly.polynomial import Backend
+from megapoly.polynomial import DEFAULT_EPS, DEFAULT_ORDER, Backend, Norm
 
 
 @dataclass(frozen=True)
 class ActivationSettings:
-    """What the configuration says of the activation; see ``ModelConfig`` for the fields."""
+    """Activation fields of the configuration; ``ModelConfig`` describes them."""
 
     name: str
-    order: int = 3
+    order: int = DEFAULT_ORDER
     coefficients: Literal["shared", "per_expert"] = "shared"
-    norm: Literal["rms", "l2"] = "rms"
-    eps: float = 1e-6
+    norm: Norm = "rms"
+    eps: float = DEFAULT_EPS
     backend: Backend = "auto"
     deterministic: bool = False
 
@@ -109,32 +110,41 @@ class FFNActivation(MegatronModule):
         Returns:
             [..., d / tp] in the dtype of ``x``.
         """
-        arguments: dict[str, Any] = {"probs": probs}
+        gate: Tensor | None = None
         if self.activation.gated:
-            x, arguments["gate"] = x.chunk(2, dim=-1)
-        if self.activation.has_coefficients:
-            arguments |= self._coefficients()
-            arguments["group"] = self.row_group
-            arguments["backend"] = self.settings.backend
-            arguments["deterministic"] = self.settings.deterministic
-            if probs is not None:
-                # The operator's gradient of probs is complete on each rank of the row; the engine's
-                # dispatcher adds these ranks up (moe/token_dispatcher.py, gather of probs).
-                arguments["probs"] = scale_gradient(probs, 1.0 / self.row_group.size())
-            if self.per_expert and expert is not None:
-                arguments |= {name: arguments[name][expert] for name in self.coefficient_names}
-            elif self.per_expert:
-                arguments["offsets"] = _offsets(tokens_per_expert, x.device)
-        if self.activation.normalized:
-            arguments |= {"eps": self.settings.eps, "norm": self.settings.norm}
-        return self.activation.function(x, **arguments)
+            x, gate = x.chunk(2, dim=-1)
+        if not self.activation.has_coefficients:
+            return self.activation.function(ActivationInputs(x, gate, probs))
+        if probs is not None:
+            # The operator's gradient of probs is complete on each rank of the row; the engine's
+            # dispatcher sums over these ranks (moe/token_dispatcher.py, gather of probs).
+            probs = scale_gradient(probs, 1.0 / self.row_group.size())
+        offsets: Tensor | None = None
+        if self.per_expert and expert is None:
+            assert tokens_per_expert is not None, "one set per expert needs `tokens_per_expert`"
+            offsets = expert_offsets(tokens_per_expert, x.device)
+        return self.activation.function(
+            ActivationInputs(
+                x,
+                gate,
+                probs,
+                coefficients=self._coefficients(expert),
+                offsets=offsets,
+                group=self.row_group,
+                eps=self.settings.eps,
+                norm=self.settings.norm,
+                deterministic=self.settings.deterministic,
+                backend=self.settings.backend,
+            )
+        )
 
-    def _coefficients(self) -> dict[str, Tensor]:
+    def _coefficients(self, expert: int | None) -> dict[str, Tensor]:
+        """Return the coefficients by name, of one local expert if ``expert`` names it."""
         values = {name: getattr(self, name) for name in self.coefficient_names}
-        if self.is_expert and not self.per_expert:
-            share = 1.0 / self.row_group.size()
-            values = {name: scale_gradient(value, share) for name, value in values.items()}
-        return values
+        if self.per_expert:
+            return values if expert is None else {n: v[expert] for n, v in values.items()}
+        share = 1.0 / self.row_group.size() if self.is_expert else 1.0
+        return {name: scale_gradient(value, share) for name, value in values.items()}
 
     def sharded_state_dict(
         self,
@@ -160,10 +170,3 @@ class FFNActivation(MegatronModule):
             )
             for name in self.coefficient_names
         }
-
-
-def _offsets(tokens_per_expert: Tensor | None, device: torch.device) -> Tensor:
-    """[experts + 1]: first row of each expert, then the number of rows."""
-    assert tokens_per_expert is not None, "coefficients for each expert need `tokens_per_expert`"
-    counts = tokens_per_expert.to(device=device, dtype=torch.int32)
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))

@@ -133,10 +133,10 @@ def test_checkpoint_of_one_form_goes_on_in_the_other(tmp_path):
             assert_close(resumed[key], weight, rtol=0, atol=1e-6)
 
 
-def scaled_softsign(x, scale, *, probs=None, **others):
+def scaled_softsign(inputs):
     """A new activation with one coefficient, which takes one process and shared coefficients."""
-    y = scale * torch.nn.functional.softsign(x)
-    return y if probs is None else y * probs.unsqueeze(-1)
+    y = inputs.coefficients["scale"] * torch.nn.functional.softsign(inputs.x)
+    return y if inputs.probs is None else y * inputs.probs.unsqueeze(-1)
 
 
 def train_with_a_new_activation(options):
