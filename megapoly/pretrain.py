@@ -19,6 +19,10 @@ from megapoly.platform import launcher
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
+    from megapoly.training.hooks import Hook
+    from megapoly.training.reporter import Reporter
+    from megapoly.training.state import TrainState
+    from megapoly.training.stop import StopRequest
 
 # Environment variable with the path of a file that a host's first process writes when it ends as it
 # should: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that reads it.
@@ -122,6 +126,7 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.rank_zero_first import Turns
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import build_state
+    from megapoly.training.stop import StopRequest
 
     with process_group(config, platform) as store:
         with Turns.of_job(store, config) as turns:
@@ -143,9 +148,34 @@ def pretrain(config: Config) -> bool:
                 reporter.begin()
                 if loaded is not None:
                     reporter.message(f"loaded {loaded}, at step {state.iteration}")
-                train(state, reporter)
-    assert config.training.train_iters is not None, "resolved"
-    return state.iteration >= config.training.train_iters
+                stop = StopRequest()
+                train(state, reporter, build_hooks(state, reporter, stop), stop)
+    return state.iteration >= state.train_iters
+
+
+def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
+    """Return what this run does around its steps, in the order in which it is done."""
+    from megapoly.training.distributed import is_rank_zero
+    from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
+    from megapoly.training.profiling import ProfileHook
+
+    logging = state.config.logging
+    checkpoints = CheckpointHook(state, reporter.message)
+    hooks: list[Hook] = []
+    if logging.profile:  # first, so that the trace of a step ends with the step
+        hooks.append(ProfileHook(state, reporter.message))
+    hooks.append(ValidationHook(state))
+    if state.config.training.eval_tasks is not None:
+        from megapoly.evaluation.task_scores import TaskHook
+
+        hooks.append(TaskHook(state, checkpoints, stop))
+    hooks.append(TelemetryHook(state))
+    if logging.tensorboard and is_rank_zero():
+        from megapoly.training.tensorboard import TensorBoardHook
+
+        hooks.append(TensorBoardHook(state))
+    hooks.append(checkpoints)
+    return hooks
 
 
 def _data_lines(config: Config, corpus: Corpus) -> list[str]:
