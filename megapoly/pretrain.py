@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,8 @@ from megapoly.config.resolve import tokens_per_step
 from megapoly.config.startup import check_and_resolve
 from megapoly.errors import DivergenceError, MegapolyError
 from megapoly.platform import launcher
+from megapoly.platform.launcher import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
+from megapoly.platform.logs import configure_logging
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import TrainState
     from megapoly.training.stop import StopRequest
-
-# Environment variable with the path of a file that a host's first process writes when it ends as it
-# should: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that reads it.
-STATUS_FILE = "MEGAPOLY_STATUS_FILE"
-COMPLETE, STOPPED = "complete", "stopped"
-# Exit status of a run whose loss was not finite: its configuration can be used, and starting it
-# again changes nothing.
-DIVERGED = 3
 
 
 def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> int:
@@ -47,7 +39,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> in
         process of each host says why).
     """
     is_first_of_host = launcher.local_rank() == 0
-    quieten(is_first=launcher.rank() == 0)
+    configure_logging(is_rank_zero=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         complete = pretrain(config)
@@ -92,18 +84,6 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
             print(to_yaml(resolved), end="")
         raise SystemExit(0)
     return resolved
-
-
-def quieten(is_first: bool) -> None:
-    """Show what is ours to say on rank 0, and of the engine only what goes wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megapoly").setLevel(logging.INFO if is_first else logging.WARNING)
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    # Missing optional packages, once for each module that would use them.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # The engine calls collectives, and loads checkpoints, by the names of torch before 2.13.
-    for module in (r"torch\.distributed", r"megatron\.core"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def pretrain(config: Config) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megapoly.evaluation.library_logging import quieten_libraries
+from megapoly.platform.logs import silence_evaluation_libraries
 from megapoly.training.distributed import sum_over_all
 from megapoly.training.hooks import CheckpointHook, Hook, StepRecord, is_due
 from megapoly.training.random_state import preserved_random_state
@@ -75,7 +75,7 @@ def task_scores(
         TasksStopped: on all processes, when one of them was requested to stop.
         MegapolyError: a task is unknown, generates text, or its questions are missing.
     """
-    quieten_libraries()
+    silence_evaluation_libraries()
     # Here and not above: the harness takes seconds to import, and most runs go without it.
     from megapoly.evaluation.engine_lm import EngineLM
     from megapoly.evaluation.harness import evaluate_tasks
