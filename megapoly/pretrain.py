@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +14,15 @@ from megapoly.config.resolve import tokens_per_step
 from megapoly.config.startup import check_and_resolve
 from megapoly.errors import DivergenceError, MegapolyError
 from megapoly.platform import launcher
+from megapoly.platform.launcher import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
+from megapoly.platform.logs import configure_logging
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
-
-# Environment variable with the path of a file that a host's first process writes when it ends as it
-# should: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that reads it.
-STATUS_FILE = "MEGAPOLY_STATUS_FILE"
-COMPLETE, STOPPED = "complete", "stopped"
-# Exit status of a run whose loss was not finite: its configuration can be used, and starting it
-# again changes nothing.
-DIVERGED = 3
+    from megapoly.training.hooks import Hook
+    from megapoly.training.reporter import Reporter
+    from megapoly.training.state import TrainState
+    from megapoly.training.stop import StopRequest
 
 
 def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> int:
@@ -43,7 +39,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> in
         process of each host says why).
     """
     is_first_of_host = launcher.local_rank() == 0
-    quieten(is_first=launcher.rank() == 0)
+    configure_logging(is_rank_zero=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         complete = pretrain(config)
@@ -90,18 +86,6 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
     return resolved
 
 
-def quieten(is_first: bool) -> None:
-    """Show what is ours to say on rank 0, and of the engine only what goes wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("megapoly").setLevel(logging.INFO if is_first else logging.WARNING)
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    # Missing optional packages, once for each module that would use them.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    # The engine calls collectives, and loads checkpoints, by the names of torch before 2.13.
-    for module in (r"torch\.distributed", r"megatron\.core"):
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
-
-
 def pretrain(config: Config) -> bool:
     """Run one job from a resolved configuration.
 
@@ -122,6 +106,7 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.rank_zero_first import Turns
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import build_state
+    from megapoly.training.stop import StopRequest
 
     with process_group(config, platform) as store:
         with Turns.of_job(store, config) as turns:
@@ -143,9 +128,34 @@ def pretrain(config: Config) -> bool:
                 reporter.begin()
                 if loaded is not None:
                     reporter.message(f"loaded {loaded}, at step {state.iteration}")
-                train(state, reporter)
-    assert config.training.train_iters is not None, "resolved"
-    return state.iteration >= config.training.train_iters
+                stop = StopRequest()
+                train(state, reporter, build_hooks(state, reporter, stop), stop)
+    return state.iteration >= state.train_iters
+
+
+def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
+    """Return what this run does around its steps, in the order in which it is done."""
+    from megapoly.training.distributed import is_rank_zero
+    from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
+    from megapoly.training.profiling import ProfileHook
+
+    logging = state.config.logging
+    checkpoints = CheckpointHook(state, reporter.message)
+    hooks: list[Hook] = []
+    if logging.profile:  # first, so that the trace of a step ends with the step
+        hooks.append(ProfileHook(state, reporter.message))
+    hooks.append(ValidationHook(state))
+    if state.config.training.eval_tasks is not None:
+        from megapoly.evaluation.task_scores import TaskHook
+
+        hooks.append(TaskHook(state, checkpoints, stop))
+    hooks.append(TelemetryHook(state))
+    if logging.tensorboard and is_rank_zero():
+        from megapoly.training.tensorboard import TensorBoardHook
+
+        hooks.append(TensorBoardHook(state))
+    hooks.append(checkpoints)
+    return hooks
 
 
 def _data_lines(config: Config, corpus: Corpus) -> list[str]:

@@ -31,7 +31,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.config.command_line import Parser, parse_with_overrides, quieten, status_of, whole
+from megapoly.config.command_line import Parser, parse_with_overrides, status_of, whole
+from megapoly.platform.logs import show_errors_only
 from megapoly.study.analysis.command import (
     DEFAULT_TOKENS,
     PARTS,
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Analyse; see the module for the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     asked, comparisons = _parse(words)
-    quieten()
+    show_errors_only()
     return status_of(lambda: _analyze(asked, comparisons))
 
 

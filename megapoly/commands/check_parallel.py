@@ -27,10 +27,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megapoly.config import Config
-from megapoly.config.command_line import Parser, parse_with_overrides, quieten
+from megapoly.config.command_line import Parser, parse_with_overrides
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
+from megapoly.platform.logs import show_errors_only
 from megapoly.platform.machine import CPU
 from megapoly.preflight.layouts import Layout, all_layouts, covering
 from megapoly.preflight.layouts import parse as parse_layout
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse_with_overrides(
         build_parser(), sys.argv[1:] if argv is None else argv
     )
-    quieten()
+    show_errors_only()
     try:
         given = parse_config(
             ["--config", options.config, *overrides], default_recipe=RECIPE, program="check"

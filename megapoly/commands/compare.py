@@ -47,11 +47,11 @@ from megapoly.config.command_line import (
     Parser,
     number,
     parse_with_overrides,
-    quieten,
     status_of,
     whole,
 )
 from megapoly.errors import ConfigError
+from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
     from megapoly.config import Config
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, overrides = parse_with_overrides(parser, words)
     _check_options(parser, arguments, overrides)
-    quieten()
+    show_errors_only()
     return status_of(lambda: _compare(arguments, overrides, words))
 
 

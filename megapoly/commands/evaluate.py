@@ -34,11 +34,10 @@ from pathlib import Path
 from megapoly.config.command_line import Parser, parse_with_overrides
 from megapoly.errors import MegapolyError
 from megapoly.evaluation.command import DEFAULT_BATCH_SIZE, evaluate
-from megapoly.evaluation.library_logging import quieten_libraries
 from megapoly.evaluation.models import DTYPES
 from megapoly.evaluation.request import EvaluationRequest
 from megapoly.platform import launcher
-from megapoly.pretrain import quieten
+from megapoly.platform.logs import configure_logging, silence_evaluation_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,5 +100,5 @@ def build_parser() -> Parser:
 
 def _prepare_libraries() -> None:
     """Set up what they read when they are imported, which happens later."""
-    quieten_libraries()
-    quieten(is_first=launcher.rank() == 0)
+    silence_evaluation_libraries()
+    configure_logging(is_rank_zero=launcher.rank() == 0)

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megapoly.config.command_line import DTYPES, Parser, add_conversion_options, quieten
+from megapoly.config.command_line import DTYPES, Parser, add_conversion_options
 from megapoly.errors import MegapolyError
+from megapoly.platform.logs import show_errors_only
 
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -32,7 +33,7 @@ _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; see the module for the exit status."""
     options = build_parser().parse_args(argv)
-    quieten()
+    show_errors_only()
     # Here and not above: --help answers without waiting for torch.
     import torch
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.config.command_line import DTYPES, Parser, number, quieten, whole
+from megapoly.config.command_line import DTYPES, Parser, number, whole
 from megapoly.errors import MegapolyError
+from megapoly.platform.logs import show_errors_only
 
 PROMPT = "It was the best of"
 
@@ -24,7 +25,7 @@ PROMPT = "It was the best of"
 def main(argv: Sequence[str] | None = None) -> int:
     """Generate; see the module for the exit status."""
     options = build_parser().parse_args(argv)
-    quieten()
+    show_errors_only()
     try:
         return _generate(options)
     except MegapolyError as error:

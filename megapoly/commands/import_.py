@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.config.command_line import Parser, add_conversion_options, quieten, whole
+from megapoly.config.command_line import Parser, add_conversion_options, whole
 from megapoly.errors import ConfigError, MegapolyError
+from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
     from megapoly.conversion.import_folder import Report
@@ -40,7 +41,7 @@ _OF_ACTIVATION = {"activation_order": "order", "ffn_hidden_size": "ffn_hidden_si
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert; see the module for the exit status."""
     options = build_parser().parse_args(argv)
-    quieten()
+    show_errors_only()
     # Here and not above: --help answers without waiting for torch.
     from megapoly.conversion.import_folder import ImportOptions, import_model
     from megapoly.conversion.parity import ParityError

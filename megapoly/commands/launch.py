@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import PContext, SignalExcept
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from megapoly.pretrain import STATUS_FILE, STOPPED
+from megapoly.platform.launcher import STATUS_FILE, STOPPED
 
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
 

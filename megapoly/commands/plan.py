@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megapoly.config import Config
-from megapoly.config.command_line import Parser, parse_with_overrides, quieten, status_of, whole
+from megapoly.config.command_line import Parser, parse_with_overrides, status_of, whole
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError
 from megapoly.platform.gpus import GPUS
+from megapoly.platform.logs import show_errors_only
 from megapoly.platform.machine import Machine
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parse_with_overrides(
         build_parser(), sys.argv[1:] if argv is None else argv
     )
-    quieten()
+    show_errors_only()
 
     def plan() -> int:
         given = parse_config(

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapoly.config import recipes
-from megapoly.config.command_line import Parser, quieten, status_of
+from megapoly.config.command_line import Parser, status_of
 from megapoly.errors import DataError, UnavailableError
+from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
     from megapoly.study.report.content import Content
@@ -38,7 +39,7 @@ _PACKAGES = {"jinja2": "jinja2", "markdown_it": "markdown-it-py", "matplotlib": 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the page; 2 if something is missing or wrong."""
     options = build_parser().parse_args(argv)
-    quieten()
+    show_errors_only()
     return status_of(lambda: _report(options))
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -96,12 +94,6 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, output: str, repo
         help="largest difference of a logit, relative to the largest at its position if that is "
         "above 1 (1e-5)",
     )
-
-
-def quieten() -> None:
-    """Show errors alone of what the engine and libraries log and warn."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    warnings.filterwarnings("ignore")
 
 
 def parse_with_overrides(

@@ -5,49 +5,77 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megapoly.evaluation.library_logging import quieten_libraries
+from megapoly.platform.logs import silence_evaluation_libraries
 from megapoly.training.distributed import sum_over_all
+from megapoly.training.hooks import CheckpointHook, Hook, StepRecord, is_due
 from megapoly.training.random_state import preserved_random_state
 from megapoly.training.state import TrainState
+from megapoly.training.stop import StopRequest
 
 
 class TasksStopped(Exception):
-    """Some process was asked to stop while tasks were evaluated."""
+    """Some process was requested to stop while tasks were evaluated."""
 
 
-def check_tasks(state: TrainState) -> None:
-    """Ask one question of each of ``training.eval_tasks``, if there are any; collective.
+class TaskHook(Hook):
+    """Evaluates ``training.eval_tasks`` every ``training.eval_tasks_interval`` steps.
 
-    What is wrong with a task or its questions is known at the start of the run, not hours later.
+    Adds ``task/NAME`` to the metrics. Tasks take long: a checkpoint that is due at the same step is
+    saved first, and a request to stop ends them. Building the hook evaluates one question of each
+    task, so that an error in a task or its questions is reported at the start of the run.
+
+    Args:
+        state: the run.
+        checkpoints: saves it.
+        stop: whether this process was requested to stop.
 
     Raises:
         MegapolyError: as :func:`task_scores`.
     """
-    if state.config.training.eval_tasks is not None:
+
+    def __init__(self, state: TrainState, checkpoints: CheckpointHook, stop: StopRequest) -> None:
+        self._state, self._checkpoints, self._stop = state, checkpoints, stop
         task_scores(state, limit=1)
+
+    def after_step(self, step: StepRecord) -> None:
+        """Evaluate, if due and the run is to continue."""
+        training = self._state.config.training
+        if step.stop or not is_due(self._state, training.eval_tasks_interval):
+            return
+        self._checkpoints.save_if_due()
+        try:
+            scores = task_scores(
+                self._state,
+                limit=training.eval_tasks_limit,
+                stop_requested=lambda: self._stop.requested,
+            )
+        except TasksStopped:
+            step.stop = True
+        else:
+            step.metrics |= {f"task/{name}": score for name, score in scores.items()}
 
 
 def task_scores(
     state: TrainState, *, limit: int | None, stop_requested: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Evaluate ``training.eval_tasks`` on the model as it is; collective.
+    """Evaluate ``training.eval_tasks`` on the current weights; collective.
 
-    The run goes on as if nothing had been evaluated: the harness seeds the generators that dropout
-    draws from, and their states are put back.
+    The run continues as if nothing had been evaluated: the harness seeds the generators that
+    dropout draws from, and their states are restored.
 
     Args:
         state: the run.
-        limit: questions of each task; null: all.
-        stop_requested: whether this process was asked to stop; looked at after every batch.
+        limit: questions of each task; None: all.
+        stop_requested: whether this process was requested to stop; checked after every batch.
 
     Returns:
         Percent by task, on rank 0; on others it may be empty.
 
     Raises:
-        TasksStopped: some process was, on all of them.
+        TasksStopped: on all processes, when one of them was requested to stop.
         MegapolyError: a task is unknown, generates text, or its questions are missing.
     """
-    quieten_libraries()
+    silence_evaluation_libraries()
     # Here and not above: the harness takes seconds to import, and most runs go without it.
     from megapoly.evaluation.engine_lm import EngineLM
     from megapoly.evaluation.harness import evaluate_tasks

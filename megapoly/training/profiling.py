@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from megapoly.config import Config
+from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.state import TrainState
 
 # Operators in the table beside the trace.
@@ -26,7 +28,7 @@ def disturbed_steps(config: Config) -> range:
     return range(logging.profile_step_start - 1, logging.profile_step_end + 1)
 
 
-class StepProfiler:
+class ProfileHook(Hook):
     """Writes ``RUN_DIR/profile/rank_R.steps_A-B.json.gz`` and a table of operators, ``.txt``.
 
     The trace opens in Perfetto, ``chrome://tracing`` and TensorBoard. In it are the steps as
@@ -41,28 +43,27 @@ class StepProfiler:
 
     Args:
         state: the run, restored.
+        show: shows a line to the user: what is going to be traced.
     """
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         logging = state.config.logging
         self._state = state
         self._first = max(logging.profile_step_start, state.iteration + 1)
         self._last = logging.profile_step_end
-        self._is_due = logging.profile and self._first <= self._last
+        self._is_due = self._first <= self._last
         self._is_mine = self._is_due and dist.get_rank() in logging.profile_ranks
         # The step before is a warm-up, where this process makes it.
         self._begin = max(self._first - 1, state.iteration + 1)
         self._profile: profile | None = None
+        show(self._describe())
 
-    def describe(self) -> str | None:
-        """What is going to be traced; None without ``logging.profile``."""
+    def _describe(self) -> str:
         logging = self._state.config.logging
-        if not logging.profile:
-            return None
         steps = f"steps {self._first} to {self._last}"
         if not self._is_due:
-            asked = f"{logging.profile_step_start} to {self._last}"
-            return f"no trace: steps {asked} are behind step {self._state.iteration}"
+            done = f"steps {logging.profile_step_start} to {self._last} are done"
+            return f"no trace: {done}, the run is at step {self._state.iteration}"
         ranks = ", ".join(map(str, logging.profile_ranks))
         return f"tracing {steps} of ranks {ranks} into {self._folder}"
 
@@ -70,8 +71,8 @@ class StepProfiler:
     def _folder(self) -> Path:
         return Path(self._state.config.run_dir) / "profile"
 
-    def begin_step(self) -> None:
-        """Call before each step, outside of its time."""
+    def before_step(self) -> None:
+        """Start the profiler before the first of the steps."""
         if not self._is_mine or self._profile is not None:
             return
         step = self._state.iteration + 1
@@ -90,12 +91,12 @@ class StepProfiler:
         self._profile.start()
         _set_timers(self._state, _EngineRanges())
 
-    def end_step(self) -> None:
-        """Call after each step, outside of its time; collective after the last one of a trace."""
+    def after_step(self, step: StepRecord) -> None:
+        """Count the step; collective after the last one of a trace."""
         if self._profile is not None:
             self._profile.step()
         if self._is_due and self._state.iteration == self._last:
-            self._close()
+            self.close()
             # Writing takes seconds, which else would be in the others' next step.
             dist.barrier()
 
@@ -121,17 +122,12 @@ class StepProfiler:
         )
         stem.with_name(f"{stem.name}.txt").write_text(table)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Stop the profiler, which writes the trace."""
         if self._profile is not None:
             self._profile.stop()
             self._profile, self._is_mine = None, False
             _set_timers(self._state, None)
-
-    def __enter__(self) -> StepProfiler:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._close()
 
 
 class _EngineRanges:

@@ -1,4 +1,4 @@
-"""What a user sees: progress, ``metrics.jsonl``, TensorBoard. Only rank 0 shows and writes."""
+"""Progress lines and ``metrics.jsonl``. Only rank 0 shows and writes them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from megapoly.config.data_sources import MEAN
-from megapoly.training.evaluation import Evaluation
+from megapoly.training.hooks import StepRecord
 from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
-from megapoly.training.step import StepResult
 from megapoly.training.throughput import Throughput, shown
 
 # Validation sets whose losses stand in the line of a step; of more it shows the mean alone, and the
@@ -41,26 +39,21 @@ class Reporter:
             state.config, device_name=state.platform.describe(), num_devices=num_devices
         )
         self._disturbed = disturbed_steps(state.config)
-        self._last_loss: dict[str, Evaluation] = {}
+        self._last_loss: dict[str, float] = {}
         self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
         self._console = Console(highlight=False)
         self._metrics: TextIO | None = None
-        self._tensorboard: SummaryWriter | None = None
         self._progress: Progress | None = None
 
     def __enter__(self) -> Reporter:
         if not self._enabled:
             return self
-        config, iteration = self._state.config, self._state.iteration
-        run_dir = Path(config.run_dir)
+        run_dir = Path(self._state.config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
-        _drop_after(path, iteration)
+        _drop_after(path, self._state.iteration)
         self._metrics = self._resources.enter_context(path.open("a"))
-        if config.logging.tensorboard:
-            self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=iteration + 1)
-            self._resources.callback(self._tensorboard.close)
         if self._console.is_terminal:
             self._progress = self._resources.enter_context(self._live_progress())
         return self
@@ -75,8 +68,8 @@ class Reporter:
             TextColumn("{task.fields[status]}"),
             console=self._console,
         )
-        total = self._state.config.training.train_iters
-        progress.add_task("train", total=total, completed=self._state.iteration, status="")
+        state = self._state
+        progress.add_task("train", total=state.train_iters, completed=state.iteration, status="")
         return progress
 
     def message(self, text: str) -> None:
@@ -93,88 +86,59 @@ class Reporter:
         if (mean := self._throughput.mean()) is not None:
             self.message(mean)
 
-    def step(
-        self,
-        result: StepResult,
-        step_time_s: float,
-        evaluations: dict[str, Evaluation],
-        details: dict[str, float],
-        tasks: Mapping[str, float],
-    ) -> None:
-        """Record one step.
+    def record(self, step: StepRecord) -> None:
+        """Write a line of ``metrics.jsonl``, and show one when it is time.
 
         Args:
-            result: of the step.
-            step_time_s: seconds from its start to its end, without evaluation, checkpoint and
-                this report.
-            evaluations: of the validation sets, if this step had one.
-            details: scalars for TensorBoard alone.
-            tasks: percent of the benchmark tasks, if this step evaluated any.
+            step: what the hooks added to its metrics comes after the metrics of the step itself.
         """
         if not self._enabled:
             return
-        record = self._record(result, step_time_s, evaluations)
-        record |= {f"task/{name}": score for name, score in tasks.items()}
-        evaluated = bool(evaluations or tasks)
+        step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.write(json.dumps(step.metrics) + "\n")
         self._metrics.flush()
-        self._last_loss |= evaluations
-        self._last_score |= tasks
-        self._write_tensorboard(record, details, always=evaluated)
-        self._show(record, evaluated)
+        for name, value in step.metrics.items():
+            if name.startswith("val/") and name.endswith("/loss"):
+                self._last_loss[name.removesuffix("/loss")] = value
+            elif name.startswith("task/"):
+                self._last_score[name] = value
+        self._show(step)
 
-    def _record(
-        self, result: StepResult, step_time_s: float, evaluations: dict[str, Evaluation]
-    ) -> dict[str, float]:
-        record = {
-            "iteration": self._state.iteration,
-            "consumed_tokens": self._state.consumed_tokens,
+    def _metrics_of(self, step: StepRecord) -> dict[str, float]:
+        state, result = self._state, step.result
+        metrics = {
+            "iteration": state.iteration,
+            "consumed_tokens": state.consumed_tokens,
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "step_time_s": step_time_s,
+            "step_time_s": step.step_time_s,
         }
-        record |= self._throughput.add_step(
-            step_time_s, is_disturbed=self._state.iteration in self._disturbed
+        metrics |= self._throughput.add_step(
+            step.step_time_s, is_disturbed=state.iteration in self._disturbed
         )
-        record |= result.aux_losses
-        if self._state.platform.is_cuda:
-            record["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
-        for name, evaluation in evaluations.items():
-            record[f"val/{name}/loss"] = evaluation.loss
-            record[f"val/{name}/ppl"] = evaluation.ppl
-        return record
+        metrics |= result.aux_losses
+        if state.platform.is_cuda:
+            metrics["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        return metrics
 
-    def _write_tensorboard(
-        self, record: dict[str, float], details: dict[str, float], *, always: bool
-    ) -> None:
-        iteration = self._state.iteration
-        if self._tensorboard is None:
-            return
-        due = always or iteration % self._state.config.logging.log_interval == 0
-        scalars = (record if due else {}) | details
-        for name, value in scalars.items():
-            if name != "iteration":
-                self._tensorboard.add_scalar(name, value, iteration)
-
-    def _show(self, record: dict[str, float], evaluated: bool) -> None:
-        state = self._state
-        total = state.config.training.train_iters
-        assert total is not None
-        status = self._status(record)
+    def _show(self, step: StepRecord) -> None:
+        state, total = self._state, self._state.train_iters
+        status = self._status(step.metrics)
         if self._progress is not None:
             task = self._progress.task_ids[0]
             self._progress.update(task, completed=state.iteration, status=status)
         due = state.iteration % state.config.logging.log_interval == 0
         last = state.iteration == total
+        evaluated = step.is_evaluated
         if evaluated or (self._progress is None and (due or last or state.iteration == 1)):
-            step = f"step {state.iteration:>{len(str(total))}}/{total}"
-            self.message(f"{step} | {status}")
+            line = f"step {state.iteration:>{len(str(total))}}/{total}"
+            self.message(f"{line} | {status}")
             more = _losses(self._last_loss) if self._has_many_sets() else []
             more += _scores(self._last_score) if self._has_many_tasks() else []
             if evaluated and more:
-                self.message(f"{step} | {' | '.join(more)}")
+                self.message(f"{line} | {' | '.join(more)}")
 
     def _has_many_sets(self) -> bool:
         return len(self._last_loss) > _INLINE_SETS + 1  # and their mean
@@ -182,29 +146,29 @@ class Reporter:
     def _has_many_tasks(self) -> bool:
         return len(self._last_score) > _INLINE_SETS
 
-    def _status(self, record: dict[str, float]) -> str:
-        total = self._state.config.training.train_iters
-        assert total is not None
-        parts = [f"loss {record['lm_loss']:.4f}"]
-        only = {MEAN: self._last_loss[MEAN]} if self._has_many_sets() else self._last_loss
+    def _status(self, metrics: Mapping[str, float]) -> str:
+        parts = [f"loss {metrics['lm_loss']:.4f}"]
+        mean = f"val/{MEAN}"
+        only = {mean: self._last_loss[mean]} if self._has_many_sets() else self._last_loss
         parts += _losses(only)
         parts += [] if self._has_many_tasks() else _scores(self._last_score)
         parts += [
-            f"lr {record['learning_rate']:.2e}",
-            f"grad norm {record['grad_norm']:.3f}",
-            *shown(record),
+            f"lr {metrics['learning_rate']:.2e}",
+            f"grad norm {metrics['grad_norm']:.3f}",
+            *shown(metrics),
         ]
-        seconds = round((total - self._state.iteration) * self._throughput.seconds_per_step)
+        remaining = self._state.train_iters - self._state.iteration
+        seconds = round(remaining * self._throughput.seconds_per_step)
         parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
         return " | ".join(parts)
 
 
-def _losses(evaluations: Mapping[str, Evaluation]) -> list[str]:
-    return [f"val/{name} {result.loss:.4f}" for name, result in evaluations.items()]
+def _losses(losses: Mapping[str, float]) -> list[str]:
+    return [f"{name} {loss:.4f}" for name, loss in losses.items()]
 
 
 def _scores(tasks: Mapping[str, float]) -> list[str]:
-    return [f"task/{name} {score:.1f}" for name, score in tasks.items()]
+    return [f"{name} {score:.1f}" for name, score in tasks.items()]
 
 
 def _drop_after(path: Path, iteration: int) -> None:

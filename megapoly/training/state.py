@@ -61,6 +61,13 @@ class TrainState(ModelState):
     iteration: int = 0
 
     @property
+    def train_iters(self) -> int:
+        """Steps of the whole run."""
+        train_iters = self.config.training.train_iters
+        assert train_iters is not None, "resolved"
+        return train_iters
+
+    @property
     def consumed_samples(self) -> int:
         """Samples that all ranks together have trained on."""
         return self.iteration * self.config.training.global_batch_size

@@ -12,7 +12,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapoly.commands import launch
-from megapoly.pretrain import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
+from megapoly.platform.launcher import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

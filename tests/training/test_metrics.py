@@ -12,8 +12,10 @@ from megapoly.config import Config, load_yaml
 from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.testing import run_job
 from megapoly.training.evaluation import Evaluation, weighted_mean
+from megapoly.training.hooks import StepRecord
 from megapoly.training.reporter import Reporter, _drop_after
 from megapoly.training.step import StepResult
+from megapoly.training.tensorboard import tag_of
 
 OVERRIDES = {
     "model.num_layers": 2,
@@ -46,9 +48,14 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scalars(run):
+def events(run):
     events = EventAccumulator(str(run[0] / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
+    return events
+
+
+@pytest.fixture(scope="module")
+def scalars(events):
     return {
         tag: {event.step: event.value for event in events.Scalars(tag)}
         for tag in events.Tags()["scalars"]
@@ -73,7 +80,26 @@ def test_every_step_has_its_line(run):
 def test_tensorboard_has_the_same(run, scalars):
     for line in run[1]:
         for name in line.keys() - {"iteration"}:
-            assert scalars[name][line["iteration"]] == pytest.approx(line[name], rel=1e-6)
+            assert scalars[tag_of(name)][line["iteration"]] == pytest.approx(line[name], rel=1e-6)
+
+
+def test_tensorboard_shows_the_losses_first(scalars):
+    """It sorts tags by character code; a group is what stands before the first slash."""
+    tags = sorted(scalars)
+    assert tags[:3] == ["Train/loss", "Val/books/loss", "Val/books/ppl"]
+    groups = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
+    assert groups[2:] == ["activation", "expert_load", "optimizer", "router", "throughput"]
+    assert {tag for tag in tags if tag.startswith(("optimizer/", "router/"))} == {
+        *("optimizer/grad_norm", "optimizer/learning_rate"),
+        *("router/load_balancing_loss", "router/z_loss"),
+    }
+
+
+def test_tensorboard_has_the_configuration_as_text(run, events):
+    (event,) = events.Tensors("config/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    config = (run[0] / "config.yaml").read_text()
+    assert event.step == 0 and text == f"```yaml\n{config}```"
 
 
 def test_coefficients_of_every_expert_and_layer(scalars):
@@ -125,9 +151,10 @@ def test_mean_over_sets_by_hand():
 
 def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[str]:
     """What a step without and one with an evaluation shows."""
-    evaluations = {f"s{i}": Evaluation(i, 10) for i in range(num_sets)}
+    metrics = {f"val/s{i}/loss": float(i) for i in range(num_sets)}
     if num_sets > 1:
-        evaluations["mean"] = Evaluation(9.0, 10 * num_sets)
+        metrics["val/mean/loss"] = 9.0
+    metrics |= {f"task/{name}": score for name, score in (tasks or {}).items()}
     state = SimpleNamespace(
         config=Config(
             model=ModelConfig(vocab_size=4096),
@@ -135,14 +162,15 @@ def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[
         ),
         platform=SimpleNamespace(is_cuda=False, describe=lambda: "CPU, 1 thread"),
         iteration=10,
+        train_iters=20,
         consumed_tokens=0,
     )
     reporter = Reporter(state, num_devices=1, enabled=True)
     reporter._metrics = io.StringIO()
     result = StepResult(4.0, 1.0, 0.1)
-    reporter.step(result, 1.0, evaluations, {}, tasks or {})
+    reporter.record(StepRecord(result, 1.0, metrics=metrics))
     state.iteration = 20
-    reporter.step(result, 1.0, {}, {}, {})
+    reporter.record(StepRecord(result, 1.0))
     return capsys.readouterr().out.splitlines()
 
 

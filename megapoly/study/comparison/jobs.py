@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from megapoly.errors import MegapolyError
-from megapoly.pretrain import DIVERGED
+from megapoly.platform.launcher import DIVERGED
 from megapoly.study.comparison.outcome import is_complete, last_record, validation_loss
 
 _POLL_S = 0.5
@@ -36,7 +36,7 @@ class Job:
     Args:
         name: of the trial.
         command: words; given SIGTERM it saves and ends, and its exit status is
-            :data:`~megapoly.pretrain.DIVERGED` if the loss was not finite.
+            :data:`~megapoly.platform.launcher.DIVERGED` if the loss was not finite.
         run_dir: where it writes ``metrics.jsonl``.
         log: file of its output.
         steps: of the run.

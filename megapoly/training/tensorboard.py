@@ -1,0 +1,63 @@
+"""TensorBoard's files of a run, ``RUN_DIR/tensorboard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megapoly.config import to_yaml
+from megapoly.training.hooks import Hook, StepRecord
+from megapoly.training.state import TrainState
+
+# TensorBoard sorts groups, which are named before the first slash, by character code and opens the
+# first two (2.21): names in capitals come before all others, so that the losses are seen first.
+_TAGS = {
+    "lm_loss": "Train/loss",
+    "grad_norm": "optimizer/grad_norm",
+    "learning_rate": "optimizer/learning_rate",
+}
+
+
+def tag_of(name: str) -> str:
+    """Return TensorBoard's tag of a scalar: ``Train/loss`` of ``lm_loss``.
+
+    Names with a group keep it, but ``val/`` becomes ``Val/``. Auxiliary losses are in the group
+    ``router``, other names without a group, such as ``step_time_s``, in ``throughput``.
+    """
+    if name in _TAGS:
+        return _TAGS[name]
+    if "/" in name:
+        return f"Val/{name[4:]}" if name.startswith("val/") else name
+    return f"{'router' if name.endswith('_loss') else 'throughput'}/{name}"
+
+
+class TensorBoardHook(Hook):
+    """Writes the metrics every ``logging.log_interval`` steps, the details when there are any.
+
+    The metrics of a step with an evaluation are always written. The configuration is there as text.
+
+    Args:
+        state: the run, restored: what was written after its position is hidden.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._writer = SummaryWriter(
+            Path(state.config.run_dir) / "tensorboard", purge_step=state.iteration + 1
+        )
+        yaml = to_yaml(state.config)
+        self._writer.add_text("config", f"```yaml\n{yaml}```", state.iteration)
+
+    def after_record(self, step: StepRecord) -> None:
+        """Write the scalars of a step."""
+        iteration = self._state.iteration
+        due = step.is_evaluated or iteration % self._state.config.logging.log_interval == 0
+        scalars = (step.metrics if due else {}) | step.details
+        for name, value in scalars.items():
+            if name != "iteration":
+                self._writer.add_scalar(tag_of(name), value, iteration)
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        self._writer.close()
