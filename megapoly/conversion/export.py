@@ -26,10 +26,10 @@ from megapoly.conversion.model_card import model_card
 from megapoly.conversion.optional_libraries import require_libraries
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
-from megapoly.conversion.progress import bytes_bar
 from megapoly.conversion.safetensors_files import plan_shards, write_shards
 from megapoly.conversion.tensor_map import Link
 from megapoly.conversion.tokenizer_files import SpecialIds, write_tokenizer
+from megapoly.platform.progress import bytes_bar
 
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
 

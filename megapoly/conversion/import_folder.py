@@ -26,7 +26,6 @@ from megapoly.conversion.comparison import compare_import
 from megapoly.conversion.optional_libraries import require_libraries
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
-from megapoly.conversion.progress import bytes_bar
 from megapoly.conversion.safetensors_reader import SafetensorsReader
 from megapoly.conversion.tensor_map import Link
 from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
@@ -35,6 +34,7 @@ from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.initial_values import initial_value
 from megapoly.platform.machine import CPU
+from megapoly.platform.progress import bytes_bar
 
 # A tied output layer that is stored all the same.
 _OUTPUT, _INPUT = "lm_head.weight", "model.embed_tokens.weight"
