@@ -35,7 +35,7 @@ from megapoly.config.command_line import Parser, parse_with_overrides
 from megapoly.errors import MegapolyError
 from megapoly.evaluation.command import DEFAULT_BATCH_SIZE, evaluate
 from megapoly.evaluation.library_logging import quieten_libraries
-from megapoly.evaluation.models import DTYPES
+from megapoly.evaluation.lm_loader import DTYPES
 from megapoly.evaluation.request import EvaluationRequest
 from megapoly.platform import launcher
 from megapoly.pretrain import quieten

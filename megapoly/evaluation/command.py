@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.checkpoint_on_ranks import OpenedCheckpoint, open_checkpoint
 from megapoly.evaluation.harness import check_names, evaluate_tasks, with_data
-from megapoly.evaluation.models import checkpoint_of, open_model
+from megapoly.evaluation.lm_loader import checkpoint_of, load_lm
+from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
-from megapoly.evaluation.request import EvaluationRequest, problems_of
+from megapoly.evaluation.request import EvaluationRequest, find_problems
 from megapoly.evaluation.results import TaskResults, as_json, write_json
-from megapoly.evaluation.table import show_results
+from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import select
 from megapoly.platform import launcher
 from megapoly.platform.progress import OnProgress, counting_bar
@@ -49,7 +49,7 @@ def evaluate(asked: EvaluationRequest) -> None:
     """
     checkpoint = checkpoint_of(asked.model)
     num_processes = launcher.world_size()
-    problems = list(problems_of(asked, checkpoint, num_processes))
+    problems = list(find_problems(asked, checkpoint, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
     if asked.tasks:
@@ -69,7 +69,7 @@ def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found
     perplexity, model = None, {}
     if asked.perplexity:
         assert checkpoint is not None, "a problem otherwise"
-        with open_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
+        with loaded_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
             perplexity, model = report_perplexity(opened), _engine_entry(asked, opened)
     if not asked.tasks:
         return _Found(model, perplexity=perplexity)
@@ -77,7 +77,7 @@ def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found
 
     device = asked.device or default_device()
     _message(f"{checkpoint or asked.model} on {device}")
-    lm = open_model(
+    lm = load_lm(
         checkpoint or asked.model,
         dtype=asked.dtype,
         device=device,
@@ -92,7 +92,7 @@ def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found
 
 
 def _by_the_engine(asked: EvaluationRequest, checkpoint: Path) -> _Found:
-    with open_checkpoint(
+    with loaded_checkpoint(
         checkpoint,
         _words(asked),
         with_validation=asked.perplexity,
@@ -166,7 +166,7 @@ def _words(asked: EvaluationRequest) -> list[str]:
     return words
 
 
-def _engine_entry(asked: EvaluationRequest, opened: OpenedCheckpoint) -> dict[str, Any]:
+def _engine_entry(asked: EvaluationRequest, opened: LoadedCheckpoint) -> dict[str, Any]:
     config = opened.model.config
     return _entry(
         asked,

@@ -23,7 +23,7 @@ from megapoly.config.fp8 import sequence_multiple
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
-from megapoly.evaluation.bos import no_beginning
+from megapoly.evaluation.bos_token import missing_bos_token
 from megapoly.evaluation.token_scores import token_scores
 from megapoly.platform.progress import OnProgress
 from megapoly.training.distributed import sum_over_all
@@ -109,7 +109,7 @@ class EngineLM(TemplateLM):
         if add_bos:
             beginning = tokenizer.encode_with_special_tokens("")
             if not beginning:
-                raise no_beginning()
+                raise missing_bos_token()
             self._prefix = beginning[0]
 
     @property

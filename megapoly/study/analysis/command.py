@@ -242,13 +242,13 @@ def _on_text(
     asked: AnalysisRequest, checkpoint: Path, activation: str, device: str
 ) -> dict[str, Any]:
     from megapoly.activations import registry
-    from megapoly.evaluation.checkpoint_on_ranks import open_checkpoint
+    from megapoly.evaluation.loaded_checkpoint import loaded_checkpoint
 
     words = [*asked.words, f"--training.device={device}"]
     if registry.get(activation).has_coefficients:
         # Kernels that are compiled for a few thousand tokens would take longer than these.
         words.insert(0, "--model.activation_backend=reference")
-    with open_checkpoint(checkpoint, words, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, words, with_validation=True) as opened:
         from megapoly.study.analysis.forward_pass import run_on_text
 
         for warning in opened.warnings:
