@@ -34,7 +34,7 @@ from pathlib import Path
 from megapoly.config.command_line import Parser, parse_with_overrides
 from megapoly.errors import MegapolyError
 from megapoly.evaluation.command import DEFAULT_BATCH_SIZE, evaluate
-from megapoly.evaluation.models import DTYPES
+from megapoly.evaluation.lm_loader import DTYPES
 from megapoly.evaluation.request import EvaluationRequest
 from megapoly.platform import launcher
 from megapoly.platform.logs import configure_logging, silence_evaluation_libraries

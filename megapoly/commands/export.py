@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
-    from megapoly.conversion.export import ExportOptions, export
+    from megapoly.conversion.export_model import ExportOptions, export_model
     from megapoly.conversion.parity import ParityError
 
     console = Console(stderr=True)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.tolerance is None:
         del arguments["tolerance"]
     try:
-        parity = export(ExportOptions(**arguments), console)
+        parity = export_model(ExportOptions(**arguments), console)
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, ParityError) else 2

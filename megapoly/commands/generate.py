@@ -37,16 +37,16 @@ def _generate(options: argparse.Namespace) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
-    from megapoly.conversion.open_model import open_model
-    from megapoly.conversion.optional_libraries import require_libraries
+    from megapoly.conversion.hf_extra import require_hf_extra
+    from megapoly.conversion.transformers_model import load_transformers_model
     from megapoly.platform.device import check_device
 
-    require_libraries()
+    require_hf_extra()
     from transformers import TextStreamer
 
     check_device("--device", options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    model, tokenizer = open_model(options.model, dtype=dtype, device=options.device)
+    model, tokenizer = load_transformers_model(options.model, dtype=dtype, device=options.device)
     torch.manual_seed(options.seed)
     ids = tokenizer(options.prompt)["input_ids"]
     if not ids:  # as the beginning of a document is trained

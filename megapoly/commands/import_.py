@@ -32,9 +32,9 @@ from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
-    from megapoly.conversion.import_folder import Report
+    from megapoly.conversion.import_model import ImportReport
 
-# Options of --activation, by their names in `OtherActivation`.
+# Options of --activation, by their names in `ActivationChange`.
 _OF_ACTIVATION = {"activation_order": "order", "ffn_hidden_size": "ffn_hidden_size", "seed": "seed"}
 
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     show_errors_only()
     # Here and not above: --help answers without waiting for torch.
-    from megapoly.conversion.import_folder import ImportOptions, import_model
+    from megapoly.conversion.activation_change import ActivationChange
+    from megapoly.conversion.import_model import ImportOptions, import_model
     from megapoly.conversion.parity import ParityError
-    from megapoly.conversion.upcycling import OtherActivation
 
     arguments = {name: value for name, value in vars(options).items() if value is not None}
     other = {
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         if "activation" in arguments:
-            arguments["activation"] = OtherActivation(arguments["activation"], **other)
+            arguments["activation"] = ActivationChange(arguments["activation"], **other)
         elif other:
             raise ConfigError([f"{_words(other)}: nothing reads this without --activation"])
         report = import_model(ImportOptions(**arguments), Console(stderr=True))
@@ -71,7 +71,7 @@ def _words(names: Iterable[str]) -> str:
     return ", ".join("--" + options[name].replace("_", "-") for name in names)
 
 
-def _show(report: Report, output: Path) -> None:
+def _show(report: ImportReport, output: Path) -> None:
     if report.initialised or report.left:
         table = Table("", "tensors", "numbers")
         rows = {

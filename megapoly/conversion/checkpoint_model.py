@@ -12,35 +12,36 @@ from torch import Tensor
 from megapoly.conversion import tensor_map
 from megapoly.conversion.architecture import hf_config
 from megapoly.conversion.checkpoint_reader import CheckpointReader
-from megapoly.conversion.tensor_map import Link
-from megapoly.conversion.tokenizer_files import SpecialIds, check_vocabulary
+from megapoly.conversion.tensor_map import TensorMapping
+from megapoly.conversion.tokenizer_files import SpecialTokenIds, check_vocabulary
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError
 
 
-def checked_links(reader: CheckpointReader) -> list[Link]:
+def checked_mappings(reader: CheckpointReader) -> list[TensorMapping]:
     """The tensors of the checkpoint's model, each with its place, all of the checkpoint used.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, is not known, or is used in part.
     """
-    links, shapes = tensor_map.links(reader.config.model), reader.shapes
+    mappings, shapes = tensor_map.tensor_mappings(reader.config.model), reader.shapes
     problems = [
-        f"`{key}` is missing" for key in dict.fromkeys(x.key for x in links if x.key not in shapes)
+        f"`{key}` is missing"
+        for key in dict.fromkeys(x.key for x in mappings if x.key not in shapes)
     ]
-    problems += [f"`{key}` is not known" for key in shapes if key not in {x.key for x in links}]
+    problems += [f"`{key}` is not known" for key in shapes if key not in {x.key for x in mappings}]
     used: dict[str, int] = {}
-    for link in links:
-        shape = shapes.get(link.key, ())
-        used[link.key] = used.get(link.key, 0) + link.num_elements
-        block = shape[len(link.index) :]
-        fits = block == link.block
-        if link.padded and len(block) == 2:
-            fits = block[0] >= link.block[0] and block[1:] == link.block[1:]
-            used[link.key] += (block[0] - link.block[0]) * block[1]
-        if link.key in shapes and not fits:
+    for mapping in mappings:
+        shape = shapes.get(mapping.key, ())
+        used[mapping.key] = used.get(mapping.key, 0) + mapping.num_elements
+        block = shape[len(mapping.index) :]
+        fits = block == mapping.block
+        if mapping.padded and len(block) == 2:
+            fits = block[0] >= mapping.block[0] and block[1:] == mapping.block[1:]
+            used[mapping.key] += (block[0] - mapping.block[0]) * block[1]
+        if mapping.key in shapes and not fits:
             problems.append(
-                f"`{link.key}` is {shape}, with {link.block} expected for `{link.name}`"
+                f"`{mapping.key}` is {shape}, with {mapping.block} expected for `{mapping.name}`"
             )
     problems += [
         f"`{key}` has {torch.Size(shapes[key]).numel()} numbers, {count} are used"
@@ -52,10 +53,12 @@ def checked_links(reader: CheckpointReader) -> list[Link]:
             f"Every tensor of a checkpoint must be one of its configuration's model, and be used "
             f"whole. {reader.path}: {'; '.join(list(dict.fromkeys(problems))[:8])}."
         )
-    return links
+    return mappings
 
 
-def tensors_of(reader: CheckpointReader, links: Iterable[Link]) -> Iterator[tuple[Link, Tensor]]:
+def read_tensors(
+    reader: CheckpointReader, mappings: Iterable[TensorMapping]
+) -> Iterator[tuple[TensorMapping, Tensor]]:
     """Read one tensor after another; memory for two.
 
     Raises:
@@ -63,11 +66,11 @@ def tensors_of(reader: CheckpointReader, links: Iterable[Link]) -> Iterator[tupl
     """
     place: Any = None
     block = torch.empty(0)
-    for link in links:
-        if (link.key, link.index) != place:  # several are parts of one
-            place, block = (link.key, link.index), reader.read(link.key, link.index)
-            check_finite(block, f"{reader.path}: `{link.key}`")
-        yield link, link.read(block)
+    for mapping in mappings:
+        if (mapping.key, mapping.index) != place:  # several are parts of one
+            place, block = (mapping.key, mapping.index), reader.read(mapping.key, mapping.index)
+            check_finite(block, f"{reader.path}: `{mapping.key}`")
+        yield mapping, mapping.read(block)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -84,7 +87,9 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def describe(reader: CheckpointReader, special: SpecialIds, dtype: torch.dtype) -> dict[str, Any]:
+def describe(
+    reader: CheckpointReader, special: SpecialTokenIds, dtype: torch.dtype
+) -> dict[str, Any]:
     """``config.json`` of a checkpoint's model."""
     return hf_config(
         reader.config.model,

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class TensorBlock:
     """What is written at once: a tensor of the checkpoint at one layer, or layer and expert.
 
     Args:
@@ -50,7 +50,7 @@ class Block:
 
 
 def write_tensors(
-    folder: Path, blocks: Sequence[Block], dtype: torch.dtype, advance: Callable[[int], None]
+    folder: Path, blocks: Sequence[TensorBlock], dtype: torch.dtype, advance: Callable[[int], None]
 ) -> None:
     """Write blocks in the form that the engine loads at any layout (``torch_dist``).
 
@@ -80,7 +80,9 @@ def write_tensors(
 class _Planner(DefaultSavePlanner):
     """Names the blocks first, and makes each when it is written."""
 
-    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, advance: Callable[[int], None]):
+    def __init__(
+        self, blocks: Sequence[TensorBlock], dtype: torch.dtype, advance: Callable[[int], None]
+    ):
         super().__init__(flatten_state_dict=False)
         self.dtype, self.advance = dtype, advance
         self.blocks = {(block.key, _offsets(block)): block for block in blocks}
@@ -105,11 +107,11 @@ class _Planner(DefaultSavePlanner):
         return tensor.to(self.dtype).reshape(write_item.tensor_data.chunk.sizes)
 
 
-def _offsets(block: Block) -> torch.Size:
+def _offsets(block: TensorBlock) -> torch.Size:
     return torch.Size((*block.index, *(0 for _ in block.shape)))
 
 
-def _item(block: Block, offsets: torch.Size, number: int, dtype: torch.dtype) -> WriteItem:
+def _item(block: TensorBlock, offsets: torch.Size, number: int, dtype: torch.dtype) -> WriteItem:
     sizes = torch.Size((*(1 for _ in block.index), *block.shape))
     return WriteItem(
         index=MetadataIndex(block.key, offsets, number),

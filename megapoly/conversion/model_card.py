@@ -16,7 +16,7 @@ from megapoly.config.data_sources import validation_sets
 from megapoly.config.schema import BlendSource, ValidationSet
 from megapoly.conversion.checkpoint_reader import CheckpointReader
 from megapoly.conversion.parity import Parity
-from megapoly.conversion.tensor_map import links
+from megapoly.conversion.tensor_map import tensor_mappings
 
 _SOURCE = "https://arxiv.org/abs/2411.03884"
 
@@ -132,4 +132,4 @@ def _without_places(config: Config) -> Config:
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
-    return sum(link.num_elements for link in links(reader.config.model))
+    return sum(mapping.num_elements for mapping in tensor_mappings(reader.config.model))

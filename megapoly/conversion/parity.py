@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import megapoly
-from megapoly.conversion.recording import Recording
+from megapoly.conversion.module_outputs import ModuleOutputs
 from megapoly.errors import MegapolyError
 
 # Largest difference of a logit, where logits are of order one; of larger ones, relative to the
@@ -127,9 +127,9 @@ class Parity:
         )
 
 
-def difference(
-    expected: Recording,
-    found: Recording,
+def measure_parity(
+    expected: ModuleOutputs,
+    found: ModuleOutputs,
     tokens: Tensor,
     loading: dict[str, list[str]],
     *,
@@ -146,7 +146,7 @@ def difference(
         weights: see :class:`Parity`.
         tolerance: see :class:`Parity`.
     """
-    counts = not_decided_by_rounding(expected, found)
+    counts = comparable_positions(expected, found)
     if counts is None:
         counts = torch.ones_like(tokens, dtype=torch.bool)
     logits, others = expected.logits[counts], found.logits[counts]
@@ -175,7 +175,9 @@ def difference(
     )
 
 
-def module_differences(expected: Recording, found: Recording, counts: Tensor) -> dict[str, float]:
+def module_differences(
+    expected: ModuleOutputs, found: ModuleOutputs, counts: Tensor
+) -> dict[str, float]:
     """|a - b| / |a| of each module's output, in the order of computation.
 
     The whole input embedding comes first, and behind a layer's experts what they compute on rows
@@ -200,7 +202,7 @@ def _apart(a: Tensor, b: Tensor | None, counts: Tensor | None = None) -> float:
     return ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
 
 
-def experts_not_reached(recording: Recording) -> int:
+def experts_not_reached(recording: ModuleOutputs) -> int:
     """Experts of all layers that neither the text nor a row of theirs came to."""
     number = 0
     for name, probs in recording.probs.items():
@@ -210,7 +212,7 @@ def experts_not_reached(recording: Recording) -> int:
     return number
 
 
-def not_decided_by_rounding(expected: Recording, found: Recording) -> Tensor | None:
+def comparable_positions(expected: ModuleOutputs, found: ModuleOutputs) -> Tensor | None:
     """[b, s]: positions before, or of texts without, a choice between equally likely experts.
 
     A token whose last chosen and first other expert have the same probability, but for rounding,

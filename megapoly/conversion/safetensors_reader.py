@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.conversion.safetensors_files import DTYPES, INDEX_NAME
+from megapoly.conversion.safetensors_writer import DTYPES, INDEX_NAME
 from megapoly.errors import CheckpointError
 
 _DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}

@@ -1,7 +1,7 @@
-"""Which part of which checkpoint tensor every tensor of a Hugging Face folder is.
+"""Map every tensor of a Hugging Face folder to its part of a checkpoint tensor.
 
-One table serves both directions: a :class:`Link` names a *view* into the engine's tensor of one
-layer (and expert), and that view is read to export and written to import. The engine stores
+One table serves both directions. A :class:`TensorMapping` names a *view* into the engine's tensor
+of one layer (and expert); export reads that view and import writes it. The engine stores
 
     embedding.word_embeddings.weight                     [padded vocab, h]
     decoder.layers.self_attention.linear_qkv.weight      [L, groups (q + 2) d, h]
@@ -28,12 +28,12 @@ from megapoly.config import ModelConfig, ffn_width
 _LAYERS = "decoder.layers."
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
+class TensorMapping:
     """One tensor of a Hugging Face folder and its place in a checkpoint.
 
     Args:
@@ -52,7 +52,7 @@ class Link:
     index: tuple[int, ...]
     block: tuple[int, ...]
     shape: tuple[int, ...]
-    view: Callable[[Tensor], Tensor] = _whole
+    view: Callable[[Tensor], Tensor] = _identity
     descending: bool = False
     padded: bool = False
 
@@ -72,7 +72,7 @@ class Link:
         return torch.Size(self.shape).numel()
 
 
-def links(model: ModelConfig) -> list[Link]:
+def tensor_mappings(model: ModelConfig) -> list[TensorMapping]:
     """Every tensor of a model, in the order in which the model computes.
 
     Args:
@@ -85,22 +85,26 @@ def links(model: ModelConfig) -> list[Link]:
     def rows(block: Tensor) -> Tensor:
         return block[: model.vocab_size]
 
-    def padded(name: str, key: str) -> Link:
-        return Link(name, key, (), vocabulary, vocabulary, rows, padded=True)
+    def padded(name: str, key: str) -> TensorMapping:
+        return TensorMapping(name, key, (), vocabulary, vocabulary, rows, padded=True)
 
     found = [padded("model.embed_tokens.weight", "embedding.word_embeddings.weight")]
     for layer in range(model.num_layers):
-        found += _attention_links(model, layer)
+        found += _attention_mappings(model, layer)
         found += (
-            _expert_links(model, layer) if model.num_moe_experts else _dense_links(model, layer)
+            _expert_mappings(model, layer)
+            if model.num_moe_experts
+            else _dense_mappings(model, layer)
         )
-    found.append(Link("model.norm.weight", "decoder.final_layernorm.weight", (), vectors, vectors))
+    found.append(
+        TensorMapping("model.norm.weight", "decoder.final_layernorm.weight", (), vectors, vectors)
+    )
     if model.untie_embeddings_and_output_weights:
         found.append(padded("lm_head.weight", "output_layer.weight"))
     return found
 
 
-def _attention_links(model: ModelConfig, layer: int) -> Iterator[Link]:
+def _attention_mappings(model: ModelConfig, layer: int) -> Iterator[TensorMapping]:
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
     assert groups is not None and width is not None, "resolved"
     hidden_size, queries = model.hidden_size, heads // groups
@@ -116,7 +120,7 @@ def _attention_links(model: ModelConfig, layer: int) -> Iterator[Link]:
     }
     for name, part in parts.items():
         rows = (heads if name == "q" else groups) * width
-        yield Link(
+        yield TensorMapping(
             f"{to}self_attn.{name}_proj.weight",
             f"{key}linear_qkv.weight",
             index,
@@ -125,7 +129,9 @@ def _attention_links(model: ModelConfig, layer: int) -> Iterator[Link]:
             view=_of_each_group(groups, queries + 2, width, part),
         )
     output = (hidden_size, heads * width)
-    yield Link(f"{to}self_attn.o_proj.weight", f"{key}linear_proj.weight", index, output, output)
+    yield TensorMapping(
+        f"{to}self_attn.o_proj.weight", f"{key}linear_proj.weight", index, output, output
+    )
     if model.qk_norm != "none":
         full = model.qk_norm == "full"
         sizes = {"q": heads * width, "k": groups * width} if full else {"q": width, "k": width}
@@ -134,7 +140,7 @@ def _attention_links(model: ModelConfig, layer: int) -> Iterator[Link]:
             yield _vector(f"{to}self_attn.{name}_norm.weight", norm, index, size)
 
 
-def _dense_links(model: ModelConfig, layer: int) -> Iterator[Link]:
+def _dense_mappings(model: ModelConfig, layer: int) -> Iterator[TensorMapping]:
     to, key, index = f"model.layers.{layer}.", f"{_LAYERS}mlp.", (layer,)
     norm = f"{key}linear_fc1.layer_norm_weight"
     yield _vector(f"{to}post_attention_layernorm.weight", norm, index, model.hidden_size)
@@ -142,14 +148,14 @@ def _dense_links(model: ModelConfig, layer: int) -> Iterator[Link]:
     yield from _coefficients(model, f"{to}mlp.act_fn.", f"{key}activation_func.", index)
 
 
-def _expert_links(model: ModelConfig, layer: int) -> Iterator[Link]:
+def _expert_mappings(model: ModelConfig, layer: int) -> Iterator[TensorMapping]:
     assert model.num_moe_experts and model.moe_ffn_hidden_size, "resolved"
     hidden_size, num_experts = model.hidden_size, model.num_moe_experts
     to, key, index = f"model.layers.{layer}.", f"{_LAYERS}mlp.", (layer,)
     norm = f"{_LAYERS}pre_mlp_layernorm.weight"
     yield _vector(f"{to}post_attention_layernorm.weight", norm, index, hidden_size)
     router = (num_experts, hidden_size)
-    yield Link(f"{to}mlp.gate.weight", f"{key}router.weight", index, router, router)
+    yield TensorMapping(f"{to}mlp.gate.weight", f"{key}router.weight", index, router, router)
     experts, per_expert = f"{key}experts.experts.", model.activation_coefficients == "per_expert"
     for i in range(num_experts):
         place, own = f"{to}mlp.experts.{i}.", (layer, i)
@@ -167,7 +173,7 @@ def _expert_links(model: ModelConfig, layer: int) -> Iterator[Link]:
 
 def _matrices(
     model: ModelConfig, to: str, key: str, index: tuple[int, ...], size: int
-) -> Iterator[Link]:
+) -> Iterator[TensorMapping]:
     """FC1 and FC2 of one FFN; ``size`` is its width as the configuration has it."""
     width, hidden_size = ffn_width(model, size), model.hidden_size
     gated = registry.get(model.activation).gated
@@ -175,7 +181,7 @@ def _matrices(
     if gated:
         rows = {"gate": slice(0, width), "up": slice(width, 2 * width)}
     for name, part in rows.items():
-        yield Link(
+        yield TensorMapping(
             f"{to}{name}_proj.weight",
             f"{key}linear_fc1.weight",
             index,
@@ -184,10 +190,12 @@ def _matrices(
             view=_rows(part),
         )
     down = (hidden_size, width)
-    yield Link(f"{to}down_proj.weight", f"{key}linear_fc2.weight", index, down, down)
+    yield TensorMapping(f"{to}down_proj.weight", f"{key}linear_fc2.weight", index, down, down)
 
 
-def _coefficients(model: ModelConfig, to: str, key: str, index: tuple[int, ...]) -> Iterator[Link]:
+def _coefficients(
+    model: ModelConfig, to: str, key: str, index: tuple[int, ...]
+) -> Iterator[TensorMapping]:
     """The PolyCom release's weight [a_r, .., a_1] and bias [a_0] out of [a_0, .., a_r]."""
     activation, order = registry.get(model.activation), model.activation_order
     if activation.coefficients is None:
@@ -198,12 +206,12 @@ def _coefficients(model: ModelConfig, to: str, key: str, index: tuple[int, ...])
             continue
         place, block = f"{key}{name}", (order + 1,)
         powers, constant = _rows(slice(1, None)), _rows(slice(0, 1))
-        yield Link(f"{to}weight", place, index, block, (order,), powers, descending=True)
-        yield Link(f"{to}bias", place, index, block, (1,), constant)
+        yield TensorMapping(f"{to}weight", place, index, block, (order,), powers, descending=True)
+        yield TensorMapping(f"{to}bias", place, index, block, (1,), constant)
 
 
-def _vector(name: str, key: str, index: tuple[int, ...], size: int) -> Link:
-    return Link(name, key, index, (size,), (size,))
+def _vector(name: str, key: str, index: tuple[int, ...], size: int) -> TensorMapping:
+    return TensorMapping(name, key, index, (size,), (size,))
 
 
 def _rows(part: slice) -> Callable[[Tensor], Tensor]:

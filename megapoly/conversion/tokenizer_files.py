@@ -33,7 +33,7 @@ _LEFT_OUT = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SpecialIds:
+class SpecialTokenIds:
     """Ids that a model's configuration names.
 
     Args:
@@ -47,7 +47,7 @@ class SpecialIds:
     pad: int | None
 
 
-def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int) -> SpecialIds:
+def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int) -> SpecialTokenIds:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Args:
@@ -75,7 +75,7 @@ def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int)
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
     (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n")
-    return SpecialIds(
+    return SpecialTokenIds(
         bos=_id(tokenizer, "bos_token", written),
         eos=tokenizer.eod,
         pad=_id(tokenizer, "pad_token", written),

@@ -23,7 +23,7 @@ from megapoly.data.tokenizer import tokenizer_vocab_size
 from megapoly.errors import CheckpointError
 
 # What an evaluation reads and does not have to take from the checkpoint as it stands there.
-OPTIONS_OF_EVALUATION = (
+EVALUATION_OPTIONS = (
     "model.activation_backend",
     "model.activation_deterministic",
     "model.make_vocab_size_divisible_by",
@@ -90,7 +90,7 @@ def configure_evaluation(
     problems = [
         f"`{name}`: nothing reads this when a checkpoint is evaluated; leave it out"
         for name in names
-        if name not in OPTIONS_OF_EVALUATION
+        if name not in EVALUATION_OPTIONS
     ]
     if "data.validation" in names and not needs_validation:
         problems.append("`data.validation`: nothing reads this without perplexity; leave it out")

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.checkpoint_on_ranks import OpenedCheckpoint, open_checkpoint
 from megapoly.evaluation.harness import check_names, evaluate_tasks, with_data
-from megapoly.evaluation.harness_progress import OnProgress
-from megapoly.evaluation.models import checkpoint_of, open_model
+from megapoly.evaluation.lm_loader import checkpoint_of, load_lm
+from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
-from megapoly.evaluation.request import EvaluationRequest, problems_of
+from megapoly.evaluation.request import EvaluationRequest, find_problems
 from megapoly.evaluation.results import TaskResults, as_json, write_json
-from megapoly.evaluation.table import show_results
+from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import select
 from megapoly.platform import launcher
+from megapoly.platform.progress import OnProgress, counting_bar
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -57,7 +49,7 @@ def evaluate(asked: EvaluationRequest) -> None:
     """
     checkpoint = checkpoint_of(asked.model)
     num_processes = launcher.world_size()
-    problems = list(problems_of(asked, checkpoint, num_processes))
+    problems = list(find_problems(asked, checkpoint, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
     if asked.tasks:
@@ -77,13 +69,15 @@ def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found
     perplexity, model = None, {}
     if asked.perplexity:
         assert checkpoint is not None, "a problem otherwise"
-        with open_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
+        with loaded_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
             perplexity, model = report_perplexity(opened), _engine_entry(asked, opened)
     if not asked.tasks:
         return _Found(model, perplexity=perplexity)
-    device = asked.device or _default_device()
+    from megapoly.platform.device import default_device
+
+    device = asked.device or default_device()
     _message(f"{checkpoint or asked.model} on {device}")
-    lm = open_model(
+    lm = load_lm(
         checkpoint or asked.model,
         dtype=asked.dtype,
         device=device,
@@ -91,14 +85,14 @@ def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found
         add_bos=asked.add_bos,
     )
     model = _entry(asked, dtype=str(lm.model.dtype).removeprefix("torch."), device=device)
-    with _bar() as on_progress:
+    with _answers_bar() as on_progress:
         tasks = _run_tasks(asked, lm, on_progress)
     _show(asked, tasks)
     return _Found(model, tasks, perplexity)
 
 
 def _by_the_engine(asked: EvaluationRequest, checkpoint: Path) -> _Found:
-    with open_checkpoint(
+    with loaded_checkpoint(
         checkpoint,
         _words(asked),
         with_validation=asked.perplexity,
@@ -111,7 +105,7 @@ def _by_the_engine(asked: EvaluationRequest, checkpoint: Path) -> _Found:
             from megapoly.evaluation.engine_lm import EngineLM
 
             _message(f"{checkpoint} on {found.model['num_processes']} x {found.model['device']}")
-            with _bar() as on_progress:
+            with _answers_bar() as on_progress:
                 lm = EngineLM(
                     opened.model,
                     opened.tokenizer,
@@ -172,7 +166,7 @@ def _words(asked: EvaluationRequest) -> list[str]:
     return words
 
 
-def _engine_entry(asked: EvaluationRequest, opened: OpenedCheckpoint) -> dict[str, Any]:
+def _engine_entry(asked: EvaluationRequest, opened: LoadedCheckpoint) -> dict[str, Any]:
     config = opened.model.config
     return _entry(
         asked,
@@ -200,12 +194,6 @@ def _is_first() -> bool:
     return launcher.rank() == 0
 
 
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _messages() -> Console:
     return Console(stderr=True, quiet=not _is_first())
 
@@ -214,19 +202,5 @@ def _message(text: str) -> None:
     _messages().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-@contextmanager
-def _bar() -> Iterator[OnProgress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_messages()) as progress:
-        bar = progress.add_task("reading the tasks", total=None)
-
-        def on_progress(answered: int, total: int) -> None:
-            progress.update(bar, completed=answered, total=total, description="answers scored")
-
-        yield on_progress
+def _answers_bar() -> AbstractContextManager[OnProgress]:
+    return counting_bar("answers scored", _messages(), until_first="reading the tasks")

@@ -6,7 +6,7 @@ Import it after :func:`megapoly.platform.select_platform`: it brings the engine.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +23,9 @@ from megapoly.config.fp8 import sequence_multiple
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
-from megapoly.evaluation.bos import no_beginning
+from megapoly.evaluation.bos_token import missing_bos_token
 from megapoly.evaluation.token_scores import token_scores
+from megapoly.platform.progress import OnProgress
 from megapoly.training.distributed import sum_over_all
 from megapoly.training.state import ModelState, evaluation_mode
 from megapoly.training.step import run_schedule
@@ -96,7 +97,7 @@ class EngineLM(TemplateLM):
         *,
         batch_size: int | None = None,
         add_bos: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         super().__init__()
         self._state = state
@@ -108,7 +109,7 @@ class EngineLM(TemplateLM):
         if add_bos:
             beginning = tokenizer.encode_with_special_tokens("")
             if not beginning:
-                raise no_beginning()
+                raise missing_bos_token()
             self._prefix = beginning[0]
 
     @property

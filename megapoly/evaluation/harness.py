@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from megapoly import __version__
 from megapoly.errors import EvaluationError, UnavailableError
-from megapoly.evaluation.collect import collect
-from megapoly.evaluation.harness_progress import HarnessWarnings, OnProgress, followed
+from megapoly.evaluation.harness_progress import HarnessWarnings, followed
+from megapoly.evaluation.harness_results import collect
 from megapoly.evaluation.local_tasks import missing_files, write_task_files
 from megapoly.evaluation.results import Skipped, TaskResults
 from megapoly.evaluation.squad_metrics import squad_metrics_importable
 from megapoly.evaluation.tasks import TASKS, EvalTask, Selection, unknown_task
+from megapoly.platform.progress import OnProgress
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

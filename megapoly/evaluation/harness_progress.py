@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megapoly.evaluation.results import HarnessWarning
+from megapoly.platform.progress import OnProgress
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-OnProgress = Callable[[int, int], None]
 _REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 

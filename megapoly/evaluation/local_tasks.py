@@ -29,7 +29,7 @@ _MMLU_FIELDS = ("question", "choices", "answer")
 
 
 @dataclass(frozen=True)
-class LocalSet:
+class QuestionFile:
     """A benchmark's file of questions.
 
     Args:
@@ -45,62 +45,62 @@ class LocalSet:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
 
-LOCAL_SETS = {
-    "arc_easy": LocalSet("arc_easy__test.jsonl", "test", _FROZEN_FIELDS, _FROZEN),
-    "arc_challenge": LocalSet("arc_challenge__test.jsonl", "test", _FROZEN_FIELDS, _FROZEN),
-    "arc_easy_validation": LocalSet(
+QUESTION_FILES = {
+    "arc_easy": QuestionFile("arc_easy__test.jsonl", "test", _FROZEN_FIELDS, _FROZEN),
+    "arc_challenge": QuestionFile("arc_challenge__test.jsonl", "test", _FROZEN_FIELDS, _FROZEN),
+    "arc_easy_validation": QuestionFile(
         "ai2_arc__ARC-Easy__validation.jsonl", "validation", _ARC_FIELDS
     ),
-    "arc_challenge_validation": LocalSet(
+    "arc_challenge_validation": QuestionFile(
         "ai2_arc__ARC-Challenge__validation.jsonl", "validation", _ARC_FIELDS
     ),
-    "hellaswag": LocalSet(
+    "hellaswag": QuestionFile(
         "hellaswag__none__validation.jsonl",
         "validation",
         ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
     ),
-    "piqa": LocalSet(
+    "piqa": QuestionFile(
         "piqa__plain_text__validation.jsonl", "validation", ("goal", "sol1", "sol2", "label")
     ),
-    "sciq": LocalSet(
+    "sciq": QuestionFile(
         "sciq__none__validation.jsonl",
         "validation",
         ("support", "question", "distractor1", "distractor2", "distractor3", "correct_answer"),
     ),
-    "winogrande": LocalSet(
+    "winogrande": QuestionFile(
         "winogrande__winogrande_xl__validation.jsonl",
         "validation",
         ("sentence", "option1", "option2", "answer"),
     ),
-    "openbookqa": LocalSet(
+    "openbookqa": QuestionFile(
         "openbookqa__test.jsonl", "test", _FROZEN_FIELDS, {"doc_to_text": "question", **_FROZEN}
     ),
-    "openbookqa_validation": LocalSet(
+    "openbookqa_validation": QuestionFile(
         "openbookqa__main__validation.jsonl",
         "validation",
         ("question_stem", "choices", "answerKey"),
     ),
-    "copa": LocalSet(
+    "copa": QuestionFile(
         "super_glue__copa__validation.jsonl",
         "validation",
         ("premise", "question", "choice1", "choice2", "label"),
     ),
     # The original's answer is a boolean, SuperGLUE's, which the harness reads, a number `label`.
-    "boolq": LocalSet(
+    "boolq": QuestionFile(
         "boolq__none__validation.jsonl",
         "validation",
         ("passage", "question", "answer"),
         {"doc_to_target": "{{answer|int}}"},
     ),
-    "commonsense_qa": LocalSet(
+    "commonsense_qa": QuestionFile(
         "tau__commonsense_qa__none__validation.jsonl", "validation", _ARC_FIELDS
     ),
-    "social_iqa": LocalSet(
+    "social_iqa": QuestionFile(
         "social_i_qa__none__validation.jsonl",
         "validation",
         ("context", "question", "answerA", "answerB", "answerC", "label"),
     ),
-    "coqa": LocalSet(
+    "coqa": QuestionFile(
         "coqa__none__validation.jsonl", "validation", ("story", "questions", "answers")
     ),
 }
@@ -129,8 +129,8 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
     files: dict[str, tuple[str, ...]]
     if task.name in MMLU_TASKS:
         files = {file: _MMLU_FIELDS for _, file in _mmlu_files()}
-    elif task.name in LOCAL_SETS:
-        files = {LOCAL_SETS[task.name].file: LOCAL_SETS[task.name].fields}
+    elif task.name in QUESTION_FILES:
+        files = {QUESTION_FILES[task.name].file: QUESTION_FILES[task.name].fields}
     else:
         return [f"no form of `{task.name}` for a folder"]
     missing = []
@@ -144,7 +144,7 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
 
 def all_files() -> list[str]:
     """Return the names of all files that a folder can hold, in the order of the tasks."""
-    return [local.file for local in LOCAL_SETS.values()] + [file for _, file in _mmlu_files()]
+    return [local.file for local in QUESTION_FILES.values()] + [file for _, file in _mmlu_files()]
 
 
 def write_task_files(tasks: Sequence[EvalTask], folder: Path, task_data: Path | None) -> list[str]:
@@ -160,7 +160,7 @@ def write_task_files(tasks: Sequence[EvalTask], folder: Path, task_data: Path | 
     for task in tasks:
         if task.name in MMLU_TASKS:
             _write_mmlu(task, folder, task_data)
-        elif task.name in LOCAL_SETS:
+        elif task.name in QUESTION_FILES:
             _write_one(task, folder, task_data)
         else:
             names.append(task.harness_task)
@@ -176,7 +176,7 @@ def _write_one(task: EvalTask, folder: Path, task_data: Path | None) -> None:
         "tag": None,
     }
     if task_data is not None:
-        local = LOCAL_SETS[task.name]
+        local = QUESTION_FILES[task.name]
         content |= _data_source(folder, {local.split: task_data / local.file})
         # As the "test" split, whatever it is: only of that one does the harness keep the question
         # that is asked out of the examples (0.4.13, lm_eval/api/task.py, fewshot_context).

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.data_sources import MEAN, validation_sets
-from megapoly.evaluation.checkpoint_on_ranks import OpenedCheckpoint
+from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint
 
 if TYPE_CHECKING:
     from megapoly.training.evaluation import Evaluation
 
 
-def report_perplexity(opened: OpenedCheckpoint) -> dict[str, Any]:
+def report_perplexity(opened: LoadedCheckpoint) -> dict[str, Any]:
     """Evaluate the validation sets; rank 0 prints the table; collective.
 
     Args:
@@ -60,7 +60,7 @@ def perplexity_table(results: Mapping[str, Evaluation]) -> Table:
 
 
 def perplexity_record(
-    opened: OpenedCheckpoint, results: Mapping[str, Evaluation]
+    opened: LoadedCheckpoint, results: Mapping[str, Evaluation]
 ) -> dict[str, Any]:
     """What the table shows and was made from, as plain values.
 
@@ -87,7 +87,7 @@ def perplexity_record(
     } | mean
 
 
-def _headline(opened: OpenedCheckpoint) -> str:
+def _headline(opened: LoadedCheckpoint) -> str:
     training = opened.model.config.training
     part = "whole sets"
     if training.eval_iters is not None:

@@ -47,7 +47,7 @@ class EvaluationRequest:
     words: tuple[str, ...] = ()
 
 
-def problems_of(
+def find_problems(
     asked: EvaluationRequest, checkpoint: Path | None, num_processes: int
 ) -> Iterator[str]:
     """Yield what cannot be done, each with the reason and a remedy.

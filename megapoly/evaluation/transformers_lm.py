@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.bos import no_beginning
+from megapoly.evaluation.bos_token import missing_bos_token
 
 # The texts, ids of the context, ids of the continuation: what the harness hands on.
 Request = tuple[Any, list[int], list[int]]
@@ -49,7 +49,7 @@ class TransformersLM(HFLM):
     ) -> None:
         beginning = tokenizer("", add_special_tokens=True)["input_ids"] if add_bos else []
         if add_bos and not beginning:
-            raise no_beginning()
+            raise missing_bos_token()
         prefix = None
         if trained_here:
             tokenizer.split_special_tokens = True

@@ -68,6 +68,11 @@ def _two_numbers(version: str | None) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def default_device() -> str:
+    """Return ``cuda`` if torch finds a CUDA device, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(name: str, device: str) -> None:
     """Refuse a device that tensors cannot be made on.
 
@@ -96,7 +101,7 @@ def select_platform(device: str) -> Platform:
         UnavailableError: CUDA was asked for and there is none.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     from megapoly.platform import engine_workarounds
 
     engine_workarounds.install_on_every_device()

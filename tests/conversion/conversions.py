@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megapoly.conversion import comparison
-from megapoly.conversion.engine_recording import engine_model
-from megapoly.conversion.export import ExportOptions, export
-from megapoly.conversion.import_folder import ImportOptions, import_model
-from megapoly.conversion.open_model import open_model
+from megapoly.conversion import parity_check
+from megapoly.conversion.engine_outputs import engine_model
+from megapoly.conversion.export_model import ExportOptions, export_model
+from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.conversion.parity import TOLERANCE
+from megapoly.conversion.transformers_model import load_transformers_model
 from megapoly.data.tokenizer import load_tokenizer
 
 QUIET = Console(quiet=True)
@@ -35,8 +35,8 @@ def export_and_compare(pairs):
     quiet()
     results = []
     for checkpoint, output in pairs:
-        result = export(ExportOptions(checkpoint, output), QUIET)
-        prompt = comparison.real_text(load_tokenizer(output), 8)[:1]
+        result = export_model(ExportOptions(checkpoint, output), QUIET)
+        prompt = parity_check.sample_tokens(load_tokenizer(output), 8)[:1]
         results.append(
             (
                 result.to_dict(),
@@ -51,7 +51,7 @@ def export_of_rank(checkpoint, folder):
     """In a shell of a job script, whose variables name other processes."""
     quiet()
     options = ExportOptions(checkpoint, folder / os.environ["RANK"])
-    return export(options, QUIET).passed
+    return export_model(options, QUIET).passed
 
 
 def greedy_of_engine(checkpoint, tokens):
@@ -94,7 +94,9 @@ def compare_broken(checkpoint, folder, breaks, work):
         change(tensors, config)
         save_file({k: t.contiguous() for k, t in tensors.items()}, weights, {"format": "pt"})
         (broken / "config.json").write_text(json.dumps(config))
-        result = comparison.compare_export(checkpoint, broken, torch.float32, TOLERANCE, QUIET)
+        result = parity_check.check_export_parity(
+            checkpoint, broken, torch.float32, TOLERANCE, QUIET
+        )
         results[name] = (result.passed, result.first_difference, result.loading)
     return results
 
@@ -104,26 +106,26 @@ def export_broken(checkpoint, output):
     quiet()
     from megapoly.conversion import tensor_map
 
-    right = tensor_map._attention_links
+    right = tensor_map._attention_mappings
 
     def swapped(model, layer):
-        links = list(right(model, layer))
-        q, k = (next(x for x in links if f".{n}_proj" in x.name) for n in "qk")
-        for link in links:
-            if link is q or link is k:
-                other = k if link is q else q
-                link = type(link)(**(vars(link) | {"view": other.view}))
-            yield link
+        mappings = list(right(model, layer))
+        q, k = (next(x for x in mappings if f".{n}_proj" in x.name) for n in "qk")
+        for mapping in mappings:
+            if mapping is q or mapping is k:
+                other = k if mapping is q else q
+                mapping = type(mapping)(**(vars(mapping) | {"view": other.view}))
+            yield mapping
 
-    tensor_map._attention_links = swapped
-    export(ExportOptions(checkpoint, output), QUIET)
+    tensor_map._attention_mappings = swapped
+    export_model(ExportOptions(checkpoint, output), QUIET)
 
 
 def import_and_back(folder, checkpoint, back, options=()):
     """Import a folder and export the result; returns the report of the import."""
     quiet()
     report = import_model(ImportOptions(Path(folder), checkpoint, **dict(options)), QUIET)
-    export(ExportOptions(checkpoint, back, skip_parity=True), QUIET)
+    export_model(ExportOptions(checkpoint, back, skip_parity=True), QUIET)
     return report.to_dict()
 
 
@@ -135,8 +137,10 @@ def import_only(folder, checkpoint, options=()):
 def parity_with_layers_on_disk(checkpoint, folder):
     """As for a model that memory has no room for."""
     quiet()
-    comparison.MEMORY_SHARE = 0.0
-    return comparison.compare_export(checkpoint, folder, torch.float32, TOLERANCE, QUIET).to_dict()
+    parity_check.MEMORY_SHARE = 0.0
+    return parity_check.check_export_parity(
+        checkpoint, folder, torch.float32, TOLERANCE, QUIET
+    ).to_dict()
 
 
 def open_in_memory(checkpoint, folder, tokens):
@@ -145,6 +149,6 @@ def open_in_memory(checkpoint, folder, tokens):
     ids = torch.tensor([tokens])
     with torch.no_grad():
         return [
-            open_model(path, dtype=torch.float32)[0](ids).logits.numpy()
+            load_transformers_model(path, dtype=torch.float32)[0](ids).logits.numpy()
             for path in (checkpoint, folder)
         ]

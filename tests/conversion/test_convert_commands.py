@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.commands import export, import_
-from megapoly.conversion import export as exporting
+from megapoly.conversion import export_model
 from megapoly.conversion.parity import ParityError
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def test_status_of_a_model_that_differs(monkeypatch, tmp_path, capsys):
     def differs(options, console):
         raise ParityError("the first module that differs is `lm_head`")
 
-    monkeypatch.setattr(exporting, "export", differs)
+    monkeypatch.setattr(export_model, "export_model", differs)
     words = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "hf")]
     assert export.main(words) == 1
     assert "lm_head" in capsys.readouterr().err

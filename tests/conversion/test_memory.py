@@ -18,9 +18,9 @@ from megapoly.platform.machine import CPU
 from megapoly.config import Config, to_yaml
 from megapoly.config.resolve import resolve
 from megapoly.conversion import tensor_map
-from megapoly.conversion.checkpoint_writer import Block, write_tensors
-from megapoly.conversion.export import ExportOptions, export
-from megapoly.conversion.import_folder import ImportOptions, import_model
+from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
+from megapoly.conversion.export_model import ExportOptions, export_model
+from megapoly.conversion.import_model import ImportOptions, import_model
 
 def anonymous_mb():
     # Without mapped files, of which the system drops what it needs room for.
@@ -52,11 +52,12 @@ config.model.vocab_size, config.training.train_iters = 8192, 1
 config = resolve(config, tokenizer_vocab_size=4096, machine=CPU)
 model = config.model
 blocks, total = [], 0
-groups = itertools.groupby(tensor_map.links(model), key=lambda link: (link.key, link.index))
-for (key, index), links in groups:
-    shape = next(links).block
+mappings_of_model = tensor_map.tensor_mappings(model)
+groups = itertools.groupby(mappings_of_model, key=lambda each: (each.key, each.index))
+for (key, index), mappings in groups:
+    shape = next(mappings).block
     axes = (model.num_layers, model.num_moe_experts)[: len(index)]
-    blocks.append(Block(key, index, axes, shape, partial(torch.full, shape, 0.5)))
+    blocks.append(TensorBlock(key, index, axes, shape, partial(torch.full, shape, 0.5)))
     total += 4 * torch.Size(shape).numel() / 2**20
 (folder / "in").mkdir()
 with Peak(name="write"):
@@ -66,7 +67,7 @@ run = {"iteration": 1, "consumed_tokens": 1, "data_fingerprint": ""}
 (folder / "in" / "run.json").write_text(json.dumps(run))
 quiet = Console(quiet=True)
 with Peak(name="export"):
-    export(ExportOptions(folder / "in", folder / "hf", skip_parity=True), quiet)
+    export_model(ExportOptions(folder / "in", folder / "hf", skip_parity=True), quiet)
 with Peak(name="import"):
     import_model(ImportOptions(folder / "hf", folder / "back", skip_parity=True), quiet)
 print(json.dumps(used | {"total": total}))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from conversions import compare_broken
 
+from megapoly.conversion.module_outputs import ModuleOutputs, expert_probe_rows
 from megapoly.conversion.parity import (
-    difference,
+    comparable_positions,
     experts_not_reached,
-    not_decided_by_rounding,
+    measure_parity,
 )
-from megapoly.conversion.recording import Recording, rows_for_every_expert
 from megapoly.testing import run_on_ranks
 
 
@@ -197,7 +197,7 @@ def test_every_break_is_noticed_and_located(trained, exported, tmp_path, model):
 
 
 def recording(logits, probs=None):
-    made = Recording({"model.layers.0.mlp": torch.ones(1, 3, 2), "lm_head": logits})
+    made = ModuleOutputs({"model.layers.0.mlp": torch.ones(1, 3, 2), "lm_head": logits})
     if probs is not None:
         made.probs["model.layers.0.mlp"] = probs
     return made
@@ -226,7 +226,7 @@ def test_experts_that_the_text_leaves_out_are_compared():
 def test_rows_reach_every_expert():
     torch.manual_seed(0)
     weight = torch.randn(64, 48) * 0.02
-    rows = rows_for_every_expert(weight)
+    rows = expert_probe_rows(weight)
     chosen = (rows[0] @ weight.T).topk(2).indices
     assert set(chosen.flatten().tolist()) == set(range(64))
 
@@ -243,7 +243,7 @@ def test_a_large_logit_excuses_its_position_alone():
 
 def compared(expected, found):
     tokens = torch.tensor([[1, 0, 1]])
-    return difference(expected, found, tokens, {}, weights="float32", tolerance=1e-5)
+    return measure_parity(expected, found, tokens, {}, weights="float32", tolerance=1e-5)
 
 
 def test_figures_by_hand():
@@ -287,4 +287,4 @@ def test_experts_of_other_probability_count():
     other = torch.tensor([[[0.4, 0.0, 0.2]]])
     a = recording(torch.zeros(1, 1, 2), probs)
     b = recording(torch.zeros(1, 1, 2), other)
-    assert not_decided_by_rounding(a, b).all()
+    assert comparable_positions(a, b).all()

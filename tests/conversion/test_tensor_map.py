@@ -8,7 +8,7 @@ import torch
 
 from megapoly.config import Config
 from megapoly.config.resolve import resolve
-from megapoly.conversion.tensor_map import links
+from megapoly.conversion.tensor_map import tensor_mappings
 from megapoly.platform.machine import CPU
 
 DENSE = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 4, "num_query_groups": 2}
@@ -33,7 +33,9 @@ def model_of(fields):
 
 
 def blocks_of(model):
-    for _, group in groupby(links(model), key=lambda link: (link.key, link.index)):
+    for _, group in groupby(
+        tensor_mappings(model), key=lambda mapping: (mapping.key, mapping.index)
+    ):
         yield list(group)
 
 
@@ -43,14 +45,14 @@ def test_parts_of_a_block_are_all_of_it_and_go_back(name):
     for parts in blocks_of(model):
         size = torch.Size(parts[0].block).numel()
         block = torch.arange(size, dtype=torch.float).view(parts[0].block)
-        tensors = [link.read(block) for link in parts]
+        tensors = [mapping.read(block) for mapping in parts]
         numbers = torch.cat([tensor.flatten() for tensor in tensors])
         assert torch.equal(numbers.sort().values, torch.arange(size, dtype=torch.float))
-        for link, tensor in zip(parts, tensors, strict=True):
-            assert tuple(tensor.shape) == link.shape
+        for mapping, tensor in zip(parts, tensors, strict=True):
+            assert tuple(tensor.shape) == mapping.shape
         again = torch.full_like(block, -1)
-        for link, tensor in zip(parts, tensors, strict=True):
-            link.write(tensor, again)
+        for mapping, tensor in zip(parts, tensors, strict=True):
+            mapping.write(tensor, again)
         assert torch.equal(again, block)
 
 
@@ -72,16 +74,16 @@ def test_names_are_those_of_transformers(name):
         fields.pop(field, None)
     with torch.device("meta"):
         if name == "swiglu":  # in memory its experts are one tensor in transformers 5
-            shapes = {link.name: link.shape for link in links(model)}
+            shapes = {mapping.name: mapping.shape for mapping in tensor_mappings(model)}
             loaded = OlmoeForCausalLM(OlmoeConfig(**fields))
             assert sum(torch.Size(s).numel() for s in shapes.values()) == loaded.num_parameters()
             return
         loaded = MegapolyForCausalLM(MegapolyConfig(**fields))
     expected = {n: tuple(p.shape) for n, p in loaded.named_parameters()}
-    assert {link.name: link.shape for link in links(model)} == expected
+    assert {mapping.name: mapping.shape for mapping in tensor_mappings(model)} == expected
 
 
 def test_names_are_unique():
     for fields in MODELS.values():
-        names = [link.name for link in links(model_of(fields))]
+        names = [mapping.name for mapping in tensor_mappings(model_of(fields))]
         assert len(names) == len(set(names))

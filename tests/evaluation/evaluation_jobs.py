@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megapoly.evaluation.checkpoint_on_ranks import open_checkpoint
+from megapoly.evaluation.loaded_checkpoint import loaded_checkpoint
 
 TALE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in "
@@ -54,7 +54,7 @@ def evaluate_everything(
 ) -> Outcome:
     """Validation sets and requests at a layout; ``greedy`` None: also all by hand."""
     warnings.filterwarnings("ignore")
-    with open_checkpoint(checkpoint, words, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, words, with_validation=True) as opened:
         from lm_eval.api.instance import Instance
 
         from megapoly.evaluation.engine_lm import EngineLM

@@ -12,7 +12,7 @@ from megapoly.config.parsing import to_yaml
 from megapoly.config.resolve import resolve
 from megapoly.config.schema import Config
 from megapoly.errors import CheckpointError, ConfigError
-from megapoly.evaluation.checkpoint_config import OPTIONS_OF_EVALUATION, configure_evaluation
+from megapoly.evaluation.checkpoint_config import EVALUATION_OPTIONS, configure_evaluation
 from megapoly.platform.machine import CPU
 
 
@@ -110,4 +110,4 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def test_options_of_evaluation_exist() -> None:
-    assert set(OPTIONS_OF_EVALUATION) <= set(OPTIONS)
+    assert set(EVALUATION_OPTIONS) <= set(OPTIONS)

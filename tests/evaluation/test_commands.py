@@ -15,10 +15,10 @@ from evaluation_jobs import evaluate_command
 from rich.console import Console
 
 from megapoly.commands import evaluate, export_benchmarks
-from megapoly.conversion.import_folder import ImportOptions, import_model
-from megapoly.evaluation.checkpoint_config import OPTIONS_OF_EVALUATION
-from megapoly.evaluation.local_tasks import LOCAL_SETS, all_files
-from megapoly.evaluation.request import problems_of
+from megapoly.conversion.import_model import ImportOptions, import_model
+from megapoly.evaluation.checkpoint_config import EVALUATION_OPTIONS
+from megapoly.evaluation.local_tasks import QUESTION_FILES, all_files
+from megapoly.evaluation.request import find_problems
 from megapoly.evaluation.tasks import GROUPS, TASKS
 from megapoly.testing import run_on_ranks
 
@@ -54,7 +54,7 @@ def test_evaluate_says_why_not(export, task_data, tmp_path, capsys):
     assert "is no model: a folder in Hugging Face's format has a" in capsys.readouterr().err
     words = ["--model", str(export), "--tasks", "piqa", "--task-data", str(tmp_path)]
     assert evaluate.main(words) == 2
-    assert f"  piqa: {LOCAL_SETS['piqa'].file}\n" in capsys.readouterr().err
+    assert f"  piqa: {QUESTION_FILES['piqa'].file}\n" in capsys.readouterr().err
     assert evaluate.main([*words, "--json", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"`--json` ({tmp_path}) cannot be written: Is a directory\n"
 
@@ -193,10 +193,10 @@ def test_documented_commands(text):
         start, _, words = line.partition("megapoly evaluate ")
         asked = evaluate._parse(shlex.split(words), silent=False)
         checkpoint = None if asked.model == Path("exported") else asked.model
-        assert not list(problems_of(asked, checkpoint, 2 if "torchrun" in start else 1))
+        assert not list(find_problems(asked, checkpoint, 2 if "torchrun" in start else 1))
         assert set(asked.tasks) <= {*GROUPS, *TASKS}
         options = {word[2:] for word in asked.words if word.startswith("--")}
-        assert options <= set(OPTIONS_OF_EVALUATION)
+        assert options <= set(EVALUATION_OPTIONS)
 
 
 def test_the_command_does_not_hide_the_package_of_its_name():
@@ -227,7 +227,7 @@ def test_export_benchmarks(tmp_path, monkeypatch, capsys):
     assert export_benchmarks.main([str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("wrote 4 files to ")
     assert len(list((tmp_path / "out").iterdir())) == 4
-    [line] = (tmp_path / "out" / LOCAL_SETS["piqa"].file).read_text().splitlines()
+    [line] = (tmp_path / "out" / QUESTION_FILES["piqa"].file).read_text().splitlines()
     assert line == '{"goal": "Größe", "label": 0, "sol1": "a", "sol2": "b"}'
     [line] = (tmp_path / "out" / "openbookqa__test.jsonl").read_text().splitlines()
     assert json.loads(line) == {"choices": ["a"], "gold": 0, "id": "x", "question": "Why?"}

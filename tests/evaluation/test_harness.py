@@ -12,10 +12,10 @@ from questions import ShortAnswers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.collect import collect
 from megapoly.evaluation.harness import SEEDS, evaluate_tasks
-from megapoly.evaluation.local_tasks import LOCAL_SETS
-from megapoly.evaluation.models import open_model
+from megapoly.evaluation.harness_results import collect
+from megapoly.evaluation.lm_loader import load_lm
+from megapoly.evaluation.local_tasks import QUESTION_FILES
 from megapoly.evaluation.tasks import EvalTask, select
 
 NUM_QUESTIONS = 24
@@ -74,7 +74,7 @@ def hand_checked(export, tmp_path_factory):
             by_length = [score / len(each) for score, each in zip(scores, answers, strict=True)]
             right += scores.index(max(scores)) == gold
             right_by_length += by_length.index(max(by_length)) == gold
-        (folder / LOCAL_SETS[name].file).write_text("".join(lines))
+        (folder / QUESTION_FILES[name].file).write_text("".join(lines))
         expected[name] = right / NUM_QUESTIONS, right_by_length / NUM_QUESTIONS
     return folder, expected
 
@@ -82,7 +82,7 @@ def hand_checked(export, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_by_hand(export, hand_checked, batch_size):
     folder, expected = hand_checked
-    lm = open_model(export, dtype="float32", device="cpu", batch_size=batch_size)
+    lm = load_lm(export, dtype="float32", device="cpu", batch_size=batch_size)
     results = evaluate_tasks(lm, select(HAND_CHECKED), task_data=folder)
     for name, (accuracy, by_length) in expected.items():
         metrics = results.find(name).metrics
@@ -138,7 +138,7 @@ def test_progress_counts_answers(task_data):
 
 
 def test_one_bar_in_the_place_of_the_models_own(export, task_data, capfd):
-    lm, seen = open_model(export, dtype="float32", device="cpu", batch_size=2), []
+    lm, seen = load_lm(export, dtype="float32", device="cpu", batch_size=2), []
     method = lm.loglikelihood
     evaluate_tasks(
         lm, select(["piqa"]), task_data=task_data, on_progress=lambda *counts: seen.append(counts)
@@ -151,8 +151,8 @@ def test_one_bar_in_the_place_of_the_models_own(export, task_data, capfd):
 def test_warnings_of_the_harness_are_counted(export, task_data, tmp_path):
     answers = {"sol1": "Hang it up.", "sol2": "Put it away.", "label": 0}
     lines = [json.dumps({"goal": f"{i} " + "tar " * 600, **answers}) + "\n" for i in range(3)]
-    (tmp_path / LOCAL_SETS["piqa"].file).write_text("".join(lines))
-    lm = open_model(export, dtype="float32", device="cpu", batch_size=1)
+    (tmp_path / QUESTION_FILES["piqa"].file).write_text("".join(lines))
+    lm = load_lm(export, dtype="float32", device="cpu", batch_size=1)
     [warning] = evaluate_tasks(lm, select(["piqa"]), task_data=tmp_path).warnings
     assert "exceeds model's maximum length (512)" in warning.text and warning.count == 6
     assert evaluate_tasks(ShortAnswers(), select(["copa"]), task_data=task_data).warnings == ()
@@ -165,7 +165,7 @@ def test_other_ranks_have_no_results(task_data, monkeypatch):
 
 def test_missing_files(task_data, tmp_path):
     for name in ("piqa", "copa"):
-        file = LOCAL_SETS[name].file
+        file = QUESTION_FILES[name].file
         (tmp_path / file).write_text((task_data / file).read_text())
     selection = select(["piqa", "coqa", "mmlu", "copa", "lambada_openai"])
     with pytest.raises(EvaluationError) as error:
@@ -201,7 +201,7 @@ def test_no_folder(tmp_path):
 
 
 def test_damaged_file(task_data, tmp_path):
-    file = LOCAL_SETS["piqa"].file
+    file = QUESTION_FILES["piqa"].file
     (tmp_path / file).write_text((task_data / file).read_text() + "{")
     with pytest.raises(EvaluationError, match="line 3 of .*piqa.* is no JSON object"):
         evaluate_tasks(ShortAnswers(), select(["piqa"]), task_data=tmp_path)
@@ -224,7 +224,7 @@ def test_a_tag_of_the_harness_gives_a_result_for_each_task(task_data, tmp_path):
             "tag": "drying",
             "dataset_path": "json",
             "dataset_kwargs": {
-                "data_files": {"test": str(task_data / LOCAL_SETS["piqa"].file)},
+                "data_files": {"test": str(task_data / QUESTION_FILES["piqa"].file)},
                 "cache_dir": str(tmp_path / "cache"),
             },
             "test_split": "test",

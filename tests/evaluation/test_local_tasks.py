@@ -7,7 +7,7 @@ from questions import BY_FILE, ShortAnswers
 
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import evaluate_tasks
-from megapoly.evaluation.local_tasks import LOCAL_SETS, missing_files
+from megapoly.evaluation.local_tasks import QUESTION_FILES, missing_files
 from megapoly.evaluation.tasks import TASKS, select
 
 # Prompt and answers of the first question of each; the part of all questions whose right answer is
@@ -64,7 +64,7 @@ def mmlu(task_data):
 
 
 def test_every_set_is_covered():
-    assert set(PLAIN) == set(LOCAL_SETS)
+    assert set(PLAIN) == set(QUESTION_FILES)
     assert {*PLAIN, "mmlu", "mmlu_continuation"} == set(TASKS)
 
 
@@ -76,9 +76,9 @@ def test_prompts_and_score(plain, name):
     assert asked[: len(answers)] == answers
     result = results.find(name)
     assert result.metrics["acc"].value == pytest.approx(accuracy)
-    count = len(BY_FILE[LOCAL_SETS[name].file])
+    count = len(BY_FILE[QUESTION_FILES[name].file])
     assert (result.num_questions, result.num_questions_in_split) == (count, count)
-    assert result.num_fewshot == 0 and result.split == LOCAL_SETS[name].split
+    assert result.num_fewshot == 0 and result.split == QUESTION_FILES[name].split
     stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1))
     assert result.metrics["acc"].stderr == pytest.approx(stderr)
 
@@ -137,7 +137,7 @@ def test_examples_never_hold_the_question(task_data):
 
 
 def test_a_field_is_missing(task_data, tmp_path):
-    file = LOCAL_SETS["piqa"].file
+    file = QUESTION_FILES["piqa"].file
     (tmp_path / file).write_text('{"goal": "Dry a shirt", "sol1": "Hang it up.", "label": 0}\n')
     with pytest.raises(EvaluationError, match=rf"line 1 of `.*{file}` lacks sol2; each must have"):
         missing_files(TASKS["piqa"], tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from questions import ShortAnswers
 
 from megapoly.evaluation.harness import evaluate_tasks
-from megapoly.evaluation.local_tasks import LOCAL_SETS
+from megapoly.evaluation.local_tasks import QUESTION_FILES
 from megapoly.evaluation.results import as_json, write_json
 from megapoly.evaluation.tasks import GROUPS, select
 
@@ -51,7 +51,7 @@ def test_json(table1, tmp_path):
 
 def test_no_average_where_a_task_is_missing(task_data, tmp_path):
     for name in set(GROUPS["table1"]) - {"sciq"}:
-        file = LOCAL_SETS[name].file
+        file = QUESTION_FILES[name].file
         (tmp_path / file).write_text((task_data / file).read_text())
     results = evaluate_tasks(
         ShortAnswers(), select(["table1"]), task_data=tmp_path, skip_missing=True

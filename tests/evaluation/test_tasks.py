@@ -3,7 +3,7 @@
 import pytest
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.paper_figures import PAPER_TABLES
+from megapoly.evaluation.paper_tables import PAPER_TABLES
 from megapoly.evaluation.tasks import GROUPS, TASKS, select
 
 ARC_SIZES = {  # Clark et al., 2018, Table 1: questions of the validation and of the test split

@@ -5,24 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from megapoly.data.files import write_text
 from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
 from megapoly.platform import launcher
+from megapoly.platform.progress import counting_bar
 from megapoly.study.comparison.outcome import chosen_runs
 
 if TYPE_CHECKING:
@@ -88,10 +80,11 @@ def analyze(asked: AnalysisRequest) -> Path:
         )
     _check_replaces(output, asked.parts)
     from megapoly.conversion.checkpoint_reader import CheckpointReader
+    from megapoly.platform.device import default_device
 
     reader = CheckpointReader(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    device = asked.device or _default_device()
+    device = asked.device or default_device()
     analysis = _description(asked, checkpoint, reader.config, reader.run)
     # First: the engine's import must find the process as it is at its start.
     if set(asked.parts) & set(ON_TEXT):
@@ -99,7 +92,7 @@ def analyze(asked: AnalysisRequest) -> Path:
     if "rank" in asked.parts:
         from megapoly.study.analysis.effective_rank import effective_ranks
 
-        with _bar("effective rank, matrices") as on_progress:
+        with counting_bar("effective rank, matrices", _messages()) as on_progress:
             analysis["effective_rank"] = effective_ranks(reader, device, on_progress)
     if "coefficients" in asked.parts:
         from megapoly.study.analysis.coefficients import coefficient_series
@@ -219,12 +212,6 @@ def _find(path: Path) -> tuple[Path, Path | None]:
     return checkpoint, folder.parent if folder.name == "checkpoints" else None
 
 
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _description(
     asked: AnalysisRequest, checkpoint: Path, config: Config, run: dict[str, Any]
 ) -> dict[str, Any]:
@@ -255,18 +242,18 @@ def _on_text(
     asked: AnalysisRequest, checkpoint: Path, activation: str, device: str
 ) -> dict[str, Any]:
     from megapoly.activations import registry
-    from megapoly.evaluation.checkpoint_on_ranks import open_checkpoint
+    from megapoly.evaluation.loaded_checkpoint import loaded_checkpoint
 
     words = [*asked.words, f"--training.device={device}"]
     if registry.get(activation).has_coefficients:
         # Kernels that are compiled for a few thousand tokens would take longer than these.
         words.insert(0, "--model.activation_backend=reference")
-    with open_checkpoint(checkpoint, words, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, words, with_validation=True) as opened:
         from megapoly.study.analysis.forward_pass import run_on_text
 
         for warning in opened.warnings:
             _messages().print(f"note: {warning}", markup=False, soft_wrap=True)
-        with _bar("the model on text, tokens") as on_progress:
+        with counting_bar("the model on text, tokens", _messages()) as on_progress:
             findings = run_on_text(
                 opened.model,
                 opened.validation,
@@ -317,17 +304,3 @@ def _write(output: Path, analysis: dict[str, Any]) -> None:
 
 def _messages() -> Console:
     return Console(stderr=True)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_messages()) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

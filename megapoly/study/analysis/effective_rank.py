@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.conversion.checkpoint_model import checked_links, tensors_of
+from megapoly.conversion.checkpoint_model import checked_mappings, read_tensors
 from megapoly.conversion.checkpoint_reader import CheckpointReader
-from megapoly.conversion.tensor_map import Link
+from megapoly.conversion.tensor_map import TensorMapping
 
 METHOD = (
     "Erank = exp(-sum p_i ln p_i), p_i = s_i / sum s (Eq. 36); the singular values s_i are the "
@@ -82,7 +82,7 @@ def ffn_weights(reader: CheckpointReader) -> Iterator[tuple[dict[str, Any], Tens
     """
     wanted = list(_links(reader))
     gate: Tensor | None = None
-    for link, tensor in tensors_of(reader, wanted):
+    for link, tensor in read_tensors(reader, wanted):
         name = _match(link)["name"]
         if name == "gate":
             gate = tensor
@@ -120,17 +120,17 @@ def effective_ranks(
     return {"method": METHOD, "weights": weights}
 
 
-def _links(reader: CheckpointReader) -> Iterator[Link]:
-    return (link for link in checked_links(reader) if _FFN_WEIGHT.fullmatch(link.name))
+def _links(reader: CheckpointReader) -> Iterator[TensorMapping]:
+    return (link for link in checked_mappings(reader) if _FFN_WEIGHT.fullmatch(link.name))
 
 
-def _match(link: Link) -> re.Match[str]:
+def _match(link: TensorMapping) -> re.Match[str]:
     match = _FFN_WEIGHT.fullmatch(link.name)
     assert match is not None, "chosen by it"
     return match
 
 
-def _entry(link: Link, weight: str, matrix: Tensor) -> dict[str, Any]:
+def _entry(link: TensorMapping, weight: str, matrix: Tensor) -> dict[str, Any]:
     match = _match(link)
     expert = match["expert"]
     kind = "experts" if match["routed"] else "shared_experts" if match["shared"] else "ffn"

@@ -38,10 +38,10 @@ def analysed(checkpoint, output, *arguments):
 def similarity_by_recording(checkpoint, prefix, num_tokens):
     """The matrix from outputs that the conversion's comparison records, layer by layer on disk."""
     warnings.filterwarnings("ignore")
-    from megapoly.conversion.engine_recording import record_checkpoint
+    from megapoly.conversion.engine_outputs import engine_module_outputs
 
     ids = np.fromfile(f"{prefix}.bin", dtype=np.uint16)[:num_tokens].astype(np.int64)
-    recording = record_checkpoint(Path(checkpoint), torch.from_numpy(ids)[None], torch.float32)
+    recording = engine_module_outputs(Path(checkpoint), torch.from_numpy(ids)[None], torch.float32)
     names = ["model.embed_tokens"]
     names += sorted(n for n in recording.outputs if n.count(".") == 2 and ".layers." in n)
     states = [recording.outputs[name][0].double().numpy() for name in names]

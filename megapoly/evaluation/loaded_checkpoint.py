@@ -24,7 +24,7 @@ _FAREWELL_S, _PAUSE_S = 5.0, 0.01
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
+class LoadedCheckpoint:
     """A model on all ranks, and what it is evaluated with.
 
     Args:
@@ -45,13 +45,13 @@ class OpenedCheckpoint:
 
 
 @contextlib.contextmanager
-def open_checkpoint(
+def loaded_checkpoint(
     path: Path,
     overrides: Sequence[str] = (),
     *,
     with_validation: bool = False,
     check: Callable[[], None] | None = None,
-) -> Iterator[OpenedCheckpoint]:
+) -> Iterator[LoadedCheckpoint]:
     """Load the model of a checkpoint on all ranks of the job; collective.
 
     Makes the process groups, which end with the context. Rank and number of processes come from
@@ -98,7 +98,7 @@ def open_checkpoint(
         with model_groups(config):
             model = load_model(config, platform, path)
             try:
-                yield OpenedCheckpoint(
+                yield LoadedCheckpoint(
                     path, position["iteration"], model, tokenizer, validation, warnings
                 )
             except MegapolyError:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.conversion.recording import Recording, sums_of_rows
+from megapoly.conversion.module_outputs import ModuleOutputs, row_projections
 
 
-def record_export(model: Any, tokens: Tensor, rows: Mapping[str, Tensor]) -> Recording:
+def transformers_module_outputs(
+    model: Any, tokens: Tensor, rows: Mapping[str, Tensor]
+) -> ModuleOutputs:
     """Run an exported model.
 
     Args:
@@ -20,7 +22,7 @@ def record_export(model: Any, tokens: Tensor, rows: Mapping[str, Tensor]) -> Rec
         tokens: [b, s].
         rows: that reach every expert, by the module of the experts.
     """
-    recording = Recording()
+    recording = ModuleOutputs()
     with ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
             if _is_compared(name):
@@ -33,7 +35,7 @@ def record_export(model: Any, tokens: Tensor, rows: Mapping[str, Tensor]) -> Rec
                 )
         logits = model(input_ids=tokens, use_cache=False).logits
         recording.keep("lm_head", logits)
-        recording.embedding = sums_of_rows(model.get_input_embeddings().weight)
+        recording.embedding = row_projections(model.get_input_embeddings().weight)
     return recording
 
 
@@ -53,7 +55,7 @@ def _is_compared(name: str) -> bool:
     ]
 
 
-def _keep_output(module: Any, name: str, recording: Recording) -> Callable[[], None]:
+def _keep_output(module: Any, name: str, recording: ModuleOutputs) -> Callable[[], None]:
     def hook(_: Any, __: Any, output: Any) -> None:
         recording.keep(name, output[0] if isinstance(output, tuple) else output)
 
@@ -61,7 +63,7 @@ def _keep_output(module: Any, name: str, recording: Recording) -> Callable[[], N
 
 
 def _keep_routing(
-    gate: Any, mlp: Any, place: str, config: Any, rows: Tensor, recording: Recording
+    gate: Any, mlp: Any, place: str, config: Any, rows: Tensor, recording: ModuleOutputs
 ) -> Callable[[], None]:
     """The router's choices on the text, and on the rows that reach every expert."""
     routed: dict[str, Tensor] = {}

@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 
 from megapoly.conversion.checkpoint_model import (
     check_finite,
-    checked_links,
+    checked_mappings,
     is_trained_with,
     tokenizer_source,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader
-from megapoly.conversion.export import ExportOptions, export
+from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.parity import ParityError
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
 from megapoly.errors import CheckpointError
@@ -137,7 +137,7 @@ def test_dtype_and_shards(trained, exported, tmp_path):
         max_shard_size=100_000,
         skip_parity=True,
     )
-    assert export(options, QUIET) is None
+    assert export_model(options, QUIET) is None
     index = json.loads((output / "model.safetensors.index.json").read_text())["weight_map"]
     with safe_open(folder / "model.safetensors", framework="pt") as whole:
         assert set(whole.keys()) == set(index)
@@ -187,11 +187,11 @@ def test_an_existing_folder_is_left_alone(trained, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     for overwrite, match in ((False, "add --overwrite"), (True, "has none of parity.json")):
         with pytest.raises(CheckpointError, match=match):
-            export(ExportOptions(trained("dense"), tmp_path, overwrite=overwrite), QUIET)
+            export_model(ExportOptions(trained("dense"), tmp_path, overwrite=overwrite), QUIET)
     with pytest.raises(CheckpointError, match="is a file"):
-        export(ExportOptions(trained("dense"), tmp_path / "mine.txt", overwrite=True), QUIET)
+        export_model(ExportOptions(trained("dense"), tmp_path / "mine.txt", overwrite=True), QUIET)
     with pytest.raises(CheckpointError, match="cannot be made"):
-        export(ExportOptions(trained("dense"), tmp_path / "mine.txt" / "hf"), QUIET)
+        export_model(ExportOptions(trained("dense"), tmp_path / "mine.txt" / "hf"), QUIET)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.txt"]
 
@@ -201,15 +201,15 @@ def test_the_source_is_left_alone(trained):
     before = sorted(checkpoint.parents[1].rglob("*"))
     for output in (checkpoint, checkpoint.parents[1], checkpoint / "hf"):
         with pytest.raises(CheckpointError, match="neither in what is converted"):
-            export(ExportOptions(checkpoint, output, overwrite=True), QUIET)
+            export_model(ExportOptions(checkpoint, output, overwrite=True), QUIET)
     assert sorted(checkpoint.parents[1].rglob("*")) == before
 
 
 def test_an_export_replaces_an_export(trained, tmp_path):
     options = ExportOptions(trained("dense"), tmp_path / "hf", skip_parity=True, overwrite=True)
-    export(options, QUIET)
+    export_model(options, QUIET)
     (tmp_path / "hf" / "left.txt").write_text("of the first")
-    export(options, QUIET)
+    export_model(options, QUIET)
     assert not (tmp_path / "hf" / "left.txt").exists()
     assert list(tmp_path.iterdir()) == [tmp_path / "hf"]
 
@@ -236,7 +236,7 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
     for change, match in changes.items():
         folder = copy_with(trained("dense"), tmp_path / change.__name__, change)
         with pytest.raises(CheckpointError, match=match):
-            export(ExportOptions(folder, tmp_path / "hf", skip_parity=True), QUIET)
+            export_model(ExportOptions(folder, tmp_path / "hf", skip_parity=True), QUIET)
     assert not (tmp_path / "hf").exists()
 
 
@@ -254,7 +254,7 @@ def test_another_tokenizer(trained, tmp_path):
     (tmp_path / "larger.json").write_text(json.dumps(larger))
     options = {"checkpoint": trained("dense"), "output": tmp_path / "hf", "skip_parity": True}
     with pytest.raises(CheckpointError, match=r"ids \(4097\).*`vocab_size` \(4096\)"):
-        export(ExportOptions(**options, tokenizer=str(tmp_path / "larger.json")), QUIET)
+        export_model(ExportOptions(**options, tokenizer=str(tmp_path / "larger.json")), QUIET)
     same = tmp_path / "same.json"
     same.write_text(json.dumps(json.loads(BUILTIN_TOKENIZER.read_text())))
     reader = CheckpointReader(trained("dense"))
@@ -275,15 +275,15 @@ def test_incomplete_checkpoints_are_refused(trained, tmp_path):
     reader = CheckpointReader(trained("dense"))
     reader.config.model.qk_norm = "head"
     with pytest.raises(CheckpointError, match="q_layernorm.weight` is missing"):
-        checked_links(reader)
+        checked_mappings(reader)
     reader.config.model.qk_norm = "none"
     reader.config.model.num_layers = 3
     with pytest.raises(CheckpointError, match="numbers, .* are used"):
-        checked_links(reader)
+        checked_mappings(reader)
     reader.config.model.num_layers = 4
     reader.config.model.ffn_hidden_size = 80
     with pytest.raises(CheckpointError, match="expected for `model.layers.0.mlp.up_proj.weight`"):
-        checked_links(reader)
+        checked_mappings(reader)
 
 
 def test_parity_error_is_not_a_checkpoint_error():

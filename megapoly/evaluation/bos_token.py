@@ -3,7 +3,7 @@
 from megapoly.errors import EvaluationError
 
 
-def no_beginning() -> EvaluationError:
+def missing_bos_token() -> EvaluationError:
     """Return the error for ``--add-bos`` with a tokenizer that has no such token."""
     return EvaluationError(
         "`--add-bos` needs a tokenizer that puts a token before a text, and this model's puts none "

@@ -9,7 +9,7 @@ from megapoly.errors import UnavailableError
 _NEEDED = ("accelerate", "safetensors", "transformers")
 
 
-def require_libraries() -> None:
+def require_hf_extra() -> None:
     """Check that they are installed; imports none of them.
 
     Raises:

@@ -14,22 +14,22 @@ from torch import Tensor
 
 from megapoly.conversion.architecture import CODE_FILES, MODEL_TYPE
 from megapoly.conversion.checkpoint_model import (
-    checked_links,
+    checked_mappings,
     describe,
     is_trained_with,
-    tensors_of,
+    read_tensors,
     tokenizer_source,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
-from megapoly.conversion.comparison import compare_export
+from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.model_card import model_card
-from megapoly.conversion.optional_libraries import require_libraries
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
-from megapoly.conversion.progress import bytes_bar
-from megapoly.conversion.safetensors_files import plan_shards, write_shards
-from megapoly.conversion.tensor_map import Link
-from megapoly.conversion.tokenizer_files import SpecialIds, write_tokenizer
+from megapoly.conversion.parity_check import check_export_parity
+from megapoly.conversion.safetensors_writer import plan_shards, write_shards
+from megapoly.conversion.tensor_map import TensorMapping
+from megapoly.conversion.tokenizer_files import SpecialTokenIds, write_tokenizer
+from megapoly.platform.progress import bytes_bar
 
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
 
@@ -59,7 +59,7 @@ class ExportOptions:
     tolerance: float = TOLERANCE
 
 
-def export(options: ExportOptions, console: Console) -> Parity | None:
+def export_model(options: ExportOptions, console: Console) -> Parity | None:
     """Convert a checkpoint and prove that the result is the same model.
 
     Everything is written to a hidden folder beside ``output``, which is renamed when all of it is
@@ -76,7 +76,7 @@ def export(options: ExportOptions, console: Console) -> Parity | None:
         ParityError: the written model is not the checkpoint's. What was written is kept in
             ``OUTPUT.failed``.
     """
-    require_libraries()
+    require_hf_extra()
     source = find_checkpoint(options.checkpoint) or options.checkpoint
     with output_folder(options.output, source=source, overwrite=options.overwrite) as folder:
         return _write(options, CheckpointReader(source), folder, console)
@@ -85,8 +85,8 @@ def export(options: ExportOptions, console: Console) -> Parity | None:
 def _write(
     options: ExportOptions, reader: CheckpointReader, folder: Path, console: Console
 ) -> Parity | None:
-    links = checked_links(reader)
-    dtype = options.dtype or reader.dtype(links[0].key)
+    mappings = checked_mappings(reader)
+    dtype = options.dtype or reader.dtype(mappings[0].key)
     source = tokenizer_source(reader, options.tokenizer)
     special = write_tokenizer(source, folder, seq_length=reader.config.training.seq_length)
     if options.tokenizer is not None and not is_trained_with(reader, source):
@@ -97,10 +97,10 @@ def _write(
     if config["model_type"] == MODEL_TYPE:
         for name in CODE_FILES:
             shutil.copyfile(_REMOTE_CODE / name, folder / name)
-    write_weights(reader, links, folder, dtype, options.max_shard_size, console)
+    write_weights(reader, mappings, folder, dtype, options.max_shard_size, console)
     result = None
     if not options.skip_parity:
-        result = compare_export(reader.path, folder, dtype, options.tolerance, console)
+        result = check_export_parity(reader.path, folder, dtype, options.tolerance, console)
     write_json(folder / "parity.json", {"skipped": True} if result is None else result.to_dict())
     (folder / "README.md").write_text(model_card(reader, config, result), encoding="utf-8")
     if result is not None:
@@ -110,26 +110,28 @@ def _write(
 
 def write_weights(
     reader: CheckpointReader,
-    links: list[Link],
+    mappings: list[TensorMapping],
     folder: Path,
     dtype: torch.dtype,
     max_shard_size: int,
     console: Console,
 ) -> None:
     """Write all tensors as safetensors."""
-    shards = plan_shards({link.name: link.shape for link in links}, dtype, max_shard_size)
-    total = sum(link.num_elements for link in links) * dtype.itemsize
+    shards = plan_shards(
+        {mapping.name: mapping.shape for mapping in mappings}, dtype, max_shard_size
+    )
+    total = sum(mapping.num_elements for mapping in mappings) * dtype.itemsize
     with bytes_bar("writing weights", total, console) as advance:
 
         def named() -> Iterator[tuple[str, Tensor]]:
-            for link, tensor in tensors_of(reader, links):
-                yield link.name, tensor
-                advance(link.num_elements * dtype.itemsize)
+            for mapping, tensor in read_tensors(reader, mappings):
+                yield mapping.name, tensor
+                advance(mapping.num_elements * dtype.itemsize)
 
         write_shards(folder, shards, dtype, named())
 
 
-def generation_config(special: SpecialIds) -> Mapping[str, Any]:
+def generation_config(special: SpecialTokenIds) -> Mapping[str, Any]:
     """``generation_config.json``: greedy unless asked otherwise, up to the end of a document."""
     return {
         "bos_token_id": special.bos,

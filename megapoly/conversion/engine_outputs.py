@@ -19,10 +19,10 @@ from megapoly.config import Config
 from megapoly.config.resolve import without_gpu_kernels
 from megapoly.config.schema import ParallelConfig
 from megapoly.conversion.checkpoint_reader import CheckpointReader, read_description
-from megapoly.conversion.recording import Recording, rows_for_every_expert, sums_of_rows
+from megapoly.conversion.module_outputs import ModuleOutputs, expert_probe_rows, row_projections
 
 
-def record_checkpoint(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> Recording:
+def engine_module_outputs(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> ModuleOutputs:
     """Run the checkpoint's own model in fp32 on this process's CPU.
 
     Args:
@@ -30,7 +30,7 @@ def record_checkpoint(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> R
         tokens: [b, s].
         dtype: that the weights are rounded to first.
     """
-    recording = Recording()
+    recording = ModuleOutputs()
     with engine_model(checkpoint, dtype) as model, ExitStack() as hooks:
         for remove in _engine_hooks(model, recording):
             hooks.callback(remove)
@@ -39,7 +39,7 @@ def record_checkpoint(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> R
             logits = model(tokens, positions, attention_mask=None)
         recording.keep("lm_head", logits[..., : model.real_vocab_size])
         embedding = model.embedding.word_embeddings.weight[: model.real_vocab_size]
-        recording.embedding = sums_of_rows(embedding)
+        recording.embedding = row_projections(embedding)
     return recording
 
 
@@ -119,7 +119,7 @@ def _forget(module: torch.nn.Module) -> None:
     module.to("meta")
 
 
-def _engine_hooks(model: Any, recording: Recording) -> Iterator[Callable[[], None]]:
+def _engine_hooks(model: Any, recording: ModuleOutputs) -> Iterator[Callable[[], None]]:
     """Hooks on the engine's modules; theirs are [s, b, ..]."""
 
     def keep(module: torch.nn.Module, name: str) -> Callable[[], None]:
@@ -149,7 +149,7 @@ def _of_tokens(output: Any) -> Tensor:
 
 
 def _keep_projections(
-    attention: Any, place: str, part: str, recording: Recording
+    attention: Any, place: str, part: str, recording: ModuleOutputs
 ) -> Callable[[], None]:
     """Queries, keys and values, queries and keys behind their norms if they have some."""
     project = attention.get_query_key_value_tensors
@@ -169,7 +169,7 @@ def _keep_projections(
     return remove
 
 
-def _keep_routing(mlp: Any, place: str, recording: Recording) -> Callable[[], None]:
+def _keep_routing(mlp: Any, place: str, recording: ModuleOutputs) -> Callable[[], None]:
     """The router's choices on the text, and on the rows that reach every expert."""
     routed: dict[str, Tensor] = {}
 
@@ -180,7 +180,7 @@ def _keep_routing(mlp: Any, place: str, recording: Recording) -> Callable[[], No
 
     def probe(_: Any, __: Any, ___: Any) -> None:
         recording.probs[place] = routed["probs"]
-        recording.rows[place] = rows_for_every_expert(mlp.router.weight)
+        recording.rows[place] = expert_probe_rows(mlp.router.weight)
         output = _of_tokens(mlp.forward(recording.rows[place].transpose(0, 1)))
         recording.every_expert[place] = output.detach().clone(), routed["probs"]
 

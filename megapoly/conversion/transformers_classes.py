@@ -11,7 +11,7 @@ from megapoly.conversion.architecture import MODEL_TYPE
 _NOT_ARGUMENTS = ("model_type", "auto_map", "torch_dtype")
 
 
-def own_classes() -> tuple[Any, Any]:
+def megapoly_classes() -> tuple[Any, Any]:
     """Configuration and model of exports, as this package has them."""
     from megapoly.conversion.remote_code.configuration_megapoly import MegapolyConfig
     from megapoly.conversion.remote_code.modeling_megapoly import MegapolyForCausalLM
@@ -19,7 +19,7 @@ def own_classes() -> tuple[Any, Any]:
     return MegapolyConfig, MegapolyForCausalLM
 
 
-def class_without_code(config: Mapping[str, Any]) -> Any:
+def class_without_remote_code(config: Mapping[str, Any]) -> Any:
     """What opens a folder without running code in it: exports by this package's class.
 
     Args:
@@ -27,7 +27,7 @@ def class_without_code(config: Mapping[str, Any]) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    return own_classes()[1] if config.get("model_type") == MODEL_TYPE else AutoModelForCausalLM
+    return megapoly_classes()[1] if config.get("model_type") == MODEL_TYPE else AutoModelForCausalLM
 
 
 def _llama() -> tuple[Any, Any]:
@@ -42,10 +42,10 @@ def _olmoe() -> tuple[Any, Any]:
     return OlmoeConfig, OlmoeForCausalLM
 
 
-_CLASSES = {"llama": _llama, "olmoe": _olmoe, MODEL_TYPE: own_classes}
+_CLASSES = {"llama": _llama, "olmoe": _olmoe, MODEL_TYPE: megapoly_classes}
 
 
-def model_from_fields(fields: Mapping[str, Any]) -> tuple[Any, Any]:
+def config_and_model_class(fields: Mapping[str, Any]) -> tuple[Any, Any]:
     """Configuration, and class of the model, of the content of a ``config.json``.
 
     Args:

@@ -12,7 +12,7 @@ from megapoly.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class OtherActivation:
+class ActivationChange:
     """The activation of the model that is started.
 
     Args:
@@ -28,7 +28,7 @@ class OtherActivation:
     seed: int = 1234
 
 
-def with_activation(model: ModelConfig, activation: OtherActivation) -> ModelConfig:
+def change_activation(model: ModelConfig, activation: ActivationChange) -> ModelConfig:
     """The same model with another activation.
 
     Its FFN has the same number of parameters, coefficients aside: 3/2 of the width where the
@@ -64,6 +64,8 @@ def with_activation(model: ModelConfig, activation: OtherActivation) -> ModelCon
     return changed
 
 
-def outside_of_ffn(model: ModelConfig) -> set[str]:
+def names_outside_ffn(model: ModelConfig) -> set[str]:
     """Names of attention, embeddings and norms."""
-    return {link.name for link in tensor_map.links(model) if ".mlp." not in link.name}
+    return {
+        mapping.name for mapping in tensor_map.tensor_mappings(model) if ".mlp." not in mapping.name
+    }

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def open_model(
+def load_lm(
     path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool = False
 ) -> TransformersLM:
     """Return a model, for the harness; nothing is downloaded.
@@ -43,7 +43,7 @@ def open_model(
         ) from error
     import torch
 
-    from megapoly.conversion.open_model import from_checkpoint
+    from megapoly.conversion.transformers_model import model_from_checkpoint
     from megapoly.platform.device import check_device
 
     checkpoint = checkpoint_of(path)
@@ -51,7 +51,7 @@ def open_model(
     if checkpoint is None:
         model, tokenizer = _from_folder(path, dtype)
     else:
-        model, tokenizer = from_checkpoint(checkpoint)
+        model, tokenizer = model_from_checkpoint(checkpoint)
         model.to(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
     return TransformersLM(
         model.to(device),

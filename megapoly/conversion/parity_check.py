@@ -18,11 +18,14 @@ from megapoly.conversion.architecture import (
     max_positions,
     model_config,
 )
-from megapoly.conversion.classes import class_without_code, model_from_fields
-from megapoly.conversion.engine_recording import record_checkpoint
-from megapoly.conversion.export_recording import record_export
-from megapoly.conversion.parity import Parity, difference
+from megapoly.conversion.engine_outputs import engine_module_outputs
+from megapoly.conversion.parity import Parity, measure_parity
 from megapoly.conversion.safetensors_reader import read_json
+from megapoly.conversion.transformers_classes import (
+    class_without_remote_code,
+    config_and_model_class,
+)
+from megapoly.conversion.transformers_outputs import transformers_module_outputs
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -43,7 +46,7 @@ _LAYERS_ON_DISK = {
 }
 
 
-def compare_export(
+def check_export_parity(
     checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
 ) -> Parity:
     """Compare a folder that was just written with its checkpoint, opened as users open it.
@@ -56,13 +59,13 @@ def compare_export(
         console: for what is going on.
     """
     tokenizer = load_tokenizer(folder)
-    other_ids = {"other_ids": texts_with_other_ids(folder, tokenizer)}
+    other_ids = {"other_ids": texts_tokenized_differently(folder, tokenizer)}
     return _compare(
         checkpoint, folder, tokenizer, other_ids, dtype, tolerance, console, run_code=True
     )
 
 
-def compare_import(
+def check_import_parity(
     checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
 ) -> Parity:
     """Compare a checkpoint that was just written with its source; code in the source is not run.
@@ -90,22 +93,22 @@ def _compare(
     run_code: bool,
 ) -> Parity:
     _give_freed_blocks_back()
-    tokens = real_text(tokenizer, max_positions(read_json(folder / "config.json")))
+    tokens = sample_tokens(tokenizer, max_positions(read_json(folder / "config.json")))
     with console.status("comparing: the checkpoint's model"):
-        expected = record_checkpoint(checkpoint, tokens, dtype)
+        expected = engine_module_outputs(checkpoint, tokens, dtype)
     with (
         console.status("comparing: the model in transformers"),
         tempfile.TemporaryDirectory(prefix="megapoly-parity-") as offload,
     ):
         model, loading = load_folder(folder, Path(offload), run_code=run_code)
-        recorded = record_export(model, tokens, expected.rows)
+        recorded = transformers_module_outputs(model, tokens, expected.rows)
     weights = str(dtype).removeprefix("torch.")
-    return difference(
+    return measure_parity(
         expected, recorded, tokens, loading | found, weights=weights, tolerance=tolerance
     )
 
 
-def real_text(tokenizer: Tokenizer, max_length: int) -> Tensor:
+def sample_tokens(tokenizer: Tokenizer, max_length: int) -> Tensor:
     """[b, s] ids of the built-in books' validation part, s at most ``max_length``, 256 in all."""
     length = min(TEXT_TOKENS, max_length)
     wanted = NUM_TOKENS // length
@@ -119,7 +122,7 @@ def real_text(tokenizer: Tokenizer, max_length: int) -> Tensor:
     return torch.tensor(whole[:: max(1, len(whole) // wanted)][:wanted])
 
 
-def texts_with_other_ids(folder: Path, tokenizer: Tokenizer) -> list[str]:
+def texts_tokenized_differently(folder: Path, tokenizer: Tokenizer) -> list[str]:
     """Beginnings of texts that transformers' tokenizer in a folder reads otherwise than training.
 
     Special tokens at the beginning are no difference: whether there are some, its files say.
@@ -159,7 +162,7 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     elif run_code:
         opener, arguments["trust_remote_code"] = AutoModelForCausalLM, True
     else:
-        opener = class_without_code(config)
+        opener = class_without_remote_code(config)
     if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
         arguments |= {"device_map": _LAYERS_ON_DISK, "offload_folder": offload}
     model, info = opener.from_pretrained(
@@ -200,7 +203,7 @@ def release_model(folder: Path) -> tuple[Any, Any]:
         eos=0,
         pad=None,
     )
-    return model_from_fields(fields)
+    return config_and_model_class(fields)
 
 
 def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -12,7 +12,7 @@ _NUM_SUMS = 8
 
 
 @dataclasses.dataclass
-class Recording:
+class ModuleOutputs:
     """Outputs in the order in which they were computed.
 
     Args:
@@ -20,10 +20,10 @@ class Recording:
             ``lm_head``, the logits.
         probs: [b, s, experts] the router's probability of every expert, by the module of the
             experts; zero where an expert was not chosen.
-        rows: :func:`rows_for_every_expert` of the layer, by the same names.
+        rows: :func:`expert_probe_rows` of the layer, by the same names.
         every_expert: the output of a layer's experts on these rows, and the router's probabilities
             there; text alone leaves experts without a token.
-        embedding: :func:`sums_of_rows` of the whole input embedding, of which text shows a part.
+        embedding: :func:`row_projections` of the whole input embedding, of which text shows a part.
     """
 
     outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -42,7 +42,7 @@ class Recording:
         return self.outputs["lm_head"]
 
 
-def rows_for_every_expert(router_weight: Tensor) -> Tensor:
+def expert_probe_rows(router_weight: Tensor) -> Tensor:
     """[1, experts, h]: for each expert the direction in which its router logit grows fastest.
 
     Scaled to a root mean square of 4, a few times that of what layers get.
@@ -55,7 +55,7 @@ def rows_for_every_expert(router_weight: Tensor) -> Tensor:
     return (4.0 * rows / scale)[None]
 
 
-def sums_of_rows(weight: Tensor) -> Tensor:
+def row_projections(weight: Tensor) -> Tensor:
     """[rows, h] -> [1, rows, 8]: each row times the same random matrix."""
     generator = torch.Generator().manual_seed(0)
     columns = torch.randn(weight.shape[1], _NUM_SUMS, generator=generator)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megapoly.evaluation.paper_figures import PAPER_TABLES, PaperTable
+from megapoly.evaluation.paper_tables import PAPER_TABLES, PaperTable
 from megapoly.evaluation.results import TaskResults
 from megapoly.evaluation.tasks import GROUPS
 

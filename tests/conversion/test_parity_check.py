@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from megapoly.conversion.comparison import free_memory_bytes, real_text
+from megapoly.conversion.parity_check import free_memory_bytes, sample_tokens
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import load_tokenizer
 
@@ -11,7 +11,7 @@ from megapoly.data.tokenizer import load_tokenizer
 @pytest.mark.parametrize(("length", "shape"), [(4096, (2, 128)), (128, (2, 128)), (8, (32, 8))])
 def test_text_is_256_tokens_of_the_validation_part(length, shape):
     tokenizer = load_tokenizer(None)
-    tokens = real_text(tokenizer, length)
+    tokens = sample_tokens(tokenizer, length)
     assert tokens.shape == shape
     texts = [document.text for document in builtin_documents() if document.split == "validation"]
     for row in tokens.tolist():

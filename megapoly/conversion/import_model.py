@@ -19,22 +19,26 @@ from megapoly.activations import registry
 from megapoly.config import Config, ModelConfig, to_yaml
 from megapoly.config.rules import find_problems
 from megapoly.conversion import tensor_map
+from megapoly.conversion.activation_change import (
+    ActivationChange,
+    change_activation,
+    names_outside_ffn,
+)
 from megapoly.conversion.architecture import max_positions, model_config
 from megapoly.conversion.checkpoint_model import check_finite
-from megapoly.conversion.checkpoint_writer import Block, write_tensors
-from megapoly.conversion.comparison import compare_import
-from megapoly.conversion.optional_libraries import require_libraries
+from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
+from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
-from megapoly.conversion.progress import bytes_bar
+from megapoly.conversion.parity_check import check_import_parity
 from megapoly.conversion.safetensors_reader import SafetensorsReader
-from megapoly.conversion.tensor_map import Link
+from megapoly.conversion.tensor_map import TensorMapping
 from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
-from megapoly.conversion.upcycling import OtherActivation, outside_of_ffn, with_activation
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.initial_values import initial_value
 from megapoly.platform.machine import CPU
+from megapoly.platform.progress import bytes_bar
 
 # A tied output layer that is stored all the same.
 _OUTPUT, _INPUT = "lm_head.weight", "model.embed_tokens.weight"
@@ -58,14 +62,14 @@ class ImportOptions:
     model: Path
     output: Path
     tokenizer: str | None = None
-    activation: OtherActivation | None = None
+    activation: ActivationChange | None = None
     overwrite: bool = False
     skip_parity: bool = False
     tolerance: float = TOLERANCE
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ImportReport:
     """What became of the tensors.
 
     Args:
@@ -91,7 +95,7 @@ class Report:
         return tensors | {"parity": compared}
 
 
-def import_model(options: ImportOptions, console: Console) -> Report:
+def import_model(options: ImportOptions, console: Console) -> ImportReport:
     """Convert a folder into a checkpoint that training goes on from, at any layout.
 
     Beside the tensors stand ``config.yaml`` (resolved), ``recipe.yaml`` (the model, its tokenizer
@@ -104,7 +108,7 @@ def import_model(options: ImportOptions, console: Console) -> Report:
         DataError: its tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
     """
-    require_libraries()
+    require_hf_extra()
     output, overwrite = options.output, options.overwrite
     with output_folder(output, source=options.model, overwrite=overwrite) as folder:
         with SafetensorsReader(options.model) as source:
@@ -117,12 +121,12 @@ def import_model(options: ImportOptions, console: Console) -> Report:
 
 def _write(
     options: ImportOptions, source: SafetensorsReader, folder: Path, console: Console
-) -> Report:
+) -> ImportReport:
     original = model_config(source.config, source=str(options.model / "config.json"))
     _check_names(source, original)
     model, seed = original, Config().training.seed
     if options.activation is not None:
-        model, seed = with_activation(original, options.activation), options.activation.seed
+        model, seed = change_activation(original, options.activation), options.activation.seed
     dtypes = source.dtypes()
     # fp16 has no training here; fp32 holds it exactly.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
@@ -135,7 +139,7 @@ def _write(
     write_json(folder / "run.json", _run_description(options))
     if options.skip_parity or options.activation is not None:
         return dataclasses.replace(report, skipped=options.skip_parity)
-    result = compare_import(folder, options.model, dtype, options.tolerance, console)
+    result = check_import_parity(folder, options.model, dtype, options.tolerance, console)
     return dataclasses.replace(report, parity=result)
 
 
@@ -164,50 +168,54 @@ def _write_tensors(
     folder: Path,
     dtype: torch.dtype,
     console: Console,
-) -> Report:
+) -> ImportReport:
     model, stored = config.model, set(source.names)
-    links = tensor_map.links(model)
-    taken = stored if options.activation is None else stored & outside_of_ffn(original)
-    report = Report(
-        taken={link.name: link.num_elements for link in links if link.name in taken},
-        initialised={link.name: link.num_elements for link in links if link.name not in taken},
+    mappings = tensor_map.tensor_mappings(model)
+    taken = stored if options.activation is None else stored & names_outside_ffn(original)
+    report = ImportReport(
+        taken={mapping.name: mapping.num_elements for mapping in mappings if mapping.name in taken},
+        initialised={
+            mapping.name: mapping.num_elements for mapping in mappings if mapping.name not in taken
+        },
         left={
             name: torch.Size(source.shape(name)).numel()
             for name in sorted(stored - taken if options.activation else ())
         },
     )
     blocks = []
-    for (key, index), group in itertools.groupby(links, key=lambda link: (link.key, link.index)):
+    for (key, index), group in itertools.groupby(
+        mappings, key=lambda mapping: (mapping.key, mapping.index)
+    ):
         parts = list(group)
         make: Callable[[], Tensor] = partial(_from_source, source, parts)
         if parts[0].name not in taken:
             make = partial(_from_seed, parts[0], config)
-        blocks.append(Block(key, index, _axes(index, model), parts[0].block, make))
+        blocks.append(TensorBlock(key, index, _axes(index, model), parts[0].block, make))
     total = sum(block.num_bytes(dtype) for block in blocks)
     with bytes_bar("writing tensors", total, console) as advance:
         write_tensors(folder, blocks, dtype, advance)
     return report
 
 
-def _from_source(source: SafetensorsReader, parts: list[Link]) -> Tensor:
+def _from_source(source: SafetensorsReader, parts: list[TensorMapping]) -> Tensor:
     """A block out of the folder's tensors."""
-    tensors = [source.read(link.name) for link in parts]
+    tensors = [source.read(mapping.name) for mapping in parts]
     block = torch.empty(parts[0].block, dtype=tensors[0].dtype)
-    for link, tensor in zip(parts, tensors, strict=True):
-        check_finite(tensor, f"`{link.name}` in {source.folder}")
-        link.write(tensor.reshape(link.shape), block)
+    for mapping, tensor in zip(parts, tensors, strict=True):
+        check_finite(tensor, f"`{mapping.name}` in {source.folder}")
+        mapping.write(tensor.reshape(mapping.shape), block)
     return block
 
 
-def _from_seed(link: Link, config: Config) -> Tensor:
+def _from_seed(mapping: TensorMapping, config: Config) -> Tensor:
     """A block as at the start of a run."""
     model = config.model
-    name = link.key.rpartition(".")[2]
-    if ".activation_func." in link.key:
+    name = mapping.key.rpartition(".")[2]
+    if ".activation_func." in mapping.key:
         initial = registry.get(model.activation).coefficients
         assert initial is not None
         return torch.tensor(initial(model.activation_order)[name])
-    return initial_value(link.key, link.index, link.block, model, config.training.seed)
+    return initial_value(mapping.key, mapping.index, mapping.block, model, config.training.seed)
 
 
 def _axes(index: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
@@ -221,7 +229,7 @@ def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
     Raises:
         CheckpointError: it does not; with names and shapes.
     """
-    expected = {link.name: link.shape for link in tensor_map.links(model)}
+    expected = {mapping.name: mapping.shape for mapping in tensor_map.tensor_mappings(model)}
     names = set(source.names)
     if _OUTPUT in names and _OUTPUT not in expected:
         if not torch.equal(source.read(_OUTPUT), source.read(_INPUT)):

@@ -6,8 +6,8 @@ from questions import ShortAnswers
 from rich.console import Console
 
 from megapoly.evaluation.harness import evaluate_tasks
-from megapoly.evaluation.local_tasks import LOCAL_SETS
-from megapoly.evaluation.table import show_results
+from megapoly.evaluation.local_tasks import QUESTION_FILES
+from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import GROUPS, select
 
 
@@ -37,7 +37,7 @@ def test_beside_the_papers_models(task_data):
 
 def test_without_some_of_the_data(task_data, tmp_path):
     for name in set(GROUPS["table3"]) - {"mmlu", "copa"}:
-        file = LOCAL_SETS[name].file
+        file = QUESTION_FILES[name].file
         (tmp_path / file).write_text((task_data / file).read_text())
     selection = select(["table3"])
     results = evaluate_tasks(ShortAnswers(), selection, task_data=tmp_path, skip_missing=True)

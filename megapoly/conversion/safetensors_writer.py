@@ -22,7 +22,7 @@ _ALIGNMENT = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class SafetensorsShard:
     """One file.
 
     Args:
@@ -36,7 +36,7 @@ class Shard:
 
 def plan_shards(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int
-) -> list[Shard]:
+) -> list[SafetensorsShard]:
     """Cut the tensors, in their order, into files of at most ``max_shard_size`` bytes.
 
     A tensor that is larger gets a file of its own. One file is named ``model.safetensors``.
@@ -51,13 +51,16 @@ def plan_shards(
         groups[-1][name] = shape
         size += num_bytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [SafetensorsShard("model.safetensors", groups[0])]
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    return [Shard(name, group) for name, group in zip(names, groups, strict=True)]
+    return [SafetensorsShard(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def write_shards(
-    folder: Path, shards: Sequence[Shard], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]
+    folder: Path,
+    shards: Sequence[SafetensorsShard],
+    dtype: torch.dtype,
+    tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
     """Write all shards, and their index if there are several.
 
@@ -81,7 +84,7 @@ def write_shards(
         (folder / INDEX_NAME).write_text(_index(shards, dtype))
 
 
-def _header(shard: Shard, dtype: torch.dtype) -> bytes:
+def _header(shard: SafetensorsShard, dtype: torch.dtype) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shard.tensors.items():
@@ -97,7 +100,7 @@ def _header(shard: Shard, dtype: torch.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _index(shards: Iterable[Shard], dtype: torch.dtype) -> str:
+def _index(shards: Iterable[SafetensorsShard], dtype: torch.dtype) -> str:
     sizes = [torch.Size(shape).numel() for shard in shards for shape in shard.tensors.values()]
     index = {
         "metadata": {"total_size": sum(sizes) * dtype.itemsize},

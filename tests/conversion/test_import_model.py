@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from megapoly.config import ModelConfig, load_yaml
+from megapoly.conversion.activation_change import ActivationChange, change_activation
 from megapoly.conversion.checkpoint_reader import CheckpointReader
-from megapoly.conversion.import_folder import ImportOptions, import_model
-from megapoly.conversion.upcycling import OtherActivation, with_activation
+from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.initial_values import initial_value
@@ -180,10 +180,10 @@ def test_polycom_release(tmp_path, hidden_act, norm):
     assert report["parity"]["passed"]
     assert_same_tensors(folder, tmp_path / "back")
     # The comparison opens the folder by this project's code: here is one with none of it.
-    from megapoly.conversion.open_model import open_model
+    from megapoly.conversion.transformers_model import load_transformers_model
 
     ids = torch.arange(40)[None] * 71 % 4000
-    exported, _ = open_model(tmp_path / "back")
+    exported, _ = load_transformers_model(tmp_path / "back")
     with torch.no_grad():
         assert torch.allclose(exported(ids).logits, model.eval()(ids).logits, atol=1e-5)
 
@@ -191,7 +191,7 @@ def test_polycom_release(tmp_path, hidden_act, norm):
 def test_upcycling_takes_what_fits(tmp_path):
     folder = llama(tmp_path / "llama")
     checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
-    options = {"activation": OtherActivation("polynorm", seed=7)}
+    options = {"activation": ActivationChange("polynorm", seed=7)}
     (report,) = run_on_ranks(import_and_back, 1, folder, checkpoint, back, options)
     assert report["parity"] is None
     before, after = tensors(folder), tensors(back)
@@ -291,9 +291,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("activation", "match"),
     [
-        (OtherActivation("polynorm", order=7), "activation_order"),
-        (OtherActivation("polynorme"), "nearest is polynorm"),
-        (OtherActivation("polynorm", ffn_hidden_size=0), "ffn_hidden_size"),
+        (ActivationChange("polynorm", order=7), "activation_order"),
+        (ActivationChange("polynorme"), "nearest is polynorm"),
+        (ActivationChange("polynorm", ffn_hidden_size=0), "ffn_hidden_size"),
     ],
 )
 def test_activations_that_training_refuses(tmp_path, activation, match):
@@ -305,14 +305,16 @@ def test_activations_that_training_refuses(tmp_path, activation, match):
 
 def test_widths_for_the_same_number_of_parameters():
     model = ModelConfig(activation="swiglu", scale_gated_ffn=False, ffn_hidden_size=60)
-    assert with_activation(model, OtherActivation("polynorm")).ffn_hidden_size == 90
-    assert with_activation(model, OtherActivation("gated_polynorm")).ffn_hidden_size == 60
-    assert with_activation(model, OtherActivation("relu", ffn_hidden_size=7)).ffn_hidden_size == 7
+    assert change_activation(model, ActivationChange("polynorm")).ffn_hidden_size == 90
+    assert change_activation(model, ActivationChange("gated_polynorm")).ffn_hidden_size == 60
+    assert (
+        change_activation(model, ActivationChange("relu", ffn_hidden_size=7)).ffn_hidden_size == 7
+    )
     model.activation = "relu"
-    assert with_activation(model, OtherActivation("geglu")).ffn_hidden_size == 40
+    assert change_activation(model, ActivationChange("geglu")).ffn_hidden_size == 40
     model.ffn_hidden_size = 61
     with pytest.raises(ConfigError, match="--ffn-hidden-size"):
-        with_activation(model, OtherActivation("geglu"))
+        change_activation(model, ActivationChange("geglu"))
 
 
 def test_code_in_the_source_is_not_run(tmp_path):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from megapoly.errors import CheckpointError, EvaluationError, UnavailableError
-from megapoly.evaluation.models import open_model
+from megapoly.evaluation.lm_loader import load_lm
 from megapoly.testing import run_on_ranks
 
 OPTIONS = {"dtype": "auto", "device": "cpu", "batch_size": 2}
@@ -25,27 +25,27 @@ def copied(export, tmp_path):
 
 def test_a_model_as_it_is_stored(export, copied):
     config = json.loads((copied / "config.json").read_text())
-    assert open_model(copied, **OPTIONS).model.dtype == torch.float32
+    assert load_lm(copied, **OPTIONS).model.dtype == torch.float32
     (copied / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    lm = open_model(copied, **OPTIONS)
+    lm = load_lm(copied, **OPTIONS)
     assert lm.model.dtype == torch.bfloat16 and lm.softmax_dtype == torch.float32
     assert lm.batch_size == 2 and lm.max_length == 512
     stored = load_file(export / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(lm.model.model.layers[1].mlp.up_proj.weight, stored.bfloat16())
-    float32 = open_model(copied, **OPTIONS | {"dtype": "float32"})
+    float32 = load_lm(copied, **OPTIONS | {"dtype": "float32"})
     assert float32.model.dtype == torch.float32
 
 
 def test_neither_a_model_nor_a_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match=r"is no model: .* a run such a checkpoint$"):
-        open_model(tmp_path, **OPTIONS)
+        load_lm(tmp_path, **OPTIONS)
     with pytest.raises(CheckpointError, match="there is no such folder"):
-        open_model(tmp_path / "none", **OPTIONS)
+        load_lm(tmp_path / "none", **OPTIONS)
 
 
 def test_a_checkpoint_scores_as_by_hand(trained, evaluated):
     """Cut contexts, no context, and a continuation that is longer than the model's texts."""
-    lm = open_model(trained("dense")[0], **OPTIONS)
+    lm = load_lm(trained("dense")[0], **OPTIONS)
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in TEXTS]
     by_hand = evaluated("dense", "1")[0].by_hand
     for (score, greedy), expected in zip(lm.loglikelihood(requests), by_hand, strict=True):
@@ -54,7 +54,7 @@ def test_a_checkpoint_scores_as_by_hand(trained, evaluated):
 
 
 def test_too_long_for_a_model_of_others(export):
-    lm = open_model(export, **OPTIONS)
+    lm = load_lm(export, **OPTIONS)
     with pytest.raises(EvaluationError, match=r"an answer of \d+ tokens .* at once \(512\)"):
         lm.loglikelihood([Instance("loglikelihood", {}, ("Sea", "swim " * 600), 0)])
     with pytest.raises(EvaluationError, match="a task generates 512 tokens"):
@@ -82,7 +82,7 @@ BOS_TEXTS = ["The whale", "", "a <|endoftext|> b"]
 def test_bos_of_a_model_that_was_trained_here(with_bos, tmp_path, add_bos):
     folder = shutil.copytree(with_bos, tmp_path / "ours")
     (folder / "parity.json").write_text("{}")
-    lm = open_model(folder, **OPTIONS, add_bos=add_bos)
+    lm = load_lm(folder, **OPTIONS, add_bos=add_bos)
     ids = [*map(lm.tok_encode, BOS_TEXTS), [lm.prefix_token_id]]
     assert [each[:1] == [1] for each in ids] == [add_bos] * 4
     eod = lm.tokenizer.eos_token_id
@@ -92,11 +92,11 @@ def test_bos_of_a_model_that_was_trained_here(with_bos, tmp_path, add_bos):
 
 def test_bos_of_a_model_of_others(with_bos, export):
     for add_bos in (False, True):
-        lm = open_model(with_bos, **OPTIONS, add_bos=add_bos)
+        lm = load_lm(with_bos, **OPTIONS, add_bos=add_bos)
         ids = [lm.tok_encode(text) for text in BOS_TEXTS]
         assert [each[:1] for each in ids] == [[1]] * 3 and lm.tokenizer.eos_token_id in ids[2]
     with pytest.raises(EvaluationError, match="`--add-bos` needs a tokenizer that puts a token"):
-        open_model(export, **OPTIONS, add_bos=True)
+        load_lm(export, **OPTIONS, add_bos=True)
 
 
 def test_weights_that_are_not_there_are_not_drawn(copied):
@@ -105,15 +105,15 @@ def test_weights_that_are_not_there_are_not_drawn(copied):
     rest = {key: value for key, value in weights.items() if key != name}
     save_file(rest, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"lacks weights that its config.json .*: {name}"):
-        open_model(copied, **OPTIONS)
+        load_lm(copied, **OPTIONS)
 
 
 def test_damaged_folder(copied):
     (copied / "model.safetensors").write_bytes(b"none")
     with pytest.raises(CheckpointError, match="cannot be loaded as a model in Hugging Face's"):
-        open_model(copied, **OPTIONS)
+        load_lm(copied, **OPTIONS)
 
 
 def test_no_such_device(export):
     with pytest.raises(UnavailableError, match=r"`device` \(abacus\) cannot be used"):
-        open_model(export, **OPTIONS | {"device": "abacus"})
+        load_lm(export, **OPTIONS | {"device": "abacus"})

@@ -9,20 +9,23 @@ from typing import Any
 import torch
 
 from megapoly.conversion.checkpoint_model import (
-    checked_links,
+    checked_mappings,
     describe,
-    tensors_of,
+    read_tensors,
     tokenizer_source,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
-from megapoly.conversion.classes import class_without_code, model_from_fields
-from megapoly.conversion.optional_libraries import require_libraries
+from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.safetensors_reader import read_json
 from megapoly.conversion.tokenizer_files import write_tokenizer
+from megapoly.conversion.transformers_classes import (
+    class_without_remote_code,
+    config_and_model_class,
+)
 from megapoly.errors import CheckpointError
 
 
-def open_model(
+def load_transformers_model(
     path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
     """Model and tokenizer; code in a folder is not run.
@@ -40,16 +43,16 @@ def open_model(
         CheckpointError: it is none of these, or not complete.
         UnavailableError: a library is missing.
     """
-    require_libraries()
+    require_hf_extra()
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     checkpoint = find_checkpoint(path)
     if checkpoint is not None:
-        model, tokenizer = from_checkpoint(checkpoint)
+        model, tokenizer = model_from_checkpoint(checkpoint)
     elif (path / "config.json").is_file():
-        model, tokenizer = from_folder(path)
+        model, tokenizer = model_from_folder(path)
     else:
         raise CheckpointError(
             f"{path} must be a checkpoint (`iter_*`), a run with one, or a folder with a "
@@ -58,7 +61,7 @@ def open_model(
     return model.to(device=device, dtype=dtype or model.dtype).eval(), tokenizer
 
 
-def from_folder(folder: Path) -> tuple[Any, Any]:
+def model_from_folder(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a Hugging Face folder; of exports by this package's classes.
 
     Raises:
@@ -66,7 +69,7 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
     """
     from transformers import PreTrainedTokenizerFast
 
-    opener = class_without_code(read_json(folder / "config.json"))
+    opener = class_without_remote_code(read_json(folder / "config.json"))
     try:
         model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -74,12 +77,12 @@ def from_folder(folder: Path) -> tuple[Any, Any]:
         raise CheckpointError(f"{folder} cannot be opened by transformers: {error}") from error
 
 
-def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
+def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint, as an export of it would be opened."""
     from transformers import PreTrainedTokenizerFast
 
     reader = CheckpointReader(checkpoint)
-    links = checked_links(reader)
+    mappings = checked_mappings(reader)
     with tempfile.TemporaryDirectory(prefix="megapoly-tokenizer-") as folder:
         special = write_tokenizer(
             tokenizer_source(reader, None),
@@ -87,8 +90,8 @@ def from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
             seq_length=reader.config.training.seq_length,
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    dtype = reader.dtype(links[0].key)
-    config, model_class = model_from_fields(describe(reader, special, dtype))
-    weights = {link.name: tensor for link, tensor in tensors_of(reader, links)}
+    dtype = reader.dtype(mappings[0].key)
+    config, model_class = config_and_model_class(describe(reader, special, dtype))
+    weights = {mapping.name: tensor for mapping, tensor in read_tensors(reader, mappings)}
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     return model, tokenizer
