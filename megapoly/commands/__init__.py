@@ -1,7 +1,7 @@
 """The commands of ``megapoly``, by name: ``megapoly train``, ``python -m megapoly plan``.
 
 Each is a module with ``main(argv) -> exit status`` and ``build_parser()``. It is imported when its
-command is run, so that ``megapoly --help`` waits for nothing.
+command runs, so that ``megapoly --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -10,9 +10,15 @@ import difflib
 import importlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import ModuleType
+
+from megapoly.platform import extras
+
+_ENGINE = {"train": extras.EXTRAS["train"]}
+_HUGGING_FACE = {"hf": extras.EXTRAS["hf"]}
+_FIGURES = {"report": ("matplotlib",)}
 
 
 @dataclass(frozen=True)
@@ -22,31 +28,86 @@ class Command:
     Args:
         module: below :mod:`megapoly.commands`.
         summary: one line for ``megapoly --help``.
-        handles_signals: whether SIGTERM and Ctrl-C are the command's own; others end as errors do.
+        needs: modules without which the command cannot run, by the extra that installs them. What
+            only some options need is reported when its import fails.
+        takes_overrides: whether ``--section.field value`` sets options of the configuration.
+        handles_signals: whether the command handles SIGTERM and Ctrl-C; others end as errors do.
     """
 
     module: str
     summary: str
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    takes_overrides: bool = False
     handles_signals: bool = False
+
+    def missing(self) -> dict[str, list[str]]:
+        """Return the modules that the command needs and that are not installed, by extra."""
+        found = {extra: extras.missing(modules) for extra, modules in self.needs.items()}
+        return {extra: modules for extra, modules in found.items() if modules}
 
 
 COMMANDS = {
-    "train": Command("train", "pre-train a model, or resume a run", handles_signals=True),
-    "preprocess": Command("preprocess", "turn text into token files", handles_signals=True),
-    "export": Command("export", "write a checkpoint as a Hugging Face folder"),
-    "import": Command("import_", "write a Hugging Face folder as a checkpoint"),
-    "evaluate": Command("evaluate", "run benchmarks, or measure perplexity by domain"),
-    "generate": Command("generate", "let a model continue a text"),
-    "plan": Command("plan", "estimate memory, communication and time of a job"),
+    "train": Command(
+        "train",
+        "pre-train a model, or resume a run",
+        needs=_ENGINE,
+        takes_overrides=True,
+        handles_signals=True,
+    ),
+    "preprocess": Command(
+        "preprocess",
+        "turn text into token files",
+        needs={"data": ("tokenizers",)},
+        handles_signals=True,
+    ),
+    "export": Command(
+        "export", "write a checkpoint as a Hugging Face folder", needs=_ENGINE | _HUGGING_FACE
+    ),
+    "import": Command(
+        "import_", "write a Hugging Face folder as a checkpoint", needs=_ENGINE | _HUGGING_FACE
+    ),
+    "evaluate": Command(
+        "evaluate",
+        "run benchmarks, or measure perplexity by domain",
+        needs={"eval": ("tokenizers",)},
+        takes_overrides=True,
+    ),
+    "generate": Command("generate", "let a model continue a text", needs=_HUGGING_FACE),
+    "plan": Command(
+        "plan",
+        "estimate memory, communication and time of a job",
+        needs={"train": ("tokenizers",)},
+        takes_overrides=True,
+    ),
     "doctor": Command("doctor", "check what is installed on this machine"),
-    "check-parallel": Command("check_parallel", "compare parallel layouts with one process"),
-    "compare": Command("compare", "train the same model with several activations"),
-    "analyze": Command("analyze", "look inside a trained model"),
-    "report": Command("report", "write one page of tables and figures from any set of runs"),
-    "theory": Command("theory", "build the paper's theorems and measure them"),
+    "check-parallel": Command(
+        "check_parallel",
+        "compare parallel layouts with one process",
+        needs=_ENGINE,
+        takes_overrides=True,
+    ),
+    "compare": Command(
+        "compare",
+        "train the same model with several activations",
+        needs=_ENGINE,
+        takes_overrides=True,
+    ),
+    "analyze": Command(
+        "analyze", "look inside a trained model", needs=_FIGURES, takes_overrides=True
+    ),
+    "report": Command(
+        "report",
+        "write one page of tables and figures from any set of runs",
+        needs={"report": extras.EXTRAS["report"]},
+    ),
+    "theory": Command("theory", "build the paper's theorems and measure them", needs=_FIGURES),
     "benchmark": Command("benchmark", "measure operators, training or preprocessing"),
     "launch": Command("launch", "torchrun with meaningful exit statuses", handles_signals=True),
-    "prepare-domains": Command("prepare_domains", "tokenizer and token files of several domains"),
+    "prepare-domains": Command(
+        "prepare_domains",
+        "tokenizer and token files of several domains",
+        needs={"data": ("orjson", "tokenizers")},
+    ),
     "export-benchmarks": Command("export_benchmarks", "write the questions of benchmarks to files"),
     "completion": Command("completion", "print a completion script for your shell"),
 }
@@ -72,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         print(
             f"megapoly: `{name}` is not a command; the nearest is `{nearest}`. `megapoly --help` "
-            "lists all of them.",
+            "lists all commands.",
             file=sys.stderr,
         )
         return 2
@@ -80,16 +141,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Run a command by its name and return its exit status."""
+    """Run a command by its name.
+
+    Returns:
+        The command's exit status; 2, with a message, when a package of an extra is missing.
+    """
+    command = COMMANDS[name]
+    asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
+    if not asks_for_help and (absent := command.missing()):
+        print(f"megapoly {name} needs {extras.with_remedy(absent)}", file=sys.stderr)
+        return 2
     work: Callable[[], int] = lambda: module_of(name).main(argv)  # noqa: E731
-    return work() if COMMANDS[name].handles_signals else end_on_signals(work)
+    try:
+        return work() if command.handles_signals else end_on_signals(work)
+    except ModuleNotFoundError as error:
+        found = extras.extra_of(error.name or "", preferred=command.needs)
+        if found is None:
+            raise
+        extra, module = found
+        print(f"megapoly {name} needs {extras.with_remedy({extra: [module]})}", file=sys.stderr)
+        return 2
 
 
 def end_on_signals(work: Callable[[], int]) -> int:
-    """Do a program's work; SIGTERM and Ctrl-C end it as errors do, so that it cleans up.
+    """Run ``work``; SIGTERM and Ctrl-C end it as errors do, so that it cleans up.
 
     Returns:
-        The work's exit status, or 128 and the signal's number, as a shell reports it.
+        The exit status of ``work``, or 128 and the signal's number, as a shell reports it.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
@@ -100,7 +178,7 @@ def end_on_signals(work: Callable[[], int]) -> int:
 
 
 def module_of(name: str) -> ModuleType:
-    """Import the module of a command."""
+    """Import and return the module of a command."""
     return importlib.import_module(f"megapoly.commands.{COMMANDS[name].module}")
 
 

@@ -4,27 +4,34 @@
     megapoly benchmark training      training speed on CPU against plain PyTorch
     megapoly benchmark preprocess    documents per CPU-second against the usual loop
 
-each with --help.
+Each has options of its own: megapoly benchmark NAME --help.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Sequence
+from types import ModuleType
+
+from megapoly.config.command_line import Parser
 
 BENCHMARKS = ("operators", "training", "preprocess")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a benchmark; its exit status, or 2 when there is none of that name."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else 2
-    name, *rest = argv
-    if name not in BENCHMARKS:
-        print(
-            f"megapoly benchmark: `{name}` is not one of {', '.join(BENCHMARKS)}", file=sys.stderr
-        )
-        return 2
-    return int(importlib.import_module(f"megapoly.benchmarks.{name}").main(rest))
+    """Run a benchmark and return its exit status."""
+    name = build_parser().parse_args(argv[:1]).name
+    return int(module_of(name).main(argv[1:]))
+
+
+def build_parser() -> Parser:
+    """Return the parser of the benchmark's name."""
+    parser = Parser("benchmark", __doc__, usage="%(prog)s NAME [options]")
+    names = ", ".join(BENCHMARKS)
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=f"one of {names}")
+    return parser
+
+
+def module_of(name: str) -> ModuleType:
+    """Import and return the module of a benchmark, with ``main(argv)`` and ``build_parser()``."""
+    return importlib.import_module(f"megapoly.benchmarks.{name}")

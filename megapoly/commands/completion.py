@@ -1,30 +1,29 @@
 """Print a completion script: commands, their options, recipes and fields of the configuration.
 
-    eval "$(megapoly completion bash)"            # bash, now; in ~/.bashrc, always
-    megapoly completion zsh > ~/.zfunc/_megapoly  # zsh, in a folder of $fpath
+    megapoly completion bash > ~/.local/share/bash-completion/completions/megapoly
+    megapoly completion zsh > ~/.zfunc/_megapoly  # any folder of $fpath
 
-Needs the package shtab.
+In bash, `eval "$(megapoly completion bash)"` enables it in the present shell only.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from collections.abc import Sequence
+from typing import Any, Literal, get_args, get_origin
 
-from megapoly.commands import COMMANDS, module_of
+from megapoly.commands import COMMANDS, benchmark, module_of, preprocess
 from megapoly.config.command_line import Parser
+from megapoly.config.options import OPTIONS, Option, members_of
+from megapoly.config.recipes import recipe_names
+from megapoly.data.preprocess import subcommands
 
 SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the script; 2 if shtab is missing."""
+    """Print the script."""
     shell = build_parser().parse_args(argv).shell
-    if importlib.util.find_spec("shtab") is None:
-        print("`megapoly completion` needs shtab: `pip install shtab`", file=sys.stderr)
-        return 2
     import shtab
 
     print(shtab.complete(whole_parser(), shell=shell))
@@ -41,16 +40,64 @@ def build_parser() -> Parser:
 def whole_parser() -> argparse.ArgumentParser:
     """Return one parser of all commands, each with its options."""
     whole = argparse.ArgumentParser(prog="megapoly")
+    whole.add_argument("--version", action="store_true", help="print the version")
     commands = whole.add_subparsers()
     for name, command in COMMANDS.items():
         parser = commands.add_parser(name, help=command.summary, add_help=False)
-        build = getattr(module_of(name), "build_parser", None)
-        if build is not None:
-            _copy_options(build(), parser)
+        if name == "benchmark":
+            _add_commands(parser, {each: _benchmark(each) for each in benchmark.BENCHMARKS})
+            continue
+        _copy(_torchrun() if name == "launch" else module_of(name).build_parser(), parser)
+        if command.takes_overrides:
+            _add_fields(parser)
+        if name == "preprocess":
+            _add_commands(parser, {each: _preprocess(each) for each in subcommands.COMMANDS})
     return whole
 
 
-def _copy_options(source: argparse.ArgumentParser, target: argparse.ArgumentParser) -> None:
+def _torchrun() -> argparse.ArgumentParser:
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser()
+
+
+def _benchmark(name: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = benchmark.module_of(name).build_parser()
+    return parser
+
+
+def _preprocess(name: str) -> argparse.ArgumentParser:
+    return preprocess.subcommand_parser(name)
+
+
+def _add_commands(
+    parser: argparse.ArgumentParser, parsers: dict[str, argparse.ArgumentParser]
+) -> None:
+    commands = parser.add_subparsers()
+    for name, each in parsers.items():
+        _copy(each, commands.add_parser(name, help=each.prog, add_help=False))
+
+
+def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser) -> None:
+    """Copy the options that help shows, without the fields of the configuration."""
     for action in source._actions:
-        if action.help != argparse.SUPPRESS:
+        flags = [flag.removeprefix("--") for flag in action.option_strings]
+        if action.help != argparse.SUPPRESS and not OPTIONS.keys() & flags:
+            if "config" in flags:
+                action.choices = recipe_names()
             target._add_action(action)
+
+
+def _add_fields(target: argparse.ArgumentParser) -> None:
+    for key, option in OPTIONS.items():
+        target.add_argument(f"--{key}", choices=_values(option), help=option.description)
+
+
+def _values(option: Option) -> list[Any] | None:
+    """Return the values of an option that has few of them."""
+    values: list[Any] = ["null"] if option.nullable else []
+    for member in members_of(option.base):
+        if member is not bool and get_origin(member) is not Literal:
+            return None
+        values += ["true", "false"] if member is bool else get_args(member)
+    return values

@@ -1,29 +1,29 @@
-"""Parts that the commands' parsers share: options, numbers with a range, errors."""
+"""What the commands' parsers share: options, numbers with a range, exit statuses."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from megapoly.config.options import OPTIONS, nearest
 from megapoly.errors import MegapolyError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that describes a command by its module's docstring and knows its nearest flag.
+    """A parser whose help is its command's docstring, and which names the nearest flag.
 
     Args:
         command: name after ``megapoly``.
-        description: docstring of the command's module; help shows it as it is laid out there.
-        earlier: spellings that earlier scripts use, by the flag that replaced each.
+        description: docstring of the command's module; help shows it with its line breaks.
+        earlier: spellings that earlier scripts use, each with the flag that replaced it.
         **kwargs: of :class:`argparse.ArgumentParser`.
     """
 
@@ -45,43 +45,50 @@ class Parser(argparse.ArgumentParser):
         self._earlier = earlier
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse all arguments; an unknown flag ends the program and names the nearest one."""
-        options, rest = self.parse_known_args(args, namespace)
-        if rest:
-            self.refuse(rest)
-        return options
+        """Parse all arguments; end the program at an unknown flag and name the nearest one."""
+        arguments = self.current_spelling(sys.argv[1:] if args is None else args)
+        if unknown := self.unknown_flags(arguments):
+            self.refuse(unknown, self.flags())
+        return super().parse_args(arguments, namespace)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the arguments that the parser knows, in their present or their earlier spelling."""
-        given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._present(str(each)) for each in given], namespace)
+    def current_spelling(self, arguments: Sequence[Any]) -> list[str]:
+        """Return the arguments with earlier spellings of flags replaced by the current ones."""
+        cut = (str(argument).partition("=") for argument in arguments)
+        return [f"{self._earlier.get(flag, flag)}{equals}{value}" for flag, equals, value in cut]
 
-    def _present(self, argument: str) -> str:
-        flag, equals, value = argument.partition("=")
-        return f"{self._earlier.get(flag, flag)}{equals}{value}"
+    def unknown_flags(self, arguments: Sequence[str]) -> list[str]:
+        """Return the flags among the arguments that the command does not have.
 
-    def refuse(self, arguments: Sequence[str]) -> NoReturn:
-        """End the program because of arguments that the command does not have."""
-        flags = [flag for flag in arguments if flag.startswith("-")]
-        if not flags:
-            self.error(f"unexpected arguments: {' '.join(arguments)}")
-        own = [flag for action in self._actions for flag in action.option_strings]
-        named = [flag.partition("=")[0] for flag in flags]
-        hints = [f"{flag} (the nearest is {_nearest(flag, own)})" for flag in named]
+        argparse reports missing arguments first, and a misspelled flag is often one of them.
+        """
+        before_rest = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        flags = [each.partition("=")[0] for each in before_rest if _looks_like_a_flag(each)]
+        return [flag for flag in flags if flag not in self._option_string_actions]
+
+    def flags(self) -> list[str]:
+        """Return all flags that help shows."""
+        shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
+        return [flag for action in shown for flag in action.option_strings]
+
+    def refuse(self, unknown: Sequence[str], flags: Sequence[str]) -> NoReturn:
+        """End the program because of unknown flags, and name the nearest known flag of each."""
+        hints = [f"{flag} (the nearest is {nearest(flag, flags)})" for flag in unknown]
         self.error(f"unknown {'options' if len(hints) > 1 else 'option'} {', '.join(hints)}")
 
 
-def _nearest(flag: str, flags: Iterable[str]) -> str:
-    return difflib.get_close_matches(flag.replace("_", "-"), list(flags), n=1, cutoff=0.0)[0]
+def _looks_like_a_flag(argument: str) -> bool:
+    """Return whether argparse reads an argument as a flag: not ``-1``, not ``-``, no spaces."""
+    is_text = " " in argument or _is_number(argument) or argument == "-"
+    return argument.startswith("-") and not is_text
 
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, output: str, report: str) -> None:
-    """Options of both conversions.
+    """Add the options that both conversions have.
 
     Args:
-        parser: to add to.
+        parser: the command's parser.
         output: placeholder of ``--output``.
-        report: file that the comparison is recorded in.
+        report: file that records the comparison.
     """
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar=output, help="folder to make")
@@ -104,15 +111,11 @@ def parse_with_overrides(
     Returns:
         The options, and the arguments of the form ``--section.field value``.
     """
-    options, overrides = parser.parse_known_args(argv)
-    unknown = [
-        each
-        for each in overrides
-        if each.startswith("-") and "." not in each.partition("=")[0] and not _is_number(each)
-    ]
+    arguments = parser.current_spelling(sys.argv[1:] if argv is None else argv)
+    unknown = [flag for flag in parser.unknown_flags(arguments) if "." not in flag]
     if unknown:
-        parser.refuse(unknown)
-    return options, overrides
+        parser.refuse(unknown, [*parser.flags(), *(f"--{key}" for key in OPTIONS if "." in key)])
+    return parser.parse_known_args(arguments)
 
 
 def _is_number(text: str) -> bool:
@@ -124,7 +127,7 @@ def _is_number(text: str) -> bool:
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """A whole number that is at least ``least``."""
+    """Return a parser of whole numbers that are at least ``least``."""
 
     def parse(text: str) -> int:
         try:
@@ -141,7 +144,7 @@ def whole(least: int) -> Callable[[str], int]:
 def number(
     *, above: float = -math.inf, least: float = -math.inf, most: float
 ) -> Callable[[str], float]:
-    """A finite number above ``above``, at least ``least`` and at most ``most``."""
+    """Return a parser of finite numbers above ``above``, from ``least`` to ``most``."""
 
     def parse(text: str) -> float:
         try:
@@ -157,13 +160,13 @@ def number(
 
 
 def status_of(work: Callable[[], int]) -> int:
-    """The status of a program's work; 2, with a message, for what a user or a file causes."""
+    """Run ``work`` and return its exit status; 2, with a message, for errors of users or files."""
     try:
         return work()
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except OSError as error:

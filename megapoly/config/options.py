@@ -30,7 +30,7 @@ class Option:
     Args:
         key: dotted name, ``model.num_layers``; fields of the run itself have no dot.
         type: type in the schema.
-        default: value when nothing sets it.
+        default: value if it is not set.
         description: sentence in the schema's docstring.
     """
 
@@ -41,33 +41,33 @@ class Option:
 
     @property
     def nullable(self) -> bool:
-        """Whether null is a value of its own."""
+        """Whether null is a value."""
         return type(None) in get_args(self.type)
 
     @property
     def base(self) -> Any:
-        """Type without null: ``int`` of ``int | None``."""
+        """Type without null: ``int`` for ``int | None``."""
         members = tuple(member for member in members_of(self.type) if member is not type(None))
         return Union[members]  # noqa: UP007  (of any number, one included)
 
     @property
     def entry(self) -> type | None:
-        """Dataclass of the mappings that its list or dictionary may hold, if there is one."""
+        """Dataclass of the mappings that its list or dictionary may hold, if any."""
         items = get_args(self.base)[-1:] if get_origin(self.base) in (list, dict) else ()
         members = (member for item in items for member in members_of(item))
         return next((member for member in members if is_dataclass(member)), None)
 
     @property
     def expected(self) -> str:
-        """What a value has to be, in words."""
-        words = " or ".join(_expected(member) for member in members_of(self.base))
+        """Description of valid values, for messages."""
+        valid = " or ".join(_expected(member) for member in members_of(self.base))
         if self.entry is not None:
-            words = EXPECTED[self.entry]
-        return f"{words}, or null" if self.nullable else words
+            valid = EXPECTED[self.entry]
+        return f"{valid}, or null" if self.nullable else valid
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:
-    """Types that a union joins; of another type that type alone."""
+    """Return the members of a union, or any other type as the only member."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -81,7 +81,7 @@ def _expected(hint: Any) -> str:
 
 
 def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
-    """Message about a key that is no option; names the nearest option.
+    """Return the message about a key that is not an option; it names the nearest option.
 
     Args:
         key: dotted name as it was written.
@@ -90,16 +90,23 @@ def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
     """
     if key in SECTIONS:
         return f"`{key}`{place} is a section; set its options, such as `{_first_option(key)}`"
-    nearest = max([*OPTIONS, *flags], key=lambda option: _likeness(key, option.lstrip("-")))
-    return f"unknown option `{key}`{place}; the nearest is `{nearest}`"
+    return f"unknown option `{key}`{place}; the nearest is `{nearest(key, [*OPTIONS, *flags])}`"
 
 
-def _likeness(key: str, option: str) -> tuple[float, float]:
-    """How alike two dotted names are: first the field, then the whole."""
-    field_of_key, field_of_option = key.rpartition(".")[2], option.rpartition(".")[2]
-    field_of_key, field_of_option = (x.replace("-", "_") for x in (field_of_key, field_of_option))
-    alike = difflib.SequenceMatcher(None, field_of_key, field_of_option).ratio()
-    return alike, difflib.SequenceMatcher(None, key, option).ratio()
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the known name that is most like a dotted name or a flag."""
+    return max(known, key=lambda each: _likeness(_plain(name), _plain(each)))
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _likeness(name: str, known: str) -> tuple[float, float]:
+    """Return how alike two dotted names are: their fields first, then the whole names."""
+    fields_of_both = name.rpartition(".")[2], known.rpartition(".")[2]
+    alike = difflib.SequenceMatcher(None, *fields_of_both).ratio()
+    return alike, difflib.SequenceMatcher(None, name, known).ratio()
 
 
 def _first_option(section: str) -> str:
@@ -111,7 +118,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def options_of(section: type, prefix: str = "") -> dict[str, Option]:
-    """Every option below a dataclass of the schema, in the schema's order."""
+    """Return every option below a dataclass of the schema, in the schema's order."""
     documented = docstring_parser.parse(section.__doc__ or "").params
     descriptions = {entry.arg_name: entry.description or "" for entry in documented}
     hints = get_type_hints(section)
@@ -127,7 +134,7 @@ def options_of(section: type, prefix: str = "") -> dict[str, Option]:
 
 
 def _sections() -> dict[str, str]:
-    """Title of every section of the schema."""
+    """Return the title of every section of the schema."""
     return {
         name: docstring_parser.parse(hint.__doc__ or "").short_description or name
         for name, hint in get_type_hints(Config).items()

@@ -1,7 +1,7 @@
 """From recipe and command line to a :class:`~megapoly.config.schema.Config`, and back to YAML.
 
 A recipe is a YAML file with the schema's sections. ``--section.field value`` on the command line
-goes before the recipe. Every unknown key and every value of the wrong type is reported at once.
+overrides the recipe. All unknown keys and values of the wrong type are reported at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_origin
 import yaml
 from jsonargparse import ArgumentParser
 
-from megapoly.config.options import OPTIONS, SECTIONS, Option, options_of, unknown
+from megapoly.config.options import OPTIONS, SECTIONS, Option, nearest, options_of, unknown
 from megapoly.config.recipes import recipe_names, recipe_path
 from megapoly.config.schema import Config
 from megapoly.config.typed_values import convert, convert_text, read_yaml
@@ -32,11 +32,11 @@ STEP_AND_TOKEN_FORMS = (
 
 @dataclass(frozen=True)
 class DryRunOptions:
-    """What a dry run is of.
+    """The job that a dry run builds.
 
     Args:
         world_size: ranks of the job; None: as many as this job has.
-        gpu: that the job is meant for, as ``megapoly/platform/gpus.py`` names it.
+        gpu: what the job is meant to run on, by its name in ``megapoly/platform/gpus.py``.
     """
 
     world_size: int | None = None
@@ -45,12 +45,12 @@ class DryRunOptions:
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a command line asks for.
+    """A parsed command line.
 
     Args:
         config: recipe and overrides, not resolved.
-        print_config: show the resolved configuration instead of running.
-        dry_run: build the ranks of a job without data instead of running; None: run.
+        print_config: print the resolved configuration instead of training.
+        dry_run: build the ranks of a job without data instead of training; None: train.
     """
 
     config: Config
@@ -62,11 +62,11 @@ def parse(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> A
     """Read a command line; ``--help`` prints the options and exits.
 
     Args:
-        argv: words after the program's name: ``--config RECIPE``, a name or a YAML file (several:
-            later ones go before earlier ones), ``--section.field value`` or
+        argv: arguments after the program's name: ``--config RECIPE``, a name or a YAML file
+            (several: later ones override earlier ones), ``--section.field value`` or
             ``--section.field=value``, ``--print-config``, ``--dry-run`` with ``--world-size`` and
             ``--gpu``, ``--help``.
-        default_recipe: the recipe when ``argv`` names none.
+        default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Returns:
@@ -76,47 +76,47 @@ def parse(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> A
     Raises:
         ConfigError: all unknown keys, missing files and values of the wrong type.
     """
-    words = _split(argv)
-    if words.help:
+    given = _split(argv)
+    if given.help:
         print(help_text(program, default_recipe), end="")
         raise SystemExit(0)
-    problems = list(words.problems)
+    problems = list(given.problems)
     values: dict[str, Any] = {}
-    for recipe in words.recipes or [str(default_recipe)]:
+    for recipe in given.recipes or [str(default_recipe)]:
         try:
             path = recipe_path(recipe)
         except ConfigError as error:
             problems += error.problems
         else:
             values = _merge(values, _read_recipe(path, problems))
-    values = _merge(values, _read_overrides(words.overrides, problems))
-    dry_run = _dry_run_options(words, problems)
+    values = _merge(values, _read_overrides(given.overrides, problems))
+    dry_run = _dry_run_options(given, problems)
     if problems:
         raise ConfigError(problems)
-    return Arguments(_build(values), words.print_config, dry_run)
+    return Arguments(_build(values), given.print_config, dry_run)
 
 
-def override(config: Config, words: Sequence[str]) -> list[str]:
+def override(config: Config, arguments: Sequence[str]) -> list[str]:
     """Set options of a configuration from a command line, in place.
 
     Args:
         config: changed.
-        words: ``--section.field value`` or ``--section.field=value``.
+        arguments: ``--section.field value`` or ``--section.field=value``.
 
     Returns:
-        Dotted names of what was set.
+        Dotted names of the options that were set.
 
     Raises:
         ConfigError: all unknown keys and values of the wrong type.
     """
-    split = _split(words)
-    problems = list(split.problems)
-    if split.recipes or split.print_config or split.help or split.dry_run or split.of_dry_run:
+    given = _split(arguments)
+    problems = list(given.problems)
+    if given.recipes or given.print_config or given.help or given.dry_run or given.of_dry_run:
         problems.append(
-            "`--config`, `--print-config`, `--dry-run` and its options, and `--help` have no place "
+            "`--config`, `--print-config`, `--dry-run` and its options, and `--help` cannot stand "
             "among overrides"
         )
-    values = _read_overrides(split.overrides, problems)
+    values = _read_overrides(given.overrides, problems)
     if problems:
         raise ConfigError(problems)
     _set(config, values)
@@ -155,9 +155,9 @@ def load_recipe(name: str | Path) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested dictionaries of plain values, in the schema's order.
+    """Return the configuration as nested dictionaries of plain values, in the schema's order.
 
-    Of sources and validation sets what is null is left out: it is there to be one of three.
+    Nulls of sources and validation sets are left out: a source has one of three amounts.
     """
     plain = asdict(config)
     data = plain["data"]
@@ -175,12 +175,12 @@ def _without_nulls(entry: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML that :func:`load_yaml` reads back to an equal one."""
+    """Return the configuration as YAML that :func:`load_yaml` reads back to an equal one."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def help_text(program: str, default_recipe: str | Path) -> str:
-    """Usage and every option with its meaning, type and default."""
+    """Return the usage and every option with its meaning, type and default."""
     return str(option_parser(program, default_recipe).format_help())
 
 
@@ -190,7 +190,7 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
         prog=program,
         usage=f"{program} [--config RECIPE] [--SECTION.FIELD VALUE ...]",
         description=f"Without --config the recipe is {default_recipe}. Options of the command line "
-        "override the recipe's. Lists are written '[a, b]'; null is no value.",
+        "override the recipe's. Lists are written '[a, b]', no value is written null.",
     )
     parser.add_argument(
         "--config",
@@ -206,22 +206,22 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
         help="print the resolved configuration and exit",
     )
     dry_run = parser.add_argument_group(
-        "dry run: build the model of every distinct rank of a job on this CPU, without data and "
-        "other processes, compare the ranks with the whole model and exit"
+        "dry run: build the model of every distinct rank of a job on this CPU, without data or "
+        "other processes, compare the ranks with the whole model, and exit"
     )
-    dry_run.add_argument("--dry-run", action="store_true", default=SUPPRESS, help="do that")
+    dry_run.add_argument("--dry-run", action="store_true", default=SUPPRESS, help="make a dry run")
     dry_run.add_argument(
         "--world-size",
         metavar="VALUE",
         type=int,
         default=SUPPRESS,
-        help="ranks of the job (without it as many as WORLD_SIZE says, which torchrun sets)",
+        help="ranks of the job (default: WORLD_SIZE, which torchrun sets, or 1)",
     )
     dry_run.add_argument(
         "--gpu",
         metavar="VALUE",
         default=DryRunOptions.gpu,
-        help="what each rank is meant to run on, of megapoly/platform/gpus.py",
+        help="GPU that each rank is meant to run on, by its name in megapoly/platform/gpus.py",
     )
     groups = {
         name: parser.add_argument_group(f"{name}: {title[0].lower()}{title[1:].rstrip('.')}")
@@ -231,7 +231,7 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
         group = groups.get(key.rpartition(".")[0], parser)
         group.add_argument(
             f"--{key}",
-            # A dataclass in the type would become options of its own.
+            # jsonargparse would make options of the fields of a dataclass in the type.
             type=option.type if option.entry is None else get_origin(option.base),
             default=option.default,
             metavar="VALUE",
@@ -241,7 +241,7 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
 
 
 def _description(option: Option) -> str:
-    """What an option means; with the keys of a mapping that it may hold."""
+    """Return what an option means, with the keys of a mapping that it may hold."""
     if option.entry is None:
         return option.description
     keys = "; ".join(
@@ -252,8 +252,8 @@ def _description(option: Option) -> str:
 
 
 @dataclass
-class _Words:
-    """A command line, cut into its parts."""
+class _GivenArguments:
+    """A command line, split into its kinds of arguments."""
 
     recipes: list[str] = field(default_factory=list)
     overrides: list[tuple[str, str | None]] = field(default_factory=list)
@@ -265,72 +265,82 @@ class _Words:
 
 
 _OF_DRY_RUN = ("world-size", "gpu")
-# Options of the command line that are no fields of the configuration.
-FLAGS = ("--config", "--print-config", "--dry-run", "--world-size", "--gpu", "--help")
+# Flags of `megapoly train` that are not fields of the configuration.
+FLAGS = (
+    "--config",
+    "--print-config",
+    "--dry-run",
+    "--world-size",
+    "--gpu",
+    "--nproc-per-node",
+    "--help",
+)
 
 
-def _split(argv: Sequence[str]) -> _Words:
-    words, pending = _Words(), list(argv)
+def _split(argv: Sequence[str]) -> _GivenArguments:
+    given, pending = _GivenArguments(), list(argv)
     while pending:
-        word = pending.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if word in ("-h", "--help"):
-            words.help = True
-        elif word in ("--print-config", "--print_config"):
-            words.print_config = True
-        elif word in ("--dry-run", "--dry_run"):
-            words.dry_run = True
-        elif not word.startswith("--"):
-            words.problems.append(
-                f"`{word}` belongs to no option; write `--section.field value`, a list as '[a, b]'"
-            )
+        argument = pending.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help"):
+            given.help = True
+        elif argument in ("--print-config", "--print_config"):
+            given.print_config = True
+        elif argument in ("--dry-run", "--dry_run"):
+            given.dry_run = True
+        elif not argument.startswith("--"):
+            hint = "write `--section.field value`, a list as '[a, b]'"
+            if argument.startswith("-"):
+                hint = f"the nearest is `{nearest(argument, FLAGS)}`"
+            given.problems.append(f"`{argument}` belongs to no option; {hint}")
         else:
             follows = bool(pending) and not pending[0].startswith("--")
             value = text if equals else pending.pop(0) if follows else None
             if key.replace("_", "-") in _OF_DRY_RUN:
-                words.of_dry_run[key.replace("_", "-")] = value
+                given.of_dry_run[key.replace("_", "-")] = value
             elif key != "config":
-                words.overrides.append((key, value))
+                given.overrides.append((key, value))
             elif value:
-                words.recipes.append(value)
+                given.recipes.append(value)
             else:
-                words.problems.append("`--config` needs a file: `--config FILE.yaml`")
-    return words
+                given.problems.append("`--config` needs a file: `--config FILE.yaml`")
+    return given
 
 
-def _dry_run_options(words: _Words, problems: list[str]) -> DryRunOptions | None:
-    """Options of a dry run; what is wrong is appended to ``problems``."""
-    if words.dry_run and words.print_config:
-        problems.append("`--dry-run` and `--print-config` are two things to do; choose one")
-    if words.of_dry_run and not words.dry_run:
-        names = " and ".join(f"`--{name}`" for name in words.of_dry_run)
+def _dry_run_options(given: _GivenArguments, problems: list[str]) -> DryRunOptions | None:
+    """Return the options of a dry run; append what is wrong to ``problems``."""
+    if given.dry_run and given.print_config:
+        problems.append("`--dry-run` and `--print-config` exclude each other; choose one")
+    if given.of_dry_run and not given.dry_run:
+        names = " and ".join(f"`--{name}`" for name in given.of_dry_run)
+        have = "have" if len(given.of_dry_run) > 1 else "has"
         problems.append(
-            f"{names}: nothing reads this without `--dry-run`; add that, or leave it out"
+            f"{names} {have} no effect without `--dry-run`; add `--dry-run`, or remove {names}"
         )
-    size, gpu = words.of_dry_run.get("world-size", "1"), words.of_dry_run.get("gpu", "none")
+    size, gpu = given.of_dry_run.get("world-size", "1"), given.of_dry_run.get("gpu", "none")
     if size is None or not size.isdecimal() or int(size) < 1:
         problems.append(f"`--world-size` ({size or ''}) must be a number of ranks, 1 or more")
         return None
     if gpu is None:
         problems.append("`--gpu` needs a name of `megapoly/platform/gpus.py`, such as a100-80g")
         return None
-    if not words.dry_run:
+    if not given.dry_run:
         return None
     return DryRunOptions(
-        world_size=int(size) if "world-size" in words.of_dry_run else None,
-        gpu=gpu if "gpu" in words.of_dry_run else DryRunOptions.gpu,
+        world_size=int(size) if "world-size" in given.of_dry_run else None,
+        gpu=gpu if "gpu" in given.of_dry_run else DryRunOptions.gpu,
     )
 
 
 def _read_overrides(
     overrides: Sequence[tuple[str, str | None]], problems: list[str]
 ) -> dict[str, Any]:
-    """Values of the command line by dotted name; what is wrong is appended to ``problems``."""
+    """Return values by dotted name; append what is wrong to ``problems``."""
     values = {}
     for key, text in overrides:
         option = OPTIONS.get(key)
         if option is None:
-            problems.append(unknown(key, flags=FLAGS))
+            problems.append(unknown(key, flags=FLAGS if "." not in key else ()))
         elif text is None:
             problems.append(f"`--{key}` needs a value: {option.expected}")
         else:
@@ -342,7 +352,7 @@ def _read_overrides(
 
 
 def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Values of a YAML file by dotted name; what is wrong is appended to ``problems``."""
+    """Return values of a YAML file by dotted name; append what is wrong to ``problems``."""
     try:
         text = path.read_text(encoding="utf-8")
         document = read_yaml(text)
@@ -370,7 +380,7 @@ def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _flatten(document: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted names and values; a section without options (``model:``) has none."""
+    """Yield dotted names and values; a section without options (``model:``) has none."""
     for name, value in document.items():
         if name not in SECTIONS or value is not None and not isinstance(value, Mapping):
             yield str(name), value
@@ -379,7 +389,7 @@ def _flatten(document: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _repeated_keys(node: yaml.Node | None, path: Path) -> Iterator[str]:
-    """Problems with keys that stand twice in one mapping, of which YAML would drop the first."""
+    """Yield a problem for each key that is twice in one mapping: YAML would drop the first."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
             yield from _repeated_keys(item, path)
@@ -390,15 +400,14 @@ def _repeated_keys(node: yaml.Node | None, path: Path) -> Iterator[str]:
         line = key.start_mark.line + 1
         if key.value in lines:
             yield (
-                f"`{key.value}` stands twice in {path}, lines {lines[key.value]} and {line}; "
-                "keep one"
+                f"`{key.value}` is twice in {path}, lines {lines[key.value]} and {line}; keep one"
             )
         lines[key.value] = line
         yield from _repeated_keys(value, path)
 
 
 def _merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """Both sources, the later one first, also across steps and tokens."""
+    """Merge two sources; the later one overrides the earlier, also across steps and tokens."""
     replaced: set[str] = set()
     for forms in STEP_AND_TOKEN_FORMS:
         if any(later.get(form) is not None for form in forms):
@@ -419,7 +428,7 @@ def _set(config: Config, values: Mapping[str, Any]) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that :func:`read_yaml` would not read back as that text, such as ``1e3``."""
+    """A dumper that quotes text which would be read back as another value, such as ``1e3``."""
 
     def represent_text(self, value: str) -> yaml.ScalarNode:
         try:

@@ -1,4 +1,4 @@
-"""The recipes that are installed with the package, by name."""
+"""The recipes that are installed with megapoly, by name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str | Path) -> Path:
-    """Find a recipe.
+    """Return the file of a recipe.
 
     Args:
-        name: of an installed recipe, such as ``moe_tiny``, or path of a YAML file. Where both
-            exist, the file is taken.
+        name: of an installed recipe, such as ``moe_tiny``, or path of a YAML file. A file of that
+            name in the current folder comes first.
 
     Returns:
-        The recipe's file; a path of a YAML file is returned as it is, whether it exists or not.
+        The recipe's file; the path of a YAML file as it is, whether it exists or not.
 
     Raises:
-        ConfigError: ``name`` is a bare word and there is no recipe of that name.
+        ConfigError: ``name`` is neither a path nor the name of a recipe.
     """
     path = Path(name)
     if path.is_file() or len(path.parts) > 1 or path.suffix in (".yaml", ".yml"):
@@ -37,7 +37,7 @@ def recipe_path(name: str | Path) -> Path:
     nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)[0]
     raise ConfigError(
         [
-            f"`--config` ({name}) is neither a file nor a recipe; the recipes are "
-            f"{', '.join(names)}, and the nearest is {nearest}"
+            f"`--config` ({name}) is neither a file nor a recipe; the nearest recipe is {nearest}, "
+            f"of {', '.join(names)}"
         ]
     )

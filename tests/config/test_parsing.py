@@ -246,7 +246,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
 )
 def test_repeated_key_is_refused(tmp_path: Path, text: str, key: str) -> None:
     (problem,) = problems(write(tmp_path / "a.yaml", text))
-    assert problem.startswith(f"`{key}` stands twice in ")
+    assert problem.startswith(f"`{key}` is twice in ")
     assert "lines 1 and 3" in problem or "lines 2 and 4" in problem
 
 

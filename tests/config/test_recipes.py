@@ -1,30 +1,71 @@
-"""Every shipped recipe parses, and is right for the machines it was written for."""
+"""Every shipped recipe is found, parses, and is right for the machines it was written for."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from megapoly.config.parsing import load_yaml, parse
+from megapoly.config.parsing import load_recipe, load_yaml, parse
+from megapoly.config.recipes import FOLDER, recipe_names, recipe_path
 from megapoly.config.resolve import lr_decay_iters, lr_warmup_iters, num_microbatches, train_iters
 from megapoly.config.rules import find_problems
-from megapoly.config.schema import Config
+from megapoly.errors import ConfigError
 from megapoly.platform.machine import CPU, Machine
 
-FOLDER = Path(__file__).parents[2] / "examples" / "configs"
+LINKS = Path(__file__).parents[2] / "examples" / "configs"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 WORLD_SIZES = {"moe_7b_paper": 64, "moe_7b_released": 64}
 WORLD_SIZES |= {"dense_1b_paper": 32, "dense_1b_released": 32}
 
 
-def recipe(name: str) -> Config:
-    return load_yaml(FOLDER / f"{name}.yaml")
-
-
 def test_all_recipes_are_here() -> None:
-    names = {path.stem for path in RECIPES}
-    assert {"moe_tiny", "dense_tiny", *WORLD_SIZES} <= names
+    assert recipe_names() == [path.stem for path in RECIPES]
+    assert {"moe_tiny", "dense_tiny", *WORLD_SIZES} <= {*recipe_names()}
+
+
+def test_recipes_are_found_by_name_and_by_their_links() -> None:
+    assert sorted(path.stem for path in LINKS.iterdir()) == recipe_names()
+    for name in recipe_names():
+        link = LINKS / f"{name}.yaml"
+        assert link.resolve() == recipe_path(name).resolve()
+        assert load_recipe(link) == load_recipe(name) == load_yaml(FOLDER / f"{name}.yaml")
+
+
+def test_files_come_before_installed_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("moe_tiny").model.num_layers == 4
+    (tmp_path / "moe_tiny").write_text("model: {num_layers: 7}")
+    assert load_recipe("moe_tiny").model.num_layers == 7
+    (tmp_path / "moe_tiny").unlink()
+    (tmp_path / "moe_tiny").mkdir()  # such as a run's folder
+    assert load_recipe("moe_tiny").model.num_layers == 4
+
+
+def test_a_misspelled_recipe_names_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("moe_7b_papre")
+    (problem,) = caught.value.problems
+    assert "the nearest recipe is moe_7b_paper, of dense_1b_paper, dense_1b_released" in problem
+    assert problem.endswith(", ".join(recipe_names()))
+    with pytest.raises(ConfigError, match=r"`moe_tny.yaml` cannot be read"):
+        load_recipe("moe_tny.yaml")
+
+
+def test_train_prints_a_recipe_from_an_empty_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megapoly", "train", "--config", "moe_tiny", "--print-config"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    printed, given = load_yaml(tmp_path / "printed.yaml"), load_recipe("moe_tiny")
+    assert printed.model.vocab_size == 4096 and given.model.vocab_size is None
+    assert printed.optimizer.lr_decay_iters == given.training.train_iters == 240
+    assert printed.run_dir == given.run_dir
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -52,12 +93,13 @@ def test_says_what_it_is(path: Path) -> None:
     comments = [line for line in lines[:4] if line.startswith("# ")]
     assert 1 <= len(comments) <= 3
     assert f"run_dir: runs/{path.stem}" in lines
+    assert not any("tools/" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", sorted(WORLD_SIZES))
 def test_missing_data_is_one_error_an_option(name: str) -> None:
     problems = find_problems(
-        recipe(name),
+        load_recipe(name),
         world_size=WORLD_SIZES[name],
         machine=Machine(cuda=True, transformer_engine=True),
     )
@@ -68,7 +110,7 @@ def test_missing_data_is_one_error_an_option(name: str) -> None:
 
 
 def test_paper_numbers_of_dense_model() -> None:
-    paper, released = recipe("dense_1b_paper"), recipe("dense_1b_released")
+    paper, released = load_recipe("dense_1b_paper"), load_recipe("dense_1b_released")
     assert lr_warmup_iters(paper) == lr_warmup_iters(released) == 2365
     assert train_iters(paper) == 953_675  # 250B tokens at 262,144 a step, rounded up
     assert train_iters(released) == 381_470
@@ -78,7 +120,7 @@ def test_paper_numbers_of_dense_model() -> None:
 
 
 def test_paper_numbers_of_mixture_of_experts() -> None:
-    paper, released = recipe("moe_7b_paper"), recipe("moe_7b_released")
+    paper, released = load_recipe("moe_7b_paper"), load_recipe("moe_7b_released")
     assert lr_warmup_iters(paper) == lr_warmup_iters(released) == 2500
     assert train_iters(paper) == train_iters(released) == lr_decay_iters(paper) == 47_684
     assert lr_decay_iters(released) == 1_192_093  # 5e12 tokens

@@ -1,4 +1,4 @@
-"""From what there is to lines: what is right, what is missing, and what is wrong with a remedy."""
+"""Judge the facts: what is right, what is missing, and what is wrong, with a remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Status = Literal["ok", "optional", "wrong"]
 
 _GIB = 2**30
 _MIB = 2**20
-# NCCL and loading processes pass data through it; a container has 64 MiB unless told.
+# NCCL and loading processes pass data through it; a container has 64 MiB by default.
 _LEAST_SHM_BYTES = _GIB
 _LEAST_OPEN_FILES = 1024
 _PLENTY_OPEN_FILES = 4096
@@ -30,10 +30,10 @@ class Line:
 
     Args:
         part: its name.
-        status: ``optional`` is missing, and not needed.
+        status: ``optional`` means missing, and not needed.
         found: version or size, or why there is none.
         use: what it is for here.
-        remedy: of what is wrong; how to get what is missing.
+        remedy: how to mend what is wrong, or to install what is missing.
     """
 
     part: str
@@ -44,7 +44,7 @@ class Line:
 
 
 def examine(facts: DoctorFacts) -> list[Line]:
-    """All lines, in the order to show; the machine can be used if none is ``wrong``."""
+    """Return all lines, in the order to show; training can run if none is ``wrong``."""
     return [
         *_software(facts),
         *_gpu_lines(facts),
@@ -55,7 +55,7 @@ def examine(facts: DoctorFacts) -> list[Line]:
 
 
 def _fits(version: str, specifier: str) -> bool:
-    """As a requirement of pip's, but a build of an image, such as 2.10.0a0+nv, is its release."""
+    """Compare as pip does, but take an image's build, such as 2.10.0a0+nv, for its release."""
     try:
         return Version(version).base_version in SpecifierSet(specifier)
     except InvalidVersion:
@@ -88,7 +88,7 @@ def _package(
     remedy: str,
     failures: Mapping[str, str] | None = None,
 ) -> Line:
-    """A package that has to be there."""
+    """Return the line of a package that must be installed."""
     if version is None:
         return Line(name, "wrong", "not installed", use, remedy)
     if failures and name in failures:
@@ -121,7 +121,7 @@ def _gpu_lines(facts: DoctorFacts) -> Iterator[Line]:
     torch = facts.torch
     if not facts.gpus:
         if torch is not None and torch.sees_cuda:
-            use = "torch sees one, nvidia-smi tells no name"
+            use = "torch sees one, nvidia-smi does not name it"
             yield Line("GPU", "ok", "one or more", use)
         else:
             yield Line("GPU", "optional", "none", "training runs on CPU, with gloo")
@@ -151,7 +151,7 @@ def _gpu_lines(facts: DoctorFacts) -> Iterator[Line]:
             f"torch sees no device; {driver}",
             f"torch was built for CUDA {torch.cuda_build}",
             "update the driver or take a torch for the CUDA that nvidia-smi shows; in a container, "
-            "start it with --gpus all; look at CUDA_VISIBLE_DEVICES",
+            "start it with --gpus all; check CUDA_VISIBLE_DEVICES",
         )
     else:
         yield Line("torch with CUDA", "ok", driver, f"built for CUDA {torch.cuda_build}")
@@ -196,8 +196,8 @@ def _gpu_packages(facts: DoctorFacts) -> Iterator[Line]:
         facts,
         "apex",
         has_gpu,
-        "fused Adam and gradient norm where Transformer Engine is missing; adding the weight's "
-        "gradient inside its product",
+        "fused Adam and gradient norm where Transformer Engine is missing; accumulation of weight "
+        "gradients inside their products",
         "build NVIDIA's from https://github.com/NVIDIA/apex with --cpp_ext --cuda_ext (PyPI's apex "
         "is another project: pip uninstall apex)",
     )
@@ -211,7 +211,7 @@ def _gpu_packages(facts: DoctorFacts) -> Iterator[Line]:
 
 
 def _gpu_package(facts: DoctorFacts, name: str, has_gpu: bool, use: str, remedy: str) -> Line:
-    """A package that nothing needs, but that does harm where it is broken."""
+    """Return the line of a package that is not needed, but does harm if it is broken."""
     version, failure = facts.versions[name], facts.failures.get(name)
     if version is None:
         return Line(name, "optional", "not installed", use, remedy)
@@ -219,7 +219,7 @@ def _gpu_package(facts: DoctorFacts, name: str, has_gpu: bool, use: str, remedy:
         remedy = f"{remedy}, built for this torch and CUDA; or pip uninstall {name}"
         return Line(name, "wrong", f"{version}; {failure}", use, remedy)
     if failure is not None:
-        return Line(name, "optional", f"{version}, not to be opened without a GPU", use)
+        return Line(name, "optional", f"{version}, cannot be imported without a GPU", use)
     if not _fits(version, GPU[name]):
         return Line(name, "wrong", f"{version}, not {GPU[name]}", use, remedy)
     return Line(name, "ok", version, use)
@@ -227,7 +227,7 @@ def _gpu_package(facts: DoctorFacts, name: str, has_gpu: bool, use: str, remedy:
 
 def _extras(facts: DoctorFacts) -> Iterator[Line]:
     for extra, packages in EXTRAS.items():
-        part, use, remedy = f"extra {extra}", EXTRA_USES[extra], f"pip install '.[{extra}]'"
+        part, use, remedy = f"extra {extra}", EXTRA_USES[extra], f"pip install 'megapoly[{extra}]'"
         versions = {name: facts.versions[name] for name in packages}
         missing = [name for name, version in versions.items() if version is None]
         unfit = [

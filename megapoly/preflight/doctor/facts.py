@@ -1,4 +1,4 @@
-"""What there is: packages, torch, GPUs, limits of the system. Judged in ``checks``."""
+"""Gather facts: packages, torch, GPUs, limits of the system. ``checks`` judges them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# How long opening a package may take; from a shared disk it is slow.
+# How long importing a package may take; from a shared disk it is slow.
 _TIMEOUT_S = 60.0
-# Opened in a process each, since what was built for another torch or CUDA may crash: by the name
-# of the package, what to import. Others are few files in plain Python, or wheels that fit.
-OPENED = {
+# Imported in a process each, since what was built for another torch or CUDA may crash: modules by
+# the name of the package. Others are few files in plain Python, or wheels that fit.
+IMPORTED = {
     "megatron-core": "megatron.core.models.gpt",
     "transformer-engine": "transformer_engine.pytorch",
     "apex": "amp_C, apex.optimizers, apex.multi_tensor_apply",
@@ -40,12 +40,12 @@ _QUERY = ("name", "driver_version", "memory.total", "compute_cap")
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """What torch says of itself.
+    """What torch reports about itself.
 
     Args:
         cuda_build: CUDA that it was built for; None: a build for CPU.
-        cudnn: its number, such as 91300; None without.
-        nccl: version; None without.
+        cudnn: its number, such as 91300; None: torch has no cuDNN.
+        nccl: version; None: torch has no NCCL.
         gloo: whether it has gloo.
         sees_cuda: whether there is a device that it can use.
     """
@@ -59,13 +59,13 @@ class TorchFacts:
 
 @dataclass(frozen=True)
 class GPUFacts:
-    """What nvidia-smi says of one GPU.
+    """What nvidia-smi reports about one GPU.
 
     Args:
-        name: as torch calls it.
+        name: the same as torch's.
         driver: version.
-        memory_mib: of all of it.
-        capability: such as 8.0.
+        memory_mib: all of its memory.
+        capability: compute capability, such as 8.0.
     """
 
     name: str
@@ -76,17 +76,17 @@ class GPUFacts:
 
 @dataclass(frozen=True)
 class SystemFacts:
-    """The machine, or what a container has of it.
+    """Limits of the machine, or of the container.
 
     Args:
-        cores: that this process may use.
-        memory_bytes: of the machine, or the container's limit.
-        open_files: that a process may have open.
-        locked_bytes: that a process may lock; None: any number.
-        shm_bytes: size of /dev/shm; None where there is none.
+        cores: cores that this process may use.
+        memory_bytes: memory of the machine, or the container's limit.
+        open_files: files that a process may have open.
+        locked_bytes: memory that a process may lock; None: no limit.
+        shm_bytes: size of /dev/shm; None: there is none.
         infiniband: adapters that the kernel has.
         infiniband_usable: whether this process can open them.
-        compiler: that torch.compile takes on CPU.
+        compiler: the compiler that torch.compile uses on CPU.
         compiler_found: whether it is on PATH.
     """
 
@@ -103,14 +103,14 @@ class SystemFacts:
 
 @dataclass(frozen=True)
 class DoctorFacts:
-    """All that is judged.
+    """All facts.
 
     Args:
         python: version.
         versions: of packages by name; None: not installed.
-        failures: why an installed package cannot be opened, by name.
-        torch: None where it is missing or cannot be opened.
-        gpus: of this machine, whether torch sees them or not.
+        failures: why an installed package cannot be imported, by name.
+        torch: None: it is missing or cannot be imported.
+        gpus: GPUs of this machine, whether torch sees them or not.
         system: limits.
     """
 
@@ -123,13 +123,13 @@ class DoctorFacts:
 
 
 def gather(packages: Sequence[str]) -> DoctorFacts:
-    """Look at this machine.
+    """Return the facts of this machine.
 
     Args:
-        packages: names of those whose versions matter.
+        packages: names of the packages whose versions matter.
     """
     versions = {name: _version(name) for name in packages}
-    programs = {"torch": _TORCH} | {name: f"import {what}" for name, what in OPENED.items()}
+    programs = {"torch": _TORCH} | {name: f"import {what}" for name, what in IMPORTED.items()}
     programs = {name: text for name, text in programs.items() if versions.get(name) is not None}
     outputs, failures = _run_together(programs)
     torch = TorchFacts(**json.loads(outputs["torch"])) if "torch" in outputs else None
@@ -146,8 +146,8 @@ def _version(name: str) -> str | None:
 
 
 def _run_together(programs: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Last lines of output by name, and why the others failed."""
-    # The count of devices by the driver's library: a context would take memory of a GPU in use.
+    """Run the programs at once; return last lines of output, and why the others failed, by name."""
+    # Count devices by the driver's library: a context would take memory of a GPU in use.
     environment = os.environ | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     processes = {
         name: subprocess.Popen(
@@ -166,7 +166,7 @@ def _run_together(programs: dict[str, str]) -> tuple[dict[str, str], dict[str, s
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            failures[name] = f"it was not open after {_TIMEOUT_S:g} s"
+            failures[name] = f"it was not imported after {_TIMEOUT_S:g} s"
             continue
         if process.returncode == 0:
             outputs[name] = _last_line(output)
@@ -184,25 +184,25 @@ def _gpus() -> tuple[GPUFacts, ...]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
-    words = [command, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
+    query = [command, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        result = subprocess.run(query, capture_output=True, text=True, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return parse_gpus(result.stdout) if result.returncode == 0 else ()
 
 
 def parse_gpus(output: str) -> tuple[GPUFacts, ...]:
-    """Lines of nvidia-smi's csv, one a GPU."""
+    """Parse nvidia-smi's csv, one line a GPU."""
     rows = [[value.strip() for value in line.split(",")] for line in output.splitlines()]
     return tuple(GPUFacts(*row) for row in rows if len(row) == len(_QUERY))
 
 
 def system_facts() -> SystemFacts:
-    """Limits of this process and its machine."""
+    """Return the limits of this process and its machine."""
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     adapters = Path("/sys/class/infiniband")
-    # The one that torch takes; it does not look for others.
+    # torch.compile uses this one and does not look for others.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return SystemFacts(
         cores=_cores(),
@@ -233,7 +233,11 @@ def _cores() -> int:
 
 
 def cores_of_quota(text: str) -> int | None:
-    """Whole cores of a control group's ``cpu.max``, microseconds and their period; None: all."""
+    """Return the whole cores of a control group's ``cpu.max``; None: all.
+
+    Args:
+        text: microseconds of CPU time, or ``max``, and the period that they are for.
+    """
     quota, period = text.split()
     return None if quota == "max" else max(1, int(quota) // int(period))
 

@@ -1,39 +1,58 @@
-"""Packages by what they are for, with the releases that work; the same as in setup.py."""
+"""Packages by what they are for, with the releases that work: what megapoly's installation says."""
 
 from __future__ import annotations
 
-PYTHON = ">=3.10"
-REQUIRED = {
-    "torch": ">=2.7,<2.14",
-    "megatron-core": ">=0.16.1,<0.17",
-    "jsonargparse": ">=4.40",
-    "numpy": "",
-    "psutil": "",
-    "PyYAML": "",
-    "rich": "",
-    "setuptools": "",
-    "tensorboard": "",
-    "tokenizers": ">=0.20",
-}
-_HF = {"accelerate": "", "safetensors": "", "transformers": ">=4.57"}
-# By extra: pip install '.[hf]'.
-EXTRAS = {
-    "hf": _HF,
-    "eval": {"datasets": "", "lm-eval": ">=0.4.12"} | _HF,
-    "data": {
-        "gigatoken": ">=0.10",
-        "matplotlib": "",
-        "orjson": "",
-        "pyarrow": "",
-        "zstandard": "",
-    },
-}
+import importlib.metadata
+from collections.abc import Iterable
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+NAME = "megapoly"
 EXTRA_USES = {
     "hf": "megapoly export, import and generate",
     "eval": "megapoly evaluate, benchmarks during training",
     "data": "megapoly preprocess",
+    "report": "megapoly report, figures of analyze and theory",
 }
-GPU = {"transformer-engine": ">=2.9,<2.12", "flash-attn": "", "apex": "", "triton": ""}
+
+
+def packages_of(requirements: Iterable[str], extra: str = "") -> dict[str, str]:
+    """Return the packages of an extra by name, each with the releases that it allows.
+
+    Args:
+        requirements: of an installed package, as ``importlib.metadata.requires`` returns them.
+        extra: name; '': what is installed without any extra.
+    """
+    parsed = [Requirement(text) for text in requirements]
+    packages: dict[str, str] = {}
+    for each in parsed:
+        if not _applies(each, extra) or (extra and _applies(each, "")):
+            continue
+        if each.name != NAME:
+            packages[each.name] = _lower_bound_first(each.specifier)
+        for other in each.extras if each.name == NAME else ():
+            packages |= packages_of(map(str, parsed), other)
+    return packages
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+
+
+def _lower_bound_first(specifier: SpecifierSet) -> str:
+    return ",".join(sorted(map(str, specifier), reverse=True))
+
+
+_REQUIREMENTS = importlib.metadata.requires(NAME) or []
+
+PYTHON = importlib.metadata.metadata(NAME)["Requires-Python"]
+# Without these nothing can be trained.
+REQUIRED = packages_of(_REQUIREMENTS) | packages_of(_REQUIREMENTS, "train")
+EXTRAS = {extra: packages_of(_REQUIREMENTS, extra) for extra in EXTRA_USES}
+# apex is built from NVIDIA's sources, Triton comes with torch's builds for CUDA.
+GPU = {"apex": "", "triton": ""} | packages_of(_REQUIREMENTS, "gpu")
+GPU = {name: GPU[name] for name in ("transformer-engine", "flash-attn", "apex", "triton")}
 
 KNOWN_COMBINATIONS = (
     "With megatron-core 0.16: torch 2.13.0, with which this project's tests pass on CPU (2.7 to "
@@ -43,6 +62,6 @@ KNOWN_COMBINATIONS = (
 
 
 def all_packages() -> tuple[str, ...]:
-    """Every name once."""
+    """Return every package's name once."""
     extras = [name for packages in EXTRAS.values() for name in packages]
     return tuple(dict.fromkeys([*REQUIRED, *GPU, *extras]))

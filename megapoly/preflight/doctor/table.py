@@ -1,4 +1,4 @@
-"""The lines in a terminal."""
+"""A table of the checks for the terminal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ _SHOWN = {
     "optional": "[yellow]missing, optional[/]",
     "wrong": "[red]wrong[/]",
 }
-# Of an output that is no terminal, such as a container's log.
+# Of an output that is not a terminal, such as a container's log.
 _WIDTH = 120
 
 
-def print_lines(lines: Sequence[Line]) -> None:
-    """A table, then a remedy for each line that is wrong, then the verdict."""
+def print_lines(lines: Sequence[Line], commands: Sequence[str]) -> None:
+    """Print the checks as a table, the remedy of each that is wrong, and a verdict.
+
+    Args:
+        lines: the checks.
+        commands: sentences on which commands can run.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=_WIDTH)
@@ -30,11 +35,13 @@ def print_lines(lines: Sequence[Line]) -> None:
     table.add_column("found", overflow="fold", ratio=2)
     table.add_column("what for", overflow="fold", ratio=3)
     for line in lines:
-        use = f"{line.use} ({line.remedy})" if _is_to_be_had(line) else line.use
+        use = f"{line.use} ({line.remedy})" if _can_be_installed(line) else line.use
         table.add_row(line.part, _SHOWN[line.status], _plain(line.found), _plain(use))
     console.print(table)
     console.print()
     console.print(_plain(KNOWN_COMBINATIONS))
+    for text in commands:
+        console.print(_plain(text))
     wrong = [line for line in lines if line.status == "wrong"]
     for line in wrong:
         console.print(f"[red]{line.part}[/]: {_plain(line.remedy)}")
@@ -42,10 +49,10 @@ def print_lines(lines: Sequence[Line]) -> None:
     console.print(verdict)
 
 
-def _is_to_be_had(line: Line) -> bool:
+def _can_be_installed(line: Line) -> bool:
     return line.status == "optional" and bool(line.remedy)
 
 
 def _plain(text: str) -> str:
-    """Text in which square brackets are no markup: '.[gpu]'."""
+    """Return text whose square brackets rich prints as they are: 'megapoly[gpu]'."""
     return text.replace("[", r"\[")
