@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megapoly.benchmarks.spread import digits
+from megapoly.benchmarks.round_statistics import digits
 
 FORWARD, BACKWARD, GOAL = "#4477aa", "#ee9944", "#aa3344"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.benchmarks.activation_forms import DTYPES, Candidate, Case
-from megapoly.benchmarks.spread import Spread, digits
+from megapoly.benchmarks.round_statistics import RoundStatistics, digits
 
 PASSES = ("forward", "backward", "both")
 YARDSTICKS = ("eager", "liger")
@@ -134,14 +134,14 @@ def _pass_report(
 
 
 def _rate(seconds: Sequence[float], num_bytes: int) -> dict[str, Any]:
-    spread = Spread.of(seconds)
+    spread = RoundStatistics.of(seconds)
     ms = {name: 1e3 * value for name, value in asdict(spread).items()}
     return {"ms": ms, "gb_per_s": num_bytes / spread.median / 1e9}
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     """How many times faster, by round."""
-    return asdict(Spread.of([s / f for s, f in zip(slow, fast, strict=True)]))
+    return asdict(RoundStatistics.of([s / f for s, f in zip(slow, fast, strict=True)]))
 
 
 def wrong_results(dtype: str, errors: Mapping[str, float]) -> list[str]:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.benchmarks.plain_model import PlainModel, check_is_plain
-from megapoly.benchmarks.spread import Spread
+from megapoly.benchmarks.round_statistics import RoundStatistics
 from megapoly.config import Config
 from megapoly.config.command_line import Parser
 from megapoly.errors import MegapolyError
@@ -210,13 +210,13 @@ def plain_candidate(state: TrainState) -> Candidate:
     return Candidate(name, sum(p.numel() for p in model.parameters()), train_step)
 
 
-def speed_ratios(candidates: Sequence[Candidate]) -> dict[str, Spread]:
+def speed_ratios(candidates: Sequence[Candidate]) -> dict[str, RoundStatistics]:
     """Tokens/s of megapoly over the plain model, and of each activation over SwiGLU, by round."""
     swiglu, plain, *others = candidates
     pairs = {"swiglu / plain": (swiglu, plain)}
     pairs |= {f"{other.name.split()[-1]} / swiglu": (other, swiglu) for other in others}
     return {
-        name: Spread.of(
+        name: RoundStatistics.of(
             [a / b for a, b in zip(one.tokens_per_second, other.tokens_per_second, strict=True)]
         )
         for name, (one, other) in pairs.items()
@@ -224,7 +224,7 @@ def speed_ratios(candidates: Sequence[Candidate]) -> dict[str, Spread]:
 
 
 def _table(
-    candidates: Sequence[Candidate], ratios: dict[str, Spread], tokens_per_step: int
+    candidates: Sequence[Candidate], ratios: dict[str, RoundStatistics], tokens_per_step: int
 ) -> Table:
     table = Table(
         caption=f"{tokens_per_step} tokens a step, {torch.get_num_threads()} threads, "
@@ -234,7 +234,7 @@ def _table(
     for column in ("parameters", "tokens/s", "lowest to highest", "last loss"):
         table.add_column(column, justify="right")
     for candidate in candidates:
-        speed = Spread.of(candidate.tokens_per_second)
+        speed = RoundStatistics.of(candidate.tokens_per_second)
         table.add_row(
             candidate.name,
             f"{candidate.num_parameters:,}",
@@ -253,7 +253,7 @@ def _table(
 def _report(
     arguments: argparse.Namespace,
     candidates: Sequence[Candidate],
-    ratios: dict[str, Spread],
+    ratios: dict[str, RoundStatistics],
     tokens_per_step: int,
 ) -> dict[str, Any]:
     return {
@@ -267,7 +267,7 @@ def _report(
             {
                 "name": candidate.name,
                 "num_parameters": candidate.num_parameters,
-                "tokens_per_second": asdict(Spread.of(candidate.tokens_per_second)),
+                "tokens_per_second": asdict(RoundStatistics.of(candidate.tokens_per_second)),
                 "tokens_per_second_by_round": candidate.tokens_per_second,
                 "loss": candidate.loss,
             }

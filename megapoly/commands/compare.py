@@ -157,15 +157,15 @@ def _check_options(parser: Parser, arguments: argparse.Namespace, overrides: Seq
 def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: list[str]) -> int:
     # Here and not above: --help answers at once.
     from megapoly.study.comparison import trials
-    from megapoly.study.comparison.record import Record
-    from megapoly.study.comparison.study import Study
+    from megapoly.study.comparison.comparison import Comparison
+    from megapoly.study.comparison.record import ComparisonRecord
     from megapoly.study.report.terminal import show_tables
 
     variants = trials.parse_variants(arguments.activations, arguments.orders)
     base = _base(arguments, overrides, variants)
     trials.check_comparable(base, variants)
     at_once, environment = _shares(arguments)
-    study = Study(
+    study = Comparison(
         base=base,
         variants=variants,
         rates=arguments.learning_rates or [base.optimizer.lr],
@@ -184,7 +184,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
             console.print(name, highlight=False)
         return 0
     command = shlex.join(["megapoly", "compare", *words])
-    record = Record.of(study.output, command=command, config=arguments.config)
+    record = ComparisonRecord.of(study.output, command=command, config=arguments.config)
     chosen = study.run(record, console)
     show_tables(study.output, REFERENCE, console)
     lost = [variant.name for variant in variants if variant not in chosen]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.study.analysis.histogram import Histogram
+from megapoly.study.analysis.histogram import GrowingHistogram
 from megapoly.study.analysis.learned_activation import LearnedActivation
-from megapoly.study.analysis.row_statistics import Moments
+from megapoly.study.analysis.row_statistics import RowStatistics
 
 # The curve is drawn between these quantiles of the pre-activations, at about so many points.
 QUANTILES = (1e-4, 1 - 1e-4)
@@ -30,8 +30,8 @@ class ActivationStatistics:
 
     def __init__(self, function: LearnedActivation) -> None:
         self._function = function
-        self._before, self._after = Moments(), Moments()
-        self._histogram = Histogram()
+        self._before, self._after = RowStatistics(), RowStatistics()
+        self._histogram = GrowingHistogram()
         self._norms: list[Tensor] = []
         learned = function.coefficients
         self._squares = torch.zeros(0 if learned is None else len(learned), dtype=torch.float64)
@@ -64,10 +64,11 @@ class ActivationStatistics:
         """Saturation and outliers.
 
         Returns:
-            ``before``: of the pre-activations that the function gets; ``after``: of what FC2 gets,
-            for a gated activation the product; both as :meth:`Moments.result`. ``flat``: the share
-            of pre-activations at which the slope of the curve is below 0.01 of the root mean square
-            slope over all of them; the slope is the curve's rise over the histogram's bin.
+            ``before``: of the pre-activations that the function gets; ``after``: of the input of
+            FC2, for a gated activation the product; both as :meth:`RowStatistics.result`. ``flat``:
+            the share of pre-activations at which the slope of the curve is below 0.01 of the root
+            mean square slope over all of them; the slope is the rise of the curve over a bin of the
+            histogram.
         """
         edges, counts = self._histogram.edges, self._histogram.counts.double()
         slopes = self._curve(edges).diff() / edges.diff()

@@ -8,7 +8,7 @@ from torch import Tensor
 NUM_BINS = 2**14
 
 
-class Histogram:
+class GrowingHistogram:
     """Counts in equal bins over [-limit, limit], which doubles where a number lies outside.
 
     Doubling puts two bins together, so that every count stays exact.

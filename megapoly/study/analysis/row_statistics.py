@@ -10,7 +10,7 @@ from torch import Tensor
 NEAR_ZERO, OUTLIER = 0.01, 6.0
 
 
-class Moments:
+class RowStatistics:
     """Statistics over all numbers of all rows; R is the root mean square of a number's own row."""
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Train models that differ in their activation alone, and say how they differ."""
+"""Train models that differ only in their activation, and record how they differ."""

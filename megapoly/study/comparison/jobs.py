@@ -1,4 +1,4 @@
-"""Run trials, some at a time, each a job of its own; show how far each is."""
+"""Run trials, several at a time, each as its own job, and show their progress."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from megapoly.platform.launcher import DIVERGED
 from megapoly.study.comparison.outcome import is_complete, last_record, validation_loss
 
 _POLL_S = 0.5
-# Lines of a failed job's log that are shown.
+# Number of lines of a failed job's log that are shown.
 _TAIL_LINES = 15
 
 
 class TrialError(MegapolyError):
-    """A trial's job failed, or its loss was not finite where it has to be."""
+    """A trial's job failed."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """A command that trains one run.
 
     Args:
         name: of the trial.
-        command: words; given SIGTERM it saves and ends, and its exit status is
+        command: program and arguments. On SIGTERM it saves and exits; its exit status is
             :data:`~megapoly.platform.launcher.DIVERGED` if the loss was not finite.
-        run_dir: where it writes ``metrics.jsonl``.
+        run_dir: folder in which it writes ``metrics.jsonl``.
         log: file of its output.
         steps: of the run.
-        environment: variables beside those of this process.
+        environment: variables in addition to those of this process.
     """
 
     name: str
@@ -52,22 +52,22 @@ class Job:
 
 
 @dataclass
-class _Running:
-    job: Job
+class _RunningJob:
+    job: TrialJob
     process: subprocess.Popen[bytes]
     start: float
     task: TaskID | None
 
 
 class JobRunner:
-    """Runs jobs and shows a line for each that is running.
+    """Runs jobs and shows one line for each running job.
 
     Args:
         console: for progress.
-        at_once: jobs at a time.
-        total: jobs of the whole comparison, for the count; may be set anew between two calls of
+        at_once: number of jobs that run at the same time.
+        total: jobs of the whole comparison, for the count; may be changed between two calls of
             :meth:`run`.
-        on_end: called with every job that has ended, also one that failed or was stopped, its
+        on_end: called for every job that has ended, failed or been stopped, with the job, its
             seconds and whether it diverged.
         inherited: file descriptors that jobs keep open.
     """
@@ -78,7 +78,7 @@ class JobRunner:
         *,
         at_once: int,
         total: int,
-        on_end: Callable[[Job, float, bool], None],
+        on_end: Callable[[TrialJob, float, bool], None],
         inherited: Sequence[int] = (),
     ) -> None:
         self._console, self._at_once, self._on_end = console, at_once, on_end
@@ -89,18 +89,18 @@ class JobRunner:
         self._num_run = 0
         self._progress: Progress | None = None
 
-    def skip(self, job: Job, *, diverged: bool = False) -> None:
+    def skip(self, job: TrialJob, *, diverged: bool = False) -> None:
         """Count a job whose run is complete, or has diverged."""
         self._finished += 1
         self._say(f"{job.name}: {_diverged(job) if diverged else f'complete, {_outcome(job)}'}")
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run all; on Ctrl-C, SIGTERM or an error those that are running save and end.
+    def run(self, jobs: Sequence[TrialJob]) -> None:
+        """Run all jobs; on Ctrl-C, SIGTERM or an error the running ones save and exit.
 
         Raises:
-            TrialError: jobs failed; the others were run before.
+            TrialError: jobs failed; raised after all other jobs have run.
         """
-        waiting, running, failed = deque(jobs), list[_Running](), list[Job]()
+        waiting, running, failed = deque(jobs), list[_RunningJob](), list[TrialJob]()
         with self._live_progress(), self._ended_at_exit(running):
             while waiting or running:
                 while waiting and len(running) < self._at_once:
@@ -116,7 +116,7 @@ class JobRunner:
             raise TrialError(
                 f"{len(failed)} of {len(jobs)} trials have failed: "
                 + "; ".join(f"{job.name} ({job.log})" for job in failed)
-                + ". The same command tries them again."
+                + ". Run the same command to try them again."
             )
 
     @contextlib.contextmanager
@@ -131,21 +131,21 @@ class JobRunner:
         self._progress = None
 
     @contextlib.contextmanager
-    def _ended_at_exit(self, running: Sequence[_Running]) -> Iterator[None]:
-        """Whatever ends this process early: jobs get SIGTERM, and the time to save."""
+    def _ended_at_exit(self, running: Sequence[_RunningJob]) -> Iterator[None]:
+        """If this process ends early, send SIGTERM to the jobs and wait until they have saved."""
         try:
             yield
         finally:
             for one in running:
                 if one.process.poll() is None:
                     with contextlib.suppress(ProcessLookupError):
-                        # The group: a shell that waits for the trainer would end alone.
+                        # The process group: a shell that waits for the trainer would end alone.
                         os.killpg(one.process.pid, signal.SIGTERM)
             for one in running:
                 status = one.process.wait()
                 self._on_end(one.job, time.monotonic() - one.start, status == DIVERGED)
 
-    def _begin(self, job: Job) -> _Running:
+    def _begin(self, job: TrialJob) -> _RunningJob:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("ab") as log:
             process = subprocess.Popen(
@@ -155,16 +155,16 @@ class JobRunner:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **job.environment},
                 pass_fds=self._inherited,
-                start_new_session=True,  # Ctrl-C is for this process, which tells its jobs
+                start_new_session=True,  # Ctrl-C reaches only this process, which stops the jobs
             )
         task = None
         if self._progress is None:
             self._say(f"{job.name}: started")
         else:
             task = self._progress.add_task(job.name, total=job.steps, status="starting")
-        return _Running(job, process, time.monotonic(), task)
+        return _RunningJob(job, process, time.monotonic(), task)
 
-    def _update(self, one: _Running) -> None:
+    def _update(self, one: _RunningJob) -> None:
         if self._progress is None or one.task is None:
             return
         record = last_record(one.job.run_dir)
@@ -174,8 +174,8 @@ class JobRunner:
             status = f"loss {record['lm_loss']:.4f} | ETA {eta}"
             self._progress.update(one.task, completed=step, status=status)
 
-    def _end(self, one: _Running) -> bool:
-        """Say how it ended; whether its run is complete or has diverged, and not failed."""
+    def _end(self, one: _RunningJob) -> bool:
+        """Print how a job ended and return whether its run is complete or has diverged."""
         seconds = time.monotonic() - one.start
         if self._progress is not None and one.task is not None:
             self._progress.remove_task(one.task)
@@ -184,7 +184,7 @@ class JobRunner:
         self._on_end(one.job, seconds, diverged)
         if not diverged and not is_complete(one.job.run_dir, one.job.steps):
             lines = one.job.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-            ended = _how(one.process.returncode)
+            ended = _describe_status(one.process.returncode)
             self._say("\n".join([f"{one.job.name}: {ended}; {one.job.log}", *lines]))
             return False
         self._num_run += 1
@@ -202,20 +202,20 @@ class JobRunner:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _outcome(job: Job) -> str:
+def _outcome(job: TrialJob) -> str:
     record = last_record(job.run_dir)
     loss = validation_loss(record)
     shown = [f"loss {record['lm_loss']:.4f}"] if record else []
     return ", ".join(shown + ([] if loss is None else [f"validation loss {loss:.4f}"]))
 
 
-def _diverged(job: Job) -> str:
+def _diverged(job: TrialJob) -> str:
     steps = last_record(job.run_dir).get("iteration", 0)
     return f"diverged after step {steps} of {job.steps}"
 
 
-def _how(status: int) -> str:
-    """What an exit status says of a job that is not complete."""
+def _describe_status(status: int) -> str:
+    """Describe the exit status of a job that is not complete."""
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"failed, status {status}" if status else "ended before its last step"

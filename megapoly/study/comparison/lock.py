@@ -1,4 +1,4 @@
-"""A folder in which one comparison works at a time."""
+"""A lock by which one comparison at a time runs in a folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 @contextmanager
 def sole_use(folder: Path) -> Iterator[int | None]:
-    """Lock a folder, which is made.
+    """Create a folder if it does not exist, and lock it.
 
     Yields:
-        The file descriptor of the lock: a process that inherits it holds the lock, too, so that
-        jobs that outlive this process are not met by a second command. None: this disk has no
-        locks.
+        The file descriptor of the lock, or None if the file system has no locks. A process that
+        inherits the descriptor also holds the lock, so that a second command does not start beside
+        jobs that outlive this process.
 
     Raises:
         ConfigError: another process holds it.
@@ -33,9 +33,9 @@ def sole_use(folder: Path) -> Iterator[int | None]:
         except BlockingIOError as error:
             raise ConfigError(
                 [
-                    f"another comparison, or runs of one that was killed, are at work in "
-                    f"`--output` ({folder}); wait for their end, or end them (`fuser "
-                    f"{folder / _FILE}` shows the processes of this machine)"
+                    f"another comparison, or runs of one that was killed, are running in "
+                    f"`--output` ({folder}); wait until they end, or stop them (`fuser "
+                    f"{folder / _FILE}` shows the processes on this machine)"
                 ]
             ) from error
         except OSError as error:

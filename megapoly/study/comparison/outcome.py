@@ -1,4 +1,4 @@
-"""What a trial's folder says about it: how far it is, and how well it did."""
+"""Read progress and final losses from the folder of a trial or of a comparison."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megapoly.errors import CheckpointError, DataError
 
 COMPARISON_FILE = "comparison.json"
 
-# Bytes of the end of metrics.jsonl that surely hold its last line.
+# Bytes at the end of metrics.jsonl that are certain to contain its last line.
 _TAIL = 1 << 14
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:
-    """The last whole line of ``metrics.jsonl``; empty before the first step."""
+    """Return the last whole line of ``metrics.jsonl``; empty before the first step."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)
@@ -36,16 +36,19 @@ def last_record(run_dir: Path) -> dict[str, Any]:
 
 
 def is_complete(run_dir: Path, steps: int) -> bool:
-    """Whether a run has made its last step and saved it."""
+    """Return whether a run has made its last step and saved it."""
     saved = run_dir / "checkpoints" / f"iter_{steps:07d}" / "run.json"
     return saved.exists() and last_record(run_dir).get("iteration") == steps
 
 
 def validation_loss(record: Mapping[str, Any]) -> float | None:
-    """Loss over all validation sets of a step: their mean, or the only one's; None: not evaluated.
+    """Return a step's loss over all validation sets, or that of the only one.
 
     Args:
         record: line of ``metrics.jsonl``.
+
+    Returns:
+        The mean over sets; None if the step was not evaluated.
     """
     losses = {
         key: value
@@ -57,7 +60,7 @@ def validation_loss(record: Mapping[str, Any]) -> float | None:
 
 
 def final_validation_loss(run_dir: Path) -> float:
-    """Validation loss after the last step of a complete run.
+    """Return the validation loss after the last step of a complete run.
 
     Raises:
         CheckpointError: the last line has none.
@@ -65,17 +68,20 @@ def final_validation_loss(run_dir: Path) -> float:
     loss = validation_loss(last_record(run_dir))
     if loss is None:
         raise CheckpointError(
-            f"The last line of {run_dir / 'metrics.jsonl'} must hold the validation losses of the "
-            "run's end, and does not; delete the run's folder to train it anew."
+            f"The last line of {run_dir / 'metrics.jsonl'} must contain the final validation "
+            "losses, and does not; delete the run's folder to train it again."
         )
     return loss
 
 
 def chosen_runs(folder: Path) -> dict[str, str]:
-    """Names of the runs of the first seed at each variant's learning rate, by the variant's name.
+    """Return the names of the first seed's runs at the chosen rates, by the variant's name.
 
     Args:
-        folder: of a comparison; empty if it is none, or no variant is done.
+        folder: of a comparison.
+
+    Returns:
+        Empty if the folder is not a comparison, or no variant is done.
 
     Raises:
         DataError: as :func:`read_comparison`.
@@ -84,7 +90,7 @@ def chosen_runs(folder: Path) -> dict[str, str]:
 
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:
-    """Content of ``comparison.json``; None: there is none.
+    """Return the content of ``comparison.json``; None if the file does not exist.
 
     Raises:
         DataError: the file is damaged.
@@ -99,8 +105,8 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
     except (ValueError, AttributeError) as error:
         raise DataError(
-            f"`{path}` is not as megapoly compare wrote it ({error}). It holds the "
-            "times of trials, the choice of rates and which trials diverged; delete it, and the "
-            "same command of that tool makes it anew from the runs."
+            f"`{path}` is not a file of megapoly compare, or is damaged ({error}). It records the "
+            "times of trials, the chosen rates and which trials diverged; delete it, and run the "
+            "same megapoly compare command to write it again from the runs."
         ) from error
     return dict(content)

@@ -18,17 +18,18 @@ from megapoly.study.comparison.outcome import COMPARISON_FILE, read_comparison
 
 
 @dataclass
-class Record:
-    """What a comparison knows beside its runs.
+class ComparisonRecord:
+    """Content of ``comparison.json``: facts about a comparison that its runs do not contain.
 
     Args:
         path: of the file.
-        commands: that were given in this folder, each once, the last one at the end.
+        commands: commands that were run in this folder, each once, the last one at the end.
         config: recipes of the trials.
         trials: ``wall_time_s`` and ``phase`` (``rates``: the grid of learning rates, ``seeds``) of
-            each that was run, however it ended; ``diverged``: true if its loss was not finite.
-        chosen: run of the first seed at each variant's learning rate, by the variant's name; of
-            those that are done.
+            each trial that was run, however it ended; ``diverged``: true if its loss was not
+            finite.
+        chosen: the first seed's run at each variant's learning rate, by the variant's name, for
+            the variants that are done.
     """
 
     path: Path
@@ -38,11 +39,11 @@ class Record:
     chosen: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, output: Path, *, command: str, config: list[str]) -> Record:
-        """That of a folder, which goes on with what is written there.
+    def of(cls, output: Path, *, command: str, config: list[str]) -> ComparisonRecord:
+        """Read the record of a folder, or start one, and add the command.
 
         Raises:
-            DataError: the file there is not one that this class has written.
+            DataError: the file is damaged, or was not written by this class.
         """
         written = read_comparison(output) or {"commands": [], "trials": {}, "chosen": {}}
         commands = [earlier for earlier in written["commands"] if earlier != command]
@@ -55,23 +56,23 @@ class Record:
         )
 
     def forget(self, run_dir: Path) -> None:
-        """Drop what is known of a trial whose folder was deleted."""
+        """Drop the entry of a trial whose folder was deleted."""
         if not run_dir.exists():
             self.trials.pop(run_dir.name, None)
 
     def add(self, name: str, *, phase: str, seconds: float, diverged: bool = False) -> None:
-        """Count the seconds of a trial, which may have been stopped and gone on."""
+        """Add the seconds of a trial to those before it was stopped and resumed."""
         before = self.trials.get(name, {}).get("wall_time_s", 0.0)
         self.trials[name] = {"phase": phase, "wall_time_s": before + seconds}
         if diverged:
             self.trials[name]["diverged"] = True
 
     def diverged(self, run_dir: Path) -> bool:
-        """Whether the loss of a run was not finite; one whose folder is deleted is run anew."""
+        """Return whether a run's loss was not finite; a deleted run starts again."""
         return run_dir.exists() and self.trials.get(run_dir.name, {}).get("diverged", False)
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         content = {
             "commands": self.commands,
             "config": self.config,
@@ -84,7 +85,7 @@ class Record:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPU of this machine."""
+    """Return processor, cores, memory and GPU of this machine."""
     facts = system_facts()
     return {
         "cpu": _cpu_name(),
@@ -95,7 +96,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of megapoly and what it computes with."""
+    """Return the versions of megapoly and of what it computes with."""
     return {
         "megapoly": megapoly.__version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Trials of a comparison: runs that are the same but for activation, order, rate and seed."""
+"""Trials of a comparison: runs that differ only in activation, order, rate and seed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from megapoly.activations import registry
 from megapoly.config import Config
 from megapoly.config.resolve import resolve, tokens_per_step, train_iters
+from megapoly.config.schema import ModelConfig
 from megapoly.errors import ConfigError
 from megapoly.platform.machine import CPU
 from megapoly.preflight.planning.parameters import total_parameters
 
-DEFAULT_ORDER = 3
-# How far the parameters of compared models may be apart, relative to the first: coefficients, and
-# widths that two thirds do not divide.
+DEFAULT_ORDER = ModelConfig.activation_order
+# How far the parameters of compared models may differ, relative to the first: coefficients differ,
+# and so do gated widths that 3 does not divide.
 PARAMETER_TOLERANCE = 0.01
 
 
@@ -26,7 +27,7 @@ class Variant:
 
     Args:
         activation: name in the registry.
-        order: highest power; None: an activation without powers.
+        order: highest power; None for an activation without powers.
     """
 
     activation: str
@@ -34,7 +35,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``polyrelu``, or ``polyrelu_order_4`` where the order is not the usual one."""
+        """``polyrelu``, or ``polyrelu_order_4`` if the order is not the default."""
         usual = self.order in (None, DEFAULT_ORDER)
         return self.activation if usual else f"{self.activation}_order_{self.order}"
 
@@ -46,7 +47,7 @@ class Trial:
     Args:
         variant: activation.
         lr: highest learning rate; the lowest keeps its ratio to it.
-        seed: of weights and of the data's order.
+        seed: of the weights and of the order of the data.
     """
 
     variant: Variant
@@ -59,7 +60,7 @@ class Trial:
         return f"{self.variant.name}.lr_{self.lr:g}.seed_{self.seed}"
 
     def config(self, base: Config, output: Path) -> Config:
-        """The run's configuration, made from that of all."""
+        """Return the configuration of the run, made from the common one."""
         config = copy.deepcopy(base)
         config.run_dir = str(output / self.name)
         config.model.activation = self.variant.activation
@@ -70,20 +71,20 @@ class Trial:
         return config
 
 
-def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[Variant]:
-    """Variants of a command line.
+def parse_variants(names: Sequence[str], orders: Sequence[int] | None) -> list[Variant]:
+    """Return the variants that the command line names.
 
     Args:
-        words: names of activations; ``polyrelu:4`` is one of order 4 alone.
-        orders: of polynomial activations that name none; None: the usual one.
+        names: activations; ``polyrelu:4`` is polyrelu of order 4 alone.
+        orders: of the polynomial activations that are named without one; None: the default.
 
     Raises:
-        ConfigError: a name is not in the registry, an order is none, or belongs to an activation
-            without powers, nothing takes the orders, or a variant is named twice.
+        ConfigError: a name is not in the registry, an order is not valid or is given to an
+            activation without powers, the orders have no effect, or a variant is named twice.
     """
     problems, variants, takes_orders = [], [], False
-    for word in words:
-        name, _, order = word.partition(":")
+    for given in names:
+        name, _, order = given.partition(":")
         try:
             has_powers = registry.get(name).has_coefficients
         except ConfigError as error:
@@ -91,7 +92,7 @@ def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[V
             continue
         if order and not (has_powers and order in ("2", "3", "4")):
             kind = "2, 3 or 4" if has_powers else f"none: {name} has no powers"
-            problems.append(f"the order of `{word}` must be {kind}")
+            problems.append(f"the order of `{given}` must be {kind}")
         elif order:
             variants.append(Variant(name, int(order)))
         elif has_powers:
@@ -104,7 +105,7 @@ def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[V
         problems.append(f"every activation must be named once; {', '.join(twice)} is named twice")
     if orders and not (takes_orders or problems):
         problems.append(
-            f"`--orders` ({' '.join(map(str, orders))}): nothing reads this where no polynomial "
+            f"`--orders` ({' '.join(map(str, orders))}) has no effect unless a polynomial "
             "activation is named without an order; leave it out"
         )
     if problems:
@@ -113,26 +114,26 @@ def parse_variants(words: Sequence[str], orders: Sequence[int] | None) -> list[V
 
 
 def rate_trials(variants: Sequence[Variant], rates: Sequence[float], seed: int) -> list[Trial]:
-    """Every activation at every learning rate, with one seed."""
+    """Return the trials of every activation at every learning rate, with one seed."""
     return [Trial(variant, lr, seed) for lr in rates for variant in variants]
 
 
 def seed_trials(rates: Mapping[Variant, Sequence[float]], seeds: Sequence[int]) -> list[Trial]:
-    """Every activation at its learning rates, with every seed."""
+    """Return the trials of every activation at its learning rates, with every seed."""
     return [
         Trial(variant, lr, seed) for seed in seeds for variant in rates for lr in rates[variant]
     ]
 
 
 def sizes(base: Config, variants: Sequence[Variant]) -> list[int]:
-    """Parameters of each variant's model, of a configuration with ``vocab_size``."""
+    """Return the number of parameters of each variant's model; ``base`` has a ``vocab_size``."""
     assert base.model.vocab_size is not None
     return [
         total_parameters(
             resolve(
                 Trial(variant, base.optimizer.lr, 0).config(base, Path()),
                 tokenizer_vocab_size=base.model.vocab_size,
-                machine=CPU,  # nothing of what a GPU changes is counted
+                machine=CPU,  # a GPU changes nothing that is counted
             )
         )
         for variant in variants
@@ -140,15 +141,15 @@ def sizes(base: Config, variants: Sequence[Variant]) -> list[int]:
 
 
 def check_comparable(base: Config, variants: Sequence[Variant]) -> None:
-    """Refuse a comparison of models of different size, or one that says nothing.
+    """Check that the models have equal size and that the trials evaluate and save.
 
     Args:
-        base: configuration of all trials, which is checked by itself, with ``vocab_size``.
-        variants: what is compared.
+        base: configuration of all trials, valid, with ``vocab_size``.
+        variants: activations to compare.
 
     Raises:
-        ConfigError: numbers of parameters are further apart than :data:`PARAMETER_TOLERANCE`, or
-            there is no evaluation or checkpoint.
+        ConfigError: numbers of parameters differ by more than :data:`PARAMETER_TOLERANCE`, or
+            evaluation or saving is disabled.
     """
     found = sizes(base, variants)
     problems = [
@@ -160,20 +161,20 @@ def check_comparable(base: Config, variants: Sequence[Variant]) -> None:
     ]
     if not base.training.eval_interval:
         problems.append(
-            "`training.eval_interval` (0) must be above 0: validation losses are what is compared; "
-            "with the number of steps there is an evaluation at the end alone"
+            "`training.eval_interval` (0) must be above 0: validation losses are compared; set it "
+            "to the number of steps to evaluate only at the end"
         )
     if not base.checkpoint.save:
         problems.append(
-            "`checkpoint.save` (false) must be true: a trial goes on from its checkpoint, and is "
-            "analysed by it"
+            "`checkpoint.save` (false) must be true: a trial resumes from its checkpoint, and its "
+            "analysis reads it"
         )
     if problems:
         raise ConfigError(problems)
 
 
 def describe(base: Config, variants: Sequence[Variant]) -> Iterator[str]:
-    """What is the same in all trials, one line each."""
+    """Describe what is the same in all trials, one line for each fact."""
     steps = train_iters(base)
     tokens = tokens_per_step(base)
     found = sizes(base, variants)
@@ -184,7 +185,7 @@ def describe(base: Config, variants: Sequence[Variant]) -> Iterator[str]:
 
 
 def with_tasks(base: Config, tasks: Sequence[str], folder: str | None, limit: int | None) -> Config:
-    """The configuration with benchmarks after the last step."""
+    """Return the configuration with benchmark tasks after the last step."""
     return replace(
         base,
         training=replace(

@@ -9,11 +9,11 @@ from megapoly.study.report import results
 from megapoly.study.report.cells import signed
 from megapoly.study.report.content import Content
 from megapoly.study.report.grouping import group_runs
-from megapoly.study.report.groups import Entry, Group, final_loss, in_words
+from megapoly.study.report.groups import Entry, RunGroup, describe_options, final_loss
 from megapoly.study.report.results import Difference
 
 
-def subject(group: Group) -> Entry | None:
+def subject(group: RunGroup) -> Entry | None:
     """The entry that the answer is about: the paper's strongest form, or what is nearest to it.
 
     That is the first normalised, ungated polynomial of the group, else its first polynomial.
@@ -27,7 +27,7 @@ def subject(group: Group) -> Entry | None:
     return min(polynomials, key=distance) if polynomials else None
 
 
-def answer(group: Group) -> list[str]:
+def answer(group: RunGroup) -> list[str]:
     """One sentence about the subject against every fixed activation, others about the rest."""
     about = subject(group)
     sentences = []
@@ -42,12 +42,14 @@ def answer(group: Group) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
-def _of_variant(variant: Entry, group: Group) -> list[str]:
+def _of_variant(variant: Entry, group: RunGroup) -> list[str]:
     """Sentences about the subject with other options, against fixed ones with these."""
     fixed = [e for e in group.entries if e.order is None and e.variant == variant.variant]
     if not fixed:
         return []
-    return _against(variant, fixed, group.ranked_by, f"With {in_words(variant.variant)}: in")
+    return _against(
+        variant, fixed, group.ranked_by, f"With {describe_options(variant.variant)}: in"
+    )
 
 
 def answers(content: Content) -> str:
@@ -116,7 +118,7 @@ def _lower(item: Difference) -> str:
     return f", lower{_count(item)}" if item.spread.count > 1 else ""
 
 
-def _ranking(group: Group) -> str:
+def _ranking(group: RunGroup) -> str:
     ranked = []
     for entry in group.entries:
         mean = results.known(results.values(entry, final_loss))

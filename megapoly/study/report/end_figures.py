@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from megapoly.config.data_sources import MEAN
 from megapoly.study.report import paper
-from megapoly.study.report.groups import Entry, Group
+from megapoly.study.report.groups import Entry, RunGroup
 from megapoly.study.report.results import Reach, difference, known, reach, validation_loss, values
 from megapoly.study.report.statistics import paired
 from megapoly.study.report.style import (
@@ -43,12 +43,12 @@ def _rows(count: int, height: float = _ROW) -> tuple[Figure, Axes]:
     return figure, axes[0]
 
 
-def name_of(group: Group) -> str:
+def name_of(group: RunGroup) -> str:
     """The reference's label."""
     return group.reference.label if group.reference else ""
 
 
-def final_losses(group: Group) -> Figure:
+def final_losses(group: RunGroup) -> Figure:
     """A dot a seed, the lowest mean first."""
     found = []
     for entry in group.entries:
@@ -73,7 +73,7 @@ def final_losses(group: Group) -> Figure:
     return figure
 
 
-def rates_caption(group: Group) -> str:
+def rates_caption(group: RunGroup) -> str:
     """What :func:`learning_rates` draws."""
     return (
         f"Final {group.ranked_by} loss at each learning rate of the grid, of the seeds that all "
@@ -82,7 +82,7 @@ def rates_caption(group: Group) -> str:
     )
 
 
-def learning_rates(group: Group) -> Figure:
+def learning_rates(group: RunGroup) -> Figure:
     """Final loss against the learning rate, a line an entry."""
     figure, (axes,) = panels((3.1,))
     entries = [entry for entry in group.entries if len(entry.rates) > 1]
@@ -120,7 +120,7 @@ def learning_rates(group: Group) -> Figure:
     return figure
 
 
-def reach_caption(group: Group) -> str:
+def reach_caption(group: RunGroup) -> str:
     """What :func:`reaches` draws."""
     run = group.runs[0]
     text = (
@@ -135,7 +135,7 @@ def reach_caption(group: Group) -> str:
     return text
 
 
-def reaches(group: Group) -> Figure:
+def reaches(group: RunGroup) -> Figure:
     """Bars of tokens to reach the reference's final loss, by validation and by training loss."""
     reference = group.reference
     assert reference is not None
@@ -174,7 +174,7 @@ def _reach_bar(axes: Axes, row: float, entry: Entry, found: Reach | None, strong
     axes.text(0.012, row, text, va="center", fontsize=7.5, color=INK)
 
 
-def domains_caption(group: Group) -> str:
+def domains_caption(group: RunGroup) -> str:
     """What :func:`domains_figure` draws."""
     return (
         f"Final validation loss minus that of {name_of(group)} of the same seed, by domain: a "
@@ -182,7 +182,7 @@ def domains_caption(group: Group) -> str:
     )
 
 
-def domains_figure(group: Group) -> Figure:
+def domains_figure(group: RunGroup) -> Figure:
     """Differences to the reference in each domain."""
     reference = group.reference
     assert reference is not None

@@ -16,7 +16,7 @@ from megapoly.errors import DataError
 from megapoly.study.report import end_figures, loss_figures
 from megapoly.study.report.content import Content
 from megapoly.study.report.grouping import group_runs
-from megapoly.study.report.groups import Entry, Group
+from megapoly.study.report.groups import Entry, RunGroup
 from megapoly.study.report.loss_figures import Curves
 from megapoly.study.report.style import drawing
 
@@ -80,7 +80,7 @@ def chosen(content: Content, names: Iterable[str]) -> list[Picture]:
     return [found[name] for name in names]
 
 
-def _of_group(group: Group) -> list[Picture]:
+def _of_group(group: RunGroup) -> list[Picture]:
     main = group.main
     validated = len(group.runs[0].validation["tokens"]) > 1
     with_reference = group.reference is not None and len(main) > 1
@@ -129,7 +129,7 @@ def _of_group(group: Group) -> list[Picture]:
     return found
 
 
-def _ablations(group: Group) -> list[tuple[str, str, list[Entry]]]:
+def _ablations(group: RunGroup) -> list[tuple[str, str, list[Entry]]]:
     """Order, compositions and variants of ReLU like Fig. 5; models with options of their own."""
     plain = [entry for entry in group.entries if entry.plain]
     orders: dict[str, list[Entry]] = {}
@@ -161,7 +161,7 @@ def _ablations(group: Group) -> list[tuple[str, str, list[Entry]]]:
     return found
 
 
-def analyses(group: Group) -> list[dict[str, Any]]:
+def analyses(group: RunGroup) -> list[dict[str, Any]]:
     """What is known of the inside of an entry, with its label."""
     analysed = [(entry, entry.analysed) for entry in group.entries]
     return [
@@ -169,7 +169,7 @@ def analyses(group: Group) -> list[dict[str, Any]]:
     ]
 
 
-def _of_analyses(group: Group) -> list[Picture]:
+def _of_analyses(group: RunGroup) -> list[Picture]:
     from megapoly.study.analysis import figures
 
     found: list[Picture] = []

@@ -15,14 +15,14 @@ from typing import Any
 
 from megapoly.activations import registry
 from megapoly.config.schema import ModelConfig
-from megapoly.study.report.groups import Entry, Group, in_words, options_of
+from megapoly.study.report.groups import Entry, RunGroup, describe_options, options_of
 from megapoly.study.report.runs import Run
 
 # Most that parameters may differ within a group, of the smallest model.
 TOLERANCE = 0.01
 
 
-def group_runs(runs: Iterable[Run], reference: str) -> list[Group]:
+def group_runs(runs: Iterable[Run], reference: str) -> list[RunGroup]:
     """Groups of the complete runs; dense ones first, then those with the most runs.
 
     Args:
@@ -37,7 +37,7 @@ def group_runs(runs: Iterable[Run], reference: str) -> list[Group]:
             by_key.setdefault(json.dumps(_key(run), sort_keys=True), []).append(run)
     parts = [part for group in by_key.values() for part in _of_equal_size(group)]
     parts.sort(key=lambda part: (_is_moe(part[0]), -len(part)))
-    groups: list[Group] = []
+    groups: list[RunGroup] = []
     for part in parts:
         kind = "moe" if _is_moe(part[0]) else "dense"
         number = 1 + sum(group.moe == _is_moe(part[0]) for group in groups)
@@ -109,7 +109,7 @@ def _near(count: int, other: int) -> bool:
     return abs(count - other) <= TOLERANCE * min(count, other)
 
 
-def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> Group:
+def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> RunGroup:
     own = _own_options(runs, [*runs, *diverged])
     models: dict[str, list[Run]] = {}
     lost: dict[str, dict[float, list[str]]] = {}
@@ -133,7 +133,7 @@ def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> G
     group_key = {**_key(runs[0]), "parameters": runs[0].parameters}
     if _is_moe(runs[0]):
         group_key["active parameters"] = runs[0].active_parameters
-    return Group(
+    return RunGroup(
         slug=slug,
         moe=_is_moe(runs[0]),
         key=group_key,
@@ -181,7 +181,7 @@ def _entry(
     title = registry.get(activation).title or activation
     if order is not None and (several_orders or order != ModelConfig.activation_order):
         title += f" r={order}"
-    label = f"{title}; {in_words(variant)}" if variant else title
+    label = f"{title}; {describe_options(variant)}" if variant else title
     return Entry(activation, order, variant, title, label, list(kept.values()), diverged)
 
 

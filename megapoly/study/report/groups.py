@@ -112,7 +112,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that may be compared.
 
     Args:
@@ -205,7 +205,7 @@ def options_of(run: Run) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in left_out}
 
 
-def in_words(variant: dict[str, Any]) -> str:
+def describe_options(variant: dict[str, Any]) -> str:
     """Options and their values."""
     return ", ".join(f"{name.split('.')[-1]} {_shown(value)}" for name, value in variant.items())
 

@@ -19,7 +19,7 @@ from megapoly.study.report.cells import Cell, Table, duration
 from megapoly.study.report.content import FILE, Content
 from megapoly.study.report.figures import THEORY, Picture, pictures
 from megapoly.study.report.grouping import TOLERANCE, group_runs
-from megapoly.study.report.groups import Group
+from megapoly.study.report.groups import RunGroup
 from megapoly.study.report.run_tables import own_options
 from megapoly.study.report.runs import Run, source_name
 from megapoly.study.report.style import colour_variables, lifted_variables, png, svg
@@ -103,7 +103,7 @@ def _unbroken(text: str) -> Markup:
 
 
 def _section(
-    group: Group, groups: Sequence[Group], drawn: Sequence[Drawn], recipes: Path
+    group: RunGroup, groups: Sequence[RunGroup], drawn: Sequence[Drawn], recipes: Path
 ) -> dict[str, Any]:
     run = group.runs[0]
     return {
@@ -126,7 +126,7 @@ def _section(
     }
 
 
-def _title(group: Group, groups: Sequence[Group]) -> str:
+def _title(group: RunGroup, groups: Sequence[RunGroup]) -> str:
     """The kind of model, with its size where there are several groups of a kind."""
     kind = "Mixture of experts" if group.moe else "Dense"
     run = group.runs[0]
@@ -143,14 +143,14 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
     return size
 
 
-def _difference(group: Group, other: Group) -> str:
+def _difference(group: RunGroup, other: RunGroup) -> str:
     """The first thing that differs."""
     name = next(name for name, value in group.key.items() if value != other.key[name])
     value = group.key[name]
     return f"{value:,} {name}" if isinstance(value, int) else f"other {name}"
 
 
-def _equal(group: Group) -> str:
+def _equal(group: RunGroup) -> str:
     """What all runs of the group share."""
     run, sizes = group.runs[0], [run.parameters for run in group.runs]
     difference = max(sizes) - min(sizes)
@@ -172,7 +172,7 @@ def _equal(group: Group) -> str:
     )
 
 
-def _apart(group: Group, groups: Sequence[Group]) -> str | None:
+def _apart(group: RunGroup, groups: Sequence[RunGroup]) -> str | None:
     """Why it is not compared with the first group of its kind."""
     first = next(other for other in groups if other.moe == group.moe)
     if first is group:
@@ -191,7 +191,7 @@ def _apart(group: Group, groups: Sequence[Group]) -> str | None:
     return f"Apart from the first group of this kind, which has other {', '.join(names)}."
 
 
-def _common(group: Group) -> str:
+def _common(group: RunGroup) -> str:
     """What is equal in all configurations, as YAML."""
     configs = [run.config for run in group.runs]
     shared: dict[str, Any] = {}
@@ -207,7 +207,7 @@ def _common(group: Group) -> str:
     return str(yaml.safe_dump(shared, sort_keys=False, allow_unicode=True, width=88))
 
 
-def _data(group: Group) -> Table:
+def _data(group: RunGroup) -> Table:
     """Sources of the training data, with how often the run reads each."""
     run = group.runs[0]
     if run.data is None:
@@ -234,7 +234,7 @@ def _data(group: Group) -> Table:
     )
 
 
-def _fingerprints(group: Group) -> list[tuple[str, str]]:
+def _fingerprints(group: RunGroup) -> list[tuple[str, str]]:
     """Fingerprint of the sequence of samples, by seed."""
     return sorted({(run.seed, run.data["fingerprint"]) for run in group.runs if run.data})
 
@@ -245,7 +245,7 @@ def _tokenizer(run: Run) -> str:
     return text + (f", SHA-256 {run.data['tokenizer'][:16]}.." if run.data else "")
 
 
-def _against_paper(group: Group, recipes: Path) -> list[tuple[str, str, str]]:
+def _against_paper(group: RunGroup, recipes: Path) -> list[tuple[str, str, str]]:
     """Rows of what is here and what is in the paper; equal ones are left out."""
     entry = group.reference or group.entries[0]
     run = next(iter(entry.seeds.values()))
@@ -266,7 +266,7 @@ def _processes(run: Run) -> str:
     return f"{count} x {device}" if count else device
 
 
-def _analysis_notes(group: Group) -> list[tuple[str, str]]:
+def _analysis_notes(group: RunGroup) -> list[tuple[str, str]]:
     """How each analysis was made: its command and methods."""
     analysed = [(entry, entry.analysed) for entry in group.entries]
     return [

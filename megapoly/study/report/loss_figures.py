@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from megapoly.study.report import paper
-from megapoly.study.report.groups import Entry, Group
+from megapoly.study.report.groups import Entry, RunGroup
 from megapoly.study.report.runs import Run
 from megapoly.study.report.statistics import paired
 from megapoly.study.report.style import LINE, colour, dashes, legend, panels
@@ -30,7 +30,7 @@ class Curves:
         validation: mean validation loss; false: smoothed training loss.
     """
 
-    group: Group
+    group: RunGroup
     entries: Sequence[Entry]
     validation: bool
 
@@ -133,7 +133,7 @@ def _band(
     axes.plot(tokens, means, color=line, linewidth=LINE, linestyle=style, label=entry.label)
 
 
-def _tokens_axis(axes: Axes, group: Group) -> None:
+def _tokens_axis(axes: Axes, group: RunGroup) -> None:
     axes.set_xlim(0, group.runs[0].tokens)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: paper.short(x) if x else "0"))
 

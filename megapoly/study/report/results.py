@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megapoly.config.data_sources import MEAN
-from megapoly.study.report.groups import Entry, Group, final_loss
+from megapoly.study.report.groups import Entry, RunGroup, final_loss
 from megapoly.study.report.runs import Run
-from megapoly.study.report.statistics import Spread, first_crossing, paired, spread
+from megapoly.study.report.statistics import SeedStatistics, first_crossing, paired, seed_statistics
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Difference:
         below: seeds in which the entry's loss is the lower one.
     """
 
-    spread: Spread
+    spread: SeedStatistics
     below: int
 
     @property
@@ -44,9 +44,9 @@ class Reach:
     seeds: int
 
     @property
-    def spread(self) -> Spread | None:
+    def spread(self) -> SeedStatistics | None:
         """Over the seeds that reach it."""
-        return spread(list(self.shares.values()))
+        return seed_statistics(list(self.shares.values()))
 
 
 def values(entry: Entry, read: Callable[[Run], float | None]) -> dict[str, float | None]:
@@ -54,10 +54,10 @@ def values(entry: Entry, read: Callable[[Run], float | None]) -> dict[str, float
     return {seed: read(run) for seed, run in entry.seeds.items()}
 
 
-def known(numbers: dict[str, float | None]) -> Spread | None:
+def known(numbers: dict[str, float | None]) -> SeedStatistics | None:
     """Mean and deviation over seeds; None if a run has none, as where its loss is not finite."""
     found = [number for number in numbers.values() if number is not None]
-    return spread(found) if len(found) == len(numbers) else None
+    return seed_statistics(found) if len(found) == len(numbers) else None
 
 
 def training_loss(run: Run) -> float | None:
@@ -91,7 +91,7 @@ def difference(
     """
     own, others = values(entry, read), values(other, read)
     found = list(paired(own, others).values())
-    found_spread = spread(found)
+    found_spread = seed_statistics(found)
     if found_spread is None or len(found) < len(own.keys() & others.keys()):
         return None
     return Difference(found_spread, sum(value < 0 for value in found))
@@ -127,12 +127,12 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
     return Reach(shares, seeds) if seeds else None
 
 
-def domains(group: Group) -> list[str]:
+def domains(group: RunGroup) -> list[str]:
     """Validation sets of a group, in the order of its runs."""
     return group.runs[0].domains
 
 
-def tasks(group: Group) -> list[str]:
+def tasks(group: RunGroup) -> list[str]:
     """Benchmark tasks that any of the tables' runs has a score in."""
     runs = [run for entry in group.entries for run in entry.seeds.values()]
     return list(dict.fromkeys(task for run in runs for task in run.tasks))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from megapoly.activations import registry
 from megapoly.study.report.cells import NONE, Cell, Table, duration
-from megapoly.study.report.groups import Entry, Group, mean_final_loss, options_of
+from megapoly.study.report.groups import Entry, RunGroup, mean_final_loss, options_of
 from megapoly.study.report.runs import Run
 
 
-def learning_rates(group: Group) -> Table:
+def learning_rates(group: RunGroup) -> Table:
     """Final validation loss of each activation at each rate."""
     rates = sorted({lr for entry in group.entries for lr in entry.tried})
     rows = [(entry.label, [_at_rate(entry, lr) for lr in rates]) for entry in group.entries]
@@ -43,7 +43,7 @@ def _at_rate(entry: Entry, lr: float) -> Cell:
     return cell
 
 
-def warnings(group: Group) -> list[str]:
+def warnings(group: RunGroup) -> list[str]:
     """What is doubtful about the choice of the rates."""
     found = []
     for entry in group.entries:
@@ -81,7 +81,7 @@ def warnings(group: Group) -> list[str]:
     return found
 
 
-def own_options(group: Group) -> Table:
+def own_options(group: RunGroup) -> Table:
     """What differs between the runs of a group."""
     rows = []
     for entry in group.entries:

@@ -15,7 +15,7 @@ _STUDENT = (
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedStatistics:
     """Values of several seeds.
 
     Args:
@@ -42,15 +42,15 @@ class Spread:
         return _STUDENT[min(self.count - 1, len(_STUDENT)) - 1] * error
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def seed_statistics(values: Sequence[float]) -> SeedStatistics | None:
     """Mean and standard deviation; None of nothing."""
     if not values:
         return None
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
-        return Spread(mean, None, 1)
+        return SeedStatistics(mean, None, 1)
     squares = math.fsum((value - mean) ** 2 for value in values)
-    return Spread(mean, math.sqrt(squares / (len(values) - 1)), len(values))
+    return SeedStatistics(mean, math.sqrt(squares / (len(values) - 1)), len(values))
 
 
 def paired(

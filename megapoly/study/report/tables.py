@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from megapoly.config.data_sources import MEAN
 from megapoly.study.report import paper, results
 from megapoly.study.report.cells import NONE, Cell, Table, signed
-from megapoly.study.report.groups import Entry, Group, final_loss
+from megapoly.study.report.groups import Entry, RunGroup, final_loss
 from megapoly.study.report.results import Difference, Reach
 from megapoly.study.report.run_tables import learning_rates
 from megapoly.study.report.runs import Run
-from megapoly.study.report.statistics import Spread
+from megapoly.study.report.statistics import SeedStatistics
 
 
-def tables(group: Group) -> list[Table]:
+def tables(group: RunGroup) -> list[Table]:
     """Those that the runs of a group suffice for."""
     found = [losses(group)]
     if group.runs[0].domains:
@@ -27,7 +27,7 @@ def tables(group: Group) -> list[Table]:
     return found
 
 
-def losses(group: Group) -> Table:
+def losses(group: RunGroup) -> Table:
     """Like Table 1."""
     reported = paper.results(group.moe)
     reference = group.reference
@@ -98,7 +98,7 @@ def _evaluated(run: Run) -> str:
     return f", of at most {tokens:,} tokens of each, the same for all runs"
 
 
-def domains(group: Group) -> Table:
+def domains(group: RunGroup) -> Table:
     """Like Table 2, as perplexity."""
     names = results.domains(group)
     names = [*names, MEAN] if len(names) > 1 else names
@@ -120,7 +120,7 @@ def domains(group: Group) -> Table:
     )
 
 
-def tasks(group: Group) -> Table:
+def tasks(group: RunGroup) -> Table:
     """Scores of the evaluation harness."""
     names = results.tasks(group)
     readers: list[Callable[[Run], float | None]] = [
@@ -140,7 +140,7 @@ def tasks(group: Group) -> Table:
     )
 
 
-def tokens_to_reach(group: Group, reference: Entry) -> Table:
+def tokens_to_reach(group: RunGroup, reference: Entry) -> Table:
     """Share of the run after which the reference's final loss is reached."""
     reported = paper.results(group.moe).reach
     with_paper = any(entry.activation in reported for entry in group.main)
@@ -174,7 +174,7 @@ def tokens_to_reach(group: Group, reference: Entry) -> Table:
     )
 
 
-def _spread(value: Spread | None, digits: int) -> Cell:
+def _spread(value: SeedStatistics | None, digits: int) -> Cell:
     if value is None:
         return Cell(NONE)
     deviation = "" if value.deviation is None else f"± {value.deviation:.{digits}f}"

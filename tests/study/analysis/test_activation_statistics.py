@@ -7,9 +7,9 @@ import torch
 
 from megapoly.activations import registry
 from megapoly.study.analysis.activation_statistics import ActivationStatistics
-from megapoly.study.analysis.histogram import Histogram
+from megapoly.study.analysis.histogram import GrowingHistogram
 from megapoly.study.analysis.learned_activation import LearnedActivation
-from megapoly.study.analysis.row_statistics import Moments
+from megapoly.study.analysis.row_statistics import RowStatistics
 
 A = [0.1, 0.5, -0.3, 0.2]
 EPS = 1e-6
@@ -40,7 +40,7 @@ def test_moments_are_those_of_numpy_and_scipy():
     values[:, :20] = 0.0
     values[7] = 0.0
     values[8, 40] = 500.0
-    moments = Moments()
+    moments = RowStatistics()
     moments.add(torch.from_numpy(values[:30]))
     moments.add(torch.from_numpy(values[30:]))
     found, v = moments.result(), values.astype(np.float64)
@@ -64,7 +64,7 @@ def test_moments_are_those_of_numpy_and_scipy():
 
 def test_a_histogram_that_grew_is_that_of_its_last_range():
     small, large = rows(seed=1), 37.0 * rows(seed=2)
-    histogram = Histogram()
+    histogram = GrowingHistogram()
     histogram.add(torch.from_numpy(small))
     first_limit = histogram.limit
     histogram.add(torch.from_numpy(large))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megapoly.study.comparison.jobs import Job, JobRunner, TrialError
+from megapoly.study.comparison.jobs import JobRunner, TrialError, TrialJob
 from megapoly.study.comparison.outcome import is_complete, last_record, validation_loss
 
 # Told to end, it says so and takes a while.
@@ -30,9 +30,9 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from megapoly.commands import end_on_signals
-from megapoly.study.comparison.jobs import Job, JobRunner
+from megapoly.study.comparison.jobs import TrialJob, JobRunner
 folder = Path(sys.argv[1])
-jobs = [Job(n, [sys.executable, "-c", Path(sys.argv[2]).read_text(), str(folder / n)],
+jobs = [TrialJob(n, [sys.executable, "-c", Path(sys.argv[2]).read_text(), str(folder / n)],
             folder / n, folder / (n + ".log"), 5) for n in ("a", "b", "c")]
 runner = JobRunner(Console(), at_once=2, total=3, on_end=lambda *_: None)
 sys.exit(end_on_signals(lambda: runner.run(jobs) or 0))
@@ -60,7 +60,7 @@ def test_asked_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.Sign
 def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(SAVES)
     words = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-    job = Job("a", ["sh", "-c", f"{shlex.join(words)}; true"], tmp_path, tmp_path / "log", 5)
+    job = TrialJob("a", ["sh", "-c", f"{shlex.join(words)}; true"], tmp_path, tmp_path / "log", 5)
     runner = JobRunner(Console(quiet=True), at_once=1, total=1, on_end=lambda *_: None)
 
     def stop(number: int, frame: object) -> None:
@@ -83,7 +83,7 @@ def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: P
 
 def test_a_job_that_is_killed_is_told_so(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
-    job = Job("a", ["sh", "-c", "kill -9 $$"], tmp_path, tmp_path / "log", 5)
+    job = TrialJob("a", ["sh", "-c", "kill -9 $$"], tmp_path, tmp_path / "log", 5)
     with pytest.raises(TrialError, match="1 of 1 trials have failed"):
         JobRunner(console, at_once=1, total=1, on_end=lambda *_: None).run([job])
     assert isinstance(console.file, io.StringIO)
@@ -94,7 +94,7 @@ def test_progress_on_a_terminal_is_that_of_the_run(tmp_path: Path) -> None:
     line = {"iteration": 3, "lm_loss": 4.5, "step_time_s": 2.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    job = Job(
+    job = TrialJob(
         "polynorm",
         [sys.executable, "-c", "import time; time.sleep(1)"],
         tmp_path,

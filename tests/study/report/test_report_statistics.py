@@ -4,12 +4,18 @@ import statistics
 import pytest
 import scipy.stats
 
-from megapoly.study.report.statistics import first_crossing, paired, spread, thinned, trailing_mean
+from megapoly.study.report.statistics import (
+    first_crossing,
+    paired,
+    seed_statistics,
+    thinned,
+    trailing_mean,
+)
 
 
 def test_spread_is_that_of_the_statistics_module():
     values = [3.2, 3.5, 3.1, 3.9]
-    found = spread(values)
+    found = seed_statistics(values)
     assert found.mean == pytest.approx(statistics.mean(values))
     assert found.deviation == pytest.approx(statistics.stdev(values))
     assert found.error == pytest.approx(statistics.stdev(values) / 2)
@@ -20,13 +26,13 @@ def test_spread_is_that_of_the_statistics_module():
 def test_interval_is_that_of_scipy(count):
     values = [3.0 + math.sin(i) for i in range(count)]
     low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert spread(values).half_interval == pytest.approx((high - low) / 2, rel=5e-4)
+    assert seed_statistics(values).half_interval == pytest.approx((high - low) / 2, rel=5e-4)
 
 
 def test_spread_of_one_and_of_none():
-    one = spread([2.0])
+    one = seed_statistics([2.0])
     assert (one.deviation, one.error, one.half_interval) == (None, None, None)
-    assert spread([]) is None
+    assert seed_statistics([]) is None
 
 
 def test_paired_takes_the_seeds_that_both_have():

@@ -16,30 +16,30 @@ from megapoly.config.parsing import to_dict
 from megapoly.config.resolve import train_iters
 from megapoly.data.files import write_text
 from megapoly.errors import ConfigError
-from megapoly.study.comparison.jobs import Job, JobRunner
+from megapoly.study.comparison.jobs import JobRunner, TrialJob
 from megapoly.study.comparison.lock import sole_use
 from megapoly.study.comparison.outcome import final_validation_loss, is_complete
-from megapoly.study.comparison.record import Record
+from megapoly.study.comparison.record import ComparisonRecord
 from megapoly.study.comparison.trials import Trial, Variant, rate_trials, seed_trials
 
 RATES, SEEDS = "rates", "seeds"
 
 
 @dataclass(frozen=True)
-class Study:
-    """What is compared, and how it is run.
+class Comparison:
+    """What is compared, and how the trials are run.
 
     Args:
-        base: configuration of all trials, which set activation, rate, seed and folder.
+        base: configuration of all trials; each sets activation, rate, seed and folder.
         variants: activations.
-        rates: grid of learning rates; one: that of all, without a grid.
-        seeds: the first is that of the grid.
-        margin: of validation loss; of an activation's rates those that the first seed puts so near
-            to its best one are trained with the other seeds, too.
+        rates: grid of learning rates; a single rate is used for all, without a grid.
+        seeds: the grid uses the first.
+        margin: of validation loss. Rates at which an activation's loss with the first seed is
+            within this margin of its best are also trained with the other seeds.
         output: folder of the trials.
-        launcher: words that start a job, before its ``--config FILE``.
-        at_once: jobs at a time.
-        environment: variables of the jobs, beside those of this process.
+        launcher: command that starts a job; ``--config FILE`` is appended.
+        at_once: number of jobs that run at the same time.
+        environment: variables of the jobs, in addition to those of this process.
     """
 
     base: Config
@@ -54,11 +54,11 @@ class Study:
 
     @property
     def num_trials(self) -> int:
-        """Trials of both phases; more where a margin takes several rates to the other seeds."""
+        """Number of trials, grid and seeds; a margin that admits several rates adds to it."""
         return len(self.variants) * (len(self.rates) + len(self.seeds) - 1)
 
     def names(self) -> Iterator[str]:
-        """Folders of all trials; of later seeds the rate is open until the grid is done."""
+        """Yield the folders of all trials; the rates of later seeds depend on the grid."""
         for trial in rate_trials(self.variants, self.rates, self.seeds[0]):
             yield trial.name
         for seed in self.seeds[1:]:
@@ -68,30 +68,30 @@ class Study:
                 rate = best if grid else f"{self.rates[0]:g}"
                 yield f"{variant.name}.lr_{rate}.seed_{seed}"
 
-    def run(self, record: Record, console: Console) -> dict[Variant, float]:
-        """Train what is not complete.
+    def run(self, record: ComparisonRecord, console: Console) -> dict[Variant, float]:
+        """Train the trials that are not complete.
 
-        A rate at which the loss is not finite, with any seed, has lost, and is not tried again.
+        A rate at which the loss is not finite, with any seed, is ruled out and not tried again.
 
         Args:
             record: of the comparison; written after every trial.
             console: for progress.
 
         Returns:
-            The learning rate of each activation: of those that have all seeds the one with the
-            lowest validation loss at the end, mean over seeds. Without an activation whose loss
-            was not finite with every seed at any of them.
+            The learning rate of each activation: among the rates that have all seeds, the one with
+            the lowest final validation loss, mean over seeds. An activation is missing if none of
+            its rates has a finite loss with every seed.
 
         Raises:
-            ConfigError: the folder holds trials of another configuration, or another comparison is
-                at work in it.
+            ConfigError: the folder contains trials of another configuration, or another comparison
+                is running in it.
             TrialError: jobs failed.
             CheckpointError: a complete run lacks its validation losses.
         """
         grid = rate_trials(self.variants, self.rates, self.seeds[0])
         phases = {trial.name: RATES for trial in grid} if len(self.rates) > 1 else {}
 
-        def on_end(job: Job, seconds: float, diverged: bool) -> None:
+        def on_end(job: TrialJob, seconds: float, diverged: bool) -> None:
             phase = phases.get(job.name, SEEDS)
             record.add(job.name, phase=phase, seconds=seconds, diverged=diverged)
             record.write()
@@ -118,7 +118,7 @@ class Study:
         return chosen
 
     def _best(
-        self, rates: Mapping[Variant, Sequence[float]], record: Record
+        self, rates: Mapping[Variant, Sequence[float]], record: ComparisonRecord
     ) -> dict[Variant, float]:
         chosen = {}
         for variant, own in rates.items():
@@ -128,17 +128,17 @@ class Study:
                 chosen[variant] = min(finite, key=lambda lr: losses[lr])
         return chosen
 
-    def _nearest(self, variant: Variant, record: Record) -> list[float]:
-        """Rates that the first seed puts within the margin of its best; none if none is finite."""
+    def _nearest(self, variant: Variant, record: ComparisonRecord) -> list[float]:
+        """Return the rates whose first seed has a finite loss within the margin of the best."""
         first = self.seeds[:1]
         losses = {lr: self._mean_loss(variant, lr, first, record) for lr in self.rates}
         limit = min(losses.values()) + self.margin
         return [lr for lr, loss in losses.items() if math.isfinite(loss) and loss <= limit]
 
     def _mean_loss(
-        self, variant: Variant, lr: float, seeds: Sequence[int], record: Record
+        self, variant: Variant, lr: float, seeds: Sequence[int], record: ComparisonRecord
     ) -> float:
-        """Validation loss at the end, mean over seeds; infinite if one is not finite."""
+        """Return the final validation loss, mean over seeds; infinite if one is not finite."""
         losses = []
         for seed in seeds:
             run_dir = self.output / Trial(variant, lr, seed).name
@@ -146,7 +146,7 @@ class Study:
         mean = sum(losses) / len(losses)
         return mean if math.isfinite(mean) else math.inf
 
-    def _run(self, runner: JobRunner, trials: Sequence[Trial], record: Record) -> None:
+    def _run(self, runner: JobRunner, trials: Sequence[Trial], record: ComparisonRecord) -> None:
         todo = []
         for job in map(self._job, trials):
             complete = is_complete(job.run_dir, job.steps)
@@ -160,8 +160,8 @@ class Study:
         record.write()
         runner.run(todo)
 
-    def _job(self, trial: Trial) -> Job:
-        return Job(
+    def _job(self, trial: Trial) -> TrialJob:
+        return TrialJob(
             name=trial.name,
             command=[*self.launcher, "--config", str(self._recipe(trial))],
             run_dir=self.output / trial.name,
@@ -174,9 +174,10 @@ class Study:
         return self.output / "recipes" / f"{trial.name}.yaml"
 
     def _check_same(self) -> None:
-        """Trials of the folder must be what this comparison makes of their names.
+        """Check that the trials of the folder have the configuration that their names get here.
 
-        Those that the grid's outcome may yet ask for, too: that would be refused hours later.
+        This includes trials that the outcome of the grid may still require: otherwise they would
+        be refused hours later.
         """
         problems = []
         for trial in itertools.starmap(
@@ -185,22 +186,23 @@ class Study:
             if not self._recipe(trial).exists():
                 continue
             there = load_yaml(self._recipe(trial))
-            asked = trial.config(self.base, self.output)
+            requested = trial.config(self.base, self.output)
             problems += [
                 f"{trial.name} is in `--output` ({self.output}) with {name} {old} where {new} is "
-                "asked for; choose another folder, or delete the trial's"
-                for name, old, new in _differences(to_dict(there), to_dict(asked))
+                "requested; choose another folder, or delete the trial's"
+                for name, old, new in _differences(to_dict(there), to_dict(requested))
             ]
         if problems:
             raise ConfigError(problems)
 
 
 def _differences(
-    there: dict[str, Any], asked: dict[str, Any], prefix: str = ""
+    there: dict[str, Any], requested: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    for key in asked:
-        if isinstance(asked[key], dict) and isinstance(there.get(key), dict):
-            yield from _differences(there[key], asked[key], f"{prefix}{key}.")
-        # The folder itself may have been moved, or be spelled otherwise.
-        elif prefix + key != "run_dir" and there.get(key) != asked[key]:
-            yield f"`{prefix}{key}`", there.get(key), asked[key]
+    """Yield name, value there and requested value of each option that differs."""
+    for key, value in requested.items():
+        if isinstance(value, dict) and isinstance(there.get(key), dict):
+            yield from _differences(there[key], value, f"{prefix}{key}.")
+        # The folder itself may have been moved, or be spelled differently.
+        elif prefix + key != "run_dir" and there.get(key) != value:
+            yield f"`{prefix}{key}`", there.get(key), value

@@ -8,7 +8,7 @@ from statistics import median
 
 
 @dataclass(frozen=True)
-class Spread:
+class RoundStatistics:
     """Median, lowest and highest of the rounds."""
 
     median: float
@@ -16,7 +16,7 @@ class Spread:
     max: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> RoundStatistics:
         """Summarise values."""
         return cls(median(values), min(values), max(values))
 
