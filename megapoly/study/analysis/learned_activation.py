@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.activations.registry import Activation
+from megapoly.activations.registry import Activation, ActivationInputs
 
 _COEFFICIENTS = "coefficients"
 
@@ -43,7 +43,7 @@ class LearnedActivation:
 
     def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """[n, d] -> [n, d], times the gate's other factor where it is given."""
-        return self.activation.function(x, gate=gate, **self._at(x, {}))
+        return self.activation.function(self._inputs(x, {})._replace(gate=gate))
 
     def power(self, x: Tensor, i: int) -> Tensor:
         """The part of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
@@ -51,7 +51,7 @@ class LearnedActivation:
         assert learned is not None
         only = torch.zeros_like(learned)
         only[i] = 1.0
-        return self.activation.function(x, **self._at(x, {_COEFFICIENTS: only}))
+        return self.activation.function(self._inputs(x, {_COEFFICIENTS: only}))
 
     def row_norms(self, x: Tensor) -> Tensor:
         """What divides each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
@@ -97,6 +97,7 @@ class LearnedActivation:
             y = y + learned[i].double() * self.power(x[None], i)[0] * own[i - 1] / norms[i - 1]
         return y
 
-    def _at(self, x: Tensor, others: dict[str, Tensor]) -> dict[str, Any]:
-        values = {k: v.to(x.device) for k, v in (self._learned | others).items()}
-        return {**values, **self._options}
+    def _inputs(self, x: Tensor, others: dict[str, Tensor]) -> ActivationInputs:
+        """Inputs of the registry's function; ``others`` replace learned vectors of their names."""
+        learned = {k: v.to(x.device) for k, v in (self._learned | others).items()}
+        return ActivationInputs(x, coefficients=learned, **self._options)
