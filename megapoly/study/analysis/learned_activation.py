@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.activations.registry import Activation
+from megapoly.activations.registry import Activation, ActivationInputs
 
 _COEFFICIENTS = "coefficients"
 
@@ -32,9 +32,7 @@ class LearnedActivation:
         self.activation = activation
         # A few numbers, which go to where each x lies.
         self._learned = {k: v.detach().float().cpu() for k, v in coefficients.items()}
-        self._options = dict(options or {})
-        if activation.has_coefficients:
-            self._options["backend"] = "reference"
+        self._options = {"backend": "reference", **(options or {})}
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -43,7 +41,7 @@ class LearnedActivation:
 
     def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """[n, d] -> [n, d], times the gate's other factor where it is given."""
-        return self.activation.function(x, gate=gate, **self._at(x, {}))
+        return self.activation.function(self._inputs(x, gate))
 
     def power(self, x: Tensor, i: int) -> Tensor:
         """The part of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
@@ -51,7 +49,7 @@ class LearnedActivation:
         assert learned is not None
         only = torch.zeros_like(learned)
         only[i] = 1.0
-        return self.activation.function(x, **self._at(x, {_COEFFICIENTS: only}))
+        return self.activation.function(self._inputs(x, None, {_COEFFICIENTS: only}))
 
     def row_norms(self, x: Tensor) -> Tensor:
         """What divides each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
@@ -97,6 +95,8 @@ class LearnedActivation:
             y = y + learned[i].double() * self.power(x[None], i)[0] * own[i - 1] / norms[i - 1]
         return y
 
-    def _at(self, x: Tensor, others: dict[str, Tensor]) -> dict[str, Any]:
-        values = {k: v.to(x.device) for k, v in (self._learned | others).items()}
-        return {**values, **self._options}
+    def _inputs(
+        self, x: Tensor, gate: Tensor | None, others: dict[str, Tensor] | None = None
+    ) -> ActivationInputs:
+        values = {k: v.to(x.device) for k, v in (self._learned | (others or {})).items()}
+        return ActivationInputs(x, gate, coefficients=values, **self._options)

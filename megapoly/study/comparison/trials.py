@@ -12,9 +12,9 @@ from megapoly.config import Config
 from megapoly.config.resolve import resolve, tokens_per_step, train_iters
 from megapoly.errors import ConfigError
 from megapoly.platform.machine import CPU
+from megapoly.polynomial import DEFAULT_ORDER
 from megapoly.preflight.planning.parameters import total_parameters
 
-DEFAULT_ORDER = 3
 # How far the parameters of compared models may be apart, relative to the first: coefficients, and
 # widths that two thirds do not divide.
 PARAMETER_TOLERANCE = 0.01
