@@ -17,9 +17,9 @@ from torch.nn import functional
 from megapoly import ops
 from megapoly.errors import UnavailableError
 from megapoly.ops.backends import compiler_missing, resolve_backend
-from megapoly.polynomial import Backend
+from megapoly.polynomial import DEFAULT_EPS, Backend
 
-EPS = 1e-6
+EPS = DEFAULT_EPS
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS = ("polynorm", "polyrelu")
 OTHERS = ("eager", "compile", "liger", "swiglu")

@@ -56,7 +56,7 @@ from megapoly.benchmarks.activation_forms import (
 from megapoly.benchmarks.operators_report import Seconds, case_report, print_report
 from megapoly.config.command_line import Parser
 from megapoly.errors import MegapolyError, UnavailableError
-from megapoly.polynomial import Backend
+from megapoly.polynomial import DEFAULT_ORDER, ORDERS, Backend
 
 T = TypeVar("T")
 
@@ -132,7 +132,13 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], help="(default: cuda if there is one)")
     add("--operators", nargs="+", choices=OPERATORS, default=["polynorm"], help="(%(default)s)")
-    add("--order", type=int, choices=[2, 3, 4], default=3, help="highest power (%(default)s)")
+    add(
+        "--order",
+        type=int,
+        choices=ORDERS,
+        default=DEFAULT_ORDER,
+        help="highest power (%(default)s)",
+    )
     add("--shapes", nargs="+", type=_shape, metavar="ROWSxWIDTH", help=_default_shapes())
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], help="(%(default)s)")
     add(

@@ -52,6 +52,7 @@ from megapoly.config.command_line import (
 )
 from megapoly.errors import ConfigError
 from megapoly.platform.logs import show_errors_only
+from megapoly.polynomial import ORDERS
 
 if TYPE_CHECKING:
     from megapoly.config import Config
@@ -96,7 +97,7 @@ def build_parser() -> Parser:
         "--orders",
         nargs="+",
         type=int,
-        choices=(2, 3, 4),
+        choices=ORDERS,
         metavar="R",
         help="2, 3, 4 (3)",
     )

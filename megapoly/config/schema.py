@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megapoly.polynomial import DEFAULT_EPS, DEFAULT_ORDER, Backend, Norm
+
 
 @dataclass
 class ModelConfig:
@@ -80,11 +82,11 @@ class ModelConfig:
     ffn_hidden_size: int = 1056
     scale_gated_ffn: bool = True
     activation: str = "polynorm"
-    activation_order: int = 3
+    activation_order: int = DEFAULT_ORDER
     activation_coefficients: Literal["shared", "per_expert"] = "shared"
-    activation_norm: Literal["rms", "l2"] = "rms"
-    activation_eps: float = 1e-6
-    activation_backend: Literal["auto", "reference", "compiled", "triton"] = "auto"
+    activation_norm: Norm = "rms"
+    activation_eps: float = DEFAULT_EPS
+    activation_backend: Backend = "auto"
     activation_deterministic: bool = False
     normalization_eps: float = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"

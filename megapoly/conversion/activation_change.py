@@ -9,6 +9,7 @@ from megapoly.activations import registry
 from megapoly.config import ModelConfig
 from megapoly.conversion import tensor_map
 from megapoly.errors import ConfigError
+from megapoly.polynomial import DEFAULT_ORDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ActivationChange:
     """
 
     name: str
-    order: int = 3
+    order: int = DEFAULT_ORDER
     ffn_hidden_size: int | None = None
     seed: int = 1234
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from megapoly.config.rules.facts import Facts, Rule, value_of
+from megapoly.polynomial import ORDERS
 
 AT_LEAST_ONE = (
     "model.num_layers",
@@ -82,7 +83,6 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (FRACTIONS, lambda value: 0 <= value < 1, "at least 0 and below 1"),
     (SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and below 4294967296"),
 )
-ACTIVATION_ORDERS = (2, 3, 4)
 
 
 def numbers_are_in_range(facts: Facts) -> Iterator[str]:
@@ -97,8 +97,8 @@ def numbers_are_in_range(facts: Facts) -> Iterator[str]:
 def activation_order_is_known(facts: Facts) -> Iterator[str]:
     """Polynomials have order 2, 3 or 4."""
     order = facts.config.model.activation_order
-    if order not in ACTIVATION_ORDERS:
-        nearest = min(ACTIVATION_ORDERS, key=lambda known: abs(known - order))
+    if order not in ORDERS:
+        nearest = min(ORDERS, key=lambda known: abs(known - order))
         yield f"`model.activation_order` ({order}) must be 2, 3 or 4; {nearest} is the nearest"
 
 

@@ -32,9 +32,7 @@ class LearnedActivation:
         self.activation = activation
         # A few numbers, which go to where each x lies.
         self._learned = {k: v.detach().float().cpu() for k, v in coefficients.items()}
-        self._options = dict(options or {})
-        if activation.has_coefficients:
-            self._options["backend"] = "reference"
+        self._options = {"backend": "reference", **(options or {})}
 
     @property
     def coefficients(self) -> Tensor | None:
@@ -43,7 +41,7 @@ class LearnedActivation:
 
     def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """[n, d] -> [n, d], times the gate's other factor where it is given."""
-        return self.activation.function(self._inputs(x, {})._replace(gate=gate))
+        return self.activation.function(self._inputs(x, gate))
 
     def power(self, x: Tensor, i: int) -> Tensor:
         """The part of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
@@ -51,7 +49,7 @@ class LearnedActivation:
         assert learned is not None
         only = torch.zeros_like(learned)
         only[i] = 1.0
-        return self.activation.function(self._inputs(x, {_COEFFICIENTS: only}))
+        return self.activation.function(self._inputs(x, None, {_COEFFICIENTS: only}))
 
     def row_norms(self, x: Tensor) -> Tensor:
         """What divides each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
@@ -97,7 +95,8 @@ class LearnedActivation:
             y = y + learned[i].double() * self.power(x[None], i)[0] * own[i - 1] / norms[i - 1]
         return y
 
-    def _inputs(self, x: Tensor, others: dict[str, Tensor]) -> ActivationInputs:
-        """Inputs of the registry's function; ``others`` replace learned vectors of their names."""
-        learned = {k: v.to(x.device) for k, v in (self._learned | others).items()}
-        return ActivationInputs(x, coefficients=learned, **self._options)
+    def _inputs(
+        self, x: Tensor, gate: Tensor | None, others: dict[str, Tensor] | None = None
+    ) -> ActivationInputs:
+        values = {k: v.to(x.device) for k, v in (self._learned | (others or {})).items()}
+        return ActivationInputs(x, gate, coefficients=values, **self._options)

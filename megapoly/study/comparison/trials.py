@@ -10,12 +10,11 @@ from pathlib import Path
 from megapoly.activations import registry
 from megapoly.config import Config
 from megapoly.config.resolve import resolve, tokens_per_step, train_iters
-from megapoly.config.schema import ModelConfig
 from megapoly.errors import ConfigError
 from megapoly.platform.machine import CPU
+from megapoly.polynomial import DEFAULT_ORDER
 from megapoly.preflight.planning.parameters import total_parameters
 
-DEFAULT_ORDER = ModelConfig.activation_order
 # How far the parameters of compared models may differ, relative to the first: coefficients differ,
 # and so do gated widths that 3 does not divide.
 PARAMETER_TOLERANCE = 0.01

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from megapoly.errors import UnavailableError
 from megapoly.ops import polyrelu
+from megapoly.polynomial import DEFAULT_ORDER
 
 RELU_FUNCTIONS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 RELU_METHODS = ("relu", "relu_")
@@ -28,7 +29,7 @@ class PolyReLU(nn.Module):
         return polyrelu(x, self.coefficients, backend="reference")
 
 
-def relu_to_polyrelu(network: nn.Module, order: int = 3) -> fx.GraphModule:
+def relu_to_polyrelu(network: nn.Module, order: int = DEFAULT_ORDER) -> fx.GraphModule:
     """The PolyReLU network that equals a ReLU network.
 
         ReLU(x) = PolyReLU(x) for a = (0, 1, 0, .., 0)

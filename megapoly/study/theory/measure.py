@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megapoly.polynomial import DEFAULT_ORDER, ORDERS
 from megapoly.study.theory.builder import Builder, Value
 from megapoly.study.theory.equality import relu_to_polyrelu
 from megapoly.study.theory.imitation import imitate_network, unit_network
@@ -65,7 +66,7 @@ def architectures() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     return {name: (network.double(), shape) for name, (network, shape) in networks.items()}
 
 
-def theorem_1(orders: Sequence[int] = (2, 3, 4)) -> list[Numbers]:
+def theorem_1(orders: Sequence[int] = ORDERS) -> list[Numbers]:
     """Largest difference between each architecture and its PolyReLU network, and both sizes."""
     results = []
     for name, (network, shape) in architectures().items():
@@ -112,7 +113,7 @@ def lemma_a4(exponents: Sequence[int], orders: Sequence[int] = (2, 3)) -> list[N
     return results
 
 
-def lemma_2(tolerances: Sequence[float], orders: Sequence[int] = (2, 3, 4)) -> list[Numbers]:
+def lemma_2(tolerances: Sequence[float], orders: Sequence[int] = ORDERS) -> list[Numbers]:
     """Error and size of ReLU networks that imitate sum_i ReLU(x)^i on [-1, 1]."""
     x = torch.linspace(-1, 1, 50_021, dtype=torch.float64)[:, None]
     h = x.clamp(min=0)
@@ -144,7 +145,7 @@ def theorem_2(
     return results
 
 
-def random_network(depth: int, width: int, order: int = 3, seed: int = 0) -> Network:
+def random_network(depth: int, width: int, order: int = DEFAULT_ORDER, seed: int = 0) -> Network:
     """A PolyReLU network of two inputs that keeps the conditions of Theorem 2."""
     generator = torch.Generator().manual_seed(seed)
 

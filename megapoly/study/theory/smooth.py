@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megapoly.polynomial import DEFAULT_ORDER
 from megapoly.study.theory import imitation, powers
 from megapoly.study.theory.builder import Builder, Value
 from megapoly.study.theory.network import Network
@@ -105,7 +106,7 @@ class ReluArithmetic:
         return imitation.product(u, v, self.num_teeth)
 
 
-def polyrelu_network(function: Wave, n: int, num_cells: int, order: int = 3) -> Network:
+def polyrelu_network(function: Wave, n: int, num_cells: int, order: int = DEFAULT_ORDER) -> Network:
     """The PolyReLU network that equals f_N, of degree n - 1 in each of (2 N + 1)^d cells.
 
         f_N(x) = sum_m phi_m(x) P_m(x),   |f - f_N| <= (2 d / (3 N))^n / n!
