@@ -1,23 +1,26 @@
-r"""Evaluate a model: benchmarks by the LM Evaluation Harness, perplexity of text by domain.
+r"""Evaluate a model: accuracy on benchmarks, perplexity of text by domain, or both.
 
-    megapoly evaluate --model exported --tasks paper --task-data benchmarks --json out.json
+    megapoly evaluate --model runs/moe_tiny --perplexity
+    megapoly evaluate --model exported --tasks paper --task-data benchmarks --output out.json
     megapoly evaluate --model runs/moe_tiny --tasks table1 coqa --task-data benchmarks
     megapoly evaluate --model runs/moe_tiny --perplexity --data.validation "{wiki: tokens/w}"
     torchrun --nproc-per-node 2 -m megapoly evaluate --model runs/moe_tiny --tasks table1 \
         --task-data benchmarks --perplexity --parallel.tensor_model_parallel_size 2
 
-MODEL is a Hugging Face folder, a checkpoint `iter_*` of any parallel layout, or a run (its newest
-checkpoint). Tasks are groups (table1, table3, paper), names of megapoly/evaluation/README.md, or
-any task, group or tag of the harness, separated by commas or spaces. With --task-data questions
-come from a folder that megapoly export-benchmarks writes, without it from the Hugging Face hub or
-its cache.
+MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, or a Hugging
+Face folder.
 
-One process converts a checkpoint in memory and runs every task. Several, started by torchrun, share
-the model by --parallel.* and run the tasks that score answers; those that generate text are refused
-there. The figures are the same.
+--tasks runs benchmarks with the LM Evaluation Harness and needs `pip install 'megapoly[eval]'`.
+NAMEs are groups (table1, table3, paper), tasks of the paper such as piqa, or any task, group or tag
+of the harness, separated by commas or spaces. With --task-data, questions come from a folder that
+`megapoly export-benchmarks` writes; without it, from the Hugging Face hub or its cache.
 
---perplexity takes a checkpoint, and the validation sets of its configuration or of
---data.validation. It and several processes read options of the configuration,
+--perplexity measures loss and perplexity on the validation sets of the checkpoint's configuration,
+or of --data.validation. It needs a checkpoint and `pip install 'megapoly[train]'`.
+
+One process converts a checkpoint in memory for the tasks. Several processes, started by torchrun,
+share the model by --parallel.* and give the same figures, but cannot run tasks that generate text
+(coqa). Several processes and --perplexity take options of the configuration as
 `--section.field value`.
 
 The exit status is 0, or 2 with the reason.
@@ -33,22 +36,23 @@ from pathlib import Path
 
 from megapoly.config.command_line import Parser, parse_with_overrides
 from megapoly.errors import MegapolyError
-from megapoly.evaluation.command import DEFAULT_BATCH_SIZE, evaluate
-from megapoly.evaluation.lm_loader import DTYPES
-from megapoly.evaluation.request import EvaluationRequest
+from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, DTYPES, EvaluationRequest
 from megapoly.platform import launcher
 from megapoly.platform.logs import configure_logging, silence_evaluation_libraries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; see the module for the exit status."""
+    """Evaluate a model; the module describes the exit status."""
     is_first_of_host = launcher.local_rank() == 0
-    asked = _parse(argv, silent=not is_first_of_host)
+    request = _parse(argv, silent=not is_first_of_host)
     _prepare_libraries()
+    # Here and not above: --help answers without waiting for torch.
+    from megapoly.evaluation.command import evaluate
+
     try:
-        evaluate(asked)
+        evaluate(request)
     except MegapolyError as error:
-        # Once for each host: a file may be missing on one of them alone.
+        # Once per host: a file may be missing on only one of them.
         if is_first_of_host:
             print(error, file=sys.stderr)
         return 2
@@ -61,9 +65,9 @@ def _parse(argv: Sequence[str] | None, *, silent: bool) -> EvaluationRequest:
         if silent:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        options, words = parse_with_overrides(parser, argv)
-    options.tasks = tuple(name for word in options.tasks for name in word.split(",") if name)
-    return EvaluationRequest(**vars(options), words=tuple(words))
+        options, overrides = parse_with_overrides(parser, argv)
+    options.tasks = tuple(name for names in options.tasks for name in names.split(",") if name)
+    return EvaluationRequest(**vars(options), overrides=tuple(overrides))
 
 
 def build_parser() -> Parser:
@@ -71,34 +75,42 @@ def build_parser() -> Parser:
     parser = Parser(
         "evaluate",
         __doc__,
-        usage="%(prog)s --model MODEL (--tasks NAME ... | --perplexity) [options]",
+        earlier={"--json": "--output"},
+        usage="%(prog)s --model MODEL (--tasks NAME ... | --perplexity) [options] "
+        "[--section.field value ...]",
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="Hugging Face folder, checkpoint or run")
-    add("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks")
-    add("--perplexity", action="store_true", help="loss and perplexity of each validation set")
-    add("--task-data", type=Path, help="folder with the questions; nothing is downloaded")
-    add("--skip-missing", action="store_true", help="leave out tasks that --task-data lacks")
-    add("--limit", type=int, help="only the first so many questions of each task")
-    add("--num-fewshot", type=int, help="answered examples before each question, all tasks")
+    add("--model", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    add("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks to run")
+    add("--perplexity", action="store_true", help="measure perplexity of each validation set")
+    add("--output", type=Path, metavar="FILE", help="write all figures to this JSON file")
+    add("--task-data", type=Path, metavar="DIR", help="folder with the questions of the tasks")
+    add("--skip-missing", action="store_true", help="skip tasks whose questions DIR lacks")
+    add("--limit", type=int, metavar="N", help="use only the first N questions of each task")
+    add(
+        "--num-fewshot",
+        type=int,
+        metavar="N",
+        help="answered examples before each question (default: the number of each task)",
+    )
     add(
         "--batch-size",
         type=int,
-        help=f"sequences of tasks at a time, of each process (default: {DEFAULT_BATCH_SIZE})",
+        metavar="N",
+        help=f"sequences of tasks per forward pass and process (default: {DEFAULT_BATCH_SIZE})",
     )
     add(
         "--add-bos",
         action="store_true",
-        help="put before every text of a task what the tokenizer puts there, such as <s> (default: "
-        "not for models trained here, as the tokenizer has it for others)",
+        help="begin every text of a task with the token that the tokenizer puts there, such as <s> "
+        "(default: not for models trained here; for others the tokenizer decides)",
     )
-    add("--dtype", choices=DTYPES, default="auto", help="auto: as stored (default: %(default)s)")
-    add("--device", help="as torch names it (default: cuda if there is one, else cpu)")
-    add("--json", type=Path, help="write all figures to this file")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype to compute in (default: as stored)")
+    add("--device", help="device such as cpu or cuda (default: cuda if available, else cpu)")
     return parser
 
 
 def _prepare_libraries() -> None:
-    """Set up what they read when they are imported, which happens later."""
+    """Set what libraries read when they are imported, which happens later."""
     silence_evaluation_libraries()
     configure_logging(is_rank_zero=launcher.rank() == 0)

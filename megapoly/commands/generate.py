@@ -1,10 +1,12 @@
-"""Let a model continue a text: the quick way to see what it has learned.
+"""Generate text from a model: see how it continues a prompt.
 
     megapoly generate --model runs/moe_tiny --prompt "Call me Ishmael."
 
 MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, which is
-converted in memory, or a Hugging Face folder. The text appears as it is made. The exit status is 0,
-or 2 with the reason.
+converted in memory, or a Hugging Face folder. Needs `pip install 'megapoly[hf]'`. The text is
+printed while it is generated.
+
+The exit status is 0, or 2 with the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ PROMPT = "It was the best of"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generate; see the module for the exit status."""
+    """Generate text; the module describes the exit status."""
     options = build_parser().parse_args(argv)
     show_errors_only()
     try:
@@ -49,7 +51,7 @@ def _generate(options: argparse.Namespace) -> int:
     model, tokenizer = load_transformers_model(options.model, dtype=dtype, device=options.device)
     torch.manual_seed(options.seed)
     ids = tokenizer(options.prompt)["input_ids"]
-    if not ids:  # as the beginning of a document is trained
+    if not ids:  # in training, documents begin after this token
         ids = [tokenizer.eos_token_id]
     prompt = torch.tensor([ids], device=options.device)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -75,24 +77,36 @@ def build_parser() -> Parser:
     """Return the command's parser."""
     parser = Parser("generate", __doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="PATH", help="run, checkpoint or folder")
-    add("--prompt", default=PROMPT, metavar="TEXT", help=f"to continue ({PROMPT})")
-    add("--max-new-tokens", type=whole(1), default=60, metavar="N", help="at most (60)")
+    add("--model", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    add("--prompt", default=PROMPT, metavar="TEXT", help=f"text to continue (default: {PROMPT})")
+    add(
+        "--max-new-tokens",
+        type=whole(1),
+        default=60,
+        metavar="N",
+        help="generate at most N tokens (default: %(default)s)",
+    )
     add(
         "--temperature",
         type=number(least=0.0, most=100.0),
         default=0.8,
         metavar="T",
-        help="divides the logits before a token is drawn; 0: always the most likely one (0.8)",
+        help="divide logits by T before sampling; 0 takes the most likely token "
+        "(default: %(default)s)",
     )
     add(
         "--top-p",
         type=number(above=0.0, most=1.0),
         default=0.95,
         metavar="P",
-        help="draw from the most likely tokens that have this probability together (0.95)",
+        help="sample from the most likely tokens with total probability P (default: %(default)s)",
     )
-    add("--seed", type=whole(0), default=1234, metavar="N", help="of the draws (1234)")
-    add("--dtype", choices=DTYPES, help="to compute in (that of the weights)")
-    add("--device", default="cpu", metavar="NAME", help="such as cuda (cpu)")
+    add("--seed", type=whole(0), default=1234, metavar="N", help="seed (default: %(default)s)")
+    add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
+    add(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="device such as cpu or cuda (default: %(default)s)",
+    )
     return parser

@@ -1,20 +1,22 @@
-r"""Write a Hugging Face folder as a checkpoint, and prove that it is the same model.
+r"""Import a Hugging Face folder as a checkpoint, and prove that it is the same model.
 
     megapoly import --model DIR --output runs/smollm2/imported
-    bash examples/pretrain_dense.sh --config runs/smollm2/imported/recipe.yaml \
-        --run_dir runs/smollm2 --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
+    megapoly train --config runs/smollm2/imported/recipe.yaml --run_dir runs/smollm2 \
+        --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
 
-DIR is a Llama, an OLMoE, what megapoly export wrote, or a PolyCom release: Llama with
-`hidden_act` polynorm or polyrelu, coefficients as `mlp.act_fn.weight` (highest power first) and
-`mlp.act_fn.bias`. The checkpoint loads at every parallel layout; recipe.yaml has the model, its
-tokenizer and the place of the checkpoint. Then the logits of both are compared in fp32.
+DIR is a Llama, an OLMoE, a folder that `megapoly export` wrote, or a PolyCom release: Llama with
+`hidden_act` polynorm or polyrelu, and coefficients `mlp.act_fn.weight` (highest power first) and
+`mlp.act_fn.bias`. Needs `pip install 'megapoly[train,hf]'`.
 
-With --activation another model is started from the parts that fit: attention, embeddings and norms
-are taken, the FFN (with router and experts) is initialised as at the start of a run. import.json
-lists every tensor.
+The checkpoint can be loaded at every parallel layout. Its recipe.yaml has the model, its tokenizer
+and the path of the checkpoint, to train with. After conversion the logits of both models are
+compared in fp32.
 
-The exit status is 0; 1 if the logits differ beyond the tolerance, naming the first module that
-does; 2 when the model or the output cannot be used.
+With --activation, another model is started from attention, embeddings and norms of DIR; its FFNs
+(with router and experts) are initialised as at the start of a run. import.json lists every tensor.
+
+The exit status is 0; 1 if the logits differ by more than the tolerance, with the first module that
+differs; 2 if the model or the output cannot be used.
 """
 
 from __future__ import annotations
@@ -34,12 +36,16 @@ from megapoly.platform.logs import show_errors_only
 if TYPE_CHECKING:
     from megapoly.conversion.import_model import ImportReport
 
-# Options of --activation, by their names in `ActivationChange`.
-_OF_ACTIVATION = {"activation_order": "order", "ffn_hidden_size": "ffn_hidden_size", "seed": "seed"}
+# Options that need --activation, and their names in `ActivationChange`.
+_ACTIVATION_OPTIONS = {
+    "activation_order": "order",
+    "ffn_hidden_size": "ffn_hidden_size",
+    "seed": "seed",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert; see the module for the exit status."""
+    """Import a model; the module describes the exit status."""
     options = build_parser().parse_args(argv)
     show_errors_only()
     # Here and not above: --help answers without waiting for torch.
@@ -48,16 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megapoly.conversion.parity import ParityError
 
     arguments = {name: value for name, value in vars(options).items() if value is not None}
-    other = {
+    change = {
         name: arguments.pop(option)
-        for option, name in _OF_ACTIVATION.items()
+        for option, name in _ACTIVATION_OPTIONS.items()
         if option in arguments
     }
     try:
         if "activation" in arguments:
-            arguments["activation"] = ActivationChange(arguments["activation"], **other)
-        elif other:
-            raise ConfigError([f"{_words(other)}: nothing reads this without --activation"])
+            arguments["activation"] = ActivationChange(arguments["activation"], **change)
+        elif change:
+            raise ConfigError([f"{_flags(change)}: no effect without --activation"])
         report = import_model(ImportOptions(**arguments), Console(stderr=True))
     except MegapolyError as error:
         print(error, file=sys.stderr)
@@ -66,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _words(names: Iterable[str]) -> str:
-    options = {name: option for option, name in _OF_ACTIVATION.items()}
+def _flags(names: Iterable[str]) -> str:
+    options = {name: option for option, name in _ACTIVATION_OPTIONS.items()}
     return ", ".join("--" + options[name].replace("_", "-") for name in names)
 
 
 def _show(report: ImportReport, output: Path) -> None:
     if report.initialised or report.left:
-        table = Table("", "tensors", "numbers")
+        table = Table("", "tensors", "elements")
         rows = {
             "taken": report.taken,
             "initialised": report.initialised,
@@ -82,11 +88,11 @@ def _show(report: ImportReport, output: Path) -> None:
         for name, tensors in rows.items():
             table.add_row(name, f"{len(tensors):,}", f"{sum(tensors.values()):,}")
         Console().print(table)
-    print(f"wrote {output}; to train on: --config {output / 'recipe.yaml'}")
+    print(f"wrote {output}; to train: megapoly train --config {output / 'recipe.yaml'}")
     if report.parity is not None:
         print(report.parity.summary())
     elif report.initialised:
-        print("another model than the source: there is nothing to compare")
+        print("the activation differs from the source's, so the models are not compared")
     else:
         print("not compared with the source")
 
@@ -95,16 +101,16 @@ def build_parser() -> Parser:
     """Return the command's parser."""
     parser = Parser("import", __doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="folder with config.json")
-    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (the model's)")
-    add("--activation", metavar="NAME", help="start a model with this activation instead")
-    add("--activation-order", type=whole(2), metavar="R", help="its highest power (3)")
+    add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the model's)")
+    add("--activation", metavar="NAME", help="start a model with another activation")
+    add("--activation-order", type=whole(2), metavar="R", help="its highest power (default: 3)")
     add(
         "--ffn-hidden-size",
         type=whole(1),
         metavar="N",
-        help="its FFN's width (so that the number of parameters stays)",
+        help="width of its FFN (default: keeps the number of parameters)",
     )
-    add("--seed", type=whole(0), metavar="N", help="of what is initialised (1234)")
+    add("--seed", type=whole(0), metavar="N", help="seed of initialised weights (default: 1234)")
     add_conversion_options(parser, output="CHECKPOINT", report="import.json")
     return parser

@@ -1,1 +1,1 @@
-"""Checkpoints to Hugging Face folders and back, and the proof that nothing changed on the way."""
+"""Convert checkpoints to Hugging Face folders and back, and prove that the model is the same."""

@@ -1,4 +1,4 @@
-"""Start a model with another activation from what does not depend on the FFN."""
+"""Change the activation of an imported model; only the weights outside its FFNs are kept."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megapoly.polynomial import DEFAULT_ORDER
 
 @dataclasses.dataclass(frozen=True)
 class ActivationChange:
-    """The activation of the model that is started.
+    """Activation of the model to start.
 
     Args:
-        name: in the registry.
-        order: highest power, of a polynomial.
-        ffn_hidden_size: width of the FFN, of experts; None: the same number of parameters.
-        seed: of what is initialised.
+        name: its name in the registry.
+        order: highest power, for a polynomial.
+        ffn_hidden_size: width of the FFN or of each expert; None keeps the number of parameters.
+        seed: seed of the initialised weights.
     """
 
     name: str
@@ -30,13 +30,13 @@ class ActivationChange:
 
 
 def change_activation(model: ModelConfig, activation: ActivationChange) -> ModelConfig:
-    """The same model with another activation.
+    """Return the same model with another activation.
 
-    Its FFN has the same number of parameters, coefficients aside: 3/2 of the width where the
-    source is gated and it is not, 2/3 the other way round.
+    Its FFN has the same number of parameters, apart from coefficients: 3/2 of the width if only the
+    source is gated, 2/3 if only the result is.
 
     Raises:
-        ConfigError: there is no such activation, or that is no whole number.
+        ConfigError: the activation is unknown, or the width is not a whole number.
     """
     changed = copy.deepcopy(model)
     changed.activation, changed.activation_order = activation.name, activation.order
@@ -66,7 +66,7 @@ def change_activation(model: ModelConfig, activation: ActivationChange) -> Model
 
 
 def names_outside_ffn(model: ModelConfig) -> set[str]:
-    """Names of attention, embeddings and norms."""
+    """Return the names of all tensors outside FFNs: attention, embeddings and norms."""
     return {
         mapping.name for mapping in tensor_map.tensor_mappings(model) if ".mlp." not in mapping.name
     }

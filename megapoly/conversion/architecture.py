@@ -1,7 +1,8 @@
-"""Which Hugging Face architecture a model is, and its ``config.json``.
+"""Convert between a model's configuration and the ``config.json`` of a Hugging Face folder.
 
-A model that Llama or OLMoE describes exactly is written as one of these, so that it opens without
-remote code; every other as ``megapoly``, with the code of :mod:`megapoly.conversion.remote_code`.
+A model that Llama or OLMoE describes exactly is exported as that architecture, so that it opens
+without remote code. Every other model is exported as ``megapoly``, together with the code in
+:mod:`megapoly.conversion.remote_code`.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ _CLASSES = {
     "olmoe": "OlmoeForCausalLM",
     MODEL_TYPE: "MegapolyForCausalLM",
 }
-# Of Llama and OLMoE, where config.json does not name it.
+# Defaults of Llama and OLMoE if config.json does not set the value.
 _DEFAULT_ACT = "silu"
 _DEFAULT_POSITIONS = 2048
-# Names that a PolyCom release may have for its activations, without case and underscores.
+# Activations that a PolyCom release may name; case and underscores are ignored.
 _RELEASED_ACTS = ("polynorm", "polyrelu")
 
 
 def model_type(model: ModelConfig) -> ModelType:
-    """The architecture that a model is exported as; ``model`` is resolved."""
+    """Return the architecture that a resolved model is exported as."""
     has_name = registry.get(model.activation).hidden_act is not None
     if not has_name or model.moe_shared_expert_intermediate_size:
         return "megapoly"
@@ -55,15 +56,15 @@ def hf_config(
     eos: int,
     pad: int | None,
 ) -> dict[str, Any]:
-    """``config.json`` of a model.
+    """Return the content of ``config.json`` for a model.
 
     Args:
         model: resolved.
-        seq_length: that it was trained with.
-        dtype: of the weights, ``float32`` or another of torch's names.
-        bos: id that texts begin with; None: none.
+        seq_length: sequence length that it was trained with.
+        dtype: dtype of the weights by torch's name, such as ``float32``.
+        bos: id that texts begin with; None if there is none.
         eos: id that ends a document.
-        pad: id of padding; None: none.
+        pad: id of padding; None if there is none.
     """
     kind = model_type(model)
     common = {
@@ -93,7 +94,7 @@ def hf_config(
 
 
 def _library_fields(model: ModelConfig) -> dict[str, Any]:
-    """Fields of Llama and OLMoE alone."""
+    """Return the fields that only Llama and OLMoE have."""
     fields: dict[str, Any] = {
         "hidden_act": registry.get(model.activation).hidden_act,
         "attention_bias": False,
@@ -139,7 +140,7 @@ def _megapoly_fields(model: ModelConfig) -> dict[str, Any]:
 def _router_fields(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_experts_per_tok": model.moe_router_topk,
-        # A softmax over the chosen logits is the softmax over all, divided by its sum over these.
+        # The softmax over the chosen logits is the softmax over all, divided by its sum over these.
         "norm_topk_prob": not model.moe_router_pre_softmax,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "output_router_logits": False,
@@ -147,25 +148,25 @@ def _router_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
-    """The model that a ``config.json`` describes, resolved.
+    """Return the resolved model that a ``config.json`` describes.
 
     Args:
         config: content of the file: Llama (also with the activations of the released PolyCom
             checkpoints), OLMoE or an export of this project.
-        source: the file, for messages.
+        source: name of the file, for messages.
 
     Raises:
-        CheckpointError: the architecture is another, or has something that this project's models
-            do not; with the fields.
+        CheckpointError: the architecture is not supported, or has features that this project's
+            models do not have; the message names the fields.
     """
     kind = config.get("model_type")
     if kind not in _CLASSES:
         raise CheckpointError(
-            f"`model_type` in {source} must be one of {', '.join(_CLASSES)}, which can be imported;"
-            f" it is {kind}."
+            f"`model_type` in {source} must be one of {', '.join(_CLASSES)} to be imported; it is "
+            f"{kind}."
         )
     _require(config, source)
-    _refuse_what_is_not_offered(config, source)
+    _refuse_unsupported(config, source)
     heads = config["num_attention_heads"]
     model = ModelConfig(
         num_layers=config["num_hidden_layers"],
@@ -196,7 +197,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 
 def max_positions(config: Mapping[str, Any]) -> int:
-    """Length of the sequences that the model of a ``config.json`` is for."""
+    """Return the longest sequence that the model of a ``config.json`` takes."""
     return int(config.get("max_position_embeddings", _DEFAULT_POSITIONS))
 
 
@@ -212,17 +213,17 @@ _SIZES = (
 def _require(config: Mapping[str, Any], source: str) -> None:
     missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
     if missing:
-        raise CheckpointError(f"{source} must have whole numbers {', '.join(missing)}.")
+        raise CheckpointError(f"{source} must set {', '.join(missing)} to whole numbers.")
 
 
 def is_polycom_release(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is Llama's with an activation that transformers does not know."""
+    """Check whether this is Llama with an activation that transformers does not have."""
     act = config.get("hidden_act", _DEFAULT_ACT)
     return config.get("model_type") == "llama" and act not in _library_acts()
 
 
 def _library_acts() -> dict[str, str]:
-    """Names in the registry by transformers' names of what is in a gated FFN."""
+    """Return the registry's names of gated activations by transformers' ``hidden_act``."""
     entries = registry.ACTIVATIONS.items()
     return {entry.hidden_act: name for name, entry in entries if entry.hidden_act is not None}
 
@@ -246,7 +247,7 @@ def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
 
 
 def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], source: str) -> None:
-    """Gated SiLU or GELU, or the activation that a released PolyCom checkpoint names."""
+    """Set gated SiLU or GELU, or the activation that a released PolyCom checkpoint names."""
     named = _library_acts() | {name: name for name in _RELEASED_ACTS}
     act = str(config.get("hidden_act", _DEFAULT_ACT))
     key = act if act in named else act.replace("_", "").lower()
@@ -258,7 +259,7 @@ def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], sourc
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 (``rope_scaling``) and 5 (``rope_parameters``) say of positions."""
+    """Merge the rotary fields of transformers 4 (``rope_scaling``) and 5 (``rope_parameters``)."""
     return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
 
 
@@ -269,7 +270,7 @@ def _rotary_base(config: Mapping[str, Any], source: str) -> int:
     return int(base)
 
 
-def _refuse_what_is_not_offered(config: Mapping[str, Any], source: str) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     rope = _rope(config)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -283,13 +284,13 @@ def _refuse_what_is_not_offered(config: Mapping[str, Any], source: str) -> None:
         "quantization_config": config.get("quantization_config"),
     }
     if config.get("num_experts_per_tok") == 1 and config.get("norm_topk_prob"):
-        # A probability divided by itself is one, and the router would learn nothing.
+        # A probability divided by itself is one, so the router would learn nothing.
         found["norm_topk_prob, with num_experts_per_tok 1"] = True
     given = {name: value for name, value in found.items() if value not in (None, False)}
     if given:
         listed = ", ".join(f"`{name}`: {value}" for name, value in given.items())
         raise CheckpointError(
-            f"{source} has {listed}; this project's models have no biases, no clipping of queries "
-            "and keys, unscaled rotary positions, unquantized weights, and for a single expert its "
-            "own probability. Such a model cannot be imported."
+            f"{source} has {listed} and cannot be imported. Models here have no biases, no "
+            "clipping of queries and keys, no scaled rotary positions and no quantized weights; a "
+            "single expert keeps its own probability."
         )

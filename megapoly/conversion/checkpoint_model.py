@@ -1,4 +1,4 @@
-"""The model of a checkpoint in Hugging Face's form: its tensors, configuration and tokenizer."""
+"""Read a checkpoint's model in Hugging Face's form: tensors, configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from megapoly.errors import CheckpointError
 
 
 def checked_mappings(reader: CheckpointReader) -> list[TensorMapping]:
-    """The tensors of the checkpoint's model, each with its place, all of the checkpoint used.
+    """Return the mapping of every tensor; check that they cover the checkpoint exactly.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, is not known, or is used in part.
+        CheckpointError: a tensor is missing, has the wrong shape, is unknown, or is only partly
+            used.
     """
     mappings, shapes = tensor_map.tensor_mappings(reader.config.model), reader.shapes
     problems = [
         f"`{key}` is missing"
         for key in dict.fromkeys(x.key for x in mappings if x.key not in shapes)
     ]
-    problems += [f"`{key}` is not known" for key in shapes if key not in {x.key for x in mappings}]
+    problems += [f"`{key}` is unknown" for key in shapes if key not in {x.key for x in mappings}]
     used: dict[str, int] = {}
     for mapping in mappings:
         shape = shapes.get(mapping.key, ())
@@ -50,8 +51,8 @@ def checked_mappings(reader: CheckpointReader) -> list[TensorMapping]:
     ]
     if problems:
         raise CheckpointError(
-            f"Every tensor of a checkpoint must be one of its configuration's model, and be used "
-            f"whole. {reader.path}: {'; '.join(list(dict.fromkeys(problems))[:8])}."
+            f"Every tensor of a checkpoint must belong to its configuration's model, and all of it "
+            f"must be used. {reader.path}: {'; '.join(list(dict.fromkeys(problems))[:8])}."
         )
     return mappings
 
@@ -59,7 +60,7 @@ def checked_mappings(reader: CheckpointReader) -> list[TensorMapping]:
 def read_tensors(
     reader: CheckpointReader, mappings: Iterable[TensorMapping]
 ) -> Iterator[tuple[TensorMapping, Tensor]]:
-    """Read one tensor after another; memory for two.
+    """Read one tensor after another; takes memory for two.
 
     Raises:
         CheckpointError: a file cannot be read, or a weight is not finite.
@@ -67,30 +68,30 @@ def read_tensors(
     place: Any = None
     block = torch.empty(0)
     for mapping in mappings:
-        if (mapping.key, mapping.index) != place:  # several are parts of one
+        if (mapping.key, mapping.index) != place:  # several tensors can be parts of one block
             place, block = (mapping.key, mapping.index), reader.read(mapping.key, mapping.index)
             check_finite(block, f"{reader.path}: `{mapping.key}`")
         yield mapping, mapping.read(block)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse weights that are infinite or not a number.
+    """Check that all weights are finite.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: some are infinite or NaN.
     """
-    # Smallest and largest, which a NaN is where there is one: no temporary of the tensor's size.
+    # Minimum and maximum, which are NaN if any value is: no temporary of the tensor's size.
     if not torch.stack(tensor.aminmax()).isfinite().all():
         raise CheckpointError(
-            f"All weights must be finite; {name} has some that are not. The run had diverged, or "
-            "the file is damaged."
+            f"All weights must be finite; {name} has some that are not. The run diverged, or the "
+            "file is damaged."
         )
 
 
-def describe(
+def hf_config_of(
     reader: CheckpointReader, special: SpecialTokenIds, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """``config.json`` of a checkpoint's model."""
+    """Return the content of ``config.json`` for a checkpoint's model."""
     return hf_config(
         reader.config.model,
         seq_length=reader.config.training.seq_length,
@@ -102,28 +103,30 @@ def describe(
 
 
 def tokenizer_source(reader: CheckpointReader, given: str | None) -> str | None:
-    """Where a checkpoint's tokenizer is: given, in the checkpoint, or where its run found it.
+    """Return the path of a checkpoint's tokenizer; None is the built-in one.
+
+    It is ``given``, else the one in the checkpoint, else the one that the run used.
 
     Raises:
-        CheckpointError: it is not there any more, is not the one that the run was trained with (one
-            that is given may be another file), or has more ids than the model.
+        CheckpointError: it does not exist, has more ids than the model, or differs from the one
+            that the run was trained with (only ``given`` may differ).
     """
     own, named = reader.path / "tokenizer", reader.config.data.tokenizer
     source = given or (str(own) if own.is_dir() else named)
     if source is not None and not Path(source).exists():
         raise CheckpointError(
-            f"The checkpoint's tokenizer ({source}) does not exist here; name it with --tokenizer."
+            f"The checkpoint's tokenizer ({source}) does not exist here; give it with --tokenizer."
         )
     check_vocabulary(source, reader.config.model)
     if given is None and not is_trained_with(reader, source):
         raise CheckpointError(
             f"The tokenizer must be the one that the run was trained with; {source} has changed "
-            "since. Name a copy of what it was with --tokenizer."
+            "since. Give a copy of the original with --tokenizer."
         )
     return source
 
 
 def is_trained_with(reader: CheckpointReader, source: str | None) -> bool:
-    """Whether a tokenizer is, to the byte, that of the run; also where that is not recorded."""
+    """Check whether a tokenizer is the run's, byte for byte; true if none is recorded."""
     data = reader.run.get("data")
     return data is None or data["tokenizer"] == load_tokenizer(source).fingerprint

@@ -1,4 +1,4 @@
-"""Read tensors of a checkpoint one at a time, without the model and without process groups."""
+"""Read the tensors of a checkpoint one at a time, without a model or process groups."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megapoly.config import Config, load_yaml
 from megapoly.errors import CheckpointError
 
-# What a checkpoint holds beside the model: the optimizer's state, and states of random generators
-# and engine modules, which are no tensors.
+# A checkpoint also holds the optimizer's state, and states of random generators and of engine
+# modules, which are not tensors.
 _OPTIMIZER = "optimizer."
 
 
 class CheckpointReader:
-    """The model's tensors in ``RUN/checkpoints/iter_N``, of any parallel layout.
+    """Reader of the model's tensors in ``RUN/checkpoints/iter_N``, saved at any parallel layout.
 
     Args:
-        path: the checkpoint's folder.
+        path: folder of the checkpoint.
 
     Raises:
-        CheckpointError: it is not a complete checkpoint.
+        CheckpointError: ``path`` is not a complete checkpoint.
     """
 
     def __init__(self, path: Path):
@@ -40,8 +40,8 @@ class CheckpointReader:
         self._reader = FileSystemReader(path)
         try:
             metadata = self._reader.read_metadata()
-        except Exception as error:  # whatever a damaged pickle leads to
-            raise CheckpointError(f"{path} has no tensors that can be read: {error!r}") from error
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"{path} has no readable tensors: {error!r}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: entry
@@ -52,15 +52,19 @@ class CheckpointReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor of the model, with its axes of layers and experts."""
+        """Shape of every tensor of the model, including its axes of layers and experts."""
         return {key: tuple(entry.size) for key, entry in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Dtype that a tensor is stored in."""
+        """Return the dtype that a tensor is stored in."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, index: tuple[int, ...]) -> Tensor:
-        """The tensor ``key`` at a layer, or a layer and expert: the axes behind these.
+        """Return the part of a tensor that belongs to one layer, or to one layer and expert.
+
+        Args:
+            key: name of the tensor.
+            index: layer, or layer and expert; empty for the whole tensor.
 
         Raises:
             CheckpointError: a file is missing, or cannot be read.
@@ -74,13 +78,13 @@ class CheckpointReader:
         """Fill ``target`` with the part of ``key`` that begins at ``offset``.
 
         Args:
-            target: of the same dtype, contiguous; it may lack leading axes of length 1. What lies
-                beyond the stored tensor is left as it is.
-            key: of the tensor.
-            offset: in all axes of the stored tensor.
+            target: contiguous, of the same dtype; leading axes of length 1 may be left out.
+                Elements beyond the stored tensor keep their value.
+            key: name of the tensor.
+            offset: index in every axis of the stored tensor.
 
         Raises:
-            CheckpointError: there is no such tensor, or a file is missing, or cannot be read.
+            CheckpointError: the tensor does not exist, or a file is missing or cannot be read.
         """
         if key not in self._tensors:
             raise CheckpointError(f"{self.path} has no tensor `{key}`, which its model needs.")
@@ -92,55 +96,55 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(key, entry, [wanted])
         try:
             self._reader.read_data(LoadPlan(items), _IntoBlock(target)).wait()
-        except Exception as error:  # of files, pickles and archives alike
+        except Exception as error:  # files, pickles and archives raise their own
             raise CheckpointError(f"{self.path}: `{key}` cannot be read: {error!r}") from error
 
 
 class _IntoBlock(LoadPlanner):
-    """Puts what is read into one tensor."""
+    """Planner that reads into one tensor."""
 
     def __init__(self, block: Tensor):
         self.block = block
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is to be planned."""
+        """Do nothing; the reader makes the plan."""
 
     def create_local_plan(self) -> LoadPlan:
-        """The plan is made by the reader."""
+        """Not called; the reader makes the plan."""
         raise AssertionError
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """The plan is made by the reader."""
+        """Not called; the reader makes the plan."""
         raise AssertionError
 
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """The plan is made by the reader."""
+        """Not called; the reader makes the plan."""
         raise AssertionError
 
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """There are only tensors."""
+        """Not called; only tensors are read."""
         raise AssertionError
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """Where a piece of a stored tensor goes."""
+        """Return the view that a piece of a stored tensor is read into."""
         place = zip(read_item.dest_offsets, read_item.lengths, strict=True)
         return self.block[tuple(slice(start, start + length) for start, length in place)]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """It is in its place already."""
+        """Do nothing; the tensor was read into its place."""
 
 
 def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
-    """Resolved configuration and ``run.json`` of a checkpoint.
+    """Return the resolved configuration and the content of ``run.json``.
 
     Raises:
-        CheckpointError: it is not a complete checkpoint.
+        CheckpointError: ``path`` is not a complete checkpoint.
     """
     try:
         run = json.loads((path / "run.json").read_text())
         config = load_yaml(path / "config.yaml")
         if not isinstance(run, dict):
-            raise ValueError("run.json is no object")
+            raise ValueError("run.json is not an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder, "
@@ -150,23 +154,39 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a path names: itself, or the newest of a run; None: neither."""
+    """Return ``path`` if it is a checkpoint, the newest one if it is a run, else None."""
     if (path / "run.json").is_file():
         return path
     found = sorted((path / "checkpoints").glob("iter_*/run.json"))
     return found[-1].parent if found else None
 
 
-def check_chunks(path: Path, tensors: dict[str, TensorStorageMetadata]) -> None:
-    """Every number of every tensor is stored exactly once.
+def checkpoint_of_model(path: Path) -> Path | None:
+    """Return the checkpoint that a path names; None if it is a Hugging Face folder.
 
     Raises:
-        CheckpointError: a part is missing, or there twice.
+        CheckpointError: it is neither.
+    """
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"`{path}` is not a model. Give a checkpoint (a complete `iter_*` folder has a "
+            "run.json), a run with such a checkpoint, or a Hugging Face folder (it has a "
+            "config.json)" + ("" if path.is_dir() else "; this folder does not exist") + "."
+        )
+    return checkpoint
+
+
+def check_chunks(path: Path, tensors: dict[str, TensorStorageMetadata]) -> None:
+    """Check that every element of every tensor is stored exactly once.
+
+    Raises:
+        CheckpointError: a part is missing, or stored twice.
     """
     for key, entry in tensors.items():
         stored = sum(chunk.sizes.numel() for chunk in entry.chunks)
         if stored != entry.size.numel():
             raise CheckpointError(
-                f"{path}: the parts of `{key}` must add up to {entry.size.numel()} numbers; "
-                f"{stored} are there. The checkpoint was not written completely."
+                f"{path}: the parts of `{key}` must have {entry.size.numel()} numbers in total; "
+                f"{stored} are stored. The checkpoint was not written completely."
             )

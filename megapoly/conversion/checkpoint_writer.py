@@ -1,4 +1,4 @@
-"""Write a checkpoint's tensors one at a time, without the model and without process groups."""
+"""Write the tensors of a checkpoint one at a time, without a model or process groups."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.planner import (
 
 @dataclasses.dataclass(frozen=True)
 class TensorBlock:
-    """What is written at once: a tensor of the checkpoint at one layer, or layer and expert.
+    """Part of a checkpoint tensor that is written at once: one layer, or one layer and expert.
 
     Args:
-        key: of the tensor.
-        index: layer, or layer and expert; empty: the tensor has no such axes.
+        key: name of the tensor.
+        index: layer, or layer and expert; empty if the tensor has no such axes.
         axes: sizes of these axes.
-        shape: of the block.
-        make: returns the block when it is its turn.
+        shape: shape of the block.
+        make: returns the block; called when it is written.
     """
 
     key: str
@@ -45,23 +45,23 @@ class TensorBlock:
     make: Callable[[], Tensor]
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Size in a file."""
+        """Return the size of the block in a file."""
         return torch.Size(self.shape).numel() * dtype.itemsize
 
 
 def write_tensors(
     folder: Path, blocks: Sequence[TensorBlock], dtype: torch.dtype, advance: Callable[[int], None]
 ) -> None:
-    """Write blocks in the form that the engine loads at any layout (``torch_dist``).
+    """Write blocks in the format that the engine loads at any layout (``torch_dist``).
 
     Args:
-        folder: of the checkpoint; exists.
-        blocks: all of every tensor.
-        dtype: of the file; blocks are converted.
-        advance: called with the bytes of every block that is made.
+        folder: folder of the checkpoint, which exists.
+        blocks: all blocks of every tensor.
+        dtype: dtype in the file; blocks are converted to it.
+        advance: called with the bytes of each block when it is written.
 
     Raises:
-        OSError: a file cannot be written (a full disk is torch's RuntimeError).
+        OSError: a file cannot be written (torch raises RuntimeError if the disk is full).
     """
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     planner = _Planner(blocks, dtype, advance)
@@ -70,7 +70,7 @@ def write_tensors(
     except CheckpointException as error:  # a list of what each rank raised
         ((cause, _),) = error.failures.values()
         raise cause from None
-    # The engine's own files beside torch's (megatron/core/dist_checkpointing/core.py).
+    # The engine also needs files of its own (megatron/core/dist_checkpointing/core.py).
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backends | versions))
@@ -78,7 +78,7 @@ def write_tensors(
 
 
 class _Planner(DefaultSavePlanner):
-    """Names the blocks first, and makes each when it is written."""
+    """Planner that lists the blocks first, and makes each only when it is written."""
 
     def __init__(
         self, blocks: Sequence[TensorBlock], dtype: torch.dtype, advance: Callable[[int], None]
@@ -88,7 +88,7 @@ class _Planner(DefaultSavePlanner):
         self.blocks = {(block.key, _offsets(block)): block for block in blocks}
 
     def create_local_plan(self) -> SavePlan:
-        """All blocks, in the order in which they were given."""
+        """Plan all blocks, in the given order."""
         numbers: dict[str, int] = {}
         items = []
         for (key, offsets), block in self.blocks.items():
@@ -98,7 +98,7 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The block that an item stands for."""
+        """Make the block of an item."""
         assert write_item.tensor_data is not None
         block = self.blocks[write_item.index.fqn, write_item.tensor_data.chunk.offsets]
         tensor = block.make()

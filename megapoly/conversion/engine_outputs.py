@@ -1,7 +1,7 @@
-"""Record the checkpoint's own model.
+"""Outputs of a checkpoint's own model, computed by the engine.
 
-It is the engine's, and the engine says which of its weights lies where in the checkpoint; nothing
-of :mod:`megapoly.conversion.tensor_map` has a part in it. One layer at a time is in memory.
+The engine says where each of its weights lies in the checkpoint, so the result does not depend on
+:mod:`megapoly.conversion.tensor_map`. One layer at a time is in memory.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ def engine_module_outputs(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) 
     Args:
         checkpoint: an ``iter_*`` folder.
         tokens: [b, s].
-        dtype: that the weights are rounded to first.
+        dtype: weights are rounded to it first.
     """
-    recording = ModuleOutputs()
+    outputs = ModuleOutputs()
     with engine_model(checkpoint, dtype) as model, ExitStack() as hooks:
-        for remove in _engine_hooks(model, recording):
+        for remove in _engine_hooks(model, outputs):
             hooks.callback(remove)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
             logits = model(tokens, positions, attention_mask=None)
-        recording.keep("lm_head", logits[..., : model.real_vocab_size])
+        outputs.record("lm_head", logits[..., : model.real_vocab_size])
         embedding = model.embedding.word_embeddings.weight[: model.real_vocab_size]
-        recording.embedding = row_projections(embedding)
-    return recording
+        outputs.embedding = row_projections(embedding)
+    return outputs
 
 
 @contextmanager
 def engine_model(checkpoint: Path, dtype: torch.dtype) -> Iterator[Any]:
-    """The engine's model of a checkpoint on CPU, its layers in memory only while they run."""
+    """Build the engine's model of a checkpoint on CPU; layers are in memory only while they run."""
     from megapoly.platform.device import select_platform
 
     platform = select_platform("cpu")
@@ -53,7 +53,7 @@ def engine_model(checkpoint: Path, dtype: torch.dtype) -> Iterator[Any]:
     from megapoly.model.transformer_config import transformer_config
     from megapoly.training.distributed import process_groups
 
-    config = _of_one_process(read_description(checkpoint)[0])
+    config = _single_process_config(read_description(checkpoint)[0])
     with process_groups(config, platform, alone=True):
         with torch.device("meta"):
             model = gpt_model(config, transformer_config(config, on_cpu=True))
@@ -69,8 +69,8 @@ def engine_model(checkpoint: Path, dtype: torch.dtype) -> Iterator[Any]:
         yield model.eval()
 
 
-def _of_one_process(config: Config) -> Config:
-    """The same model without any parallelism or GPU libraries, in fp32."""
+def _single_process_config(config: Config) -> Config:
+    """Return the configuration of the same model in fp32, without parallelism or GPU libraries."""
     config = copy.deepcopy(config)
     config.parallel = ParallelConfig(expert_tensor_parallel_size=1, sequence_parallel=False)
     without_gpu_kernels(config)
@@ -80,12 +80,12 @@ def _of_one_process(config: Config) -> Config:
 
 
 class _Loader:
-    """Fills a module from the checkpoint, where the engine says that its weights are.
+    """Loader of one module from the places in the checkpoint that the engine names.
 
     Args:
-        model: whose part the module is.
-        reader: of the checkpoint.
-        dtype: that weights are rounded to.
+        model: model that the modules belong to.
+        reader: reader of the checkpoint.
+        dtype: weights are rounded to it.
     """
 
     def __init__(self, model: Any, reader: CheckpointReader, dtype: torch.dtype):
@@ -102,14 +102,14 @@ class _Loader:
         for name, entry in entries.items():
             if not name.startswith(prefix):
                 continue
-            if isinstance(entry, ShardedTensorFactory):  # cuts a gated FC1 into its two halves
+            if isinstance(entry, ShardedTensorFactory):  # splits a gated FC1 into its halves
                 for part in entry.build():
                     self._fill(part)
             elif isinstance(entry, ShardedTensor):
                 self._fill(entry)
 
     def _fill(self, part: Any) -> None:
-        """Read one part; padding of the vocabulary that the checkpoint lacks is zero."""
+        """Read one part; vocabulary padding that the checkpoint does not have is zero."""
         stored = torch.zeros(part.data.shape, dtype=self.reader.dtype(part.key))
         self.reader.read_into(stored, part.key, part.global_offset)
         part.data.copy_(stored.to(self.dtype))
@@ -119,46 +119,46 @@ def _forget(module: torch.nn.Module) -> None:
     module.to("meta")
 
 
-def _engine_hooks(model: Any, recording: ModuleOutputs) -> Iterator[Callable[[], None]]:
-    """Hooks on the engine's modules; theirs are [s, b, ..]."""
+def _engine_hooks(model: Any, outputs: ModuleOutputs) -> Iterator[Callable[[], None]]:
+    """Hook the engine's modules, whose outputs are [s, b, ..]; yield how to remove each hook."""
 
-    def keep(module: torch.nn.Module, name: str) -> Callable[[], None]:
+    def record(module: torch.nn.Module, name: str) -> Callable[[], None]:
         def hook(_: Any, __: Any, output: Any) -> None:
-            recording.keep(name, _of_tokens(output))
+            outputs.record(name, _of_tokens(output))
 
         return module.register_forward_hook(hook).remove
 
-    yield keep(model.embedding, "model.embed_tokens")
+    yield record(model.embedding, "model.embed_tokens")
     for i, layer in enumerate(model.decoder.layers):
         place = f"model.layers.{i}"
-        yield keep(layer.input_layernorm, f"{place}.input_layernorm")
+        yield record(layer.input_layernorm, f"{place}.input_layernorm")
         part = "norm" if model.has_qk_norm else "proj"
-        yield _keep_projections(layer.self_attention, f"{place}.self_attn", part, recording)
-        yield keep(layer.self_attention, f"{place}.self_attn")
-        yield keep(layer.pre_mlp_layernorm, f"{place}.post_attention_layernorm")
-        yield keep(layer.mlp, f"{place}.mlp")
+        yield _record_projections(layer.self_attention, f"{place}.self_attn", part, outputs)
+        yield record(layer.self_attention, f"{place}.self_attn")
+        yield record(layer.pre_mlp_layernorm, f"{place}.post_attention_layernorm")
+        yield record(layer.mlp, f"{place}.mlp")
         if hasattr(layer.mlp, "router"):
-            yield _keep_routing(layer.mlp, f"{place}.mlp", recording)
-        yield keep(layer, place)
-    yield keep(model.decoder.final_layernorm, "model.norm")
+            yield _record_routing(layer.mlp, f"{place}.mlp", outputs)
+        yield record(layer, place)
+    yield record(model.decoder.final_layernorm, "model.norm")
 
 
 def _of_tokens(output: Any) -> Tensor:
-    """[s, b, ..], perhaps with a bias -> [b, s, ..]."""
+    """Transpose [s, b, ..], which may come with a bias, to [b, s, ..]."""
     return (output[0] if isinstance(output, tuple) else output).transpose(0, 1)
 
 
-def _keep_projections(
-    attention: Any, place: str, part: str, recording: ModuleOutputs
+def _record_projections(
+    attention: Any, place: str, part: str, outputs: ModuleOutputs
 ) -> Callable[[], None]:
-    """Queries, keys and values, queries and keys behind their norms if they have some."""
+    """Record queries, keys and values; queries and keys after their norms if they have any."""
     project = attention.get_query_key_value_tensors
 
     def projected(*args: Any, **kwargs: Any) -> Any:
         result = project(*args, **kwargs)
         for name, tensor in zip(("q", "k", "v"), result, strict=False):
             which = "proj" if name == "v" else part
-            recording.keep(f"{place}.{name}_{which}", tensor.transpose(0, 1))
+            outputs.record(f"{place}.{name}_{which}", tensor.transpose(0, 1))
         return result
 
     attention.get_query_key_value_tensors = projected
@@ -169,22 +169,22 @@ def _keep_projections(
     return remove
 
 
-def _keep_routing(mlp: Any, place: str, recording: ModuleOutputs) -> Callable[[], None]:
-    """The router's choices on the text, and on the rows that reach every expert."""
+def _record_routing(mlp: Any, place: str, outputs: ModuleOutputs) -> Callable[[], None]:
+    """Record the router's choices on the text and on the rows that reach every expert."""
     routed: dict[str, Tensor] = {}
 
-    def keep_probs(_: Any, inputs: Any, output: Any) -> None:
+    def record_probs(_: Any, inputs: Any, output: Any) -> None:
         seq_length, batch = inputs[0].shape[:2]
         probs, chosen = (t.view(seq_length, batch, -1).transpose(0, 1) for t in output)
         routed["probs"] = torch.where(chosen, probs, 0.0).float()
 
     def probe(_: Any, __: Any, ___: Any) -> None:
-        recording.probs[place] = routed["probs"]
-        recording.rows[place] = expert_probe_rows(mlp.router.weight)
-        output = _of_tokens(mlp.forward(recording.rows[place].transpose(0, 1)))
-        recording.every_expert[place] = output.detach().clone(), routed["probs"]
+        outputs.probs[place] = routed["probs"]
+        outputs.probe_rows[place] = expert_probe_rows(mlp.router.weight)
+        output = _of_tokens(mlp.forward(outputs.probe_rows[place].transpose(0, 1)))
+        outputs.probe_outputs[place] = output.detach().clone(), routed["probs"]
 
-    hooks = (mlp.router.register_forward_hook(keep_probs), mlp.register_forward_hook(probe))
+    hooks = (mlp.router.register_forward_hook(record_probs), mlp.register_forward_hook(probe))
 
     def remove() -> None:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder, tensor by tensor."""
+"""Export a checkpoint as a Hugging Face folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from megapoly.conversion.architecture import CODE_FILES, MODEL_TYPE
 from megapoly.conversion.checkpoint_model import (
     checked_mappings,
-    describe,
+    hf_config_of,
     is_trained_with,
     read_tensors,
     tokenizer_source,
@@ -36,17 +36,17 @@ _REMOTE_CODE = Path(__file__).parent / "remote_code"
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """What ``megapoly export`` is asked for.
+    """Options of ``megapoly export``.
 
     Args:
-        checkpoint: an ``iter_*`` folder, or a run, whose newest is taken.
-        output: folder to make.
-        dtype: of the weights; None: as they are stored.
-        max_shard_size: bytes of one safetensors file.
-        tokenizer: a ``tokenizer.json`` or folder, in place of the one that the run names.
+        checkpoint: an ``iter_*`` folder, or a run for its newest checkpoint.
+        output: folder to create.
+        dtype: dtype of the weights; None keeps the stored one.
+        max_shard_size: largest size of a safetensors file, in bytes.
+        tokenizer: a ``tokenizer.json`` or folder that replaces the run's tokenizer.
         overwrite: replace ``output`` if it exists.
         skip_parity: do not compare the written model with the checkpoint's.
-        tolerance: of the comparison, see :class:`megapoly.conversion.parity.Parity`.
+        tolerance: tolerance of the comparison, see :class:`megapoly.conversion.parity.Parity`.
     """
 
     checkpoint: Path
@@ -62,18 +62,18 @@ class ExportOptions:
 def export_model(options: ExportOptions, console: Console) -> Parity | None:
     """Convert a checkpoint and prove that the result is the same model.
 
-    Everything is written to a hidden folder beside ``output``, which is renamed when all of it is
-    there and the comparison has passed.
+    Everything is written to a hidden folder beside ``output``, which is renamed when it is complete
+    and the comparison has passed.
 
     Returns:
-        The comparison; None where it was skipped.
+        The comparison; None if it was skipped.
 
     Raises:
-        CheckpointError: the checkpoint is not complete or not of its configuration's model, or
+        CheckpointError: the checkpoint is incomplete or does not fit its configuration, or
             ``output`` exists.
         UnavailableError: a library is missing.
         DataError: the tokenizer cannot be read, or the disk is full.
-        ParityError: the written model is not the checkpoint's. What was written is kept in
+        ParityError: the written model is not the checkpoint's. The folder is kept as
             ``OUTPUT.failed``.
     """
     require_hf_extra()
@@ -90,8 +90,8 @@ def _write(
     source = tokenizer_source(reader, options.tokenizer)
     special = write_tokenizer(source, folder, seq_length=reader.config.training.seq_length)
     if options.tokenizer is not None and not is_trained_with(reader, source):
-        console.print(f"note: {source} is another file than the run's tokenizer")
-    config = describe(reader, special, dtype)
+        console.print(f"note: {source} is not the file that the run's tokenizer was read from")
+    config = hf_config_of(reader, special, dtype)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(special))
     if config["model_type"] == MODEL_TYPE:
@@ -123,16 +123,16 @@ def write_weights(
     total = sum(mapping.num_elements for mapping in mappings) * dtype.itemsize
     with bytes_bar("writing weights", total, console) as advance:
 
-        def named() -> Iterator[tuple[str, Tensor]]:
+        def named_tensors() -> Iterator[tuple[str, Tensor]]:
             for mapping, tensor in read_tensors(reader, mappings):
                 yield mapping.name, tensor
                 advance(mapping.num_elements * dtype.itemsize)
 
-        write_shards(folder, shards, dtype, named())
+        write_shards(folder, shards, dtype, named_tensors())
 
 
 def generation_config(special: SpecialTokenIds) -> Mapping[str, Any]:
-    """``generation_config.json``: greedy unless asked otherwise, up to the end of a document."""
+    """Return ``generation_config.json``: greedy by default, up to the end of a document."""
     return {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,

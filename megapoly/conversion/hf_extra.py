@@ -1,4 +1,4 @@
-"""The libraries of the extra ``hf``, which the rest of the package goes without."""
+"""Libraries of the extra ``hf``, which only conversion and generation need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NEEDED = ("accelerate", "safetensors", "transformers")
 
 
 def require_hf_extra() -> None:
-    """Check that they are installed; imports none of them.
+    """Check that the libraries are installed, without importing them.
 
     Raises:
         UnavailableError: some are missing.
@@ -18,6 +18,6 @@ def require_hf_extra() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UnavailableError(
-            f"Hugging Face folders need {', '.join(_NEEDED)}, and {', '.join(missing)} is not "
-            "installed: pip install 'megapoly[hf]'."
+            f"Hugging Face models need {', '.join(_NEEDED)}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed: pip install 'megapoly[hf]'"
         )

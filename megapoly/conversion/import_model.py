@@ -1,4 +1,4 @@
-"""Write a Hugging Face folder as a checkpoint, block by block; also with another activation."""
+"""Import a Hugging Face folder as a checkpoint, optionally with another activation."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ from megapoly.model.initial_values import initial_value
 from megapoly.platform.machine import CPU
 from megapoly.platform.progress import bytes_bar
 
-# A tied output layer that is stored all the same.
+# A tied output layer may be stored nevertheless.
 _OUTPUT, _INPUT = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """What ``megapoly import`` is asked for.
+    """Options of ``megapoly import``.
 
     Args:
         model: folder of a Llama, OLMoE or exported model.
-        output: checkpoint folder to make.
-        tokenizer: a ``tokenizer.json`` or folder, in place of the model's own.
-        activation: start another model from the parts that do not depend on the FFN; None: the
-            same model.
+        output: checkpoint folder to create.
+        tokenizer: a ``tokenizer.json`` or folder that replaces the model's own.
+        activation: start a model with this activation from the weights outside FFNs; None imports
+            the same model.
         overwrite: replace ``output`` if it exists.
         skip_parity: do not compare the checkpoint with the source.
-        tolerance: of the comparison, see :class:`megapoly.conversion.parity.Parity`.
+        tolerance: tolerance of the comparison, see :class:`megapoly.conversion.parity.Parity`.
     """
 
     model: Path
@@ -70,14 +70,14 @@ class ImportOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ImportReport:
-    """What became of the tensors.
+    """Outcome of an import: number of elements by tensor name, and the comparison.
 
     Args:
-        taken: names and sizes of what came from the source.
-        initialised: what was drawn as at the start of a run, by names in the form of an export.
-        left: of the source, not used.
-        parity: comparison with the source; None: skipped, or another model.
-        skipped: the comparison was left out on request.
+        taken: tensors that came from the source.
+        initialised: tensors initialised as at the start of a run, by their names in an export.
+        left: tensors of the source that are not used.
+        parity: comparison with the source; None if it was skipped or the activation was changed.
+        skipped: the comparison was disabled by an option.
     """
 
     taken: dict[str, int]
@@ -87,7 +87,7 @@ class ImportReport:
     skipped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``import.json``."""
+        """Return the content of ``import.json``."""
         compared = {"skipped": True} if self.skipped else None
         if self.parity is not None:
             compared = self.parity.to_dict()
@@ -96,17 +96,17 @@ class ImportReport:
 
 
 def import_model(options: ImportOptions, console: Console) -> ImportReport:
-    """Convert a folder into a checkpoint that training goes on from, at any layout.
+    """Convert a folder to a checkpoint that can be trained further at any layout.
 
-    Beside the tensors stand ``config.yaml`` (resolved), ``recipe.yaml`` (the model, its tokenizer
-    and this checkpoint, to train with), ``run.json``, ``import.json`` and ``tokenizer/``.
+    Besides tensors, the checkpoint has ``config.yaml`` (resolved), ``recipe.yaml`` (the model, its
+    tokenizer and this checkpoint, to train with), ``run.json``, ``import.json`` and ``tokenizer/``.
 
     Raises:
-        CheckpointError: the folder is not of a known model, or not complete.
+        CheckpointError: the folder is incomplete, or its model is not supported.
         ConfigError: ``activation`` breaks a rule of training.
         UnavailableError: a library is missing.
-        DataError: its tokenizer cannot be read, or the disk is full.
-        ParityError: the checkpoint is not the source's model; it is kept in ``OUTPUT.failed``.
+        DataError: the tokenizer cannot be read, or the disk is full.
+        ParityError: the checkpoint is not the source's model; it is kept as ``OUTPUT.failed``.
     """
     require_hf_extra()
     output, overwrite = options.output, options.overwrite
@@ -128,7 +128,7 @@ def _write(
     if options.activation is not None:
         model, seed = change_activation(original, options.activation), options.activation.seed
     dtypes = source.dtypes()
-    # fp16 has no training here; fp32 holds it exactly.
+    # Training does not support fp16; fp32 represents it exactly.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=seed)
     _write_tokenizer(options.tokenizer or str(options.model), folder, config)
@@ -144,7 +144,7 @@ def _write(
 
 
 def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
-    """Write the tokenizer, and check that training takes it and the model."""
+    """Write the tokenizer, and check that training accepts it and the model."""
     check_vocabulary(source, config.model)
     place = folder / "tokenizer"
     place.mkdir()
@@ -198,7 +198,7 @@ def _write_tensors(
 
 
 def _from_source(source: SafetensorsReader, parts: list[TensorMapping]) -> Tensor:
-    """A block out of the folder's tensors."""
+    """Assemble a block from the folder's tensors."""
     tensors = [source.read(mapping.name) for mapping in parts]
     block = torch.empty(parts[0].block, dtype=tensors[0].dtype)
     for mapping, tensor in zip(parts, tensors, strict=True):
@@ -208,7 +208,7 @@ def _from_source(source: SafetensorsReader, parts: list[TensorMapping]) -> Tenso
 
 
 def _from_seed(mapping: TensorMapping, config: Config) -> Tensor:
-    """A block as at the start of a run."""
+    """Initialise a block as at the start of a run."""
     model = config.model
     name = mapping.key.rpartition(".")[2]
     if ".activation_func." in mapping.key:
@@ -219,15 +219,15 @@ def _from_seed(mapping: TensorMapping, config: Config) -> Tensor:
 
 
 def _axes(index: tuple[int, ...], model: ModelConfig) -> tuple[int, ...]:
-    """Sizes of the axes of layers and experts."""
+    """Return the sizes of the axes of layers and experts."""
     return (model.num_layers, model.num_moe_experts or 0)[: len(index)]
 
 
 def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
-    """The folder has the tensors of its configuration's model, and no others.
+    """Check that the folder has the tensors of its configuration's model, and no others.
 
     Raises:
-        CheckpointError: it does not; with names and shapes.
+        CheckpointError: with names and shapes, if it does not.
     """
     expected = {mapping.name: mapping.shape for mapping in tensor_map.tensor_mappings(model)}
     names = set(source.names)
@@ -235,11 +235,11 @@ def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
         if not torch.equal(source.read(_OUTPUT), source.read(_INPUT)):
             raise CheckpointError(
                 f"{source.folder} ties its embeddings (`tie_word_embeddings`), but `{_OUTPUT}` is "
-                f"not `{_INPUT}`; set it to false in config.json if both are meant."
+                f"not `{_INPUT}`; set it to false in config.json to use both."
             )
         names.remove(_OUTPUT)
     problems = [f"`{name}` is missing" for name in expected if name not in names]
-    problems += [f"`{name}` is not known" for name in sorted(names - set(expected))]
+    problems += [f"`{name}` is unknown" for name in sorted(names - set(expected))]
     problems += [
         f"`{name}` is {source.shape(name)}, not {shape}"
         for name, shape in expected.items()
@@ -247,8 +247,8 @@ def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"Every tensor of {source.folder} must be one of the model in its config.json, and be "
-            f"there: {'; '.join(problems[:8])}{' ..' if len(problems) > 8 else ''}."
+            f"{source.folder} must have exactly the tensors of the model in its config.json: "
+            f"{'; '.join(problems[:8])}{' ..' if len(problems) > 8 else ''}."
         )
 
 
@@ -256,8 +256,8 @@ def _configuration(
     source: SafetensorsReader, model: ModelConfig, *, bf16: bool, seed: int
 ) -> Config:
     config = Config(model=model)
-    model.make_vocab_size_divisible_by = 1  # nothing is padded here; a run pads as it needs
-    config.training.train_iters = 1  # none; the recipe leaves it to the run
+    model.make_vocab_size_divisible_by = 1  # no padding here; a run pads as it needs
+    config.training.train_iters = 1  # not used; the recipe leaves it to the run
     config.training.seq_length = max_positions(source.config)
     config.training.bf16 = bf16
     config.training.seed = seed
@@ -265,10 +265,10 @@ def _configuration(
 
 
 def _recipe(config: Config, output: Path) -> str:
-    """What a run needs to go on: the model, its tokenizer, this checkpoint."""
-    whole, default = yaml.safe_load(to_yaml(config)), yaml.safe_load(to_yaml(Config()))
-    model = {k: v for k, v in whole["model"].items() if v != default["model"][k]}
-    # The machine and the layout decide of these.
+    """Return what a run needs to train further: the model, its tokenizer, this checkpoint."""
+    fields, default = yaml.safe_load(to_yaml(config)), yaml.safe_load(to_yaml(Config()))
+    model = {k: v for k, v in fields["model"].items() if v != default["model"][k]}
+    # These depend on the machine and the layout.
     for name in (
         "transformer_engine",
         "apply_rope_fusion",

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, how it was trained, how well it was converted."""
+"""Model card (README.md) of an export: architecture, training, and result of the comparison."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SOURCE = "https://arxiv.org/abs/2411.03884"
 
 
 def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity | None) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
-        reader: of the checkpoint.
+        reader: reader of the checkpoint.
         config: content of ``config.json``.
-        parity: the comparison; None: skipped.
+        parity: the comparison; None if it was skipped.
     """
     model, run = reader.config.model, reader.run
     has_coefficients = registry.get(model.activation).has_coefficients
@@ -75,7 +75,7 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
         "## Training configuration",
         "",
         "```yaml",
-        to_yaml(_without_places(reader.config)).rstrip(),
+        to_yaml(_without_local_paths(reader.config)).rstrip(),
         "```",
         "",
     ]
@@ -110,8 +110,8 @@ def _training_data(description: dict[str, Any] | None) -> list[str]:
     return ["## Training data", "", "```json", content, "```", ""]
 
 
-def _without_places(config: Config) -> Config:
-    """The configuration without folders of the machine that it was trained on."""
+def _without_local_paths(config: Config) -> Config:
+    """Return the configuration without folders of the machine that the model was trained on."""
     config = copy.deepcopy(config)
     config.run_dir = Path(config.run_dir).name
     config.data.cache_dir = None

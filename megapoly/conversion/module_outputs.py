@@ -1,4 +1,4 @@
-"""What every module of a model computes on some text, by the module's name in transformers."""
+"""Outputs of every module of a model on some text, by the module's name in transformers."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import dataclasses
 import torch
 from torch import Tensor
 
-# Columns of the random matrix that sums up each row of the input embedding.
-_NUM_SUMS = 8
+# Columns of the random matrix that each row of the input embedding is multiplied by.
+_NUM_PROJECTIONS = 8
 
 
 @dataclasses.dataclass
 class ModuleOutputs:
-    """Outputs in the order in which they were computed.
+    """Outputs of modules, in the order of computation.
 
     Args:
-        outputs: [b, s, ..] fp32 by module, such as ``model.layers.0.self_attn``; the last is
+        outputs: [b, s, ..] fp32 by module, such as ``model.layers.0.self_attn``; the last one is
             ``lm_head``, the logits.
         probs: [b, s, experts] the router's probability of every expert, by the module of the
-            experts; zero where an expert was not chosen.
-        rows: :func:`expert_probe_rows` of the layer, by the same names.
-        every_expert: the output of a layer's experts on these rows, and the router's probabilities
-            there; text alone leaves experts without a token.
-        embedding: :func:`row_projections` of the whole input embedding, of which text shows a part.
+            experts; zero if an expert was not chosen.
+        probe_rows: :func:`expert_probe_rows` of each layer, by the same names.
+        probe_outputs: output of a layer's experts on these rows, and the router's probabilities for
+            them. Text alone does not reach every expert.
+        embedding: :func:`row_projections` of the whole input embedding. Text uses only part of it.
     """
 
     outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     probs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    every_expert: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    probe_rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    probe_outputs: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     embedding: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
 
-    def keep(self, name: str, output: Tensor) -> None:
-        """Remember an output [b, s, ..]; heads are put together."""
+    def record(self, name: str, output: Tensor) -> None:
+        """Store an output [b, s, ..]; all axes after the second become one."""
         self.outputs[name] = output.detach().float().flatten(2).clone()
 
     @property
@@ -43,12 +43,15 @@ class ModuleOutputs:
 
 
 def expert_probe_rows(router_weight: Tensor) -> Tensor:
-    """[1, experts, h]: for each expert the direction in which its router logit grows fastest.
+    """Return for each expert the direction in which its router logit grows fastest.
 
-    Scaled to a root mean square of 4, a few times that of what layers get.
+    Rows have a root mean square of 4, a few times that of a layer's input.
 
     Args:
         router_weight: [experts, h].
+
+    Returns:
+        [1, experts, h].
     """
     rows = router_weight.detach().float()
     scale = rows.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
@@ -56,7 +59,7 @@ def expert_probe_rows(router_weight: Tensor) -> Tensor:
 
 
 def row_projections(weight: Tensor) -> Tensor:
-    """[rows, h] -> [1, rows, 8]: each row times the same random matrix."""
+    """Multiply each row by the same random matrix: [rows, h] -> [1, rows, 8]."""
     generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(weight.shape[1], _NUM_SUMS, generator=generator)
+    columns = torch.randn(weight.shape[1], _NUM_PROJECTIONS, generator=generator)
     return (weight.detach().float() @ columns)[None]

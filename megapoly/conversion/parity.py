@@ -1,4 +1,4 @@
-"""Is a converted model the same model? Logits on real text, and the first module that differs."""
+"""Decide whether two models are the same; name the first module that differs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import megapoly
 from megapoly.conversion.module_outputs import ModuleOutputs
 from megapoly.errors import MegapolyError
 
-# Largest difference of a logit, where logits are of order one; of larger ones, relative to the
-# largest at the same position.
+# Largest difference of a logit, relative to the largest logit at the same position if that is
+# above 1.
 TOLERANCE = 1e-5
-# A module is said to differ when its output is this far off, relative to its norm: well above
-# rounding in fp32, well below what any wrong weight does.
+# A module differs if its output is off by more than this, relative to its norm: well above
+# rounding in fp32, well below the effect of any wrong weight.
 MODULE_TOLERANCE = 1e-4
-# Experts whose probabilities are closer than this may be chosen either way by rounding.
+# If the probabilities of two experts are closer than this, rounding may decide between them.
 TIE = 1e-5
 
 
@@ -29,29 +29,29 @@ class ParityError(MegapolyError):
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """The comparison of a checkpoint's model with one in Hugging Face's form, computed in fp32.
+    """Comparison of a checkpoint's model with one in Hugging Face's form, computed in fp32.
 
     Args:
-        weights: dtype that both models' weights were rounded to.
-        num_tokens: positions compared.
-        excluded_positions: left out, because rounding alone decides between two experts there, or
-            before in the same text.
+        weights: dtype that the weights of both models were rounded to.
+        num_tokens: number of compared positions.
+        excluded_positions: number of positions left out because rounding alone decides between two
+            experts there, or earlier in the same text.
         max_difference: largest difference of a logit.
-        max_relative_difference: the same, divided by the largest logit of the position where that
-            is above 1.
+        max_relative_difference: the same, divided by the largest logit of the position if that is
+            above 1.
         mean_difference: mean difference of a logit.
         max_logit: largest logit of the checkpoint's model.
         kl: mean Kullback-Leibler divergence of the next token's distribution, nats.
         argmax_agreement: share of positions with the same most likely next token.
-        checkpoint_loss: of the checkpoint's model on the text, nats.
-        export_loss: of the other model.
-        tolerance: allowed for ``max_relative_difference``.
-        experts_not_reached: experts that no row came to, and that are therefore not compared.
-        first_difference: first module in order of computation whose output differs; None: none.
-        module_differences: of each module relative to its output's norm; None where it is missing
-            or not finite.
+        checkpoint_loss: loss of the checkpoint's model on the text, nats.
+        export_loss: loss of the other model.
+        tolerance: largest allowed ``max_relative_difference``.
+        experts_not_reached: number of experts that no row reached, so that they are not compared.
+        first_difference: first module in order of computation whose output differs; None if none.
+        module_differences: difference of each module's output, relative to its norm; None if it is
+            missing or not finite.
         loading: keys that ``from_pretrained`` missed, did not expect, or found in another shape;
-            texts that transformers' tokenizer reads otherwise.
+            texts that transformers' tokenizer encodes differently.
     """
 
     weights: str
@@ -74,12 +74,12 @@ class Parity:
     @property
     def passed(self) -> bool:
         """Whether the two are the same model."""
-        # Not `>`: that is false for what is not a number.
+        # Not `>`, which is false for NaN.
         logits_agree = self.max_relative_difference <= self.tolerance
         return logits_agree and self.first_difference is None and not any(self.loading.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what is not finite is null."""
+        """Return the comparison for JSON; numbers that are not finite are null."""
         import transformers
 
         versions = {
@@ -94,10 +94,10 @@ class Parity:
         return {"passed": self.passed, **fields, "versions": versions}
 
     def summary(self) -> str:
-        """One line."""
+        """Describe the comparison in one line."""
         unreached = ""
         if self.experts_not_reached:
-            unreached = f"; {self.experts_not_reached} experts were reached by no row"
+            unreached = f"; no row reached {self.experts_not_reached} experts"
         return (
             f"parity on {self.num_tokens} tokens, fp32: logits differ by at most "
             f"{self.max_difference:.1e} (largest {self.max_logit:.1f}, mean difference "
@@ -110,7 +110,7 @@ class Parity:
         """Raise :class:`ParityError` unless it has passed.
 
         Args:
-            report: name of the file with all figures.
+            report: name of the file with all figures, for the message.
         """
         if self.passed:
             return
@@ -118,7 +118,7 @@ class Parity:
         if self.first_difference is not None:
             found.insert(0, f"the first module that differs is `{self.first_difference}`")
         if not found:
-            found = ["no single module is far off: rounding adds up, see --tolerance"]
+            found = ["no single module is far off: rounding errors add up, see --tolerance"]
         raise ParityError(
             "Checkpoint and Hugging Face folder must compute the same logits, within "
             f"{self.tolerance:.1e} of the largest at each position (of 1, where that is smaller); "
@@ -136,11 +136,11 @@ def measure_parity(
     weights: str,
     tolerance: float,
 ) -> Parity:
-    """Compare two recordings on the same text.
+    """Compare the outputs of two models on the same text.
 
     Args:
-        expected: of the checkpoint's model.
-        found: of the other one.
+        expected: outputs of the checkpoint's model.
+        found: outputs of the other model.
         tokens: [b, s].
         loading: see :class:`Parity`.
         weights: see :class:`Parity`.
@@ -151,17 +151,17 @@ def measure_parity(
         counts = torch.ones_like(tokens, dtype=torch.bool)
     logits, others = expected.logits[counts], found.logits[counts]
     log_probs, other_log_probs = (x.double().log_softmax(-1) for x in (logits, others))
-    apart = (logits - others).abs()
-    relative = apart.amax(-1) / logits.abs().amax(-1).clamp_min(1.0)
+    differences = (logits - others).abs()
+    relative = differences.amax(-1) / logits.abs().amax(-1).clamp_min(1.0)
     modules = module_differences(expected, found, counts)
     first = next((name for name, off in modules.items() if not off <= MODULE_TOLERANCE), None)
     return Parity(
         weights=weights,
         num_tokens=int(counts.sum()),
         excluded_positions=int((~counts).sum()),
-        max_difference=apart.max().item(),
+        max_difference=differences.max().item(),
         max_relative_difference=relative.max().item(),
-        mean_difference=apart.mean().item(),
+        mean_difference=differences.mean().item(),
         max_logit=logits.abs().max().item(),
         kl=(log_probs.exp() * (log_probs - other_log_probs)).sum(-1).mean().item(),
         argmax_agreement=(logits.argmax(-1) == others.argmax(-1)).float().mean().item(),
@@ -178,23 +178,24 @@ def measure_parity(
 def module_differences(
     expected: ModuleOutputs, found: ModuleOutputs, counts: Tensor
 ) -> dict[str, float]:
-    """|a - b| / |a| of each module's output, in the order of computation.
+    """Return |a - b| / |a| of each module's output, in the order of computation.
 
-    The whole input embedding comes first, and behind a layer's experts what they compute on rows
-    that reach every one of them, as ``model.layers.0.mlp.experts``.
+    The whole input embedding comes first. After a layer's experts comes their output on rows that
+    reach all of them, as ``model.layers.0.mlp.experts``.
     """
-    differences = {"model.embed_tokens.weight": _apart(expected.embedding, found.embedding)}
+    embedding = _relative_difference(expected.embedding, found.embedding)
+    differences = {"model.embed_tokens.weight": embedding}
     for name, output in expected.outputs.items():
-        differences[name] = _apart(output, found.outputs.get(name), counts)
-        if name in expected.every_expert:
-            a, probs = expected.every_expert[name]
-            b, others = found.every_expert[name]
+        differences[name] = _relative_difference(output, found.outputs.get(name), counts)
+        if name in expected.probe_outputs:
+            a, probs = expected.probe_outputs[name]
+            b, others = found.probe_outputs[name]
             tied = _tied(probs, others)
-            differences[f"{name}.experts"] = _apart(a, b, ~tied)
+            differences[f"{name}.experts"] = _relative_difference(a, b, ~tied)
     return differences
 
 
-def _apart(a: Tensor, b: Tensor | None, counts: Tensor | None = None) -> float:
+def _relative_difference(a: Tensor, b: Tensor | None, counts: Tensor | None = None) -> float:
     if b is None or a.shape != b.shape:
         return math.inf
     if counts is not None:
@@ -202,21 +203,22 @@ def _apart(a: Tensor, b: Tensor | None, counts: Tensor | None = None) -> float:
     return ((a - b).norm() / a.norm().clamp_min(1e-30)).item()
 
 
-def experts_not_reached(recording: ModuleOutputs) -> int:
-    """Experts of all layers that neither the text nor a row of theirs came to."""
+def experts_not_reached(outputs: ModuleOutputs) -> int:
+    """Count the experts of all layers that neither the text nor their probe row reached."""
     number = 0
-    for name, probs in recording.probs.items():
-        of_rows = recording.every_expert[name][1] if name in recording.every_expert else probs
+    for name, probs in outputs.probs.items():
+        of_rows = outputs.probe_outputs[name][1] if name in outputs.probe_outputs else probs
         reached = (probs > 0).flatten(0, 1).any(0) | (of_rows > 0).flatten(0, 1).any(0)
         number += int((~reached).sum())
     return number
 
 
 def comparable_positions(expected: ModuleOutputs, found: ModuleOutputs) -> Tensor | None:
-    """[b, s]: positions before, or of texts without, a choice between equally likely experts.
+    """Return the positions [b, s] that no choice between equally likely experts affects.
 
-    A token whose last chosen and first other expert have the same probability, but for rounding,
-    may go to either. It, and what attends to it, is another computation, and no wrong one.
+    If a token's last chosen and first other expert have the same probability up to rounding, it may
+    go to either. It, and every position that attends to it, may then differ without being wrong.
+    None if that leaves no position, or there are no experts.
     """
     counts = None
     for name, probs in expected.probs.items():
@@ -226,11 +228,11 @@ def comparable_positions(expected: ModuleOutputs, found: ModuleOutputs) -> Tenso
 
 
 def _tied(probs: Tensor, others: Tensor) -> Tensor:
-    """[b, s]: experts differ, and are equally likely."""
-    apart = (probs > 0) != (others > 0)  # [b, s, experts]
+    """Return the positions [b, s] where chosen experts differ and are equally likely."""
+    differs = (probs > 0) != (others > 0)  # [b, s, experts]
     # Of the two experts of a tie, each side has the probability of one.
-    gap = (torch.where(apart, probs, 0).sum(-1) - torch.where(apart, others, 0).sum(-1)).abs()
-    return apart.any(-1) & (gap < TIE)
+    gap = (torch.where(differs, probs, 0).sum(-1) - torch.where(differs, others, 0).sum(-1)).abs()
+    return differs.any(-1) & (gap < TIE)
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> float:

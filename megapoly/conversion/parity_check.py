@@ -1,4 +1,4 @@
-"""Compare a checkpoint with a Hugging Face folder, each opened in its own way."""
+"""Check parity of a checkpoint and a Hugging Face folder, each opened in its own way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 
 NUM_TOKENS, TEXT_TOKENS = 256, 128
-# Of the memory that is free, what the exported model may take as a whole.
+# Share of the free memory that a model may take; layers of a larger one stay on disk.
 MEMORY_SHARE = 0.4
 _M_MMAP_THRESHOLD, _LARGE_BYTES = -3, 1 << 20
 _CGROUP_FILES = (
@@ -49,14 +49,14 @@ _LAYERS_ON_DISK = {
 def check_export_parity(
     checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
 ) -> Parity:
-    """Compare a folder that was just written with its checkpoint, opened as users open it.
+    """Compare an export with its checkpoint; the export is opened as users open it.
 
     Args:
         checkpoint: an ``iter_*`` folder.
         folder: the export.
-        dtype: of the export's weights.
+        dtype: dtype of the export's weights.
         tolerance: see :class:`megapoly.conversion.parity.Parity`.
-        console: for what is going on.
+        console: where to show progress.
     """
     tokenizer = load_tokenizer(folder)
     other_ids = {"other_ids": texts_tokenized_differently(folder, tokenizer)}
@@ -68,14 +68,14 @@ def check_export_parity(
 def check_import_parity(
     checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
 ) -> Parity:
-    """Compare a checkpoint that was just written with its source; code in the source is not run.
+    """Compare an imported checkpoint with its source, whose own code is not run.
 
     Args:
-        checkpoint: with its tokenizer.
+        checkpoint: an ``iter_*`` folder with its tokenizer.
         folder: the source.
-        dtype: of the source's weights.
+        dtype: dtype of the source's weights.
         tolerance: see :class:`megapoly.conversion.parity.Parity`.
-        console: for what is going on.
+        console: where to show progress.
     """
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
     return _compare(checkpoint, folder, tokenizer, {}, dtype, tolerance, console, run_code=False)
@@ -85,47 +85,52 @@ def _compare(
     checkpoint: Path,
     folder: Path,
     tokenizer: Tokenizer,
-    found: dict[str, list[str]],
+    tokenizer_differences: dict[str, list[str]],
     dtype: torch.dtype,
     tolerance: float,
     console: Console,
     *,
     run_code: bool,
 ) -> Parity:
-    _give_freed_blocks_back()
+    _return_freed_memory()
     tokens = sample_tokens(tokenizer, max_positions(read_json(folder / "config.json")))
-    with console.status("comparing: the checkpoint's model"):
+    with console.status("comparing: running the checkpoint's model"):
         expected = engine_module_outputs(checkpoint, tokens, dtype)
     with (
-        console.status("comparing: the model in transformers"),
+        console.status("comparing: running the model in transformers"),
         tempfile.TemporaryDirectory(prefix="megapoly-parity-") as offload,
     ):
         model, loading = load_folder(folder, Path(offload), run_code=run_code)
-        recorded = transformers_module_outputs(model, tokens, expected.rows)
+        recorded = transformers_module_outputs(model, tokens, expected.probe_rows)
     weights = str(dtype).removeprefix("torch.")
     return measure_parity(
-        expected, recorded, tokens, loading | found, weights=weights, tolerance=tolerance
+        expected,
+        recorded,
+        tokens,
+        loading | tokenizer_differences,
+        weights=weights,
+        tolerance=tolerance,
     )
 
 
 def sample_tokens(tokenizer: Tokenizer, max_length: int) -> Tensor:
-    """[b, s] ids of the built-in books' validation part, s at most ``max_length``, 256 in all."""
+    """Return 256 ids [b, s] of the built-in books' validation part, s at most ``max_length``."""
     length = min(TEXT_TOKENS, max_length)
-    wanted = NUM_TOKENS // length
+    num_rows = NUM_TOKENS // length
     texts = [d.text for d in builtin_documents() if d.split == "validation"]
-    from_each = -(-wanted // len(texts))
-    pieces = []
+    from_each = -(-num_rows // len(texts))
+    rows = []
     for text in texts:
         ids = tokenizer.encode(text[: 16 * length * from_each])
-        pieces += [ids[i * length : (i + 1) * length] for i in range(from_each)]
-    whole = [piece for piece in pieces if len(piece) == length]
-    return torch.tensor(whole[:: max(1, len(whole) // wanted)][:wanted])
+        rows += [ids[i * length : (i + 1) * length] for i in range(from_each)]
+    full = [row for row in rows if len(row) == length]
+    return torch.tensor(full[:: max(1, len(full) // num_rows)][:num_rows])
 
 
 def texts_tokenized_differently(folder: Path, tokenizer: Tokenizer) -> list[str]:
-    """Beginnings of texts that transformers' tokenizer in a folder reads otherwise than training.
+    """Return the start of each text that transformers encodes differently from training.
 
-    Special tokens at the beginning are no difference: whether there are some, its files say.
+    Special tokens at the start of a text do not count; the tokenizer's files decide about them.
     """
     from transformers import AutoTokenizer
 
@@ -140,15 +145,15 @@ def texts_tokenized_differently(folder: Path, tokenizer: Tokenizer) -> list[str]
 
 
 def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, dict[str, list[str]]]:
-    """The model of a folder in fp32; where it is large, its layers left on disk.
+    """Load the model of a folder in fp32; the layers of a large model stay on disk.
 
     Args:
-        folder: of the model.
-        offload: to put layers in; it must last as long as the model.
-        run_code: open it as users do, by the code that it brings; otherwise by this package's.
+        folder: folder of the model.
+        offload: folder to keep layers in, as long as the model is used.
+        run_code: use the code in the folder, as users do; otherwise this package's classes.
 
     Returns:
-        The model, and keys that did not fit, by kind.
+        The model, and the keys that did not fit, by kind.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -176,22 +181,22 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     return model.eval(), {kind: sorted(map(str, info.get(kind) or [])) for kind in kinds}
 
 
-def _give_freed_blocks_back() -> None:
-    """Have malloc return large blocks to the system when they are freed.
+def _return_freed_memory() -> None:
+    """Make malloc return large blocks to the system when they are freed.
 
-    glibc keeps blocks of up to 32 MB for itself once it has seen one freed. What is small and stays
-    then settles in the places of an expert's matrices, and those of the next layer go elsewhere:
-    7 GB for the 6.9B mixture, and 3 GB so (glibc 2.36).
+    By default glibc keeps blocks of up to 32 MB once one was freed. Small, long-lived objects then
+    occupy the space of an expert's matrices, and those of the next layer go elsewhere. Peak memory
+    for the 6.9B mixture was 7 GB without this setting and 3 GB with it (glibc 2.36).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # of glibc
+    if mallopt is not None:  # glibc only
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def release_model(folder: Path) -> tuple[Any, Any]:
-    """Configuration and class for a PolyCom release, whose own code is not published.
+    """Return configuration and class for a PolyCom release, whose own code is not published.
 
-    The tensors' names are those of this project's exports, so these open it as it is.
+    Its tensors are named as in this project's exports, so the classes of exports open it.
     """
     path = folder / "config.json"
     config = read_json(path)
@@ -207,22 +212,22 @@ def release_model(folder: Path) -> tuple[Any, Any]:
 
 
 def free_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What this process can still take: of the machine, and of the container that it is in.
+    """Return how much memory this process can still take on the machine and in its container.
 
     Args:
-        cgroup: where the container's limits are, of either version of control groups.
+        cgroup: folder of the container's limits, of either version of control groups.
     """
     free = [psutil.virtual_memory().available]
     for limit, used in _CGROUP_FILES:
         try:
             free.append(int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
-        except (OSError, ValueError):  # the other version; no limit ("max")
+        except (OSError, ValueError):  # the other version, or no limit ("max")
             continue
     return max(0, min(free))
 
 
 def fp32_bytes(folder: Path) -> int:
-    """Bytes of a folder's weights in fp32."""
+    """Return the size of a folder's weights in fp32."""
     from safetensors import safe_open
 
     total = 0

@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder, read one at a time."""
+"""Read the tensors of a Hugging Face folder one at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _CONSTANTS = ("rotary_emb.inv_freq",)
 
 
 class SafetensorsReader:
-    """The tensors of a folder with one or several ``*.safetensors``; use as a context.
+    """Reader of a folder with one or several ``*.safetensors``; a context manager.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
 
     Raises:
         CheckpointError: there are no such files, or the index names one that is missing.
@@ -35,7 +35,7 @@ class SafetensorsReader:
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> SafetensorsReader:
-        """Open every file; none is read."""
+        """Open every file, without reading tensors."""
         from safetensors import SafetensorError, safe_open
 
         for path in self._paths():
@@ -47,23 +47,23 @@ class SafetensorsReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close them."""
+        """Close all files."""
         self._stack.close()
 
     @property
     def names(self) -> list[str]:
-        """Of every weight; constants that some releases saved beside them are left out."""
+        """Names of all weights, without constants that some releases saved with them."""
         return [name for name in self._files if not name.endswith(_CONSTANTS)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """Return the shape of a tensor."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def dtypes(self) -> set[torch.dtype]:
-        """Of all weights.
+        """Return the dtypes of all weights.
 
         Raises:
-            CheckpointError: one is not a floating-point type that a model can be trained in.
+            CheckpointError: one is not a supported floating-point type.
         """
         named = {self._files[name].get_slice(name).get_dtype() for name in self.names}
         if unknown := named - set(_DTYPE_OF_NAME):
@@ -74,7 +74,7 @@ class SafetensorsReader:
         return {_DTYPE_OF_NAME[name] for name in named}
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Read one tensor."""
         return self._files[name].get_tensor(name)
 
     def _paths(self) -> list[Path]:
@@ -89,19 +89,19 @@ class SafetensorsReader:
             paths = sorted(self.folder.glob("*.safetensors"))
         missing = [path.name for path in paths if not path.is_file()]
         if missing or not paths:
-            what = f"lacks {', '.join(missing)}" if missing else "has no *.safetensors"
+            problem = f"lacks {', '.join(missing)}" if missing else "has no *.safetensors"
             raise CheckpointError(
-                f"{self.folder} {what}. A model in another format is converted by "
+                f"{self.folder} {problem}. To convert a model from another format, use "
                 "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)`."
             )
         return paths
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        CheckpointError: it is missing, or no JSON object.
+        CheckpointError: the file is missing, or is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Write safetensors shards tensor by tensor: memory for one tensor, not for one shard.
+"""Write safetensors shards tensor by tensor, with memory for one tensor instead of one shard.
 
-The safetensors library writes a file of tensors that are all in memory. The format is a header of
-known length (names, dtypes, shapes, offsets) and the bytes in its order, so a file whose tensors
-are known by shape can be written as they come (https://github.com/huggingface/safetensors).
+The safetensors library needs all tensors of a file in memory. The format is a header of known
+length (names, dtypes, shapes, offsets) followed by the bytes in the same order, so a file can be
+written tensor by tensor if the shapes are known (https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 INDEX_NAME = "model.safetensors.index.json"
-# The library aligns the header so, for readers that map the file.
+# The library aligns the header for readers that map the file.
 _ALIGNMENT = 8
 
 
@@ -26,8 +26,8 @@ class SafetensorsShard:
     """One file.
 
     Args:
-        name: of the file.
-        tensors: shapes by name, in the order in which they are written.
+        name: name of the file.
+        tensors: shapes by tensor name, in the order of writing.
     """
 
     name: str
@@ -37,9 +37,9 @@ class SafetensorsShard:
 def plan_shards(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_size: int
 ) -> list[SafetensorsShard]:
-    """Cut the tensors, in their order, into files of at most ``max_shard_size`` bytes.
+    """Split the tensors, in their order, into files of at most ``max_shard_size`` bytes.
 
-    A tensor that is larger gets a file of its own. One file is named ``model.safetensors``.
+    A larger tensor gets a file of its own. A single file is named ``model.safetensors``.
     """
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
@@ -65,10 +65,10 @@ def write_shards(
     """Write all shards, and their index if there are several.
 
     Args:
-        folder: exists.
-        shards: of :func:`plan_shards`.
-        dtype: of the files; tensors are rounded to it.
-        tensors: name and tensor, in the order of the shards.
+        folder: existing folder.
+        shards: result of :func:`plan_shards`.
+        dtype: dtype in the files; tensors are rounded to it.
+        tensors: names and tensors, in the order of the shards.
     """
     for shard in shards:
         with (folder / shard.name).open("wb") as stream:

@@ -10,7 +10,7 @@ of one layer (and expert); export reads that view and import writes it. The engi
     ..activation_func.coefficients                       [L, (E,) r + 1]   ascending powers
 
 where row block g of ``linear_qkv`` holds the q = heads / groups queries of group g, then its key
-and its value (transformer/attention.py). Rotary positions are rotate-half on both sides, so rows
+and its value (transformer/attention.py). Both sides use rotate-half for rotary positions, so rows
 within a head keep their order.
 """
 
@@ -37,14 +37,14 @@ class TensorMapping:
     """One tensor of a Hugging Face folder and its place in a checkpoint.
 
     Args:
-        name: in the folder.
-        key: of the checkpoint's tensor.
-        index: layer, or layer and expert, of that tensor; empty where it has no such axes.
+        name: name in the folder.
+        key: name of the checkpoint's tensor.
+        index: layer, or layer and expert, of that tensor; empty if it has no such axes.
         block: shape of the checkpoint's tensor at this index.
-        view: part of the block, in its memory; reshaped, it is the folder's tensor.
-        shape: of the folder's tensor.
+        view: returns a view of part of the block; reshaped, it is the folder's tensor.
+        shape: shape of the folder's tensor.
         descending: the folder has the numbers in reverse order.
-        padded: the block's rows beyond ``shape`` are padding: zeros, and not in the folder.
+        padded: rows of the block beyond ``shape`` are zero padding and not in the folder.
     """
 
     name: str
@@ -57,23 +57,23 @@ class TensorMapping:
     padded: bool = False
 
     def read(self, block: Tensor) -> Tensor:
-        """The folder's tensor out of the checkpoint's block."""
+        """Return the folder's tensor from the checkpoint's block."""
         part = self.view(block).reshape(self.shape)
         return part.flip(0) if self.descending else part.contiguous()
 
     def write(self, tensor: Tensor, block: Tensor) -> None:
-        """Put the folder's tensor into its place in the checkpoint's block."""
+        """Copy the folder's tensor to its place in the checkpoint's block."""
         part = self.view(block)
         part.copy_((tensor.flip(0) if self.descending else tensor).reshape(part.shape))
 
     @property
     def num_elements(self) -> int:
-        """Numbers of the tensor."""
+        """Number of elements of the tensor."""
         return torch.Size(self.shape).numel()
 
 
 def tensor_mappings(model: ModelConfig) -> list[TensorMapping]:
-    """Every tensor of a model, in the order in which the model computes.
+    """Return the mapping of every tensor of a model, in the order of computation.
 
     Args:
         model: resolved.
@@ -109,7 +109,7 @@ def _attention_mappings(model: ModelConfig, layer: int) -> Iterator[TensorMappin
     assert groups is not None and width is not None, "resolved"
     hidden_size, queries = model.hidden_size, heads // groups
     to, key, index = f"model.layers.{layer}.", f"{_LAYERS}self_attention.", (layer,)
-    # Named after the module that the engine's fused layer has it in.
+    # The engine's fused layer holds this norm in its linear module.
     yield _vector(
         f"{to}input_layernorm.weight", f"{key}linear_qkv.layer_norm_weight", index, hidden_size
     )
@@ -174,7 +174,7 @@ def _expert_mappings(model: ModelConfig, layer: int) -> Iterator[TensorMapping]:
 def _matrices(
     model: ModelConfig, to: str, key: str, index: tuple[int, ...], size: int
 ) -> Iterator[TensorMapping]:
-    """FC1 and FC2 of one FFN; ``size`` is its width as the configuration has it."""
+    """Map FC1 and FC2 of one FFN; ``size`` is its width in the configuration."""
     width, hidden_size = ffn_width(model, size), model.hidden_size
     gated = registry.get(model.activation).gated
     rows = {"up": slice(0, width)}
@@ -196,7 +196,7 @@ def _matrices(
 def _coefficients(
     model: ModelConfig, to: str, key: str, index: tuple[int, ...]
 ) -> Iterator[TensorMapping]:
-    """The PolyCom release's weight [a_r, .., a_1] and bias [a_0] out of [a_0, .., a_r]."""
+    """Map [a_0, .., a_r] to the PolyCom release's weight [a_r, .., a_1] and bias [a_0]."""
     activation, order = registry.get(model.activation), model.activation_order
     if activation.coefficients is None:
         return
@@ -219,5 +219,5 @@ def _rows(part: slice) -> Callable[[Tensor], Tensor]:
 
 
 def _of_each_group(groups: int, heads: int, width: int, part: slice) -> Callable[[Tensor], Tensor]:
-    """Some heads of every block of ``heads`` heads."""
+    """Return a view of some heads of every block of ``heads`` heads."""
     return lambda block: block.view(groups, heads, width, -1)[:, part]

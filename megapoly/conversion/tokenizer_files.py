@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a model, readable by transformers 4 and 5."""
+"""Write the tokenizer files of a model for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megapoly.errors import CheckpointError, DataError
 
 CONFIG_NAME = "tokenizer_config.json"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Of a tokenizer's folder; transformers needs tokenizer.json alone.
+# Copied from a tokenizer's folder if present; transformers needs only tokenizer.json.
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "tokenizer.model")
-# The class that does what tokenizer.json says, in every release. Those of single models build
-# something of their own: transformers 5 reads "  a" with LlamaTokenizer as other ids.
+# The class that follows tokenizer.json in every release. Classes of single models change it:
+# with LlamaTokenizer, transformers 5 encodes "  a" to other ids.
 _CLASS = "PreTrainedTokenizerFast"
-# What only such classes read, or what names other places and code.
+# Fields that only such classes read, or that name other paths and code.
 _LEFT_OUT = (
     "add_bos_token",
     "add_eos_token",
@@ -34,12 +34,12 @@ _LEFT_OUT = (
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokenIds:
-    """Ids that a model's configuration names.
+    """Special token ids of a model's configuration.
 
     Args:
-        bos: that transformers puts before a text; None: none.
-        eos: that ends a document.
-        pad: of padding; None: none of its own.
+        bos: id before a text; None if there is none.
+        eos: id that ends a document.
+        pad: id of padding; None if it has no id of its own.
     """
 
     bos: int | None
@@ -51,9 +51,9 @@ def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int)
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Args:
-        source: as of :func:`megapoly.data.tokenizer.load_tokenizer`.
-        folder: to write to.
-        seq_length: that the model was trained with.
+        source: see :func:`megapoly.data.tokenizer.load_tokenizer`.
+        folder: folder to write to.
+        seq_length: sequence length that the model was trained with.
 
     Raises:
         DataError: the tokenizer cannot be read, or names a special token that it does not have.
@@ -67,9 +67,9 @@ def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int)
     written.setdefault("eos_token", tokenizer.token(tokenizer.eod))
     written |= {"tokenizer_class": _CLASS, "model_max_length": seq_length}
     for name in _SPECIAL_TOKENS:
-        if isinstance(written.get(name), dict):  # how its spaces are read, tokenizer.json says
+        if isinstance(written.get(name), dict):  # tokenizer.json says how spaces around it are read
             written[name] = written[name].get("content")
-    # The class's default has token types, which a decoder does not take.
+    # The class's default includes token types, which a decoder does not accept.
     written.setdefault("model_input_names", ["input_ids", "attention_mask"])
     for name in _COPIED if source is not None else ():
         if (origin / name).is_file():
@@ -83,7 +83,7 @@ def write_tokenizer(source: str | Path | None, folder: Path, *, seq_length: int)
 
 
 def check_vocabulary(source: str | Path | None, model: ModelConfig) -> None:
-    """Refuse a tokenizer with ids that a model does not have.
+    """Check that a tokenizer has no ids that a model does not have.
 
     Raises:
         CheckpointError: it has some.
@@ -94,7 +94,7 @@ def check_vocabulary(source: str | Path | None, model: ModelConfig) -> None:
     if size > model.vocab_size:
         raise CheckpointError(
             f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
-            f"({model.vocab_size}); name the model's own with --tokenizer."
+            f"({model.vocab_size}); give the model's own tokenizer with --tokenizer."
         )
 
 
@@ -109,9 +109,9 @@ def _id(tokenizer: Tokenizer, name: str, config: dict[str, Any]) -> int | None:
         return None
     token_id = tokenizer.token_id(text)
     if token_id is None:
-        # transformers would add it, with an id beyond the model's.
+        # transformers would add it with an id that the model does not have.
         raise DataError(
-            f"`{name}` of {CONFIG_NAME} must be in the vocabulary; {text!r} is not. Take the name "
-            "out of the file, or give another tokenizer with --tokenizer."
+            f"`{name}` of {CONFIG_NAME} must be in the vocabulary; {text!r} is not. Remove it from "
+            "the file, or give another tokenizer with --tokenizer."
         )
     return token_id

@@ -1,4 +1,4 @@
-"""The classes of transformers that a model is opened with."""
+"""Choose the transformers classes that a model is opened with."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from megapoly.conversion.architecture import MODEL_TYPE
 
-# Of a config.json: what only the Auto classes read, and another name of `dtype`.
+# Fields of config.json that only the Auto classes read, and an alias of `dtype`.
 _NOT_ARGUMENTS = ("model_type", "auto_map", "torch_dtype")
 
 
 def megapoly_classes() -> tuple[Any, Any]:
-    """Configuration and model of exports, as this package has them."""
+    """Return this package's configuration and model classes for exports."""
     from megapoly.conversion.remote_code.configuration_megapoly import MegapolyConfig
     from megapoly.conversion.remote_code.modeling_megapoly import MegapolyForCausalLM
 
@@ -20,10 +20,10 @@ def megapoly_classes() -> tuple[Any, Any]:
 
 
 def class_without_remote_code(config: Mapping[str, Any]) -> Any:
-    """What opens a folder without running code in it: exports by this package's class.
+    """Return the class that opens a folder without running code in it.
 
     Args:
-        config: content of its ``config.json``.
+        config: content of the folder's ``config.json``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -46,10 +46,10 @@ _CLASSES = {"llama": _llama, "olmoe": _olmoe, MODEL_TYPE: megapoly_classes}
 
 
 def config_and_model_class(fields: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Configuration, and class of the model, of the content of a ``config.json``.
+    """Return the configuration and the model class for the content of a ``config.json``.
 
     Args:
-        fields: of :func:`megapoly.conversion.architecture.hf_config`.
+        fields: result of :func:`megapoly.conversion.architecture.hf_config`.
     """
     config_class, model_class = _CLASSES[fields["model_type"]]()
     arguments = {name: value for name, value in fields.items() if name not in _NOT_ARGUMENTS}

@@ -1,4 +1,4 @@
-"""A model to use, from a checkpoint or a Hugging Face folder, by transformers."""
+"""Load a model in transformers, from a checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from megapoly.conversion.checkpoint_model import (
     checked_mappings,
-    describe,
+    hf_config_of,
     read_tensors,
     tokenizer_source,
 )
-from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
+from megapoly.conversion.checkpoint_reader import CheckpointReader, checkpoint_of_model
 from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.safetensors_reader import read_json
 from megapoly.conversion.tokenizer_files import write_tokenizer
@@ -28,19 +28,19 @@ from megapoly.errors import CheckpointError
 def load_transformers_model(
     path: Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Model and tokenizer; code in a folder is not run.
+    """Load a model and its tokenizer; code in a folder is not run.
 
     Args:
-        path: a checkpoint ``iter_*``, a run (its newest checkpoint), or a Hugging Face folder. A
+        path: a checkpoint ``iter_*``, a run for its newest checkpoint, or a Hugging Face folder. A
             checkpoint is converted in memory.
-        dtype: to compute in; None: as stored.
-        device: where.
+        dtype: dtype to compute in; None keeps the stored one.
+        device: device to load to.
 
     Returns:
         A ``PreTrainedModel`` in evaluation mode and its tokenizer.
 
     Raises:
-        CheckpointError: it is none of these, or not complete.
+        CheckpointError: ``path`` is none of these, or is incomplete.
         UnavailableError: a library is missing.
     """
     require_hf_extra()
@@ -48,21 +48,15 @@ def load_transformers_model(
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    checkpoint = find_checkpoint(path)
-    if checkpoint is not None:
-        model, tokenizer = model_from_checkpoint(checkpoint)
-    elif (path / "config.json").is_file():
-        model, tokenizer = model_from_folder(path)
-    else:
-        raise CheckpointError(
-            f"{path} must be a checkpoint (`iter_*`), a run with one, or a folder with a "
-            "config.json."
-        )
+    checkpoint = checkpoint_of_model(path)
+    model, tokenizer = (
+        model_from_folder(path) if checkpoint is None else model_from_checkpoint(checkpoint)
+    )
     return model.to(device=device, dtype=dtype or model.dtype).eval(), tokenizer
 
 
 def model_from_folder(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a Hugging Face folder; of exports by this package's classes.
+    """Load model and tokenizer of a Hugging Face folder; exports by this package's classes.
 
     Raises:
         CheckpointError: transformers cannot open it.
@@ -73,12 +67,12 @@ def model_from_folder(folder: Path) -> tuple[Any, Any]:
     try:
         model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
         return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of files, of configurations, of weights
+    except Exception as error:  # files, configurations and weights raise their own
         raise CheckpointError(f"{folder} cannot be opened by transformers: {error}") from error
 
 
 def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint, as an export of it would be opened."""
+    """Convert a checkpoint in memory; return model and tokenizer as its export would open."""
     from transformers import PreTrainedTokenizerFast
 
     reader = CheckpointReader(checkpoint)
@@ -91,7 +85,7 @@ def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     dtype = reader.dtype(mappings[0].key)
-    config, model_class = config_and_model_class(describe(reader, special, dtype))
+    config, model_class = config_and_model_class(hf_config_of(reader, special, dtype))
     weights = {mapping.name: tensor for mapping, tensor in read_tensors(reader, mappings)}
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     return model, tokenizer

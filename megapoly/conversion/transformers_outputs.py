@@ -1,4 +1,4 @@
-"""Record an exported model, or one that was imported, in transformers."""
+"""Outputs of a model's modules in transformers."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from megapoly.conversion.module_outputs import ModuleOutputs, row_projections
 def transformers_module_outputs(
     model: Any, tokens: Tensor, rows: Mapping[str, Tensor]
 ) -> ModuleOutputs:
-    """Run an exported model.
+    """Run a model of transformers and record its modules' outputs.
 
     Args:
-        model: of ``AutoModelForCausalLM``: Llama, OLMoE or this project's.
+        model: Llama, OLMoE or this project's model, as ``AutoModelForCausalLM`` opens it.
         tokens: [b, s].
-        rows: that reach every expert, by the module of the experts.
+        rows: rows that reach every expert, by the module of the experts.
     """
-    recording = ModuleOutputs()
+    outputs = ModuleOutputs()
     with ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
             if _is_compared(name):
-                hooks.callback(_keep_output(module, name, recording))
+                hooks.callback(_record_output(module, name, outputs))
             elif name.endswith(".mlp.gate"):
                 place = name.removesuffix(".gate")
                 mlp = model.get_submodule(place)
                 hooks.callback(
-                    _keep_routing(module, mlp, place, model.config, rows[place], recording)
+                    _record_routing(module, mlp, place, model.config, rows[place], outputs)
                 )
         logits = model(input_ids=tokens, use_cache=False).logits
-        recording.keep("lm_head", logits)
-        recording.embedding = row_projections(model.get_input_embeddings().weight)
-    return recording
+        outputs.record("lm_head", logits)
+        outputs.embedding = row_projections(model.get_input_embeddings().weight)
+    return outputs
 
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -44,31 +44,31 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 
 
 def _is_compared(name: str) -> bool:
-    words = name.split(".")
+    path = name.split(".")
     if name in ("model.embed_tokens", "model.norm"):
         return True
-    if words[:2] != ["model", "layers"]:
+    if path[:2] != ["model", "layers"]:
         return False
-    return len(words) == 3 or words[3:] in [
+    return len(path) == 3 or path[3:] in [
         *([part] for part in _PARTS),
         *(["self_attn", part] for part in _PROJECTIONS),
     ]
 
 
-def _keep_output(module: Any, name: str, recording: ModuleOutputs) -> Callable[[], None]:
+def _record_output(module: Any, name: str, outputs: ModuleOutputs) -> Callable[[], None]:
     def hook(_: Any, __: Any, output: Any) -> None:
-        recording.keep(name, output[0] if isinstance(output, tuple) else output)
+        outputs.record(name, output[0] if isinstance(output, tuple) else output)
 
     return module.register_forward_hook(hook).remove
 
 
-def _keep_routing(
-    gate: Any, mlp: Any, place: str, config: Any, rows: Tensor, recording: ModuleOutputs
+def _record_routing(
+    gate: Any, mlp: Any, place: str, config: Any, rows: Tensor, outputs: ModuleOutputs
 ) -> Callable[[], None]:
-    """The router's choices on the text, and on the rows that reach every expert."""
+    """Record the router's choices on the text and on the rows that reach every expert."""
     routed: dict[str, Tensor] = {}
 
-    def keep_probs(_: Any, __: Any, output: Any) -> None:
+    def record_probs(_: Any, __: Any, output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) else output  # [tokens, experts]
         probs = logits.float().softmax(-1)
         kept, chosen = probs.topk(config.num_experts_per_tok, dim=-1)
@@ -77,12 +77,12 @@ def _keep_routing(
         routed["probs"] = torch.zeros_like(probs).scatter(-1, chosen, kept)
 
     def probe(_: Any, inputs: Any, __: Any) -> None:
-        recording.probs[place] = routed["probs"].view(*inputs[0].shape[:2], -1)
+        outputs.probs[place] = routed["probs"].view(*inputs[0].shape[:2], -1)
         output = mlp.forward(rows)
         first = output[0] if isinstance(output, tuple) else output
-        recording.every_expert[place] = first.detach().float().clone(), routed["probs"][None]
+        outputs.probe_outputs[place] = first.detach().float().clone(), routed["probs"][None]
 
-    hooks = (gate.register_forward_hook(keep_probs), mlp.register_forward_hook(probe))
+    hooks = (gate.register_forward_hook(record_probs), mlp.register_forward_hook(probe))
 
     def remove() -> None:
         for hook in hooks:

@@ -1,1 +1,1 @@
-"""Evaluation: the paper's benchmarks by the LM Evaluation Harness, perplexity by domain."""
+"""Evaluate the paper's benchmarks with the LM Evaluation Harness, and perplexity by domain."""

@@ -1,7 +1,7 @@
-"""From a checkpoint and a command line to the configuration that the checkpoint is evaluated with.
+"""Configure the evaluation of a checkpoint from its own configuration and the command line.
 
-Model, data and batch are the checkpoint's. The layout is given anew, as the processes are others:
-one process for each model, unless options say otherwise. Options that only training reads are
+Model, data and batch are the checkpoint's. The parallel layout is not, because other processes
+evaluate: by default each of them has the whole model. Options that affect only training are
 refused.
 """
 
@@ -22,7 +22,7 @@ from megapoly.config.startup import check_and_resolve
 from megapoly.data.tokenizer import tokenizer_vocab_size
 from megapoly.errors import CheckpointError
 
-# What an evaluation reads and does not have to take from the checkpoint as it stands there.
+# Options that affect an evaluation and may differ from the checkpoint's.
 EVALUATION_OPTIONS = (
     "model.activation_backend",
     "model.activation_deterministic",
@@ -60,17 +60,17 @@ def configure_evaluation(
 ) -> Config:
     """Configure the evaluation of a checkpoint by this job.
 
-    ``training.device`` is ``auto`` unless set. ``run_dir``, and with it ``data.cache_dir`` where
-    that was not set, is the folder that the checkpoint lies in, also where it was moved.
+    ``training.device`` is ``auto`` unless set. ``run_dir`` is the folder that the checkpoint lies
+    in, even if it was moved; ``data.cache_dir`` follows unless the run had set it.
 
     Args:
         checkpoint: ``RUN_DIR/checkpoints/iter_0000100``.
-        overrides: words of the command line, ``--section.field value``.
+        overrides: command-line arguments ``--section.field value``.
         needs_validation: validation sets are evaluated; otherwise those of the checkpoint's run
-            need not be there.
+            need not exist.
 
     Returns:
-        The resolved configuration, which breaks no rule.
+        The resolved configuration, checked against every rule.
 
     Raises:
         CheckpointError: the checkpoint is not complete.
@@ -83,28 +83,28 @@ def configure_evaluation(
             "`iter_*` folder."
         )
     saved = load_yaml(checkpoint / "config.yaml")
-    config = _without_training(saved, checkpoint)
+    config = _evaluation_config(saved, checkpoint)
     if not needs_validation:
         config.data.validation = None
     names = override(config, overrides)
     problems = [
-        f"`{name}`: nothing reads this when a checkpoint is evaluated; leave it out"
+        f"`{name}` has no effect when a checkpoint is evaluated; leave it out"
         for name in names
         if name not in EVALUATION_OPTIONS
     ]
     if "data.validation" in names and not needs_validation:
-        problems.append("`data.validation`: nothing reads this without perplexity; leave it out")
+        problems.append("`data.validation` has no effect without `--perplexity`; leave it out")
     if needs_validation and saved.data.blend is not None and config.data.validation is None:
         problems.append(
-            f"`data.validation` (null): the run of {checkpoint} had training text of its own and "
-            "no validation sets; name some, such as `--data.validation '{wiki: tokens/wiki}'`"
+            f"`data.validation` is null: the run of {checkpoint} had its own training text and no "
+            "validation sets; give some, such as `--data.validation '{wiki: tokens/wiki}'`"
         )
     vocab_size = tokenizer_vocab_size(config.data.tokenizer)
     return check_and_resolve(config, tokenizer_vocab_size=vocab_size, problems=problems)
 
 
-def _without_training(saved: Config, checkpoint: Path) -> Config:
-    """What an evaluation takes from a run; the rest keeps values that no rule objects to."""
+def _evaluation_config(saved: Config, checkpoint: Path) -> Config:
+    """Take from a run's configuration what an evaluation needs; the rest keeps valid defaults."""
     run_dir = checkpoint.resolve().parent
     if run_dir.name == "checkpoints":
         run_dir = run_dir.parent
@@ -112,7 +112,7 @@ def _without_training(saved: Config, checkpoint: Path) -> Config:
     is_own_cache = saved.data.cache_dir == str(Path(saved.run_dir) / "cache")
     return Config(
         run_dir=str(run_dir),
-        # Kernels are those of the machine that evaluates.
+        # Kernels depend on the machine that evaluates.
         model=dataclasses.replace(
             saved.model, transformer_engine=None, apply_rope_fusion=None, moe_permute_fusion=None
         ),

@@ -1,4 +1,4 @@
-"""What ``megapoly evaluate`` does: benchmarks, perplexity or both, by one process or several."""
+"""Work of ``megapoly evaluate``: benchmarks, perplexity or both, in one process or several."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.conversion.checkpoint_reader import checkpoint_of_model
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.harness import check_names, evaluate_tasks, with_data
-from megapoly.evaluation.lm_loader import checkpoint_of, load_lm
+from megapoly.evaluation.harness import available_tasks, check_task_names, evaluate_tasks
+from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
-from megapoly.evaluation.request import EvaluationRequest, find_problems
+from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, EvaluationRequest, find_problems
 from megapoly.evaluation.results import TaskResults, as_json, write_json
 from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import select
@@ -25,168 +26,167 @@ from megapoly.platform.progress import OnProgress, counting_bar
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-DEFAULT_BATCH_SIZE = 8
-
 
 @dataclass
-class _Found:
-    """What there is to write: how it was computed, and the figures."""
+class _Outcome:
+    """Figures, and how they were computed."""
 
     model: Mapping[str, Any]
     tasks: TaskResults | None = None
     perplexity: Mapping[str, Any] | None = None
 
 
-def evaluate(asked: EvaluationRequest) -> None:
+def evaluate(request: EvaluationRequest) -> None:
     """Evaluate, print tables and write the JSON; collective in a job of several processes.
 
-    The process that is the job's first, by torchrun's environment, prints and writes; the others
-    are silent.
+    Only the first process of the job, by torchrun's environment, prints and writes.
 
     Raises:
-        MegapolyError: what cannot be evaluated, and why. In a job of several processes all raise,
-            or were stopped by their launcher.
+        MegapolyError: something cannot be evaluated. In a job of several processes all raise, or
+            are stopped by their launcher.
     """
-    checkpoint = checkpoint_of(asked.model)
+    checkpoint = checkpoint_of_model(request.model)
     num_processes = launcher.world_size()
-    problems = list(find_problems(asked, checkpoint, num_processes))
+    problems = list(find_problems(request, checkpoint, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
-    if asked.tasks:
-        select(asked.tasks)
+    if request.tasks:
+        select(request.tasks)
     if num_processes > 1:
-        assert checkpoint is not None, "a problem otherwise"
-        found = _by_the_engine(asked, checkpoint)
+        assert checkpoint is not None, "checked by find_problems"
+        outcome = _evaluate_on_ranks(request, checkpoint)
     else:
-        found = _by_one_process(asked, checkpoint)
-    if asked.json is not None and _is_first():
-        write_json(asked.json, as_json(found.model, tasks=found.tasks, perplexity=found.perplexity))
+        outcome = _evaluate_in_one_process(request, checkpoint)
+    if request.output is not None and _is_first():
+        content = as_json(outcome.model, tasks=outcome.tasks, perplexity=outcome.perplexity)
+        write_json(request.output, content)
 
 
-def _by_one_process(asked: EvaluationRequest, checkpoint: Path | None) -> _Found:
-    """Perplexity comes first: the engine's import must find the process as it is at its start."""
-    _check_inputs(asked)
+def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None) -> _Outcome:
+    """Compute perplexity first: the engine must be imported into a fresh process."""
+    _check_inputs(request)
     perplexity, model = None, {}
-    if asked.perplexity:
-        assert checkpoint is not None, "a problem otherwise"
-        with loaded_checkpoint(checkpoint, _words(asked), with_validation=True) as opened:
-            perplexity, model = report_perplexity(opened), _engine_entry(asked, opened)
-    if not asked.tasks:
-        return _Found(model, perplexity=perplexity)
+    if request.perplexity:
+        assert checkpoint is not None, "checked by find_problems"
+        with loaded_checkpoint(checkpoint, _overrides(request), with_validation=True) as loaded:
+            perplexity, model = report_perplexity(loaded), _engine_entry(request, loaded)
+    if not request.tasks:
+        return _Outcome(model, perplexity=perplexity)
     from megapoly.platform.device import default_device
 
-    device = asked.device or default_device()
-    _message(f"{checkpoint or asked.model} on {device}")
+    device = request.device or default_device()
+    _message(f"{checkpoint or request.model} on {device}")
     lm = load_lm(
-        checkpoint or asked.model,
-        dtype=asked.dtype,
+        checkpoint or request.model,
+        dtype=request.dtype,
         device=device,
-        batch_size=asked.batch_size or DEFAULT_BATCH_SIZE,
-        add_bos=asked.add_bos,
+        batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
+        add_bos=request.add_bos,
     )
-    model = _entry(asked, dtype=str(lm.model.dtype).removeprefix("torch."), device=device)
+    model = _entry(request, dtype=str(lm.model.dtype).removeprefix("torch."), device=device)
     with _answers_bar() as on_progress:
-        tasks = _run_tasks(asked, lm, on_progress)
-    _show(asked, tasks)
-    return _Found(model, tasks, perplexity)
+        tasks = _run_tasks(request, lm, on_progress)
+    _show(request, tasks)
+    return _Outcome(model, tasks, perplexity)
 
 
-def _by_the_engine(asked: EvaluationRequest, checkpoint: Path) -> _Found:
+def _evaluate_on_ranks(request: EvaluationRequest, checkpoint: Path) -> _Outcome:
     with loaded_checkpoint(
         checkpoint,
-        _words(asked),
-        with_validation=asked.perplexity,
-        check=lambda: _check_inputs(asked),
-    ) as opened:
-        found = _Found(_engine_entry(asked, opened))
-        if asked.perplexity:
-            found.perplexity = report_perplexity(opened)
-        if asked.tasks:
+        _overrides(request),
+        with_validation=request.perplexity,
+        check=lambda: _check_inputs(request),
+    ) as loaded:
+        outcome = _Outcome(_engine_entry(request, loaded))
+        if request.perplexity:
+            outcome.perplexity = report_perplexity(loaded)
+        if request.tasks:
             from megapoly.evaluation.engine_lm import EngineLM
 
-            _message(f"{checkpoint} on {found.model['num_processes']} x {found.model['device']}")
+            where = f"{outcome.model['num_processes']} x {outcome.model['device']}"
+            _message(f"{checkpoint} on {where}")
             with _answers_bar() as on_progress:
                 lm = EngineLM(
-                    opened.model,
-                    opened.tokenizer,
-                    batch_size=asked.batch_size or DEFAULT_BATCH_SIZE,
-                    add_bos=asked.add_bos,
+                    loaded.model,
+                    loaded.tokenizer,
+                    batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
+                    add_bos=request.add_bos,
                     on_progress=on_progress,
                 )
-                found.tasks = _run_tasks(asked, lm, None)
-            _show(asked, found.tasks)
-    return found
+                outcome.tasks = _run_tasks(request, lm, None)
+            _show(request, outcome.tasks)
+    return outcome
 
 
 def _run_tasks(
-    asked: EvaluationRequest, lm: LM, on_progress: OnProgress | None
+    request: EvaluationRequest, lm: LM, on_progress: OnProgress | None
 ) -> TaskResults | None:
     return evaluate_tasks(
         lm,
-        select(asked.tasks),
-        limit=asked.limit,
-        task_data=asked.task_data,
-        num_fewshot=asked.num_fewshot,
-        skip_missing=asked.skip_missing,
+        select(request.tasks),
+        limit=request.limit,
+        task_data=request.task_data,
+        num_fewshot=request.num_fewshot,
+        skip_missing=request.skip_missing,
         on_progress=on_progress,
     )
 
 
-def _show(asked: EvaluationRequest, tasks: TaskResults | None) -> None:
+def _show(request: EvaluationRequest, tasks: TaskResults | None) -> None:
     if tasks is not None and _is_first():
-        show_results(tasks, asked.model.resolve().name, Console())
+        show_results(tasks, request.model.resolve().name, Console())
 
 
-def _check_inputs(asked: EvaluationRequest) -> None:
-    """What would otherwise be found when the model is loaded, or after hours, figures lost."""
-    if asked.json is not None and _is_first():
-        is_there = asked.json.exists()
+def _check_inputs(request: EvaluationRequest) -> None:
+    """Check now what would otherwise fail after the model is loaded, or after hours of work."""
+    if request.output is not None and _is_first():
+        existed = request.output.exists()
         try:
-            asked.json.parent.mkdir(parents=True, exist_ok=True)
-            asked.json.open("a").close()
-            if not is_there:
-                asked.json.unlink()
+            request.output.parent.mkdir(parents=True, exist_ok=True)
+            request.output.open("a").close()
+            if not existed:
+                request.output.unlink()
         except OSError as error:
             raise EvaluationError(
-                f"`--json` ({asked.json}) cannot be written: {error.strerror}"
+                f"`--output` ({request.output}) cannot be written: {error.strerror}"
             ) from error
-    if asked.tasks:
-        selection = select(asked.tasks)
-        with_data(selection, asked.task_data, asked.skip_missing)
-        check_names(selection)
+    if request.tasks:
+        selection = select(request.tasks)
+        available_tasks(selection, request.task_data, request.skip_missing)
+        check_task_names(selection)
 
 
-def _words(asked: EvaluationRequest) -> list[str]:
-    """Overrides of the checkpoint's configuration; --device and --dtype are such, too."""
-    words = list(asked.words)
-    if asked.device is not None:
-        words.append(f"--training.device={asked.device}")
-    if asked.dtype != "auto":
-        words.append(f"--training.bf16={str(asked.dtype == 'bfloat16').lower()}")
-    return words
+def _overrides(request: EvaluationRequest) -> list[str]:
+    """Return the overrides of the checkpoint's configuration, including --device and --dtype."""
+    overrides = list(request.overrides)
+    if request.device is not None:
+        overrides.append(f"--training.device={request.device}")
+    if request.dtype != "auto":
+        overrides.append(f"--training.bf16={str(request.dtype == 'bfloat16').lower()}")
+    return overrides
 
 
-def _engine_entry(asked: EvaluationRequest, opened: LoadedCheckpoint) -> dict[str, Any]:
-    config = opened.model.config
+def _engine_entry(request: EvaluationRequest, loaded: LoadedCheckpoint) -> dict[str, Any]:
+    config = loaded.model.config
     return _entry(
-        asked,
+        request,
         dtype="bfloat16" if config.training.bf16 else "float32",
-        device=opened.model.platform.device.type,
+        device=loaded.model.platform.device.type,
     )
 
 
-def _entry(asked: EvaluationRequest, *, dtype: str, device: str) -> dict[str, Any]:
-    """How it was computed, as the JSON has it."""
+def _entry(request: EvaluationRequest, *, dtype: str, device: str) -> dict[str, Any]:
+    """Return how the figures were computed, for the JSON."""
     entry = {
-        "path": str((checkpoint_of(asked.model) or asked.model).resolve()),
+        "path": str((checkpoint_of_model(request.model) or request.model).resolve()),
         "dtype": dtype,
         "device": device,
         "num_processes": launcher.world_size(),
-        "options": list(asked.words),
+        "options": list(request.overrides),
     }
-    if asked.tasks:
-        entry["batch_size"] = asked.batch_size or DEFAULT_BATCH_SIZE
-        entry["add_bos"] = asked.add_bos
+    if request.tasks:
+        entry["batch_size"] = request.batch_size or DEFAULT_BATCH_SIZE
+        entry["add_bos"] = request.add_bos
     return entry
 
 

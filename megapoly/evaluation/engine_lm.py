@@ -1,6 +1,6 @@
 """LM Evaluation Harness on the engine's model, at any parallel layout.
 
-Import it after :func:`megapoly.platform.select_platform`: it brings the engine.
+Import it after :func:`megapoly.platform.device.select_platform`, because it imports the engine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megapoly.config.fp8 import sequence_multiple
 from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError, UnavailableError
-from megapoly.evaluation.bos_token import missing_bos_token
+from megapoly.evaluation.bos_token import bos_token_id
 from megapoly.evaluation.token_scores import token_scores
 from megapoly.platform.progress import OnProgress
 from megapoly.training.distributed import sum_over_all
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 _NO_TARGET = -1
 
-# The texts, ids of the context, ids of the continuation: what the harness hands on.
+# The texts, ids of the context, ids of the continuation, as the harness passes them.
 Request = tuple[Any, list[int], list[int]]
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """One request as the model sees it.
+class _ScoredRequest:
+    """A request as input of the model.
 
     Args:
-        place: among the requests.
-        tokens: input; the last token of the continuation predicts nothing and is left out.
-        continuation: what its last positions are to predict.
+        place: its index among the requests.
+        tokens: input; without the last token of the continuation, which predicts nothing.
+        continuation: targets of the last positions.
     """
 
     place: int
@@ -54,40 +54,41 @@ class _Scored:
 
 
 class EngineLM(TemplateLM):
-    """The harness's view of a model that all ranks of a job hold together.
+    """Model of the harness that is distributed over all ranks of a job.
 
-    Every rank calls the harness with the same tasks and gets the same results; to the harness each
-    is the only process. Within a call, data-parallel ranks share the requests, the others compute
-    together.
+    Every rank calls the harness with the same tasks and gets the same results; for the harness
+    each rank is the only process. Within a call, data-parallel ranks share the requests and all
+    others compute together.
 
-    Text becomes ids as in training: without special tokens, unless ``add_bos``, and the name of a
-    special token within a text is text. Context and continuation are encoded as one text; spaces
-    that end the context belong to the continuation (``TemplateLM``). What has no context follows
-    the end-of-document token, as a document does in training, or with ``add_bos`` what begins one.
+    Text is encoded as in training: without special tokens unless ``add_bos``, and the name of a
+    special token within a text is ordinary text. Context and continuation are encoded as one text;
+    spaces at the end of the context belong to the continuation (``TemplateLM``). A text without
+    context follows the end-of-document token, as in training, or with ``add_bos`` the token that
+    begins a text.
 
     Note:
-        A context is cut on the left so that it and the continuation fit in ``training.seq_length``.
-        Rotary positions would go on, but the model was never trained there. A continuation is never
-        cut, and where it alone is longer, it is read beyond that length, after the last token of
-        its context.
+        A context is cut on the left so that it fits in ``training.seq_length`` together with the
+        continuation. Rotary positions would reach further, but the model was never trained there.
+        A continuation is never cut; if it alone is longer, it is read beyond that length, after
+        the last token of its context.
 
     Args:
-        state: a run in training, or a model alone; dropout is off while requests run.
-        tokenizer: of its training data.
-        batch_size: sequences in one forward pass of one rank; null: ``training.micro_batch_size``.
-        add_bos: put before every text what the tokenizer's post-processor puts there; for a model
-            whose training text was prepared so.
-        on_progress: called on the way with the numbers of scored sequences and of all sequences of
-            the call; with windows of rolling requests each is a sequence.
+        state: a run in training, or a model alone; dropout is disabled while requests run.
+        tokenizer: tokenizer of its training data.
+        batch_size: sequences per forward pass and rank; None: ``training.micro_batch_size``.
+        add_bos: put before every text what the tokenizer's post-processor puts there; for models
+            whose training text was prepared this way.
+        on_progress: called with the numbers of scored sequences and of all sequences of a call;
+            each window of a rolling request is a sequence.
 
     Raises:
         EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
     """
 
-    # What `evaluate_tasks` asks before it runs anything.
+    # Reason that `evaluate_tasks` gives before it runs anything.
     refuses_generation = (
-        "the training model has no cache of keys and values; evaluate its checkpoint by one "
-        "process, `megapoly evaluate`, which converts it, or leave these tasks out"
+        "the training model has no cache of keys and values; evaluate its checkpoint with one "
+        "process of `megapoly evaluate`, which converts it, or leave these tasks out"
     )
 
     def __init__(
@@ -107,10 +108,7 @@ class EngineLM(TemplateLM):
         self._on_progress = on_progress
         self._prefix = tokenizer.eod
         if add_bos:
-            beginning = tokenizer.encode_with_special_tokens("")
-            if not beginning:
-                raise missing_bos_token()
-            self._prefix = beginning[0]
+            self._prefix = bos_token_id(tokenizer.encode_with_special_tokens(""))
 
     @property
     def eot_token_id(self) -> int:
@@ -119,23 +117,23 @@ class EngineLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id before a text without context: what begins a text, else what ends a document."""
+        """Id before a text without context: with ``add_bos`` bos, else end of document."""
         return self._prefix
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model sees at once."""
+        """Number of tokens in the model's context."""
         return self._state.config.training.seq_length
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells apart caches of encoded requests."""
+        """Name that distinguishes caches of encoded requests."""
         return self._text.fingerprint
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; null: with special tokens only if the model is given them."""
+        """Encode a text; by default with special tokens only if ``add_bos``."""
         if self._add_bos if add_special_tokens is None else add_special_tokens:
             return self._text.encode_with_special_tokens(string)
         return self._text.encode(string)
@@ -146,15 +144,15 @@ class EngineLM(TemplateLM):
         """Score continuations of contexts; collective.
 
         Returns:
-            For each request the sum of its continuation's log-probabilities, and whether every
-            token of it is the likeliest.
+            For each request the sum of its continuation's log-probabilities, and whether each of
+            its tokens is the most likely one.
         """
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Score whole texts, in windows of ``max_length`` that predict each token once; collective.
+        """Score texts in windows of ``max_length`` that predict each token once; collective.
 
         Returns:
             The log-probability of each text.
@@ -177,21 +175,19 @@ class EngineLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: text is not generated here.
+        """Refuse to generate text.
 
         Raises:
             UnavailableError: always.
         """
-        raise UnavailableError(
-            f"{len(requests)} requests are for text to generate: {self.refuses_generation}"
-        )
+        raise UnavailableError(f"{len(requests)} requests generate text: {self.refuses_generation}")
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score encoded requests, the longest first, so that sequences of a pass are alike."""
+        """Score encoded requests, longest first, so that a pass has sequences of similar length."""
         scored = [self._as_input(i, *request[1:]) for i, request in enumerate(requests)]
-        # Log-probability of each continuation, and how many of its tokens are not the likeliest.
+        # Log-probability of each continuation, and how many of its tokens are not the most likely.
         totals = torch.zeros(len(scored), 2, dtype=torch.float64)
         num_cut = sum(
             len(each.tokens) < len(context) + len(continuation) - 1
@@ -219,21 +215,21 @@ class EngineLM(TemplateLM):
             for log_probability, misses in zip(summed[::2], summed[1::2], strict=True)
         ]
 
-    def _as_input(self, place: int, context: list[int], continuation: list[int]) -> _Scored:
+    def _as_input(self, place: int, context: list[int], continuation: list[int]) -> _ScoredRequest:
         if not continuation:
             raise DataError(
-                f"request {place + 1} of the task has a continuation without tokens, so there is "
-                "nothing to score; correct the task's choices"
+                f"request {place + 1} of the task has a continuation without tokens, which cannot "
+                "be scored; correct the task's choices"
             )
-        whole = (context or [self.prefix_token_id]) + continuation
+        tokens = (context or [self.prefix_token_id]) + continuation
         length = max(self.max_length, len(continuation))
-        return _Scored(place, whole[-(length + 1) : -1], continuation)
+        return _ScoredRequest(place, tokens[-(length + 1) : -1], continuation)
 
-    def _rounds(self, scored: list[_Scored]) -> Iterator[list[list[_Scored]]]:
-        """Cut requests into what all ranks run at once: micro-batches of all replicas.
+    def _rounds(self, scored: list[_ScoredRequest]) -> Iterator[list[list[_ScoredRequest]]]:
+        """Split requests into rounds: the micro-batches that all replicas run at once.
 
-        Every rank has the same number of micro-batches of one shape: experts are shared by
-        data-parallel ranks, and an interleaved pipeline takes as many as it has stages.
+        Every rank has the same number of micro-batches of the same shape, because data-parallel
+        ranks share experts and an interleaved pipeline needs as many as it has stages.
         """
         num_parts = (
             parallel_state.get_data_parallel_world_size()
@@ -243,8 +239,8 @@ class EngineLM(TemplateLM):
             chosen = scored[start : start + self._batch_size * num_parts]
             yield [chosen[part::num_parts] for part in range(num_parts)]
 
-    def _run(self, of_all: list[list[_Scored]], totals: Tensor) -> None:
-        """Run this rank's part of a round, and put what it owns into ``totals``."""
+    def _run(self, of_all: list[list[_ScoredRequest]], totals: Tensor) -> None:
+        """Run this rank's part of a round, and write the scores that it owns to ``totals``."""
         rows = len(of_all[0])
         length = self._padded(max(len(request.tokens) for request in of_all[0]))
         replica = parallel_state.get_data_parallel_rank()
@@ -258,22 +254,22 @@ class EngineLM(TemplateLM):
             seq_length=length,
             forward_only=True,
         )
-        # Tensor-parallel ranks have the same; context-parallel ranks have what adds up.
+        # Tensor-parallel ranks have equal scores; those of context-parallel ranks add up.
         if results and parallel_state.get_tensor_model_parallel_rank() == 0:
             for requests, result in zip(mine, results, strict=True):
                 places = [request.place for request in requests]
                 totals[places] = result[: len(places)].cpu()
 
     def _padded(self, length: int) -> int:
-        """The next length that sequence and context parallelism can cut, and FP8 multiply."""
+        """Round up to a length that sequence and context parallelism can split and FP8 supports."""
         parallel = self._state.config.parallel
         multiple = parallel.tensor_model_parallel_size * sequence_multiple(self._state.config)
         if parallel.context_parallel_size > 1:
             multiple *= 2 * parallel.context_parallel_size
         return -(-length // multiple) * multiple
 
-    def _batch(self, requests: list[_Scored], rows: int, length: int) -> Batch:
-        """Tokens [rows, length], padded on the right, where a causal model does not look."""
+    def _batch(self, requests: list[_ScoredRequest], rows: int, length: int) -> Batch:
+        """Build tokens [rows, length], padded on the right, which a causal model does not see."""
         tokens = torch.full((rows, length), self.eot_token_id)
         targets = torch.full((rows, length), _NO_TARGET)
         for row, request in enumerate(requests):
@@ -285,7 +281,7 @@ class EngineLM(TemplateLM):
 
 
 def _forward_step(device: torch.device, batches: Iterator[Batch], model: torch.nn.Module) -> Any:
-    """What the engine's schedules call for each micro-batch."""
+    """Run one micro-batch; called by the engine's schedules."""
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
     batch = get_batch_on_this_cp_rank(batch)
     logits = model(batch["tokens"], batch["position_ids"], attention_mask=None)
@@ -293,9 +289,10 @@ def _forward_step(device: torch.device, batches: Iterator[Batch], model: torch.n
 
 
 def _score(targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """From logits [b, s / cp, v / tp] to [b, 2]: log-probability, tokens not the likeliest.
+    """Reduce logits [b, s / cp, v / tp] to [b, 2]: log-probability, number of other tokens.
 
-    First comes a loss, which the engine's schedules want and nothing reads.
+    The second column counts tokens that are not the most likely ones. The first result is a loss
+    that the engine's schedules require; it has no effect.
     """
     is_target = targets != _NO_TARGET
     log_probabilities, is_greedy = token_scores(

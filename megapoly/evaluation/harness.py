@@ -1,4 +1,4 @@
-"""Run a model on benchmarks with the LM Evaluation Harness."""
+"""Run benchmarks on a model with the LM Evaluation Harness."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megapoly import __version__
 from megapoly.errors import EvaluationError, UnavailableError
-from megapoly.evaluation.harness_progress import HarnessWarnings, followed
-from megapoly.evaluation.harness_results import collect
+from megapoly.evaluation.harness_progress import HarnessWarnings, report_answers
+from megapoly.evaluation.harness_results import collect_results
 from megapoly.evaluation.local_tasks import missing_files, write_task_files
 from megapoly.evaluation.results import Skipped, TaskResults
 from megapoly.evaluation.squad_metrics import squad_metrics_importable
@@ -41,36 +41,36 @@ def evaluate_tasks(
 ) -> TaskResults | None:
     """Run tasks on a model; collective where ``lm`` is.
 
-    The same model, tasks and options give the same figures. The states of the global random
-    generators are set on the way.
+    The same model, tasks and options give the same figures. The harness seeds the global random
+    generators.
 
     Args:
-        lm: any model of the harness. In a job of several processes each calls this with its own
-            and the same other arguments.
+        lm: any model of the harness. In a job of several processes each passes its own and the
+            same other arguments.
         selection: the tasks.
-        limit: ask only the first so many questions of each task, of each subject of MMLU.
+        limit: number of questions per task (for MMLU per subject), from the first; None for all.
         task_data: folder with the questions (:mod:`megapoly.evaluation.local_tasks`); None for
-            where the harness has them, the Hugging Face hub or its cache.
+            the harness's own source, the Hugging Face hub or its cache.
         num_fewshot: answered examples before each question, for all tasks.
-        skip_missing: leave out tasks whose files ``task_data`` lacks; the result says which.
-        on_progress: called with the numbers of answered requests and of all; a request is one
-            answer to score or one text to generate. Models that do not say when they have answered
-            (``LM.cache_hook``) are not followed.
+        skip_missing: skip tasks whose files are missing in ``task_data``; the result lists them.
+        on_progress: called with the numbers of answered requests and of all requests; a request is
+            one answer to score or one text to generate. Needs a model that reports its answers
+            (``LM.cache_hook``).
 
     Returns:
-        The results; None in processes for which the harness returns none: all but the first of an
-        ``lm`` with a rank of its own, else all whose LOCAL_RANK is not 0.
+        The results; None in processes to which the harness gives none: all but the first rank of an
+        ``lm`` that has ranks, else all whose LOCAL_RANK is not 0.
 
     Raises:
-        EvaluationError: an unknown task, data that is missing or cannot be loaded, ``limit`` or
-            ``num_fewshot`` out of range.
-        UnavailableError: the harness is not installed, or a task generates text and ``lm`` does not
-            (``lm.refuses_generation`` says why).
+        EvaluationError: a task is unknown, data is missing or cannot be loaded, or ``limit`` or
+            ``num_fewshot`` is out of range.
+        UnavailableError: the harness is not installed, or a task generates text and ``lm`` cannot
+            (``lm.refuses_generation`` is the reason).
     """
     _check_numbers(limit, num_fewshot)
     lm_eval = _import_harness()
     started, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    tasks, skipped = with_data(selection, task_data, skip_missing)
+    tasks, skipped = available_tasks(selection, task_data, skip_missing)
     with (
         HarnessWarnings() as warnings,
         tempfile.TemporaryDirectory(prefix="megapoly-tasks-") as folder,
@@ -87,11 +87,11 @@ def evaluate_tasks(
         leaves = [leaf for members in loaded.values() for leaf in members["tasks"].values()]
         _check_duplicates(leaves)
         _check_generation(lm, loaded)
-        warnings.clear()  # of defaults that the task files leave to the harness
-        with followed(lm, leaves, on_progress):
+        warnings.clear()  # about defaults that the task files leave to the harness
+        with report_answers(lm, leaves, on_progress):
             raw = lm_eval.simple_evaluate(
                 lm,
-                tasks=[top for members in loaded.values() for top in _tops(members)],
+                tasks=[top for members in loaded.values() for top in _top_level(members)],
                 limit=limit,
                 log_samples=False,
                 task_manager=manager,
@@ -102,7 +102,7 @@ def evaluate_tasks(
             )
     if raw is None:
         return None
-    results = tuple(result for task in tasks for result in collect(raw, task, loaded[task]))
+    results = tuple(result for task in tasks for result in collect_results(raw, task, loaded[task]))
     return TaskResults(
         selection=selection,
         tasks=results,
@@ -129,47 +129,47 @@ def _import_harness() -> Any:
         import lm_eval
     except ImportError as error:
         raise UnavailableError(
-            f"evaluation needs the LM Evaluation Harness ({error}): pip install 'megapoly[eval]'"
+            f"Tasks need the LM Evaluation Harness ({error}): pip install 'megapoly[eval]'"
         ) from error
     return lm_eval
 
 
-def with_data(
+def available_tasks(
     selection: Selection, task_data: Path | None, skip_missing: bool
 ) -> tuple[list[EvalTask], tuple[Skipped, ...]]:
-    """Return the tasks that can run, and those for which the folder lacks files.
+    """Return the tasks that can run, and the tasks whose files are missing in the folder.
 
     Raises:
-        EvaluationError: there is no such folder, it lacks files and ``skip_missing`` is false, or
-            it has none.
+        EvaluationError: the folder does not exist, lacks files while ``skip_missing`` is false, or
+            has the files of no task.
     """
     if task_data is None:
         return list(selection.tasks), ()
     if not task_data.is_dir():
-        raise EvaluationError(f"`task_data` ({task_data}) is no folder")
+        raise EvaluationError(f"`--task-data` ({task_data}) is not a folder")
     missing = {task: tuple(missing_files(task, task_data)) for task in selection.tasks}
     skipped = tuple(Skipped(task, files) for task, files in missing.items() if files)
     tasks = [task for task, files in missing.items() if not files]
     if skipped and not (skip_missing and tasks):
-        lines = "\n".join(f"  {each.task.name}: {shortened(each.missing)}" for each in skipped)
+        lines = "\n".join(f"  {each.task.name}: {_shortened(each.missing)}" for each in skipped)
         raise EvaluationError(
             f"`{task_data}` lacks the data of {len(skipped)} of {len(missing)} tasks:\n{lines}\n"
-            "megapoly export-benchmarks writes what it can; `--skip-missing` leaves tasks out"
+            "`megapoly export-benchmarks` writes most files; `--skip-missing` skips these tasks"
         )
     return tasks, skipped
 
 
-def shortened(files: tuple[str, ...]) -> str:
-    """Return names of files, the first three of many."""
+def _shortened(files: tuple[str, ...]) -> str:
+    """Join names of files, only the first three if there are more."""
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     return ", ".join(files[:3]) + more
 
 
-def check_names(selection: Selection) -> None:
-    """Refuse tasks that the harness does not have, before a model is loaded.
+def check_task_names(selection: Selection) -> None:
+    """Check, before a model is loaded, that all tasks exist.
 
     Raises:
-        EvaluationError: one is unknown.
+        EvaluationError: a task is unknown.
         UnavailableError: the harness is not installed.
     """
     _import_harness()
@@ -187,20 +187,20 @@ def check_names(selection: Selection) -> None:
 def _task_manager(tasks: list[EvalTask], folder: Path) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
-    # Reading the harness's 14,000 task files takes 6 s, and ours name those that they include.
+    # Reading the harness's 14,000 task files takes 6 s; ours name the files that they include.
     only_ours = all(task.name in TASKS for task in tasks)
     return TaskManager(include_path=str(folder), include_defaults=not only_ours)
 
 
 def _load(manager: TaskManager, name: str, task: EvalTask, is_local: bool) -> Mapping[str, Any]:
-    """Return a task's members as the harness has them: tasks, groups."""
+    """Return a task's members as the harness groups them: tasks, groups."""
     if name not in manager.all_tasks:
         raise unknown_task(name, manager.all_tasks)
     try:
         return manager.load([name])
-    except Exception as error:  # of a task's own code, of datasets, of the hub's client
+    except Exception as error:  # from a task's own code, datasets or the hub's client
         remedy = (
-            "the files must have one JSON object a line, with the fields that the README lists"
+            "the files must have one JSON object per line, with the fields of the benchmark"
             if is_local
             else "without a connection, give a folder of questions with `--task-data`"
         )
@@ -219,12 +219,12 @@ def _check_duplicates(leaves: list[Any]) -> None:
     seen: set[str] = set()
     for name in (leaf.task_name for leaf in leaves):
         if name in seen:
-            raise EvaluationError(f"`{name}` is in two of the tasks that were asked for")
+            raise EvaluationError(f"`{name}` is in two of the requested tasks; leave one out")
         seen.add(name)
 
 
 def _check_generation(lm: LM, loaded: Mapping[EvalTask, Mapping[str, Any]]) -> None:
-    """Generation comes after all that is scored, so a refusal then would lose hours."""
+    """Refuse generation before anything runs: it comes last, so hours of scoring would be lost."""
     reason = getattr(lm, "refuses_generation", None)
     names = [
         task.name
@@ -232,12 +232,12 @@ def _check_generation(lm: LM, loaded: Mapping[EvalTask, Mapping[str, Any]]) -> N
         if any(leaf.OUTPUT_TYPE == "generate_until" for leaf in members["tasks"].values())
     ]
     if reason is not None and names:
-        raise UnavailableError(f"text is to be generated for {', '.join(names)}: {reason}")
+        raise UnavailableError(f"{', '.join(names)} needs generated text: {reason}")
 
 
-def _tops(members: Mapping[str, Any]) -> list[Any]:
-    """Return the group that was asked for, or the tasks of a tag."""
+def _top_level(members: Mapping[str, Any]) -> list[Any]:
+    """Return the requested group, or the tasks of a requested tag."""
     groups = members["groups"]
     inner = {name for children in members["group_map"].values() for name in children}
-    tops = [group for name, group in groups.items() if name not in inner]
-    return tops or list(members["tasks"].values())
+    top = [group for name, group in groups.items() if name not in inner]
+    return top or list(members["tasks"].values())

@@ -1,4 +1,4 @@
-"""Follow the harness while it runs: what is answered, and what it warns of."""
+"""Progress and warnings of the harness while it runs."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 @contextmanager
-def followed(lm: LM, leaves: Sequence[Any], on_progress: OnProgress | None) -> Iterator[None]:
-    """Report a model's answers to ``on_progress`` instead of to bars of its own.
+def report_answers(lm: LM, leaves: Sequence[Any], on_progress: OnProgress | None) -> Iterator[None]:
+    """Report a model's answers to ``on_progress`` instead of its own progress bars.
 
     Args:
-        lm: the model; answers are counted by its ``cache_hook``, which models of the harness call
-            with each.
-        leaves: the tasks, whose requests are counted when the first is answered.
-        on_progress: called with the numbers of answered and of all requests; None changes nothing.
+        lm: the model; its ``cache_hook``, which models of the harness call with each answer, counts
+            the answers.
+        leaves: the tasks; their requests are counted when the first one is answered.
+        on_progress: called with the numbers of answered and of all requests; None has no effect.
     """
     if on_progress is None:
         yield
         return
     hook = lm.cache_hook
-    quiet = [name for name in _REQUEST_TYPES if _has_bar(getattr(lm, name))]
-    lm.set_cache_hook(_Counter(leaves, on_progress))
-    for name in quiet:
+    silenced = [name for name in _REQUEST_TYPES if _has_bar(getattr(lm, name))]
+    lm.set_cache_hook(_AnswerCounter(leaves, on_progress))
+    for name in silenced:
         setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
     try:
         yield
     finally:
         lm.set_cache_hook(hook)
-        for name in quiet:
+        for name in silenced:
             delattr(lm, name)
 
 
@@ -48,8 +48,8 @@ def _has_bar(method: Callable[..., Any]) -> bool:
     return "disable_tqdm" in inspect.signature(method).parameters
 
 
-class _Counter:
-    """Counts answers in the place of the harness's ``CacheHook``."""
+class _AnswerCounter:
+    """Counter of answers that replaces the harness's ``CacheHook``."""
 
     def __init__(self, leaves: Sequence[Any], on_progress: OnProgress):
         self._leaves = leaves
@@ -57,13 +57,13 @@ class _Counter:
         self._answered = 0
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        """Is called by the model with each answer."""
+        """Count an answer; called by the model."""
         self._answered += 1
         self._on_progress(self._answered, sum(len(leaf.instances) for leaf in self._leaves))
 
 
 class HarnessWarnings(logging.Handler):
-    """Takes the harness's warnings, which may come with every question, and counts them."""
+    """Handler that counts the harness's warnings, which may come with every question."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -87,9 +87,9 @@ class HarnessWarnings(logging.Handler):
         self._logger.propagate = self._propagate
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset all counts."""
         self._by_place.clear()
 
     def collected(self) -> tuple[HarnessWarning, ...]:
-        """Return the warnings, one for each place that warned."""
+        """Return the warnings, one for each line of code that warned."""
         return tuple(self._by_place.values())

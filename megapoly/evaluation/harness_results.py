@@ -1,4 +1,4 @@
-"""From the harness's dictionaries to typed results."""
+"""Convert the harness's dictionaries to typed results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megapoly.evaluation.tasks import TASKS, EvalTask
 _NO_FILTER = "none"
 
 
-def collect(
+def collect_results(
     raw: Mapping[str, Any], task: EvalTask, members: Mapping[str, Any]
 ) -> Iterator[TaskResult]:
-    """Yield the result of a task; those of its members, if it is a tag or a group without a mean.
+    """Yield the result of a task, or of its members if it is a tag or a group without a mean.
 
     Args:
-        raw: what ``lm_eval.simple_evaluate`` returned.
+        raw: result of ``lm_eval.simple_evaluate``.
         task: the task.
-        members: what ``TaskManager.load`` returned for it.
+        members: result of ``TaskManager.load`` for it.
     """
     name = PREFIX + task.name if task.name in TASKS else task.harness_task
     leaves = members["tasks"]
@@ -45,7 +45,7 @@ def _result(
     subtasks: Mapping[str, Mapping[str, Metric]],
 ) -> TaskResult:
     if not metrics:
-        raise EvaluationError(f"the harness reported no metric that is a number for `{task.name}`")
+        raise EvaluationError(f"the harness reported no numeric metric for `{task.name}`")
     counts = [raw["n-samples"][leaf] for leaf in leaves]
     first = next(iter(leaves))
     config = leaves[first].config

@@ -1,44 +1,43 @@
-"""Open what is to be evaluated by one process."""
+"""Load the model that one process evaluates."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megapoly.conversion.checkpoint_reader import checkpoint_of_model
 from megapoly.errors import CheckpointError, UnavailableError
 
 if TYPE_CHECKING:
     from megapoly.evaluation.transformers_lm import TransformersLM
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 def load_lm(
     path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool = False
 ) -> TransformersLM:
-    """Return a model, for the harness; nothing is downloaded.
+    """Load a model for the harness; nothing is downloaded.
 
     Code in a Hugging Face folder is executed (``trust_remote_code``).
 
     Args:
         path: a folder in Hugging Face's format, a checkpoint ``iter_*``, which is converted in
             memory, or a run, for its newest checkpoint.
-        dtype: one of ``DTYPES``; ``auto`` is the one it is stored in.
-        device: as torch names it.
-        batch_size: sequences at a time.
+        dtype: one of :data:`megapoly.evaluation.request.DTYPES`; ``auto`` is the stored one.
+        device: device by torch's name.
+        batch_size: sequences per forward pass.
         add_bos: see :class:`megapoly.evaluation.transformers_lm.TransformersLM`.
 
     Raises:
-        CheckpointError: there is no model, or not a whole one: a file is missing or damaged, or the
-            weights are not those of the model.
+        CheckpointError: ``path`` is not a model, a file is missing or damaged, or the weights do
+            not fit the model.
         EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
-        UnavailableError: there is no such device, or a library is missing.
+        UnavailableError: the device cannot be used, or a library is missing.
     """
     try:
         from megapoly.evaluation.transformers_lm import TransformersLM
     except ImportError as error:
         raise UnavailableError(
-            f"evaluation needs the LM Evaluation Harness, transformers and accelerate ({error}): "
+            f"Tasks need the LM Evaluation Harness, transformers and accelerate ({error}): "
             "pip install 'megapoly[eval]'"
         ) from error
     import torch
@@ -46,10 +45,10 @@ def load_lm(
     from megapoly.conversion.transformers_model import model_from_checkpoint
     from megapoly.platform.device import check_device
 
-    checkpoint = checkpoint_of(path)
+    checkpoint = checkpoint_of_model(path)
     check_device("device", device)
     if checkpoint is None:
-        model, tokenizer = _from_folder(path, dtype)
+        model, tokenizer = _load_folder(path, dtype)
     else:
         model, tokenizer = model_from_checkpoint(checkpoint)
         model.to(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
@@ -62,25 +61,7 @@ def load_lm(
     )
 
 
-def checkpoint_of(path: Path) -> Path | None:
-    """Return the checkpoint that a path names; None where it is a Hugging Face folder.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    from megapoly.conversion.checkpoint_reader import find_checkpoint
-
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None and not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"`{path}` is no model: a folder in Hugging Face's format has a config.json, a "
-            "complete checkpoint `iter_*` a run.json, a run such a checkpoint"
-            + ("" if path.is_dir() else "; there is no such folder")
-        )
-    return checkpoint
-
-
-def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
+def _load_folder(path: Path, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -94,7 +75,7 @@ def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of any kind: of the libraries, or of the folder's own code
+    except Exception as error:  # from the libraries or the folder's own code
         raise CheckpointError(
             f"`{path}` cannot be loaded as a model in Hugging Face's format: "
             f"{type(error).__name__}: {error}"
@@ -104,7 +85,7 @@ def _from_folder(path: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether ``megapoly export`` wrote a folder; of a plain Llama its report tells."""
+    """Check whether ``megapoly export`` wrote a folder; a plain Llama is known by its report."""
     from megapoly.conversion.architecture import MODEL_TYPE
     from megapoly.conversion.safetensors_reader import read_json
 
@@ -113,9 +94,11 @@ def _is_export(path: Path) -> bool:
 
 
 def _check_weights(path: Path, loading: dict) -> None:
-    """Transformers only warns, and draws at random what is missing."""
-    for kind, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
+    """Refuse missing weights, which transformers initialises at random with a mere warning."""
+    for kind, problem in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
         keys = sorted(map(str, loading.get(kind) or ()))
         if keys:
             shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(f"`{path}` {what} weights that its config.json asks for: {shown}")
+            raise CheckpointError(
+                f"`{path}` {problem} weights that its config.json implies: {shown}"
+            )

@@ -1,4 +1,4 @@
-"""A checkpoint, opened for evaluation by the processes of this job at any layout."""
+"""Load a checkpoint for evaluation on the ranks of this job, at any layout."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _FAREWELL_S, _PAUSE_S = 5.0, 0.01
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A model on all ranks, and what it is evaluated with.
+    """A checkpoint's model on all ranks, its tokenizer and validation sets.
 
     Args:
-        path: of the checkpoint.
-        iteration: steps that it was trained.
-        model: this rank's part.
-        tokenizer: of its training data.
+        path: folder of the checkpoint.
+        iteration: number of steps that it was trained.
+        model: this rank's part of the model.
+        tokenizer: tokenizer of its training data.
         validation: samples of the validation sets, by name.
-        warnings: what the user should know about their files.
+        warnings: messages about the files of validation sets.
     """
 
     path: Path
@@ -54,18 +54,18 @@ def loaded_checkpoint(
 ) -> Iterator[LoadedCheckpoint]:
     """Load the model of a checkpoint on all ranks of the job; collective.
 
-    Makes the process groups, which end with the context. Rank and number of processes come from
-    torchrun's environment; without it the job is one process.
+    The context creates the process groups and destroys them at its end. Rank and number of
+    processes come from torchrun's environment; without it the job is one process.
 
     Args:
         path: ``RUN_DIR/checkpoints/iter_0000100``.
-        overrides: words of the command line, ``--section.field value``, see
+        overrides: command-line arguments ``--section.field value``, see
             :func:`megapoly.evaluation.checkpoint_config.configure_evaluation`.
-        with_validation: open the validation sets, too.
-        check: called on every rank before the model is loaded; where it raises on one, all raise.
+        with_validation: also open the validation sets.
+        check: called on every rank before the model is loaded; if one rank raises, all raise.
 
     Raises:
-        CheckpointError: the checkpoint is not complete, or not what the options say.
+        CheckpointError: the checkpoint is incomplete, or does not fit the options.
         ConfigError: every broken rule.
         DataError: validation data or tokenizer cannot be used.
         PeerError: another rank failed.
@@ -120,10 +120,10 @@ def _meet(store: dist.Store) -> None:
 def _check_tokenizer(
     tokenizer: Tokenizer, trained_on: dict[str, object] | None, config: Config, path: Path
 ) -> None:
-    # A checkpoint made from a Hugging Face folder says nothing of training text.
+    # A checkpoint imported from a Hugging Face folder does not record training text.
     if trained_on is not None and trained_on["tokenizer"] != tokenizer.fingerprint:
         raise CheckpointError(
-            f"{path} was trained on ids of another tokenizer (fingerprint "
-            f"{trained_on['tokenizer']}); `data.tokenizer` ({config.data.tokenizer}) has "
-            f"{tokenizer.fingerprint}. Give the one that the training text was prepared with."
+            f"{path} was trained with another tokenizer (fingerprint {trained_on['tokenizer']}); "
+            f"`data.tokenizer` ({config.data.tokenizer}) has fingerprint {tokenizer.fingerprint}. "
+            "Give the one that the training text was prepared with."
         )

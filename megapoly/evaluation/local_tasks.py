@@ -1,11 +1,11 @@
-"""Task files of the harness that read questions from a folder.
+"""Task files for the harness that read questions from a folder.
 
-A task file includes the harness's own, which keeps prompt, choices and metrics, and replaces where
-the data comes from: one JSON object a line in a file of ``--task-data``, so that nothing is
-downloaded. `megapoly export-benchmarks` writes such a folder; the README lists its files.
+A task file includes the harness's own, with its prompt, choices and metrics, and replaces only the
+source of the data: a file in ``--task-data`` with one JSON object per line. Nothing is downloaded.
+``megapoly export-benchmarks`` writes such a folder.
 
-Few-shot examples come from the file of the questions itself (the harness leaves out the question
-that is asked), but for MMLU, which has a file of examples for each subject.
+Few-shot examples come from the file of questions itself (the harness leaves out the current
+question), except for MMLU, which has a file of examples for each subject.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.tasks import MMLU_TASKS, EvalTask
 
-PREFIX = "megapoly_"  # keeps our names apart from the harness's
+PREFIX = "megapoly_"  # distinguishes our names from the harness's
 _ARC_FIELDS = ("question", "choices", "answerKey")
 _FROZEN_FIELDS = ("question", "choices", "gold")
 _FROZEN = {"doc_to_target": "gold", "doc_to_choice": "{{choices}}"}
@@ -34,9 +34,9 @@ class QuestionFile:
 
     Args:
         file: its name in the folder.
-        split: of the original that the file holds.
-        fields: of each object that are read.
-        overrides: entries of the task file, where fields are not those of the original.
+        split: split of the original that the file holds.
+        fields: required fields of each object.
+        overrides: entries of the task file, if fields differ from the original's.
     """
 
     file: str
@@ -85,7 +85,7 @@ QUESTION_FILES = {
         "validation",
         ("premise", "question", "choice1", "choice2", "label"),
     ),
-    # The original's answer is a boolean, SuperGLUE's, which the harness reads, a number `label`.
+    # The original has a boolean `answer`; the harness expects SuperGLUE's number `label`.
     "boolq": QuestionFile(
         "boolq__none__validation.jsonl",
         "validation",
@@ -121,10 +121,10 @@ _HARNESS_FILES = {
 
 
 def missing_files(task: EvalTask, task_data: Path) -> list[str]:
-    """Return what of a task's data the folder lacks.
+    """Return the files of a task that the folder lacks.
 
     Raises:
-        EvaluationError: a line is no object, or lacks a field.
+        EvaluationError: a line is not a JSON object, or lacks a field.
     """
     files: dict[str, tuple[str, ...]]
     if task.name in MMLU_TASKS:
@@ -132,7 +132,7 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
     elif task.name in QUESTION_FILES:
         files = {QUESTION_FILES[task.name].file: QUESTION_FILES[task.name].fields}
     else:
-        return [f"no form of `{task.name}` for a folder"]
+        return [f"`{task.name}` cannot be read from a folder"]
     missing = []
     for file, fields in files.items():
         if (task_data / file).is_file():
@@ -143,18 +143,18 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
 
 
 def all_files() -> list[str]:
-    """Return the names of all files that a folder can hold, in the order of the tasks."""
+    """Return the names of all files that a folder can have, in the order of the tasks."""
     return [local.file for local in QUESTION_FILES.values()] + [file for _, file in _mmlu_files()]
 
 
 def write_task_files(tasks: Sequence[EvalTask], folder: Path, task_data: Path | None) -> list[str]:
-    """Write the task files of ``tasks`` and return the name of each for the harness.
+    """Write the task files of ``tasks`` and return their names in the harness.
 
     Args:
-        tasks: those that :data:`megapoly.evaluation.tasks.TASKS` has; the harness's others have
-            files of its own, and keep their name.
-        folder: where to, for ``TaskManager(include_path=folder)``; absolute paths are written.
-        task_data: folder with the questions; None leaves the data where the harness has it.
+        tasks: tasks; those that are not in :data:`megapoly.evaluation.tasks.TASKS` need no file and
+            keep their name.
+        folder: folder to write to, for ``TaskManager(include_path=folder)``.
+        task_data: folder with the questions; None keeps the harness's own source.
     """
     names = []
     for task in tasks:
@@ -183,12 +183,12 @@ def _write_one(task: EvalTask, folder: Path, task_data: Path | None) -> None:
         content |= {"training_split": None, "validation_split": None}
         content |= {"test_split": local.split, "fewshot_split": local.split, **local.overrides}
     elif task.split == "validation":
-        content |= {"test_split": None}  # where there is one, the harness takes it
+        content |= {"test_split": None}  # the harness prefers a test split
     _write(folder, content)
 
 
 def _write_mmlu(task: EvalTask, folder: Path, task_data: Path | None) -> None:
-    """Write a file for each subject, and the group whose accuracy is that over all questions."""
+    """Write a file for each subject, and a group whose accuracy is over all questions."""
     members = []
     for subject, original in _mmlu_subjects(task.name):
         content: dict[str, Any] = {
@@ -215,7 +215,7 @@ def _data_source(folder: Path, files: Mapping[str, Path]) -> dict[str, Any]:
         "dataset_name": None,
         "dataset_kwargs": {
             "data_files": {split: str(path.resolve()) for split, path in files.items()},
-            # Beside the task files, or tables made from files that changed would be left over.
+            # With the task files; elsewhere, tables of files that have changed would be reused.
             "cache_dir": str(folder / "cache"),
         },
     }
@@ -247,13 +247,13 @@ def _mmlu_files() -> Iterator[tuple[str, str]]:
 
 
 def _check_fields(path: Path, fields: Sequence[str]) -> None:
-    """Every line: what is wrong with one is otherwise found when all answers are scored."""
+    """Check every line now; otherwise an error appears only after all answers are scored."""
     number = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             _check_line(line, f"line {number} of `{path}`", fields)
     if number == 0:
-        raise EvaluationError(f"`{path}` has no question")
+        raise EvaluationError(f"`{path}` has no questions")
 
 
 def _check_line(line: bytes, place: str, fields: Sequence[str]) -> None:
@@ -261,12 +261,12 @@ def _check_line(line: bytes, place: str, fields: Sequence[str]) -> None:
         record = json.loads(line)
     except ValueError as error:
         raise EvaluationError(
-            f"{place} is no JSON object ({error}); the file must have one a line"
+            f"{place} is not a JSON object ({error}); the file must have one per line"
         ) from error
     if not isinstance(record, dict):
-        raise EvaluationError(f"{place} is no JSON object; the file must have one a line")
+        raise EvaluationError(f"{place} is not a JSON object; the file must have one per line")
     lacking = [name for name in fields if record.get(name) is None]
     if lacking:
         raise EvaluationError(
-            f"{place} lacks {', '.join(lacking)}; each must have {', '.join(fields)}"
+            f"{place} lacks {', '.join(lacking)}; each line must have {', '.join(fields)}"
         )

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the paper.
+    """One table of the paper.
 
     Args:
-        number: of the table.
-        models: which models it is of.
-        columns: the headings.
-        rows: accuracy on the tasks, in the order of the columns, by activation.
-        averages: its last column, by activation.
+        number: number of the table.
+        models: models that it describes.
+        columns: headings.
+        rows: accuracy on the tasks by activation, in the order of the columns.
+        averages: last column, by activation.
     """
 
     number: int

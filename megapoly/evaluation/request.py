@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and what of it nothing would read."""
+"""Options of an evaluation, and checks of which of them can be used together."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Those that --device and --dtype set, each with the way to say it.
-_SET_OTHERWISE = {"training.device": "--device", "training.bf16": "--dtype"}
-# Of the checkpoint's configuration, what the scores of tasks depend on at several processes.
-_OF_TASKS = ("data.tokenizer", "training.seq_length")
+from megapoly.config import command_line
+
+DEFAULT_BATCH_SIZE = 8
+DTYPES = ("auto", *command_line.DTYPES)
+
+# Options of the configuration that have an option of the command.
+_SET_BY_COMMAND = {"training.device": "--device", "training.bf16": "--dtype"}
+# Options of the configuration that change scores of tasks if several processes evaluate.
+_CHANGES_TASKS = ("data.tokenizer", "training.seq_length")
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The command line.
+    """Options of ``megapoly evaluate``.
 
     Args:
         model: Hugging Face folder, checkpoint or run.
-        tasks: groups and tasks; empty: none.
+        tasks: groups and tasks; may be empty.
         perplexity: evaluate validation sets.
         task_data: folder with the questions; None: the hub or its cache.
-        skip_missing: leave out tasks that ``task_data`` lacks.
-        limit: questions of each task; None: all.
-        num_fewshot: examples before each question; None: each task's own.
-        batch_size: sequences at a time; None: the default.
+        skip_missing: skip tasks whose files are missing in ``task_data``.
+        limit: number of questions per task; None: all.
+        num_fewshot: examples before each question; None: each task's own number.
+        batch_size: sequences per forward pass; None: ``DEFAULT_BATCH_SIZE``.
         add_bos: put before every text what the tokenizer puts there.
-        dtype: to compute in; ``auto``: as stored.
-        device: as torch names it; None: a GPU if there is one.
-        json: file for all figures; None: none.
-        words: ``--section.field value``, of a checkpoint's configuration.
+        dtype: dtype to compute in; ``auto``: as stored.
+        device: device by torch's name; None: a GPU if available.
+        output: file for all figures; None: not written.
+        overrides: ``--section.field value`` for a checkpoint's configuration.
     """
 
     model: Path
@@ -43,96 +48,96 @@ class EvaluationRequest:
     add_bos: bool = False
     dtype: str = "auto"
     device: str | None = None
-    json: Path | None = None
-    words: tuple[str, ...] = ()
+    output: Path | None = None
+    overrides: tuple[str, ...] = ()
 
 
 def find_problems(
-    asked: EvaluationRequest, checkpoint: Path | None, num_processes: int
+    request: EvaluationRequest, checkpoint: Path | None, num_processes: int
 ) -> Iterator[str]:
-    """Yield what cannot be done, each with the reason and a remedy.
+    """Yield a message for everything that cannot be done or has no effect.
 
     Args:
-        asked: the command line.
-        checkpoint: that its model is; None: a Hugging Face folder.
-        num_processes: of the job.
+        request: the options.
+        checkpoint: checkpoint of its model; None for a Hugging Face folder.
+        num_processes: number of processes in the job.
     """
-    if not asked.tasks and not asked.perplexity:
-        yield "nothing is asked for; give `--tasks NAME ...`, `--perplexity` or both"
-    if not asked.tasks:
-        yield from _without_tasks(asked)
-    if asked.batch_size is not None and asked.batch_size < 1:
-        yield f"`--batch-size` ({asked.batch_size}) must be at least 1"
-    if asked.limit is not None and asked.limit < 1:
-        yield f"`--limit` ({asked.limit}) must be at least 1; leave it out for all questions"
-    if asked.num_fewshot is not None and asked.num_fewshot < 0:
-        yield f"`--num-fewshot` ({asked.num_fewshot}) must not be negative"
+    if not request.tasks and not request.perplexity:
+        yield "nothing to evaluate: give `--tasks NAME ...`, `--perplexity` or both"
+    if not request.tasks:
+        yield from _without_tasks(request)
+    if request.batch_size is not None and request.batch_size < 1:
+        yield f"`--batch-size` ({request.batch_size}) must be at least 1"
+    if request.limit is not None and request.limit < 1:
+        yield f"`--limit` ({request.limit}) must be at least 1; leave it out for all questions"
+    if request.num_fewshot is not None and request.num_fewshot < 0:
+        yield f"`--num-fewshot` ({request.num_fewshot}) must not be negative"
     if checkpoint is None:
-        yield from _of_a_folder(asked, num_processes)
+        yield from _with_folder(request, num_processes)
         return
-    if asked.perplexity or num_processes > 1:
-        yield from _of_the_engine(asked)
-    if num_processes == 1 and asked.tasks:
-        yield from _of_a_converted_checkpoint(asked)
+    if request.perplexity or num_processes > 1:
+        yield from _with_engine(request)
+    if num_processes == 1 and request.tasks:
+        yield from _with_converted_checkpoint(request)
 
 
-def _without_tasks(asked: EvaluationRequest) -> Iterator[str]:
+def _without_tasks(request: EvaluationRequest) -> Iterator[str]:
     given = {
-        "--task-data": asked.task_data is not None,
-        "--skip-missing": asked.skip_missing,
-        "--limit": asked.limit is not None,
-        "--num-fewshot": asked.num_fewshot is not None,
-        "--batch-size": asked.batch_size is not None,
-        "--add-bos": asked.add_bos,
+        "--task-data": request.task_data is not None,
+        "--skip-missing": request.skip_missing,
+        "--limit": request.limit is not None,
+        "--num-fewshot": request.num_fewshot is not None,
+        "--batch-size": request.batch_size is not None,
+        "--add-bos": request.add_bos,
     }
     for name in (name for name, is_given in given.items() if is_given):
-        yield f"`{name}`: nothing reads this without `--tasks`; leave it out"
+        yield f"`{name}` has no effect without `--tasks`; leave it out"
 
 
-def _of_a_folder(asked: EvaluationRequest, num_processes: int) -> Iterator[str]:
-    if asked.perplexity:
+def _with_folder(request: EvaluationRequest, num_processes: int) -> Iterator[str]:
+    if request.perplexity:
         yield (
-            f"`--perplexity` needs a checkpoint, and {asked.model} is a Hugging Face folder; "
-            "megapoly import makes a checkpoint of it"
+            f"`--perplexity` needs a checkpoint, and {request.model} is a Hugging Face folder; "
+            "`megapoly import` converts it to a checkpoint"
         )
     if num_processes > 1:
         yield (
-            f"{num_processes} processes can share a checkpoint, and {asked.model} is a Hugging "
-            "Face folder; start one process, or make a checkpoint by megapoly import"
+            f"{num_processes} processes can share a checkpoint, but {request.model} is a Hugging "
+            "Face folder; start one process, or convert it with `megapoly import`"
         )
-    if asked.words:
+    if request.overrides:
         yield (
-            f"unknown option: {' '.join(asked.words)} ({asked.model} is a Hugging Face folder; "
-            "`--section.field value` is for checkpoints)"
+            f"unknown option: {' '.join(request.overrides)} ({request.model} is a Hugging Face "
+            "folder; `--section.field value` is for checkpoints)"
         )
 
 
-def _of_the_engine(asked: EvaluationRequest) -> Iterator[str]:
-    if asked.dtype == "float16":
-        yield "`--dtype float16`: the engine computes in float32 or bfloat16; give one of them"
-    if asked.device not in (None, "cpu", "cuda"):
+def _with_engine(request: EvaluationRequest) -> Iterator[str]:
+    if request.dtype == "float16":
+        yield "`--dtype float16`: the engine computes in float32 or bfloat16; give one of these"
+    if request.device not in (None, "cpu", "cuda"):
         yield (
-            f"`--device {asked.device}`: the engine takes cpu or cuda, for each process its own; "
-            "give one of them"
+            f"`--device {request.device}`: the engine takes cpu or cuda, where each process uses "
+            "its own GPU; give one of these"
         )
-    for name in _names(asked.words):
-        if name in _SET_OTHERWISE:
-            yield f"`--{name}`: give `{_SET_OTHERWISE[name]}`, which is for every evaluation"
+    for name in _names(request.overrides):
+        if name in _SET_BY_COMMAND:
+            yield f"`--{name}`: use `{_SET_BY_COMMAND[name]}`, which applies to every evaluation"
 
 
-def _of_a_converted_checkpoint(asked: EvaluationRequest) -> Iterator[str]:
-    if asked.words and not asked.perplexity:
+def _with_converted_checkpoint(request: EvaluationRequest) -> Iterator[str]:
+    if request.overrides and not request.perplexity:
         yield (
-            f"{' '.join(asked.words)}: nothing reads this where one process evaluates tasks on a "
-            "checkpoint, which it converts; leave it out, or start several processes by torchrun"
+            f"{' '.join(request.overrides)} has no effect on tasks in one process, which converts "
+            "the checkpoint; leave it out, or start several processes with torchrun"
         )
-    for name in _names(asked.words) if asked.perplexity else ():
-        if name in _OF_TASKS:
+    for name in _names(request.overrides) if request.perplexity else ():
+        if name in _CHANGES_TASKS:
             yield (
-                f"`--{name}` would change perplexity and not the tasks, for which one process "
-                "converts the checkpoint as it is; ask for each by itself"
+                f"`--{name}` would change perplexity but not the tasks, for which one process "
+                "converts the checkpoint unchanged; evaluate them with two commands"
             )
 
 
-def _names(words: tuple[str, ...]) -> list[str]:
-    return [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+def _names(overrides: tuple[str, ...]) -> list[str]:
+    return [each[2:].partition("=")[0] for each in overrides if each.startswith("--")]

@@ -1,4 +1,4 @@
-"""Results of an evaluation, and their JSON."""
+"""Results of an evaluation, and their JSON form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from megapoly.evaluation.tasks import GROUPS, EvalTask, Selection
 
-# Metrics between 0 and 1, which are shown in percent.
+# Metrics between 0 and 1, shown in percent.
 PROPORTIONS = frozenset(
     {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "em", "exact_match", "f1"}
 )
@@ -20,11 +20,11 @@ PROPORTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure as the harness gives it.
+    """Value of a metric from the harness.
 
     Args:
-        value: the figure; a proportion is between 0 and 1.
-        stderr: its standard error; None where the harness has none, as for a single question.
+        value: the value; a proportion is between 0 and 1.
+        stderr: its standard error; None if the harness has none, as for a single question.
     """
 
     value: float
@@ -33,18 +33,17 @@ class Metric:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Result on one task.
+    """Result of one task.
 
     Args:
-        task: what was run.
-        metric: the one that ``score`` is of.
-        metrics: every metric of the harness by name; with its filter, ``name,filter``, where the
-            task has filters.
-        num_questions: questions that were asked.
-        num_questions_in_split: questions that there are.
-        num_fewshot: answered examples before each.
-        split: of the data.
-        subtasks: metrics of each member, of a group such as MMLU.
+        task: the task.
+        metric: name of the metric that ``score`` shows.
+        metrics: every metric of the harness by name, or by ``name,filter`` if the task has filters.
+        num_questions: number of questions that were asked.
+        num_questions_in_split: number of questions in the split.
+        num_fewshot: answered examples before each question.
+        split: split of the data.
+        subtasks: metrics of each member of a group such as MMLU.
     """
 
     task: EvalTask
@@ -63,7 +62,7 @@ class TaskResult:
 
     @property
     def score(self) -> float:
-        """The metric, in percent if it is a proportion."""
+        """Value of the metric, in percent if it is a proportion."""
         return self.metrics[self.metric].value * (100 if self.in_percent else 1)
 
     @property
@@ -75,11 +74,11 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A task that was not run for want of its data.
+    """A task that was skipped because its data is missing.
 
     Args:
         task: the task.
-        missing: files that the folder lacks.
+        missing: files that are missing in the folder.
     """
 
     task: EvalTask
@@ -91,8 +90,8 @@ class HarnessWarning:
     """A warning of the harness.
 
     Args:
-        text: of the first of its kind.
-        count: how often a warning came from that line of the harness.
+        text: text of the first warning from a line of the harness's code.
+        count: number of warnings from that line.
     """
 
     text: str
@@ -104,15 +103,15 @@ class TaskResults:
     """Results of one evaluation.
 
     Args:
-        selection: what was asked for.
-        tasks: results in its order.
+        selection: the requested tasks.
+        tasks: results, in the order of the selection.
         skipped: tasks without data.
-        limit: only so many questions of each task (of each subject of MMLU), the first, were asked.
-        warnings: what the harness warned of.
-        seeds: of random, numpy, torch and the choice of few-shot examples.
-        versions: of the libraries.
-        date: when it began, ISO 8601, UTC.
-        seconds: how long it took.
+        limit: number of questions per task (for MMLU per subject), from the first; None: all.
+        warnings: warnings of the harness.
+        seeds: seeds of random, numpy, torch and the choice of few-shot examples.
+        versions: versions of the libraries.
+        date: start of the evaluation, ISO 8601, UTC.
+        seconds: duration.
     """
 
     selection: Selection
@@ -126,17 +125,17 @@ class TaskResults:
     seconds: float
 
     def find(self, name: str) -> TaskResult | None:
-        """Return the result of a task, None if it was not run."""
+        """Return the result of a task; None if it was not run."""
         return next((result for result in self.tasks if result.task.name == name), None)
 
     def average(self, names: tuple[str, ...] | None = None) -> float | None:
-        """Return the mean score, percent, each task counting the same: the paper's "Avg.".
+        """Return the mean score in percent with equal weight for each task: the paper's "Avg.".
 
         Args:
             names: tasks; None for all that were run.
 
         Returns:
-            None if one was not run, if one's score is no percentage, or if there is none.
+            None if a task was not run, a score is not a percentage, or there is no task.
         """
         results = self.tasks if names is None else [self.find(name) for name in names]
         scores = [result.score for result in results if result and result.in_percent]
@@ -154,10 +153,10 @@ def as_json(
     """Return everything about an evaluation as plain JSON values.
 
     Args:
-        model: what was evaluated and how: path, dtype and so on; under ``model``.
-        tasks: results on benchmarks, under several names; None: no benchmarks.
-        perplexity: of :func:`megapoly.evaluation.perplexity.perplexity_record`, under
-            ``perplexity``; None: none.
+        model: model and how it was evaluated: path, dtype and so on; stored under ``model``.
+        tasks: results of benchmarks, stored under several names; None if not evaluated.
+        perplexity: from :func:`megapoly.evaluation.perplexity.perplexity_record`, stored under
+            ``perplexity``; None if not evaluated.
     """
     content: dict[str, Any] = {"model": dict(model)}
     if tasks is not None:
@@ -168,7 +167,7 @@ def as_json(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write :func:`as_json` to a file."""
+    """Write the content of :func:`as_json` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -178,7 +177,7 @@ def _tasks_as_json(results: TaskResults) -> dict[str, Any]:
     return {
         "date": results.date,
         "seconds": round(results.seconds, 3),
-        "asked_for": list(selection.words),
+        "asked_for": list(selection.names),
         "limit": results.limit,
         "averages": {
             "all": results.average(),

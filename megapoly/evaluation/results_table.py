@@ -1,4 +1,4 @@
-"""Tables like the paper's, with its models beside this one."""
+"""Print tables like the paper's, with the paper's models next to this one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NONE = "-"
 
 
 def show_results(results: TaskResults, model: str, console: Console) -> None:
-    """Print the paper's tables that were asked for, then every task with its standard error.
+    """Print the requested tables of the paper, then every task with its standard error.
 
     Args:
         results: the results.
         model: name of this model's row.
-        console: where to.
+        console: console to print to.
     """
     for name in results.selection.tables:
         console.print(_paper_table(results, name, model))
@@ -28,7 +28,7 @@ def show_results(results: TaskResults, model: str, console: Console) -> None:
     console.print(_all_tasks(results, model))
     for warning in results.warnings:
         times = f" ({warning.count} times)" if warning.count > 1 else ""
-        _line(console, f"the harness warned: {warning.text}{times}")
+        _line(console, f"warning of the harness: {warning.text}{times}")
 
 
 def _line(console: Console, text: str) -> None:
@@ -41,7 +41,7 @@ def _paper_table(results: TaskResults, name: str, model: str) -> Table:
         title=f"Accuracy (%), as in the paper's Table {paper.number}",
         caption=_caption(results, name, paper),
         box=SIMPLE_HEAD,
-        padding=0,  # ten columns of figures beside the names, in a terminal of 80
+        padding=0,  # ten columns of figures and the names must fit 80 characters
         title_justify="left",
         caption_justify="left",
     )
@@ -64,13 +64,13 @@ def _caption(results: TaskResults, name: str, paper: PaperTable) -> str:
         lines.append(_limit_text(results))
     found = [result for task in GROUPS[name] if (result := results.find(task))]
     lines += [
-        f"{result.task.column}: {result.split} split, for want of the {result.task.split} split"
+        f"{result.task.column}: {result.split} split, without data of the {result.task.split} split"
         for result in found
         if result.split != result.task.split
     ]
     skipped = [each.task.column for each in results.skipped if each.task.name in GROUPS[name]]
     if skipped:
-        lines.append(f"no data, hence no average: {', '.join(skipped)}")
+        lines.append(f"no data, so no average: {', '.join(skipped)}")
     return escape("\n".join(lines))
 
 

@@ -1,7 +1,7 @@
-"""Exact match and F1 of short answers, for harness tasks that look for them in transformers.
+"""Exact match and F1 of short answers, for harness tasks that import them from transformers.
 
-Transformers 5 has no `transformers.data.metrics` any more, and the harness's CoQA imports it
-(lm-eval 0.4.13, lm_eval/tasks/coqa/utils.py).
+The harness's CoQA imports `transformers.data.metrics` (lm-eval 0.4.13,
+lm_eval/tasks/coqa/utils.py), which transformers 5 does not have.
 
 Source: the evaluation script of SQuAD 1.1 (Rajpurkar et al., 2016).
 """
@@ -23,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def compute_exact(a_gold: str, a_pred: str) -> int:
-    """Return 1 if two answers have the same words, case, punctuation and articles apart, else 0."""
+    """Return 1 if two answers are equal except for case, punctuation and articles, else 0."""
     return int(_words(a_gold) == _words(a_pred))
 
 
@@ -32,8 +32,8 @@ def compute_f1(a_gold: str, a_pred: str) -> float:
 
         f1 = 2 c / (g + p)
 
-    with c words in common, counted as often as both have them, of g and p words. If one has no
-    words, it is 1 if neither has any, else 0.
+    where c counts the common words with multiplicity, and g and p are the numbers of words. If an
+    answer has no words, the result is 1 if the other has none either, else 0.
     """
     gold, predicted = _words(a_gold), _words(a_pred)
     if not gold or not predicted:
@@ -43,7 +43,7 @@ def compute_f1(a_gold: str, a_pred: str) -> float:
 
 @contextmanager
 def squad_metrics_importable() -> Iterator[None]:
-    """Let ``transformers.data.metrics.squad_metrics`` be this module, where there is none."""
+    """Provide this module as ``transformers.data.metrics.squad_metrics`` if that is missing."""
     if importlib.util.find_spec(_PLACE) is not None:
         yield
         return

@@ -1,18 +1,18 @@
-"""The paper's benchmarks: which questions, how many examples before each, which metric.
+"""The paper's benchmarks: split, number of few-shot examples, and metric.
 
-The paper names the thirteen benchmarks and the LM Evaluation Harness (section 4.1) and no setting.
-What follows is therefore assumed:
+The paper names the thirteen benchmarks and the LM Evaluation Harness (section 4.1), but no
+settings. They are therefore assumptions:
 
 - Split. ARC in Table 1 is the test split, in Table 3 the validation split: 56.61 is 1345 of ARC-E's
   2376 test questions and no number of its 570 validation questions, 71.58 is 408 of 570 and no
-  number of 2376; 27.47 is 322 of 1172 and 37.12 is 111 of 299 in ARC-C. OpenBookQA, 500 questions
-  in either split, goes with ARC in Table 3. The others are the split that the harness takes.
-- Metric. `acc_norm`, which divides log-likelihoods by the length of the answer, where answers are
-  sentences of different lengths (ARC-C, HellaSwag, PIQA, OpenBookQA); `acc` where they are short
-  or where only the context differs. OLMo's evaluation chooses so, whose splits Table 3 has.
-- Few-shot. None, but for MMLU, whose usual five come from its `dev` split.
-- MMLU is the harness's `mmlu`, which asks for a letter. OLMoE's "MMLU Var", named in the paper's
-  Figure 4, has the model score the answers themselves: `mmlu_continuation` is nearer to it.
+  number of 2376; 27.47 is 322 of 1172 and 37.12 is 111 of 299 in ARC-C. OpenBookQA, with 500
+  questions in either split, follows ARC in Table 3. The others use the harness's split.
+- Metric. `acc_norm`, which divides log-likelihoods by the length of the answer, if answers are
+  sentences of different lengths (ARC-C, HellaSwag, PIQA, OpenBookQA); `acc` if they are short or
+  only the context differs. This is the choice of OLMo's evaluation, whose splits Table 3 uses.
+- Few-shot. None, except for MMLU, whose usual five examples come from its `dev` split.
+- MMLU is the harness's `mmlu`, whose answers are letters. OLMoE's "MMLU Var", named in the paper's
+  Figure 4, scores the texts of the answers; `mmlu_continuation` is closer to that.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ MMLU_TASKS = {"mmlu": "mmlu/default", "mmlu_continuation": "mmlu/continuation"}
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A benchmark as it is run here.
+    """A benchmark and its settings.
 
     Args:
-        name: what a user writes.
+        name: name on the command line.
         column: its column in the paper's tables.
         harness_task: its name in the harness.
-        metric: what a table shows; None for the first that the harness reports.
+        metric: metric in tables; None for the first that the harness reports.
         num_fewshot: answered examples before each question; None for the harness's number.
-        split: of the data; None for the harness's choice.
+        split: split of the data; None for the harness's choice.
     """
 
     name: str
@@ -50,15 +50,15 @@ class EvalTask:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be run.
+    """The requested tasks.
 
     Args:
-        words: as the user gave it.
-        tables: tables of the paper that were asked for as a whole.
+        names: names that the user gave.
+        tables: tables of the paper that were requested as a whole.
         tasks: every task once, in the order of the tables.
     """
 
-    words: tuple[str, ...]
+    names: tuple[str, ...]
     tables: tuple[str, ...]
     tasks: tuple[EvalTask, ...]
 
@@ -112,24 +112,24 @@ GROUPS = {
 }
 
 
-def select(words: Iterable[str]) -> Selection:
-    """Return the tasks that ``words`` name.
+def select(names: Iterable[str]) -> Selection:
+    """Return the tasks of a list of names.
 
     Args:
-        words: groups, tasks, or any task, group or tag of the harness.
+        names: groups, tasks, or any task, group or tag of the harness.
 
     Raises:
-        EvaluationError: no word.
+        EvaluationError: the list is empty.
     """
-    words = tuple(dict.fromkeys(words))
-    if not words:
+    names = tuple(dict.fromkeys(names))
+    if not names:
         raise EvaluationError(
             f"`--tasks` is empty; give groups ({', '.join(GROUPS)}) or tasks ({', '.join(TASKS)})"
         )
-    names = dict.fromkeys(name for word in words for name in GROUPS.get(word, (word,)))
-    tables = TABLES if "paper" in words else tuple(table for table in TABLES if table in words)
+    members = dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,)))
+    tables = TABLES if "paper" in names else tuple(table for table in TABLES if table in names)
     return Selection(
-        words, tables, tuple(TASKS.get(name) or EvalTask(name, name, name) for name in names)
+        names, tables, tuple(TASKS.get(name) or EvalTask(name, name, name) for name in members)
     )
 
 
@@ -139,6 +139,6 @@ def unknown_task(name: str, harness_names: Iterable[str]) -> EvaluationError:
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
     return EvaluationError(
-        f"`{name}` is no task of the LM Evaluation Harness and none of {', '.join(GROUPS)}, "
-        f"{', '.join(TASKS)}{hint}"
+        f"`{name}` is not valid; it must be a task of the LM Evaluation Harness or one of "
+        f"{', '.join(GROUPS)}, {', '.join(TASKS)}{hint}"
     )

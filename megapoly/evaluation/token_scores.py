@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from logits that are cut over ranks along the vocabulary."""
+"""Log-probabilities of tokens from logits that ranks split along the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 def token_scores(
     logits: Tensor, targets: Tensor, *, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and whether it is the likeliest of all tokens; collective.
+    """Return log-probabilities of targets, and which of them are the argmax; collective.
 
         log p(t) = z_t - m - log sum_v exp(z_v - m),    m = max_v z_v
 
-    Three reductions over the ranks, of one number a token each, whatever the size of the
-    vocabulary. Of several likeliest tokens the one with the smallest id counts, as in ``argmax``.
+    Takes three reductions over the ranks, each of one or two numbers per token. Of several equally
+    likely tokens the one with the smallest id counts, as in ``argmax``.
 
     Args:
-        logits: [n, columns of this rank], whose ranks hold equal parts in order; columns that stand
-            for no token are -inf.
-        targets: [n] token ids of the whole vocabulary.
+        logits: [n, columns of this rank]; ranks hold equal parts in order, and columns without a
+            token are -inf.
+        targets: [n] token ids in the full vocabulary.
         group: ranks that share the vocabulary.
 
     Returns:
-        [n] fp32 log-probabilities and [n] truth values, the same on every rank of ``group``.
+        [n] fp32 log-probabilities and [n] booleans, the same on every rank of ``group``.
     """
     logits = logits.float()
     width = logits.shape[-1]
@@ -33,7 +33,7 @@ def token_scores(
     highest = local_highest.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
 
-    # Of ranks without the highest logit a number above every id.
+    # Ranks without the highest logit contribute a number above every id.
     best = torch.where(local_highest == highest, local_best + first, width * group.size())
     dist.all_reduce(best, op=dist.ReduceOp.MIN, group=group)
 

@@ -1,6 +1,6 @@
 """LM Evaluation Harness on a model of transformers.
 
-Import it where it is used: it brings the harness and transformers, which take seconds.
+Import it only where it is used: it imports the harness and transformers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.bos_token import missing_bos_token
+from megapoly.evaluation.bos_token import bos_token_id
 
-# The texts, ids of the context, ids of the continuation: what the harness hands on.
+# The texts, ids of the context, ids of the continuation, as the harness passes them.
 Request = tuple[Any, list[int], list[int]]
 
 
 class TransformersLM(HFLM):
-    """The harness's view of a model in this process.
+    """Model of the harness in this process, computed by transformers.
 
-    Log-probabilities are computed in fp32 whatever the model's dtype: in bf16 they differ by as
-    much as close answers do.
+    Log-probabilities are computed in fp32 whatever the model's dtype, because rounding to bf16 is
+    as large as the difference between close answers.
 
     A model that was trained here reads text as :class:`megapoly.evaluation.engine_lm.EngineLM`
-    does: without special tokens, with their names as text, after the end-of-document token where
-    there is no context, and beyond its length where a continuation alone is longer. Of another
-    model the tokenizer decides, and longer continuations are refused, as its positions may end.
+    does: without special tokens, with their names as ordinary text, after the end-of-document token
+    if there is no context, and beyond its length if a continuation alone is longer. For other
+    models the tokenizer decides, and longer continuations are refused because their positions may
+    be limited.
 
     Args:
         model: a causal language model of transformers, on its device.
-        tokenizer: of the model; changed where the model was trained here.
-        batch_size: sequences at a time.
+        tokenizer: tokenizer of the model; changed if the model was trained here.
+        batch_size: sequences per forward pass.
         trained_here: see above.
         add_bos: put before every text what the tokenizer puts there.
 
@@ -42,21 +43,20 @@ class TransformersLM(HFLM):
         EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
     """
 
-    _max_length: int | None  # of the harness's class; None: as the model says
+    _max_length: int | None  # attribute of the harness's class; None: the model's
 
     def __init__(
         self, model: Any, tokenizer: Any, *, batch_size: int, trained_here: bool, add_bos: bool
     ) -> None:
-        beginning = tokenizer("", add_special_tokens=True)["input_ids"] if add_bos else []
-        if add_bos and not beginning:
-            raise missing_bos_token()
-        prefix = None
+        bos, prefix = None, None
+        if add_bos:
+            bos = bos_token_id(tokenizer("", add_special_tokens=True)["input_ids"])
         if trained_here:
             tokenizer.split_special_tokens = True
-            prefix = beginning[0] if add_bos else tokenizer.eos_token_id
+            prefix = tokenizer.eos_token_id if bos is None else bos
         logger = logging.getLogger(HFLM.__module__)
         level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns that a model which is given is not loaded
+        logger.setLevel(logging.ERROR)  # it warns if a model is passed instead of loaded
         try:
             super().__init__(
                 pretrained=model,
@@ -71,24 +71,24 @@ class TransformersLM(HFLM):
         self._trained_here = trained_here
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue texts.
+        """Generate continuations of texts.
 
         Raises:
-            EvaluationError: a task wants as many tokens as the model sees, or more.
+            EvaluationError: a task generates as many tokens as the model's context has, or more.
         """
         kwargs = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
         longest = max((each["max_gen_toks"] for each in kwargs), default=0)
         if longest >= self.max_length:
             raise EvaluationError(
-                f"a task generates {longest} tokens, which must be less than what the model sees "
-                f"at once ({self.max_length}); leave it out"
+                f"a task generates {longest} tokens, which must be less than the model's context "
+                f"({self.max_length}); leave it out"
             )
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score encoded requests; the harness's own asserts that no continuation is too long."""
+        """Score encoded requests, also those that are too long for the harness's own method."""
         allowed = self.max_length
         fits = [len(continuation) <= allowed for _, _, continuation in requests]
         answers = iter(
@@ -99,15 +99,15 @@ class TransformersLM(HFLM):
             )
         )
         return [
-            next(answers) if fit else self._beyond(request, *args, **kwargs)
+            next(answers) if fit else self._score_long(request, *args, **kwargs)
             for request, fit in zip(requests, fits, strict=True)
         ]
 
-    def _beyond(self, request: Request, *args: Any, **kwargs: Any) -> tuple[float, bool]:
+    def _score_long(self, request: Request, *args: Any, **kwargs: Any) -> tuple[float, bool]:
         length, allowed = len(request[2]), self._max_length
         if not self._trained_here:
             raise EvaluationError(
-                f"an answer of {length} tokens is longer than what the model sees at once "
+                f"an answer of {length} tokens is longer than the model's context "
                 f"({self.max_length}); leave the task out"
             )
         self._max_length = length

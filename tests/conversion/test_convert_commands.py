@@ -76,4 +76,4 @@ def test_options_of_an_activation_that_is_not_given(tmp_path, capsys):
     words = ["--model", str(tmp_path), "--output", str(tmp_path / "out")]
     assert import_.main([*words, "--ffn-hidden-size", "8", "--seed", "1"]) == 2
     message = capsys.readouterr().err
-    assert "--ffn-hidden-size, --seed: nothing reads this without --activation" in message
+    assert "--ffn-hidden-size, --seed: no effect without --activation" in message

@@ -250,10 +250,10 @@ def change_tensors(folder, change):
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor`: 0.5"),
-        ({"hidden_size": None, "vocab_size": "many"}, "numbers hidden_size, vocab_size"),
+        ({"hidden_size": None, "vocab_size": "many"}, "must set hidden_size, vocab_size to whole"),
         ({"hidden_act": "gelu_new"}, "`hidden_act`.*gelu_new"),
         ({"num_hidden_layers": 3}, "`model.layers.2.* is missing"),
-        ({"num_hidden_layers": 1}, "`model.layers.1.* is not known"),
+        ({"num_hidden_layers": 1}, "`model.layers.1.* is unknown"),
         ({"intermediate_size": 64}, r"is \(48, 60\), not \(48, 64\)"),
         ({"vocab_size": 4000}, r"is \(4099, 48\), not \(4000, 48\)"),
         ({"tie_word_embeddings": True}, "`lm_head.weight` is not `model.embed_tokens.weight`"),
@@ -268,7 +268,7 @@ def test_what_is_no_model_of_ours_is_refused(tmp_path, changes, match):
 def test_other_tensors_are_refused(tmp_path):
     folder = llama(tmp_path / "llama")
     change_tensors(folder, lambda found: found.update({"model.layers.0.mlp.bias": torch.ones(3)}))
-    refused(folder, tmp_path, "`model.layers.0.mlp.bias` is not known")
+    refused(folder, tmp_path, "`model.layers.0.mlp.bias` is unknown")
     change_tensors(folder, lambda found: found.pop("model.layers.0.mlp.bias"))
     # What old releases of transformers saved with a model is no weight.
     change_tensors(

@@ -208,18 +208,18 @@ def test_experts_that_the_text_leaves_out_are_compared():
     rows = torch.tensor([[[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.0, 0.2, 0.8]]])
     a, b = (recording(torch.zeros(1, 3, 2), probs) for _ in range(2))
     place = "model.layers.0.mlp"
-    a.every_expert[place] = torch.ones(1, 3, 2), rows
-    b.every_expert[place] = torch.ones(1, 3, 2), rows
+    a.probe_outputs[place] = torch.ones(1, 3, 2), rows
+    b.probe_outputs[place] = torch.ones(1, 3, 2), rows
     assert compared(a, b).passed
     assert experts_not_reached(a) == 0
     destroyed = torch.ones(1, 3, 2)
     destroyed[0, 2] = torch.nan
-    b.every_expert[place] = destroyed, rows
+    b.probe_outputs[place] = destroyed, rows
     result = compared(a, b)
     assert not result.passed
     assert result.first_difference == "model.layers.0.mlp.experts"
     assert result.to_dict()["module_differences"]["model.layers.0.mlp.experts"] is None
-    a.every_expert[place] = torch.ones(1, 3, 2), rows[:, :1].expand(1, 3, 3)
+    a.probe_outputs[place] = torch.ones(1, 3, 2), rows[:, :1].expand(1, 3, 3)
     assert experts_not_reached(a) == 1
 
 

@@ -76,9 +76,7 @@ def test_options_go_before_the_checkpoint(
 def test_wrong_options_are_reported_together(checkpoint: Path) -> None:
     words = ["--optimizer.lr", "1", "--parallel.tensor_model_parallel_size", "3"]
     unread, *broken = problems(checkpoint, *words)
-    assert unread == (
-        "`optimizer.lr`: nothing reads this when a checkpoint is evaluated; leave it out"
-    )
+    assert unread == ("`optimizer.lr` has no effect when a checkpoint is evaluated; leave it out")
     assert any("`parallel.tensor_model_parallel_size`" in problem for problem in broken)
     (unknown,) = problems(checkpoint, "--training.eval_iter", "3")
     assert "the nearest is `training.eval_iters`" in unknown
@@ -92,7 +90,7 @@ def test_validation_sets_must_be_there_where_they_are_read(
     (missing,) = problems(checkpoint, needs_validation=True)
     assert "`data.validation` `wiki`" in missing and "gone/wiki.bin" in missing
     (unread,) = problems(checkpoint, "--data.validation", "null")
-    assert "without perplexity" in unread
+    assert "without `--perplexity`" in unread
     saved.data.validation = None
     (checkpoint / "config.yaml").write_text(to_yaml(saved))
     (none,) = problems(checkpoint, needs_validation=True)

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def test_evaluate(export, task_data, tmp_path, capsys):
     out = tmp_path / "out.json"
     words = ["--model", export, "--tasks", "piqa,copa", "arc_easy", "--task-data", task_data]
-    words += ["--limit", "1", "--json", out, "--dtype", "bfloat16", "--batch-size", "3"]
+    words += ["--limit", "1", "--output", out, "--dtype", "bfloat16", "--batch-size", "3"]
     assert evaluate.main(list(map(str, words))) == 0
     printed = capsys.readouterr()
     lines = [" ".join(line.split()) for line in printed.out.splitlines()]
@@ -51,12 +51,12 @@ def test_evaluate(export, task_data, tmp_path, capsys):
 def test_evaluate_says_why_not(export, task_data, tmp_path, capsys):
     words = ["--tasks", "piqa", "--task-data", str(task_data)]
     assert evaluate.main(["--model", str(tmp_path), *words]) == 2
-    assert "is no model: a folder in Hugging Face's format has a" in capsys.readouterr().err
+    assert "is not a model. Give a checkpoint (a complete `iter_*`" in capsys.readouterr().err
     words = ["--model", str(export), "--tasks", "piqa", "--task-data", str(tmp_path)]
     assert evaluate.main(words) == 2
     assert f"  piqa: {QUESTION_FILES['piqa'].file}\n" in capsys.readouterr().err
-    assert evaluate.main([*words, "--json", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"`--json` ({tmp_path}) cannot be written: Is a directory\n"
+    assert evaluate.main([*words, "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"`--output` ({tmp_path}) cannot be written: Is a directory\n"
 
 
 def words_of(*words):
@@ -71,8 +71,8 @@ def test_a_checkpoint_by_one_process_and_by_two(trained, task_data, texts, tmp_p
     words += words_of("--task-data", task_data, "--num-fewshot", 1)
     words += words_of("--data.validation", f"{{mine: {{path: {texts}/a, weight: 2}}}}")
     files = [tmp_path / "results" / f"{num_ranks}.json" for num_ranks in (1, 2)]
-    (one,) = run_on_ranks(evaluate_command, 1, [*words, "--json", str(files[0])])
-    words += words_of("--parallel.tensor_model_parallel_size", 2, "--json", files[1])
+    (one,) = run_on_ranks(evaluate_command, 1, [*words, "--output", str(files[0])])
+    words += words_of("--parallel.tensor_model_parallel_size", 2, "--output", files[1])
     first, second = run_on_ranks(evaluate_command, 2, words)
     assert one[0] == first[0] == second[0] == 0
     assert second[1:] == ("", "") and one[1].startswith(f"{checkpoint}: samples of 32 tokens")
@@ -99,13 +99,13 @@ def test_several_processes_say_why_not(trained, task_data, tmp_path):
     """What one rank alone finds ends all; text to generate is refused before anything is scored."""
     words = words_of("--model", trained("dense")[0], "--tasks", "piqa,coqa")
     words += words_of("--task-data", task_data)
-    first, second = run_on_ranks(evaluate_command, 2, [*words, "--json", str(tmp_path)])
+    first, second = run_on_ranks(evaluate_command, 2, [*words, "--output", str(tmp_path)])
     assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
-    assert first[1:] == ("", f"`--json` ({tmp_path}) cannot be written: Is a directory\n")
+    assert first[1:] == ("", f"`--output` ({tmp_path}) cannot be written: Is a directory\n")
     first, second = run_on_ranks(evaluate_command, 2, words)
     assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
-    assert "text is to be generated for coqa: " in first[2] and first[1] == ""
-    assert "by one process" in first[2] and "answers scored" not in first[2]
+    assert "coqa needs generated text: " in first[2] and first[1] == ""
+    assert "with one process" in first[2] and "answers scored" not in first[2]
 
 
 def test_a_checkpoint_generates_as_its_folder_does(export, task_data, tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_a_checkpoint_generates_as_its_folder_does(export, task_data, tmp_path, 
     for i, model in enumerate((export, tmp_path / "imported")):
         file = tmp_path / f"{i}.json"
         words = words_of("--model", model, "--tasks", "coqa", "piqa", "--task-data", task_data)
-        assert evaluate.main([*words, "--json", str(file)]) == 0
+        assert evaluate.main([*words, "--output", str(file)]) == 0
         tasks.append(json.loads(file.read_text())["tasks"])
     assert tasks[0] == tasks[1] and tasks[0]["coqa"]["metric"] == "f1"
 
@@ -127,26 +127,26 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
 @pytest.mark.parametrize(
     ("model", "words", "messages"),
     [
-        ("export", ["--perplexity"], ["megapoly import makes a checkpoint of it"]),
+        ("export", ["--perplexity"], ["`megapoly import` converts it to a checkpoint"]),
         ("export", ["--tasks", "piqa", "--model.num_layers", "2"], ["unknown option: --model.num"]),
-        ("export", [], ["nothing is asked for; give `--tasks NAME ...`, `--perplexity` or both"]),
+        ("export", [], ["nothing to evaluate: give `--tasks NAME ...`, `--perplexity` or both"]),
         ("run", ["--perplexity", *NEEDS_TASKS],
-         [f"`{word}`: nothing reads this without" for word in NEEDS_TASKS if word[0] == "-"]),
+         [f"`{word}` has no effect without" for word in NEEDS_TASKS if word[0] == "-"]),
         ("run", ["--tasks", "piqa", "--parallel.tensor_model_parallel_size", "2"],
-         ["--parallel.tensor_model_parallel_size 2: nothing reads this where one process"]),
+         ["--parallel.tensor_model_parallel_size 2 has no effect on tasks in one process"]),
         ("run", ["--tasks", "piqa", "--perplexity", "--training.seq_length=16"],
-         ["`--training.seq_length` would change perplexity and not the tasks"]),
+         ["`--training.seq_length` would change perplexity but not the tasks"]),
         ("run", ["--perplexity", "--dtype", "float16", "--device", "cuda:1"],
          ["`--dtype float16`: the engine computes in", "`--device cuda:1`: the engine takes cpu"]),
-        ("run", ["--perplexity", "--training.device", "cpu"], ["give `--device`, which is for"]),
+        ("run", ["--perplexity", "--training.device", "cpu"], ["use `--device`, which applies to"]),
         ("run", ["--perplexity", "--model.hidden_size", "32", "--optimizer.lr", "1"],
-         ["`model.hidden_size`: nothing reads this", "`optimizer.lr`: nothing reads this"]),
+         ["`model.hidden_size` has no effect", "`optimizer.lr` has no effect"]),
         ("run", ["--tasks", "piqa", "--limit", "0"], ["`--limit` (0) must be at least 1"]),
         ("run", ["--tasks", "piqa", "--num-fewshot", "-1"], ["must not be negative"]),
         ("run", ["--tasks", "piqa", "--batch-size", "0"], ["`--batch-size` (0) must be at least"]),
     ],
 )  # fmt: skip
-def test_what_nothing_reads_is_refused(trained, export, capsys, model, words, messages):
+def test_options_without_effect_are_refused(trained, export, capsys, model, words, messages):
     path = export if model == "export" else trained("dense")[0].parents[1]
     assert evaluate.main(["--model", str(path), *words]) == 2
     printed = capsys.readouterr()
@@ -156,7 +156,7 @@ def test_what_nothing_reads_is_refused(trained, export, capsys, model, words, me
 def test_several_processes_share_no_folder(export, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
-    assert "2 processes can share a checkpoint, and" in capsys.readouterr().err
+    assert "2 processes can share a checkpoint, but" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(export), "--tasks", "piqa", "--limits", "2"])
     assert "unknown option --limits (the nearest is --limit)" in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_dtype_and_device_are_for_perplexity_too(trained, tmp_path, capsys):
     losses = []
     for dtype in ("float32", "bfloat16"):
         file = tmp_path / "out.json"
-        words = words_of("--model", trained("dense")[0], "--perplexity", "--json", file)
+        words = words_of("--model", trained("dense")[0], "--perplexity", "--output", file)
         ((status, *_),) = run_on_ranks(evaluate_command, 1, [*words, "--dtype", dtype])
         content = json.loads(file.read_text())
         assert status == 0 and content["model"]["dtype"] == dtype and "tasks" not in content
@@ -191,11 +191,11 @@ def test_documented_commands(text):
     assert len(lines) == text.count("megapoly evaluate --model") >= 4
     for line in lines:
         start, _, words = line.partition("megapoly evaluate ")
-        asked = evaluate._parse(shlex.split(words), silent=False)
-        checkpoint = None if asked.model == Path("exported") else asked.model
-        assert not list(find_problems(asked, checkpoint, 2 if "torchrun" in start else 1))
-        assert set(asked.tasks) <= {*GROUPS, *TASKS}
-        options = {word[2:] for word in asked.words if word.startswith("--")}
+        request = evaluate._parse(shlex.split(words), silent=False)
+        checkpoint = None if request.model == Path("exported") else request.model
+        assert not list(find_problems(request, checkpoint, 2 if "torchrun" in start else 1))
+        assert set(request.tasks) <= {*GROUPS, *TASKS}
+        options = {word[2:] for word in request.overrides if word.startswith("--")}
         assert options <= set(EVALUATION_OPTIONS)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import SEEDS, evaluate_tasks
-from megapoly.evaluation.harness_results import collect
+from megapoly.evaluation.harness_results import collect_results
 from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.local_tasks import QUESTION_FILES
 from megapoly.evaluation.tasks import EvalTask, select
@@ -175,7 +175,7 @@ def test_missing_files(task_data, tmp_path):
     assert lines[1] == "  coqa: coqa__none__validation.jsonl"
     assert lines[2].startswith("  mmlu: hails__mmlu_no_train__abstract_algebra__test.jsonl, ")
     assert lines[2].endswith(" and 111 more")  # 57 subjects, two files each, less three
-    assert lines[3] == "  lambada_openai: no form of `lambada_openai` for a folder"
+    assert lines[3] == "  lambada_openai: `lambada_openai` cannot be read from a folder"
     results = evaluate_tasks(ShortAnswers(), selection, task_data=tmp_path, skip_missing=True)
     assert [result.task.name for result in results.tasks] == ["piqa", "copa"]
     assert [skipped.task.name for skipped in results.skipped] == ["coqa", "mmlu", "lambada_openai"]
@@ -196,14 +196,14 @@ def test_numbers_out_of_range(task_data, options, message):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(EvaluationError, match="is no folder"):
+    with pytest.raises(EvaluationError, match="is not a folder"):
         evaluate_tasks(ShortAnswers(), select(["piqa"]), task_data=tmp_path / "none")
 
 
 def test_damaged_file(task_data, tmp_path):
     file = QUESTION_FILES["piqa"].file
     (tmp_path / file).write_text((task_data / file).read_text() + "{")
-    with pytest.raises(EvaluationError, match="line 3 of .*piqa.* is no JSON object"):
+    with pytest.raises(EvaluationError, match="line 3 of .*piqa.* is not a JSON object"):
         evaluate_tasks(ShortAnswers(), select(["piqa"]), task_data=tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_tasks_of_the_harness(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(EvaluationError, match="`hellaswog` is no task .* nearest are hellaswag"):
+    with pytest.raises(EvaluationError, match="`hellaswog` is not valid; .* nearest are hellaswag"):
         evaluate_tasks(ShortAnswers(), select(["hellaswog"]))
     with pytest.raises(EvaluationError, match="data of `piqa` cannot .*`--task-data`"):
         evaluate_tasks(ShortAnswers(), select(["piqa"]))
@@ -240,7 +240,7 @@ def test_a_tag_of_the_harness_gives_a_result_for_each_task(task_data, tmp_path):
     raw = lm_eval.simple_evaluate(
         ShortAnswers(), tasks=["drying"], task_manager=manager, log_samples=False
     )
-    results = list(collect(raw, EvalTask("drying", "drying", "drying"), members))
+    results = list(collect_results(raw, EvalTask("drying", "drying", "drying"), members))
     assert [result.task.name for result in results] == ["dry_1", "dry_2"]
     assert [result.num_fewshot for result in results] == [0, 1]
     # The metric is the first that the harness reports; one of two shortest answers is right.

@@ -139,12 +139,12 @@ def test_examples_never_hold_the_question(task_data):
 def test_a_field_is_missing(task_data, tmp_path):
     file = QUESTION_FILES["piqa"].file
     (tmp_path / file).write_text('{"goal": "Dry a shirt", "sol1": "Hang it up.", "label": 0}\n')
-    with pytest.raises(EvaluationError, match=rf"line 1 of `.*{file}` lacks sol2; each must have"):
+    with pytest.raises(EvaluationError, match=rf"line 1 of `.*{file}` lacks sol2; each line must"):
         missing_files(TASKS["piqa"], tmp_path)
     whole = '{"goal": "Dry a shirt", "sol1": "Hang it.", "sol2": "Eat it.", "label": 0}\n'
     (tmp_path / file).write_text(2 * whole + whole.replace('"Eat it."', "null"))
     with pytest.raises(EvaluationError, match=rf"line 3 of `.*{file}` lacks sol2"):
         missing_files(TASKS["piqa"], tmp_path)
     (tmp_path / file).write_text("\n")
-    with pytest.raises(EvaluationError, match="is no JSON object"):
+    with pytest.raises(EvaluationError, match="is not a JSON object"):
         missing_files(TASKS["piqa"], tmp_path)

@@ -1,1 +1,1 @@
-"""What an exported folder holds beside its weights: a model in torch and transformers alone."""
+"""Code that is copied into an exported folder; it needs only torch and transformers."""

@@ -3,33 +3,33 @@
 import transformers
 from transformers import PretrainedConfig
 
-# Releases of transformers call the same two ways of cutting a linear map differently: outputs are
-# computed in parts and gathered; inputs are whole, and each rank uses its part.
+# Names of two ways of splitting a linear layer, which depend on the release of transformers:
+# outputs are computed in parts and gathered; inputs are complete and each rank uses its part.
 _GATHER, _SPLIT = (
     ("colwise_rep", "rowwise_rep")
     if transformers.__version__.startswith("4.")
     else ("colwise_gather_output", "rowwise_split_input")
 )
 
-# Activations of one half of a twice as wide FFN, which multiply the other half.
+# Activations applied to a gate projection and multiplied by the up projection.
 GATED = ("swiglu", "geglu", "gated_polynorm")
 
 
 class MegapolyConfig(PretrainedConfig):
-    """A decoder with rotary positions, RMSNorm and a learnable activation in its FFN.
+    """Configuration of a decoder with rotary positions, RMSNorm and learnable activations.
 
     Args:
-        vocab_size: token ids.
+        vocab_size: number of token ids.
         hidden_size: width of the residual stream.
-        intermediate_size: width of the FFN, or of one expert, as its activation sees it.
-        num_hidden_layers: layers.
-        num_attention_heads: query heads.
-        num_key_value_heads: key/value heads; None: as many as query heads.
+        intermediate_size: width of the FFN or of one expert, at its activation.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads; None: the number of query heads.
         head_dim: width of a head; None: ``hidden_size / num_attention_heads``.
         hidden_act: ``polynorm``, ``polyrelunorm``, ``gated_polynorm``, ``polyrelu``, ``polyprelu``,
             ``swiglu``, ``geglu``, ``gelu``, ``silu``, ``relu`` or ``squared_relu``.
         activation_order: highest power of a polynomial activation.
-        activation_norm: what divides a power in the PolyNorm family: ``rms`` or ``l2``.
+        activation_norm: norm that divides a power in the PolyNorm family: ``rms`` or ``l2``.
         activation_eps: added to the mean square (``l2``: to the sum of squares).
         activation_coefficients: ``shared`` by all experts of a layer, or ``per_expert``.
         rms_norm_eps: epsilon of every RMSNorm.
@@ -37,17 +37,17 @@ class MegapolyConfig(PretrainedConfig):
             projection.
         rope_theta: base of the rotary frequencies.
         max_position_embeddings: length of the sequences that the model was trained on.
-        tie_word_embeddings: one matrix for input and output embeddings.
-        num_experts: experts of a layer; None: a dense model.
-        num_experts_per_tok: experts that a token goes to.
+        tie_word_embeddings: share one matrix between input and output embeddings.
+        num_experts: number of experts per layer; None: a dense model.
+        num_experts_per_tok: number of experts per token.
         norm_topk_prob: divide the probabilities of the chosen experts by their sum.
-        shared_expert_intermediate_size: width of an expert for every token; None: there is none.
+        shared_expert_intermediate_size: width of the expert that every token uses; None: none.
         output_router_logits: return router logits, and add the load-balancing loss to a loss.
         router_aux_loss_coef: weight of that loss.
-        attention_dropout: in training.
+        attention_dropout: dropout of attention probabilities in training.
         initializer_range: standard deviation of initial weights.
         use_cache: keep keys and values while generating.
-        **kwargs: of ``PretrainedConfig``.
+        **kwargs: arguments of ``PretrainedConfig``.
     """
 
     model_type = "megapoly"
@@ -112,16 +112,16 @@ class MegapolyConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def to_dict(self):
-        """The plan follows from the other fields and the release of transformers: not written."""
+        """Leave out the plan, which follows from other fields and the release of transformers."""
         return {k: v for k, v in super().to_dict().items() if k != "base_model_tp_plan"}
 
 
 def tensor_parallel_plan(config):
-    """How ``tp_plan="auto"`` cuts the model, such that every rank computes what one would.
+    """Return how ``tp_plan="auto"`` splits the model so that results are those of one rank.
 
-    A norm needs the whole row: over a rank's own columns PolyNorm, or an RMSNorm of all heads,
-    would be another function. So FFN outputs are gathered before the activation, and with
-    ``qk_norm="full"`` those of the attention's projections before the norm.
+    A norm needs the whole row: PolyNorm, or an RMSNorm over all heads, would be another function
+    over a rank's own columns. So FFN projections are gathered before the activation, and with
+    ``qk_norm="full"`` attention projections are gathered before the norm.
     """
     columns, rows = (_GATHER, _SPLIT) if config.qk_norm == "full" else ("colwise", "rowwise")
     plan = {f"layers.*.self_attn.{name}_proj": columns for name in "qkv"}

@@ -1,4 +1,4 @@
-"""A PolyCom language model for Hugging Face transformers: torch and transformers alone.
+"""A PolyCom language model for Hugging Face transformers; needs only torch and transformers.
 
 Pre-norm decoder with rotary positions; the FFN's activation is a learnable polynomial:
 
@@ -34,7 +34,7 @@ _POINTWISE = {
 }
 _NORMALIZED = ("polynorm", "polyrelunorm", "gated_polynorm")
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-# transformers 5.24 renamed it, in arguments and outputs.
+# Renamed in transformers 5.24, in arguments and outputs.
 _CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
 
 
@@ -47,7 +47,7 @@ class MegapolyRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """[.., size] -> [.., size]; the mean is fp32."""
+        """Normalize [.., size]; the mean is computed in fp32."""
         wide = x.float()
         normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normalized.to(x.dtype)
@@ -66,7 +66,7 @@ class MegapolyActivation(nn.Module):
             self.slope = nn.Parameter(torch.full((1,), 0.25))
 
     def forward(self, x):
-        """[.., d] -> [.., d]; computed in fp32."""
+        """Apply the activation to [.., d]; computed in fp32."""
         wide, coefficients = x.float(), self.weight.float().flip(0)
         if self.name in ("polyrelu", "polyrelunorm"):
             wide = F.relu(wide)
@@ -79,11 +79,11 @@ class MegapolyActivation(nn.Module):
         return y.to(x.dtype)
 
     def _powers(self, x):
-        """x, x^2, .., x^r."""
+        """Yield x, x^2, .., x^r."""
         return (x**k for k in range(1, self.order + 1))
 
     def _normalized_powers(self, x):
-        """n(x), n(x^2), .., n(x^r), in z = x / m: x^2r of a large x would overflow."""
+        """Yield n(x), .., n(x^r), computed from z = x / m because x^2r could overflow."""
         scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
         z = x / scale
         for k in range(1, self.order + 1):
@@ -110,18 +110,18 @@ class MegapolyMLP(nn.Module):
             self.act_fn = MegapolyActivation(config)
 
     def forward(self, x):
-        """[.., h] -> [.., h]."""
+        """Apply the FFN to [.., h]."""
         return feed_forward(self, _POINTWISE.get(self.hidden_act) or self.act_fn, x)
 
 
 def feed_forward(mlp, act_fn, x, probs=None):
-    """A dense FFN or an expert: [.., h] -> [.., h].
+    """Apply a dense FFN or an expert: [.., h] -> [.., h].
 
     Args:
-        mlp: its linear maps.
-        act_fn: its activation, which the experts of a layer may share.
+        mlp: module with the linear layers.
+        act_fn: activation, which the experts of a layer may share.
         x: [.., h].
-        probs: [..] router probabilities, multiplied in behind the activation.
+        probs: [..] router probabilities, multiplied in after the activation.
     """
     up = mlp.up_proj(x)
     y = act_fn(mlp.gate_proj(x)) * up if mlp.hidden_act in GATED else act_fn(up)
@@ -131,18 +131,18 @@ def feed_forward(mlp, act_fn, x, probs=None):
 
 
 class MegapolyRouter(nn.Linear):
-    """Logits of all experts, in fp32."""
+    """Router: logits of all experts, in fp32."""
 
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts, bias=False)
 
     def forward(self, x):
-        """[tokens, h] -> [tokens, experts], fp32."""
+        """Return the logits [tokens, experts] in fp32 for [tokens, h]."""
         return F.linear(x.float(), self.weight.float())
 
 
 class MegapolySparseMLP(nn.Module):
-    """The experts of a layer: each token's output is the sum of its experts', by probability."""
+    """Experts of a layer; a token's output is the sum of its experts', weighted by probability."""
 
     def __init__(self, config):
         super().__init__()
@@ -161,7 +161,7 @@ class MegapolySparseMLP(nn.Module):
             self.shared_expert = MegapolyMLP(config, config.shared_expert_intermediate_size)
 
     def forward(self, hidden_states):
-        """[b, s, h] -> [b, s, h] and router logits [b s, experts]."""
+        """Return output [b, s, h] and router logits [b s, experts] for [b, s, h]."""
         x = hidden_states.flatten(0, -2)
         router_logits = self.gate(x)
         probs, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)  # [tokens, k]
@@ -181,7 +181,7 @@ class MegapolySparseMLP(nn.Module):
 
 
 class MegapolyRotaryEmbedding(nn.Module):
-    """cos and sin of position times frequency, for pairs (j, j + d / 2) of a head."""
+    """Cosine and sine of position times frequency, for pairs (j, j + d / 2) of a head."""
 
     def __init__(self, config):
         super().__init__()
@@ -189,14 +189,14 @@ class MegapolyRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x, position_ids):
-        """Positions [b, s] -> cos and sin [b, 1, s, d], in the dtype of ``x``."""
+        """Return cos and sin [b, 1, s, d] of positions [b, s], in the dtype of ``x``."""
         angles = position_ids[:, None, :, None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def rotary_frequencies(config, device=None):
-    """theta^(-2 j / d) for j = 0 .. d / 2 - 1, fp32."""
+    """Return theta^(-2 j / d) for j = 0 .. d / 2 - 1, in fp32."""
     steps = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device)
     return 1.0 / config.rope_theta ** (steps / config.head_dim)
 
@@ -210,7 +210,7 @@ def rotate(x, cos, sin):
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
 ):
-    """softmax(q k^T scaling + mask) v, with the probabilities; [b, heads, s, d] -> [b, s, ..]."""
+    """Return softmax(q k^T scaling + mask) v as [b, s, heads, d], and the probabilities."""
     key, value = (t.repeat_interleave(module.num_key_value_groups, dim=1) for t in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -249,7 +249,7 @@ class MegapolyAttention(nn.Module):
         cache=None,
         **kwargs,
     ):
-        """[b, s, h] -> [b, s, h] and attention probabilities where they exist."""
+        """Return output [b, s, h] and attention probabilities, None if not computed."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
         if self.qk_norm == "full":
@@ -293,7 +293,7 @@ class MegapolyDecoderLayer(GradientCheckpointingLayer):
             self.mlp = MegapolyMLP(config, config.intermediate_size)
 
     def forward(self, hidden_states, **kwargs):
-        """[b, s, h] -> [b, s, h], attention probabilities, router logits (None if dense)."""
+        """Return output [b, s, h], attention probabilities, router logits (None if dense)."""
         attended, probs = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         output, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
@@ -303,7 +303,7 @@ class MegapolyDecoderLayer(GradientCheckpointingLayer):
 
 
 class MegapolyPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of the model."""
+    """Base class with the properties that transformers reads."""
 
     config_class = MegapolyConfig
     base_model_prefix = "model"
@@ -316,7 +316,7 @@ class MegapolyPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Normal matrices, norms of one; the activation's and rotary constants as constructed."""
+        """Draw matrices from a normal distribution; set norms, coefficients and frequencies."""
         config = self.config
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=config.initializer_range)
@@ -328,12 +328,12 @@ class MegapolyPreTrainedModel(PreTrainedModel):
             if config.hidden_act == "polyprelu":
                 nn.init.constant_(module.slope, 0.25)
         elif isinstance(module, MegapolyRotaryEmbedding):
-            # Not in a checkpoint: models are constructed without memory and filled from one.
+            # Not in a checkpoint; models are constructed without memory and filled from one.
             module.inv_freq.copy_(rotary_frequencies(config, module.inv_freq.device))
 
 
 class MegapolyModel(MegapolyPreTrainedModel):
-    """Token ids to the hidden states behind the last norm."""
+    """Decoder from token ids to the hidden states after the last norm."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -361,9 +361,9 @@ class MegapolyModel(MegapolyPreTrainedModel):
         cache=None,
         **kwargs,
     ):
-        """Ids or embeddings to hidden states; arguments as of transformers' decoders."""
+        """Return hidden states; arguments as for transformers' decoders."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give one of `input_ids` and `inputs_embeds`, not both or neither")
+            raise ValueError("give either `input_ids` or `inputs_embeds`")
         config = self.config
         cache = past_key_values if cache is None else cache
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -394,7 +394,7 @@ class MegapolyModel(MegapolyPreTrainedModel):
             output_hidden_states = config.output_hidden_states
         if output_attentions and config._attn_implementation != "eager":
             raise ValueError(
-                "attention probabilities exist with `attn_implementation='eager'` only, not with "
+                "attention probabilities need `attn_implementation='eager'`; it is "
                 f"{config._attn_implementation}"
             )
         arguments = {
@@ -421,12 +421,12 @@ class MegapolyModel(MegapolyPreTrainedModel):
 
 
 def _causal_mask(**arguments):
-    """The mask of transformers, whose arguments differ between releases."""
+    """Make transformers' causal mask; its arguments differ between releases."""
     return create_causal_mask(**{k: v for k, v in arguments.items() if k in _MASK_ARGUMENTS})
 
 
 class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
-    """Token ids to logits of the next token, and the loss of labels."""
+    """Language model: logits of the next token, and the loss of labels."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = OUTPUT_TENSOR_PARALLEL_PLAN
@@ -438,7 +438,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self):
-        """[vocab, h]."""
+        """Return the input embedding [vocab, h]."""
         return self.model.embed_tokens
 
     def set_input_embeddings(self, value):
@@ -446,7 +446,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self):
-        """[vocab, h]."""
+        """Return the output layer [vocab, h]."""
         return self.lm_head
 
     def set_output_embeddings(self, value):
@@ -471,24 +471,24 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits [b, s, vocab] of the next token.
+        """Return logits [b, s, vocab] of the next token.
 
         Args:
             input_ids: [b, s].
-            attention_mask: [b, s], 0 where there is padding.
-            position_ids: [b, s] or [1, s]; None: counted on from the cache.
-            past_key_values: cache of keys and values; of transformers from 5.24 on, ``cache``.
+            attention_mask: [b, s], 0 at padding.
+            position_ids: [b, s] or [1, s]; None: counted from the end of the cache.
+            past_key_values: cache of keys and values; ``cache`` in transformers 5.24 and later.
             inputs_embeds: [b, s, h] instead of ``input_ids``.
-            labels: [b, s], shifted here; -100 does not count.
+            labels: [b, s], shifted here; -100 is ignored.
             use_cache: overrides the configuration's.
             output_attentions: return attention probabilities (``eager`` attention only).
             output_hidden_states: return the residual stream before every layer, and the last.
             output_router_logits: return router logits; with labels, add the load-balancing loss.
                 Overrides the configuration's.
-            cache_position: [s] places in the cache.
+            cache_position: [s] positions in the cache.
             cache: see ``past_key_values``.
-            logits_to_keep: only for so many last places (0: all), or for these indices.
-            **kwargs: of attention and loss.
+            logits_to_keep: number of last positions to return (0: all), or their indices.
+            **kwargs: arguments of attention and loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -530,12 +530,14 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
 
 
 def load_balancing_loss(router_logits, config, attention_mask=None):
-    """Mean over layers of E / k * sum_e (tokens of expert e / all) (mean probability of e).
+    """Return the load-balancing loss, the mean over layers of E / k * sum_e f_e p_e.
+
+    Here f_e is the share of tokens that choose expert e, and p_e its mean probability.
 
     Args:
         router_logits: [b s, E] of each layer.
-        config: of the model.
-        attention_mask: [b, s], tokens that count; None, or a mask of another form: all.
+        config: configuration of the model.
+        attention_mask: [b, s], tokens that count; None, or a mask of another shape: all.
     """
     losses = []
     for logits in router_logits:
