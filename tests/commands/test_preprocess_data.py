@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.commands import prepare_domains, preprocess
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.manifest import read_manifest
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
@@ -238,9 +239,31 @@ def test_a_missing_package_is_named(corpus, tmp_path):
     (tmp_path / "orjson.py").write_text("raise ImportError\n")
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    status, _, errors = run(command(corpus, tmp_path / "out"), env=environment)
-    assert status == 2
-    assert errors == "The preprocessor needs the package orjson: pip install 'megapoly[data]'.\n"
+    domains = [sys.executable, str(TOOL.with_name("prepare_domains.py")), "--output", str(tmp_path)]
+    for args in (command(corpus, tmp_path / "out"), domains):
+        status, _, errors = run(args, env=environment)
+        assert status == 2
+        assert errors == (
+            "The preprocessor needs the package orjson: pip install 'megapoly[data]'.\n"
+        )
+
+
+def test_libraries_start_no_threads_so_that_workers_can_be_forked(corpus, tmp_path):
+    """Also where the environment does not limit them; the commands themselves import no library."""
+    code = f"""
+import sys
+from megapoly.commands import prepare_domains, preprocess
+print([name for name in ("numpy", "tokenizers", "pyarrow") if name in sys.modules])
+preprocess.main({command(corpus, tmp_path / "out", "--workers", "1")[2:]})
+from megapoly.data.preprocess.pool import _start_method
+print(_start_method())
+"""
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    status, output, errors = run([sys.executable, "-c", code], env=environment)
+    assert status == 0, errors
+    lines = output.splitlines()
+    assert lines[0] == "[]" and lines[-1] == "fork"
 
 
 def readme_commands(path: str) -> list[list[str]]:
@@ -279,3 +302,37 @@ def test_help_names_every_option():
     assert status == 0
     for word in ("verify PREFIX", "merge PREFIX", "--on-bad-line", "--dry-run", "--workers"):
         assert word in output
+
+
+NEAR_MISSES = {
+    "verify": ("prefix --vocab-sise 3", "--vocab-sise (the nearest is --vocab-size)"),
+    "merge": ("a b --output-prefix c --overwite", "--overwite (the nearest is --overwrite)"),
+    "inspect": ("prefix --max_token 3", "--max_token (the nearest is --max-tokens)"),
+    "stats": ("prefix --jsno file", "--jsno (the nearest is --json)"),
+    "": ("--input a --output-prefix b --apend-eod", "--apend-eod (the nearest is --append-eod)"),
+    "domains": ("--output a --vocabsize 300", "--vocabsize (the nearest is --vocab-size)"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_misspelt_flag_names_the_nearest_of_its_command(capsys, name):
+    if name in preprocess.SUBCOMMANDS:
+        parser = preprocess.subcommand_parser(name)
+    else:
+        parser = (prepare_domains if name else preprocess).build_parser()
+    args, message = NEAR_MISSES[name]
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(args.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_misspelt_subcommand_names_the_nearest():
+    status, _, errors = run([sys.executable, str(TOOL), "verfy", "prefix"])
+    assert status == 2 and "`verfy` is not a sub-command; the nearest is `verify`" in errors
+
+
+@pytest.mark.parametrize("name", preprocess.SUBCOMMANDS)
+def test_help_of_a_subcommand_shows_an_example_and_describes_every_option(name):
+    parser = preprocess.subcommand_parser(name)
+    assert f"\n    megapoly preprocess {name} " in parser.format_help()
+    assert all(action.help for action in parser._actions)
