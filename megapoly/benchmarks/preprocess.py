@@ -2,15 +2,16 @@
 
     megapoly benchmark preprocess --input corpora/*.jsonl --tokenizer olmo llama2
 
-For each tokenizer, in turns: `usual`, the loop of one document at a time over `json.loads` and
-`tokenizers.Tokenizer.encode` that the field's tools run in each worker, as one process; and
-megapoly preprocess with each of `--workers`, as its users start it. CPU time is of all
-processes from their start to their end, imports and loading included. Both must write the same
-bytes. `--copies` reads the input several times, which shows the speed without the start.
+Speed, for each tokenizer in turns: `usual`, the loop over `json.loads` and
+`tokenizers.Tokenizer.encode`, one document at a time, that each worker of other tools runs, in one
+process; and megapoly preprocess with each of `--workers`. CPU time is that of all processes from
+start to end, including imports and loading. Both must write the same bytes. `--copies` reads the
+input several times, which shows the speed without the start.
 
-Then memory, with the most workers: the input; a line of 100 MB that is left out; and words that do
-not repeat, which fill the cache of a tokenizer. Peak memory is the sum over all processes (PSS:
-what they share counts once), looked at every 20 ms. Without --input the built-in text is read.
+Memory, with the highest number of workers: of the input; of a line of 100 MB that is left out; and
+of words that do not repeat, which fill the cache of a tokenizer. Peak memory is the sum over all
+processes (PSS: shared memory counts once), sampled every 20 ms. Without --input the built-in text
+is read.
 """
 
 from __future__ import annotations
@@ -38,12 +39,11 @@ from megapoly.config.command_line import Parser
 
 GOAL_RATIO = 10.0
 GOAL_BYTES = 1 << 30
-# One document at a time, as each worker of the usual tools does.
+# One document at a time, as in each worker of other tools.
 USUAL_LOOP = """
 import json, sys
 import numpy as np
 import tokenizers
-from megapoly.config.command_line import Parser
 from megapoly.data.tokenizer import load_tokenizer
 model, output, *paths = sys.argv[1:]
 eod = load_tokenizer(model).eod
@@ -74,20 +74,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the median run of a way.
+    """A row of the table: the median run of a method.
 
     Args:
-        tokenizer: name.
-        way: ``usual``, or ``preprocess_data.py``.
-        workers: processes that tokenize.
-        documents: documents.
-        run: the median by CPU time.
+        tokenizer: name of the tokenizer.
+        method: ``usual`` or ``megapoly preprocess``.
+        workers: number of processes that tokenize.
+        documents: number of documents.
+        run: median run by CPU time.
         documents_per_cpu_second: documents / CPU time.
-        ratio: to the usual loop.
+        ratio: speed relative to the usual loop.
     """
 
     tokenizer: str
-    way: str
+    method: str
     workers: int
     documents: int
     run: Run
@@ -96,7 +96,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables and write the JSON file; 1 if the bytes differ."""
+    """Measure, print the tables, write the JSON file and return 0."""
     options = _parse(argv)
     console = Console()
     with tempfile.TemporaryDirectory(prefix="benchmark-preprocess-") as name:
@@ -121,13 +121,37 @@ def build_parser() -> Parser:
     """Return the benchmark's parser."""
     parser = Parser("benchmark preprocess", __doc__)
     add = parser.add_argument
-    add("--input", nargs="+", type=Path, metavar="FILE", help=".jsonl with `text` (built-in text)")
-    add("--tokenizer", nargs="+", default=[None], metavar="PATH", help="(the built-in one)")
-    add("--workers", nargs="+", type=int, default=[1, os.cpu_count() or 1], metavar="N")
-    add("--copies", type=int, default=1, help="how often the input is read in one run (1)")
-    add("--rounds", type=int, default=3, help="turns of each (3)")
-    add("--hostile-mb", type=int, default=1000, help="of words that do not repeat (1000)")
-    add("--json", type=Path, metavar="FILE", help="for the results")
+    add(
+        "--input",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl files with `text` (built-in text)",
+    )
+    add(
+        "--tokenizer",
+        nargs="+",
+        default=[None],
+        metavar="PATH",
+        help="tokenizer.json or its folder (built-in)",
+    )
+    add(
+        "--workers",
+        nargs="+",
+        type=int,
+        default=[1, os.cpu_count() or 1],
+        metavar="N",
+        help="numbers of processes (1, and one per core)",
+    )
+    add("--copies", type=int, default=1, help="read the input this often in one run (1)")
+    add("--rounds", type=int, default=3, help="runs of each method (3)")
+    add(
+        "--hostile-mb",
+        type=int,
+        default=1000,
+        help="size of the text of words that do not repeat (1000)",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     return parser
 
 
@@ -136,7 +160,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _inputs(options: argparse.Namespace, folder: Path) -> list[Path]:
-    """The files of one run; copies are links."""
+    """Return the files of one run, each copied ``--copies`` times."""
     paths = options.input
     if paths is None:
         from megapoly.data.builtin import builtin_documents
@@ -172,13 +196,13 @@ def _speed(
                 prefix = Path(folder) / str(count)
                 runs[count].append(_preprocess(inputs, model, prefix, count))
                 if _hash(usual) != _hash(Path(f"{prefix}_text_document.bin")):
-                    raise SystemExit(f"{name}: not the bytes of the usual loop")
+                    raise SystemExit(f"{name}: the bytes differ from those of the usual loop")
     usual_run = _median(runs[0])
     for count, found in runs.items():
         run = _median(found)
         yield Row(
             name,
-            "preprocess_data.py" if count else "usual",
+            "megapoly preprocess" if count else "usual",
             max(1, count),
             documents,
             run,
@@ -190,14 +214,14 @@ def _speed(
 def _usual(inputs: Sequence[Path], model: str | None, output: Path) -> Run:
     from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 
-    words = [sys.executable, "-c", USUAL_LOOP, str(model or BUILTIN_TOKENIZER), str(output)]
-    return measure([*words, *map(str, inputs)])
+    args = [sys.executable, "-c", USUAL_LOOP, str(model or BUILTIN_TOKENIZER), str(output)]
+    return measure([*args, *map(str, inputs)])
 
 
 def _preprocess(
     inputs: Sequence[Path], model: str | None, prefix: Path, workers: int, *more: str
 ) -> Run:
-    words = [
+    args = [
         sys.executable,
         "-m",
         "megapoly",
@@ -206,18 +230,18 @@ def _preprocess(
         *map(str, inputs),
         "--output-prefix",
     ]
-    words += [str(prefix), "--append-eod", "--workers", str(workers), *more]
-    return measure([*words, *(["--tokenizer-model", model] if model else [])])
+    args += [str(prefix), "--append-eod", "--workers", str(workers), *more]
+    return measure([*args, *(["--tokenizer-model", model] if model else [])])
 
 
-def measure(words: Sequence[str]) -> Run:
-    """Run a command and watch all of its processes.
+def measure(args: Sequence[str]) -> Run:
+    """Run a command and measure all of its processes.
 
     Raises:
-        SystemExit: the command fails; with what it said.
+        SystemExit: the command fails; with its error output.
     """
     before, start = os.times(), time.perf_counter()
-    process = psutil.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = psutil.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
         peak = max(peak, _memory_of(process))
@@ -230,7 +254,7 @@ def measure(words: Sequence[str]) -> Run:
 
 
 def _memory_of(process: psutil.Process) -> int:
-    """Memory of a process and all below it; what they share counts once."""
+    """Return the memory of a process and its descendants; shared memory counts once."""
     total = 0
     try:
         for each in [process, *process.children(recursive=True)]:
@@ -279,12 +303,12 @@ def _hostile_files(folder: Path, megabytes: int) -> Iterator[tuple[Path, Path]]:
 
 def _speed_table(rows: Sequence[Row], size_bytes: int) -> Table:
     table = Table(title=f"{rows[0].documents:,} documents, {size_bytes / 1e6:,.1f} MB")
-    for name in ("tokenizer", "way", "workers", "CPU s", "s", "documents / CPU s", "ratio"):
-        table.add_column(name, justify="left" if name in ("tokenizer", "way") else "right")
+    for name in ("tokenizer", "method", "workers", "CPU s", "s", "documents / CPU s", "ratio"):
+        table.add_column(name, justify="left" if name in ("tokenizer", "method") else "right")
     for row in rows:
         table.add_row(
             row.tokenizer,
-            row.way,
+            row.method,
             str(row.workers),
             f"{row.run.cpu_seconds:.2f}",
             f"{row.run.seconds:.2f}",
@@ -292,8 +316,8 @@ def _speed_table(rows: Sequence[Row], size_bytes: int) -> Table:
             f"{row.ratio:.1f}",
         )
     usual, ours = (
-        sum(row.run.cpu_seconds for row in rows if row.way == way and row.workers == 1)
-        for way in ("usual", "preprocess_data.py")
+        sum(row.run.cpu_seconds for row in rows if row.method == method and row.workers == 1)
+        for method in ("usual", "megapoly preprocess")
     )
     if ours:
         table.caption = (

@@ -1,38 +1,35 @@
-"""Turn text into Megatron's token files, and look after them.
+r"""Turn text into Megatron's token files (.bin and .idx); check, merge and inspect them.
 
-    megapoly preprocess --input data/*.jsonl --output-prefix tokens/books
+    megapoly preprocess --input data/*.jsonl --output-prefix tokens/books \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --append-eod
 
-writes tokens/books_text_document.bin and .idx, byte for byte what Megatron-LM's tool of this name
-writes, and tokens/books.manifest.json. An interrupted run goes on when the same command is given
-again. Input: .jsonl and .json (a JSON object a line), both also .gz and .zst; .parquet; .arrow;
-.txt (a document a file); patterns; folders of these; folders of `datasets.save_to_disk`.
+writes tokens/books_text_document.bin and .idx, byte for byte as Megatron-LM's
+tools/preprocess_data.py does, and tokens/books.manifest.json, which describes them. To resume an
+interrupted run, run the same command again.
 
-Other commands:
+Input: .jsonl and .json (one JSON object per line), also compressed as .gz or .zst; .parquet;
+.arrow; .txt (one document per file); folders of these; folders of `datasets.save_to_disk`.
 
-    megapoly preprocess verify PREFIX      files against hashes, ids, boundaries
-    megapoly preprocess merge PREFIX ...   several pairs to one
-    megapoly preprocess inspect PREFIX     a document; a histogram of lengths
-    megapoly preprocess stats PREFIX       counts, quantiles, frequent tokens
+Sub-commands, each with its own --help:
 
-each with --help. The exit status is 0; 1 if verify finds something wrong; 2 with the reason; 130
-after Ctrl-C or SIGTERM.
+    megapoly preprocess verify PREFIX      check hashes, token ids and document boundaries
+    megapoly preprocess merge PREFIX ...   merge several pairs into one
+    megapoly preprocess inspect PREFIX     print documents, or a histogram of their lengths
+    megapoly preprocess stats PREFIX       print counts, quantiles and frequent tokens
+
+`megapoly prepare-domains` makes a tokenizer, token files and a recipe of several domains.
+
+The exit status is 0; 1 if verify finds a problem; 2 for an error, with its reason; 130 after Ctrl-C
+or SIGTERM.
 """
 
 from __future__ import annotations
 
-import os
-
-# A process of one thread can be forked, and its workers then share the loaded tokenizer. The
-# libraries would start threads: numpy's for matrices, of which there are none here, pyarrow's to
-# give memory back, tokenizers' for batches, beside which workers are the parallelism.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
-
 import argparse
+import difflib
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,42 +39,52 @@ from types import FrameType
 from rich.console import Console
 
 from megapoly.config.command_line import Parser, status_of
-from megapoly.data.preprocess import subcommands
 from megapoly.data.preprocess.options import PreprocessOptions
+from megapoly.data.preprocess.threads import use_one_thread
+
+# Each is a module with `add_arguments(parser)` and `run(arguments) -> exit status`.
+SUBCOMMANDS = {
+    "verify": "megapoly.data.preprocess.verify",
+    "merge": "megapoly.data.preprocess.merge",
+    "inspect": "megapoly.data.preprocess.inspect_pair",
+    "stats": "megapoly.data.preprocess.stats",
+}
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "GPT2BPETokenizer")
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 SMALLEST_PART_MIB = 0.004
-# Of Megatron's tool: what they are for happens here without them.
+# Flags of Megatron's tool that are accepted and have no effect, with the reason.
 NOT_NEEDED = {
-    "--partitions": "workers share the files, and large ones are cut",
+    "--partitions": "workers share the files, and large files are split",
     "--keep-sequential-samples": "documents always keep the order of the input",
-    "--log-interval": "progress is shown by time",
+    "--log-interval": "progress is shown at fixed intervals of time",
     "--tokenizer-hf-no-use-fast": "only the package tokenizers is used",
 }
-NOT_OFFERED = {
+# Flags of Megatron's tool that are refused, with the reason.
+NOT_SUPPORTED = {
     "--split-sentences": "sentences are for BERT; a document is one sequence here",
-    "--keep-newlines": "it goes with --split-sentences",
-    "--lang": "it goes with --split-sentences",
-    "--find-optimal-num-workers": "--dry-run tells the time for a number of workers",
+    "--keep-newlines": "it belongs to --split-sentences",
+    "--lang": "it belongs to --split-sentences",
+    "--find-optimal-num-workers": "--dry-run estimates the time for a number of workers",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; see the module for the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Run the command or a sub-command; see the module for the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    use_one_thread()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     signal.signal(signal.SIGTERM, _stop)
 
     def work() -> int:
-        if words and words[0] in subcommands.COMMANDS:
-            return _run_subcommand(words[0], words[1:])
-        return _preprocess(words)
+        if args and not args[0].startswith("-"):
+            return _run_subcommand(args[0], args[1:])
+        return _preprocess(args)
 
     try:
         return status_of(work)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from what is finished", file=sys.stderr)
+        print("stopped; the same command resumes from the finished shards", file=sys.stderr)
         return 130
 
 
@@ -85,38 +92,44 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _run_subcommand(name: str, words: Sequence[str]) -> int:
-    module = importlib.import_module(subcommands.COMMANDS[name])
-    status: int = module.run(subcommand_parser(name).parse_args(words))
+def _run_subcommand(name: str, args: Sequence[str]) -> int:
+    if name not in SUBCOMMANDS:
+        nearest = difflib.get_close_matches(name, SUBCOMMANDS, n=1, cutoff=0.0)[0]
+        build_parser().error(
+            f"`{name}` is not a sub-command; the nearest is `{nearest}`. Name input files with "
+            "--input."
+        )
+    arguments = subcommand_parser(name).parse_args(args)
+    status: int = importlib.import_module(SUBCOMMANDS[name]).run(arguments)
     return status
 
 
 def subcommand_parser(name: str) -> Parser:
-    """Return the parser of `verify`, `merge`, `inspect` or `stats`."""
-    module = importlib.import_module(subcommands.COMMANDS[name])
+    """Return the parser of a sub-command."""
+    module = importlib.import_module(SUBCOMMANDS[name])
     parser = Parser(f"preprocess {name}", module.__doc__)
     module.add_arguments(parser)
     return parser
 
 
-def _preprocess(words: Sequence[str]) -> int:
+def _preprocess(args: Sequence[str]) -> int:
     parser = build_parser()
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(args)
     if arguments.tokenizer_type in SENTENCEPIECE_TYPES:
         parser.error(
-            f"--tokenizer-type {arguments.tokenizer_type} is not offered: a SentencePiece model is "
-            "read from the tokenizer.json that Hugging Face has of the same model, with "
+            f"--tokenizer-type {arguments.tokenizer_type} is not supported: a SentencePiece model "
+            "is read from the tokenizer.json of the same model on Hugging Face, with "
             "`--tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json`"
         )
     for flag, reason in NOT_NEEDED.items():
         if getattr(arguments, flag.removeprefix("--").replace("-", "_")) is not None:
-            print(f"{flag} is not needed: {reason}", file=sys.stderr)
+            print(f"{flag} has no effect: {reason}", file=sys.stderr)
     if arguments.part_mib is not None and arguments.part_mib < SMALLEST_PART_MIB:
         parser.error(f"--part-mib ({arguments.part_mib}) must be at least {SMALLEST_PART_MIB}")
     if arguments.use_gigatoken and arguments.tokenizer_backend == "tokenizers":
         parser.error("--use-gigatoken and --tokenizer-backend tokenizers exclude each other")
     options = _options(arguments)
-    # Here and not above: --help answers at once.
+    # Imported here so that --help is fast.
     from megapoly.data.preprocess.dry_run import dry_run
     from megapoly.data.preprocess.run import preprocess
     from megapoly.data.preprocess.summary import show_summary
@@ -128,7 +141,7 @@ def _preprocess(words: Sequence[str]) -> int:
     result = preprocess(options, console)
     if result is None:
         print(
-            f"{options.output_prefix}: these token files are complete; --overwrite makes them anew"
+            f"{options.output_prefix}: the token files are complete; --overwrite creates them again"
         )
     else:
         show_summary(options, result, Console())
@@ -161,11 +174,11 @@ def _options(arguments: argparse.Namespace) -> PreprocessOptions:
 
 
 class _Refuse(argparse.Action):
-    """A flag of Megatron's tool that is not offered: says why."""
+    """Refuses a flag of Megatron's tool that is not supported, with the reason."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
         flag = self.option_strings[0]
-        parser.error(f"{flag} is not offered: {NOT_OFFERED[flag]}")
+        parser.error(f"{flag} is not supported: {NOT_SUPPORTED[flag]}")
 
 
 def build_parser() -> Parser:
@@ -173,10 +186,10 @@ def build_parser() -> Parser:
     parser = Parser("preprocess", __doc__)
     _add_input(parser.add_argument_group("input"))
     _add_tokenizer(parser.add_argument_group("tokenizer"))
-    _add_output(parser.add_argument_group("output and work"))
+    _add_output(parser.add_argument_group("output and workers"))
     for flag in NOT_NEEDED:
         parser.add_argument(flag, nargs="?", const="", default=None, help=argparse.SUPPRESS)
-    for flag in NOT_OFFERED:
+    for flag in NOT_SUPPORTED:
         parser.add_argument(flag, nargs="?", action=_Refuse, help=argparse.SUPPRESS)
     return parser
 
@@ -189,26 +202,26 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         action="append",
         required=True,
         metavar="PATH",
-        help="files, patterns and folders, read in this order",
+        help="files, patterns and folders, in the order of reading",
     )
     add(
         "--json-keys",
         nargs="+",
         default=["text"],
         metavar="KEY",
-        help="keys of the objects, or columns; a pair of files for each (text)",
+        help="keys of the JSON objects, or columns; each gets its own pair of files (text)",
     )
     add(
         "--on-bad-line",
         choices=("fail", "skip", "quarantine"),
         default="fail",
-        help="a line that is no text: stop and name it (fail), count it, or count it and keep it "
-        "in PREFIX.quarantine.jsonl",
+        help="on a line without a valid text: stop and name it (fail, the default), leave it out "
+        "and count it (skip), or also keep it in PREFIX.quarantine.jsonl (quarantine)",
     )
     add(
         "--keep-empty",
         action="store_true",
-        help="an empty text is an empty document, as in Megatron's tool, not a bad line",
+        help="make an empty text an empty document, as in Megatron's tool, not a bad line",
     )
     add(
         "--max-document-mib",
@@ -226,10 +239,10 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         choices=(*TOKENIZER_TYPES, *SENTENCEPIECE_TYPES),
         default=TOKENIZER_TYPES[0],
         metavar="TYPE",
-        help=f"{' or '.join(TOKENIZER_TYPES)} (the first); for a SentencePiece model take the "
-        "tokenizer.json of the same model",
+        help=f"{TOKENIZER_TYPES[0]} (the default) or {TOKENIZER_TYPES[1]}; for a SentencePiece "
+        "model use the tokenizer.json of the same model",
     )
-    add("--tokenizer-model", metavar="PATH", help="a tokenizer.json or its folder (the built-in)")
+    add("--tokenizer-model", metavar="PATH", help="a tokenizer.json or its folder (built-in)")
     add("--vocab-file", metavar="FILE", help="vocab.json of a GPT2BPETokenizer")
     add("--merge-file", metavar="FILE", help="merges.txt of a GPT2BPETokenizer")
     add(
@@ -240,12 +253,12 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     add(
         "--tokenizer-hf-no-include-special-tokens",
         action="store_true",
-        help="leave out what the tokenizer adds by itself, such as Llama's <s>",
+        help="do not add the tokenizer's own special tokens, such as Llama's <s>",
     )
     add(
         "--split-special-tokens",
         action="store_true",
-        help="a text that names a special token has it as text; by default, as in Megatron's "
+        help="treat the name of a special token in a text as text; by default, as in Megatron's "
         "tool, it becomes that token",
     )
     add(
@@ -253,9 +266,9 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "gigatoken", "tokenizers"),
         default="auto",
         help="gigatoken is many times faster and is compared with tokenizers before and during "
-        "the run; auto takes it where it gives the same ids",
+        "the run; auto (the default) uses it if it gives the same ids",
     )
-    add("--use-gigatoken", action="store_true", help="the same as --tokenizer-backend gigatoken")
+    add("--use-gigatoken", action="store_true", help="same as --tokenizer-backend gigatoken")
     add(
         "--check-every",
         type=_positive(int),
@@ -272,24 +285,24 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         type=Path,
         required=True,
         metavar="PREFIX",
-        help="of PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json",
+        help="prefix of PREFIX_KEY_document.bin and .idx, and PREFIX.manifest.json",
     )
     add(
         "--workers",
         type=_positive(int),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (one for each core)",
+        help="number of processes (one per core)",
     )
     add(
         "--part-mib",
         type=_positive(float),
         metavar="MIB",
-        help="what a worker does at a time, and an interruption can cost it (1 to 64, by the "
-        "size of the input; a compressed file: 256 of its text)",
+        help="size of a part, the most work that an interruption costs a worker (1 to 64, by the "
+        "size of the input; 256 of the text of a compressed file)",
     )
-    add("--dry-run", action="store_true", help="read a sample, print expected size and time")
-    add("--restart", action="store_true", help="drop what an interrupted run has finished")
+    add("--dry-run", action="store_true", help="read a sample and print expected size and time")
+    add("--restart", action="store_true", help="delete the shards of an interrupted run")
     add("--overwrite", action="store_true", help="replace token files that exist")
 
 

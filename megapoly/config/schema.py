@@ -178,7 +178,7 @@ class BlendSource:
 
     These are proportions; how long the run is, ``training`` says alone. A run of as many tokens as
     the sum of ``tokens_j`` reads ``tokens_i`` of source i, a run of the sum of ``epochs_j * T_j``
-    passes ``epochs_i`` times over it (to a block of the order, :mod:`megapoly.data.order`), and a
+    passes ``epochs_i`` times over it (to a block, :mod:`megapoly.data.sample_order`), and a
     longer run goes on in the same mix.
 
     Args:

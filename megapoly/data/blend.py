@@ -1,4 +1,4 @@
-"""The training samples of a run: sources in fixed shares."""
+"""The training samples of a run: several sources in fixed shares."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fractions import Fraction
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megapoly.data.order import BlendOrder
+from megapoly.data.sample_order import BlendOrder
 from megapoly.data.samples import SamplePool
 
 
 @dataclass(frozen=True)
-class Source:
-    """Token files of one source.
+class TrainingSource:
+    """One source of a blend, opened.
 
     Args:
-        name: shown to the user.
-        path: prefix or pattern, as it was given.
-        share: of the training samples; exact.
-        pool: its samples.
+        name: name shown to the user.
+        path: prefix or pattern from the configuration.
+        share: exact share of the training samples.
+        pool: samples of its token files.
     """
 
     name: str
@@ -33,45 +33,45 @@ class Source:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in its files."""
+        """Number of tokens in its files."""
         return self.pool.num_tokens
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the content of its files, not with where they are. 16 digits."""
+        """16 digits that change with the content of its files, not with their location."""
         files = [token_file.fingerprint for token_file in self.pool.token_files]
         return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
 
 
 class Blend(Dataset[dict[str, Tensor]]):
-    """Samples of several sources, each known by its source and its place in that.
+    """Samples of several sources; the key of a sample is its source and its index in that source.
 
     Args:
-        sources: in the order of the configuration, on which the order of samples depends.
+        sources: in the order of the configuration, on which the sample order depends.
     """
 
-    def __init__(self, sources: Sequence[Source]):
+    def __init__(self, sources: Sequence[TrainingSource]):
         self.sources = list(sources)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """Return a sample as :meth:`SamplePool.__getitem__` does.
 
         Args:
-            key: number of the source, number of the sample in it.
+            key: index of the source, index of the sample in it.
         """
         source, index = key
         return self.sources[source].pool[index]
 
     def order(self, seed: int) -> BlendOrder:
-        """The endless sequence of samples that a run with this seed trains on."""
+        """Return the endless sequence of samples that a run with this seed trains on."""
         sizes = [len(source.pool) for source in self.sources]
         return BlendOrder(sizes, [source.share for source in self.sources], seed)
 
     def summary(self, run_tokens: int) -> list[str]:
-        """Lines of a table: share and size of each source, and how often a run reads it.
+        """Return the lines of a table: share and size of each source, and how often a run reads it.
 
         Args:
-            run_tokens: tokens that the whole run trains on.
+            run_tokens: tokens that the run trains on in total.
         """
         rows = [("data", "share", "tokens", "epochs of this run")]
         for source in self.sources:

@@ -20,11 +20,11 @@ from megapoly.config.data_sources import (
     validation_sets,
 )
 from megapoly.config.schema import BlendSource, Config, ValidationSet
-from megapoly.data.blend import Blend, Source
+from megapoly.data.blend import Blend, TrainingSource
 from megapoly.data.builtin import prepare_builtin_text
-from megapoly.data.checks import check_token_files
 from megapoly.data.fingerprint import Description, describe, fingerprint
 from megapoly.data.samples import SamplePool, open_pool
+from megapoly.data.token_file_checks import check_token_files
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -33,33 +33,33 @@ BUILTIN_VALIDATION_SET = "books"
 T = TypeVar("T")
 
 
-class Turns(Protocol):
-    """Calls a function that builds files on one process before the others, which find them."""
+class BuildCoordinator(Protocol):
+    """Calls a function that builds files on one process first, and then on those that find them."""
 
     def __call__(self, what: str, build: Callable[[], T]) -> T:
-        """Return what the function does here.
+        """Return the result of the function on this process.
 
         Args:
-            what: what it does, after "waits for rank 0 to".
-            build: builds files that are not there, and opens them.
+            what: description of the function that completes "waits for rank 0 to".
+            build: builds files that do not exist, and opens them.
         """
 
 
-def alone(what: str, build: Callable[[], T]) -> T:
-    """The turns of a single process."""
+def build_directly(what: str, build: Callable[[], T]) -> T:
+    """Call the function: the coordinator of a single process."""
     return build()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads.
+    """The data of a run.
 
     Args:
-        train: sources of training samples.
+        train: blend of training samples.
         validation: samples of each validation set.
-        tokenizer: what turns text into ids.
-        description: what the training samples are, see :mod:`megapoly.data.fingerprint`.
-        warnings: what the user should know about the files.
+        tokenizer: turns text into ids.
+        description: describes the training samples, see :mod:`megapoly.data.fingerprint`.
+        warnings: messages for the user about the files.
     """
 
     train: Blend
@@ -70,27 +70,29 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the training samples do: with files, shares, tokenizer, length or seed."""
+        """Changes with the training samples: with files, shares, tokenizer, length or seed."""
         return fingerprint(self.description)
 
 
-def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -> Corpus:
+def load_corpus(
+    config: Config, *, tokenizer: Tokenizer, first: BuildCoordinator = build_directly
+) -> Corpus:
     """Check and open the data that ``config.data`` names; tokenize the built-in text if needed.
 
     Args:
-        config: the run.
-        tokenizer: of :func:`megapoly.data.tokenizer.load_tokenizer`.
+        config: configuration of the run.
+        tokenizer: from :func:`megapoly.data.tokenizer.load_tokenizer`.
         first: runs each step that writes files (token files of the built-in text, sample indices)
-            on one process for each disk before the others come.
+            on one process for each disk before the others.
 
     Raises:
-        DataError: a file is missing, damaged, too short or not what its manifest says, a token id
-            is beyond the vocabulary, or a list of files is empty.
+        DataError: a file is missing, damaged, too short or differs from its manifest, a token id is
+            outside the vocabulary, or a list of files is empty.
     """
     cache_dir = _cache_dir(config)
     sources, validation = _named_files(config, cache_dir, tokenizer, first)
     files = _named(sources, Split.train) + _named(validation, Split.valid)
-    # All files before the first index, which may take minutes.
+    # Check all files before the first index is built, which may take minutes.
     checked = [_checked(entry, config, cache_dir, tokenizer, first) for entry in files]
     num_tokens = [sum(f.num_tokens for f in found) for found, _ in checked[: len(sources)]]
     exact = _exact_shares(sources, num_tokens)
@@ -100,7 +102,7 @@ def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -
     ]
     blend = Blend(
         [
-            Source(str(source.name), source.path, share, pool)
+            TrainingSource(str(source.name), source.path, share, pool)
             for source, share, pool in zip(sources, exact, pools[: len(sources)], strict=True)
         ]
     )
@@ -115,12 +117,12 @@ def load_corpus(config: Config, *, tokenizer: Tokenizer, first: Turns = alone) -
 
 
 def load_validation(
-    config: Config, *, tokenizer: Tokenizer, first: Turns = alone
+    config: Config, *, tokenizer: Tokenizer, first: BuildCoordinator = build_directly
 ) -> tuple[dict[str, SamplePool], list[str]]:
-    """Check and open the validation sets alone; arguments and errors as :func:`load_corpus`.
+    """Check and open only the validation sets; arguments and errors as in :func:`load_corpus`.
 
     Returns:
-        Samples by the name of their set, and what the user should know about the files.
+        Samples by the name of their set, and messages for the user about the files.
     """
     cache_dir = _cache_dir(config)
     _, validation = _named_files(config, cache_dir, tokenizer, first)
@@ -138,14 +140,14 @@ def _cache_dir(config: Config) -> Path:
 
 
 def _warnings(checked: list[tuple[list[TokenFile], list[str]]]) -> list[str]:
-    """What was said about the files, once each: a file may be in several sets."""
-    return list(dict.fromkeys(warning for _, said in checked for warning in said))
+    """Return the warnings about the files, each once: a file may be in several sets."""
+    return list(dict.fromkeys(warning for _, warnings in checked for warning in warnings))
 
 
 def _named_files(
-    config: Config, cache_dir: Path, tokenizer: Tokenizer, first: Turns
+    config: Config, cache_dir: Path, tokenizer: Tokenizer, first: BuildCoordinator
 ) -> tuple[list[BlendSource], dict[str, ValidationSet]]:
-    """Sources and validation sets; the built-in text where the configuration names none."""
+    """Return sources and validation sets; the built-in text if the configuration names none."""
     sources, validation = blend_sources(config.data), validation_sets(config.data)
     if sources is None:
         builtin = first(
@@ -161,18 +163,20 @@ def _named_files(
 
 
 @dataclass(frozen=True)
-class _Files:
-    """What is read together: a source, or a validation set."""
+class _FileGroup:
+    """Token files that are read together: those of a source or of a validation set."""
 
     name: str
     paths: list[str]
     split: Split
 
 
-def _named(entries: list[BlendSource] | dict[str, ValidationSet], split: Split) -> list[_Files]:
+def _named(entries: list[BlendSource] | dict[str, ValidationSet], split: Split) -> list[_FileGroup]:
     if isinstance(entries, dict):
-        return [_Files(f"validation set `{k}`", list(s.path), split) for k, s in entries.items()]
-    return [_Files(f"`{source.name}`", [source.path], split) for source in entries]
+        return [
+            _FileGroup(f"validation set `{k}`", list(s.path), split) for k, s in entries.items()
+        ]
+    return [_FileGroup(f"`{source.name}`", [source.path], split) for source in entries]
 
 
 def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
@@ -180,11 +184,17 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
 
 
 def _checked(
-    files: _Files, config: Config, cache_dir: Path, tokenizer: Tokenizer, first: Turns
+    files: _FileGroup,
+    config: Config,
+    cache_dir: Path,
+    tokenizer: Tokenizer,
+    first: BuildCoordinator,
 ) -> tuple[list[TokenFile], list[str]]:
     prefixes = [prefix for path in files.paths for prefix in token_file_prefixes(path)]
     if not prefixes:
-        raise DataError(f"{files.name} must name at least one token file; {files.paths} are none.")
+        raise DataError(
+            f"{files.name} must name at least one token file; {files.paths} match none."
+        )
     check = partial(
         check_token_files,
         prefixes,
@@ -197,12 +207,12 @@ def _checked(
 
 
 def _pool(
-    files: _Files,
+    files: _FileGroup,
     token_files: list[TokenFile],
     config: Config,
     cache_dir: Path,
     tokenizer: Tokenizer,
-    first: Turns,
+    first: BuildCoordinator,
 ) -> SamplePool:
     build = partial(
         open_pool,

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: temporary names, renames, a full disk."""
+"""Atomic writes: a file appears under its final name when it is complete, or not at all."""
 
 from __future__ import annotations
 
@@ -18,21 +18,30 @@ _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def renamed_when_complete(*paths: Path) -> Iterator[list[Path]]:
-    """Yield temporary names beside ``paths``; rename them, in order, if the body succeeds.
+def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[list[Path]]:
+    """Yield temporary names for ``paths``; rename them, in order, if the body succeeds.
+
+    Args:
+        *paths: final names.
+        folder: existing folder on the same disk, which only this process uses, for the temporary
+            files ``NAME.partial``; None: hidden files with unique names beside ``paths``.
 
     Raises:
-        DataError: the disk is full; nothing of what was written is left.
+        DataError: the disk is full; the temporary files are deleted.
     """
-    suffix = f".{uuid.uuid4().hex[:8]}.tmp"
-    temporary = [path.with_name(f".{path.name}{suffix}") for path in paths]
+    if folder is None:
+        suffix = f".{uuid.uuid4().hex[:8]}.tmp"
+        temporary = [path.with_name(f".{path.name}{suffix}") for path in paths]
+    else:
+        temporary = [folder / f"{path.name}.partial" for path in paths]
     try:
         with full_disk_explained(*paths):
             for path in paths:
                 path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            for path in temporary:
+                _flush_to_disk(path)
             for source, target in zip(temporary, paths, strict=True):
-                _to_disk(source)
                 os.replace(source, target)
     finally:
         for path in temporary:
@@ -41,7 +50,7 @@ def renamed_when_complete(*paths: Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def full_disk_explained(*paths: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into a :class:`DataError` with the figures."""
+    """Turn the operating system's "no space left" into a :class:`DataError` with sizes."""
     try:
         yield
     except OSError as error:
@@ -50,26 +59,26 @@ def full_disk_explained(*paths: Path) -> Iterator[None]:
         folder = next(p for p in paths[0].absolute().parents if p.is_dir())
         raise DataError(
             f"No space is left to write `{paths[0]}`: {os.strerror(error.errno)}, "
-            f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}. Nothing half-made "
-            "stands under the final name; make room and start the same command again."
+            f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}. No incomplete file "
+            "has the final name; free some space and run the same command again."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it."""
+    """Write a text file atomically."""
     with renamed_when_complete(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_arrays(arrays: dict[Path, np.ndarray]) -> None:
-    """Write ``.npy`` files, all under temporary names before the first gets its own."""
+    """Write ``.npy`` files; all of them are complete before the first is renamed."""
     with renamed_when_complete(*arrays) as temporary:
         for path, array in zip(temporary, arrays.values(), strict=True):
             with path.open("wb") as stream:
                 np.save(stream, array)
 
 
-def _to_disk(path: Path) -> None:
-    """A rename may reach the disk before the content does; a power failure then leaves a hole."""
+def _flush_to_disk(path: Path) -> None:
+    """Flush the content before the rename: after a power failure the file would be empty."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""What a checkpoint says about its training data, and how two such descriptions differ.
+"""Description of the training data in a checkpoint, and how two descriptions differ.
 
-The description holds everything that the sequence of samples depends on, and what a reader knows it
-by: names and paths. These may change; validation data is no part of it.
+A description holds everything that the sequence of samples depends on, and names and paths for the
+reader. Names and paths may change. Validation data is not part of it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def describe(blend: Blend, *, tokenizer: str, seq_length: int, seed: int) -> Des
     """Describe training data.
 
     Args:
-        blend: sources.
-        tokenizer: its fingerprint.
+        blend: the sources.
+        tokenizer: fingerprint of the tokenizer.
         seq_length: tokens in a sample.
-        seed: of the order.
+        seed: seed of the sample order.
 
     Returns:
-        Plain values, for JSON.
+        Plain values that can be written as JSON.
     """
     sources = [
         {
@@ -43,18 +43,18 @@ def describe(blend: Blend, *, tokenizer: str, seq_length: int, seed: int) -> Des
 
 
 def fingerprint(description: Description) -> str:
-    """16 hexadecimal digits that change when the sequence of samples does."""
+    """Return 16 hexadecimal digits that change when the sequence of samples changes."""
     sources = [(source["fingerprint"], source["share"]) for source in description["sources"]]
     parts = [sources, *(description[key] for key in ("seq_length", "seed", "tokenizer"))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def differences(saved: Description, current: Description) -> list[str]:
-    """What makes the samples of two descriptions differ, one sentence for each; empty if nothing.
+    """Return what makes the samples of two descriptions differ, one sentence each; [] if nothing.
 
     Args:
-        saved: of a checkpoint.
-        current: of this run.
+        saved: description in a checkpoint.
+        current: description of this run.
     """
     named = {"seq_length": "`training.seq_length`", "seed": "`data.seed`"}
     found = list(_source_differences(saved["sources"], current["sources"]))
@@ -72,7 +72,7 @@ def differences(saved: Description, current: Description) -> list[str]:
 
 
 def _source_differences(saved: list[Any], current: list[Any]) -> Iterator[str]:
-    """First sources of the same content are paired, then what is left by their names."""
+    """Match sources by content first, then the remaining ones by name."""
     pairs, left = [], list(saved)
     for source in current:
         match = next((s for s in left if s["fingerprint"] == source["fingerprint"]), None)
@@ -100,4 +100,4 @@ def _source_differences(saved: list[Any], current: list[Any]) -> Iterator[str]:
             )
     if len(pairs) == len(saved) == len(current) and [theirs for theirs, _ in pairs] != saved:
         names = [", ".join(f"`{s['name']}`" for s in sources) for sources in (current, saved)]
-        yield f"the sources stand in another order ({names[0]} here, {names[1]} in the checkpoint)"
+        yield f"the sources are in another order ({names[0]} here, {names[1]} in the checkpoint)"

@@ -1,9 +1,10 @@
-"""The ``.idx`` half of a Megatron ``.bin``/``.idx`` pair, without the engine.
+"""Read and write the ``.idx`` half of a Megatron ``.bin``/``.idx`` pair, without the engine.
 
 Layout, little-endian: magic (9 bytes), version (uint64), type code (uint8), number of sequences
 (uint64), number of document bounds (uint64); then the length of every sequence (int32, tokens), its
-offset in ``.bin`` (int64, bytes), and the document bounds (int64): document k is the sequences from
-bound k to bound k + 1. A file of several modalities has a mode (int8) for each sequence at the end.
+offset in ``.bin`` (int64, bytes), and the document bounds (int64): document k consists of the
+sequences from bound k up to bound k + 1. A multimodal file ends with a mode (int8) for each
+sequence.
 
 Source: megatron/core/datasets/indexed_dataset.py (0.16.1), ``_IndexWriter``, which keeps every
 length as a Python object and imports torch; this module streams.
@@ -23,15 +24,17 @@ from megapoly.errors import DataError
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-# Source: ``DType`` there.
+# Source: ``DType`` in the same file.
 _TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {np.dtype(dtype): code for code, dtype in _TYPES.items()}
+
+_DOCUMENTS_AT_ONCE = 1 << 18
 
 Chunks = Callable[[], Iterable[np.ndarray]]
 
 
 def token_dtype(num_tokens: int) -> np.dtype:
-    """Type of a token id for a vocabulary of so many tokens: uint16 below 65,500, else int32.
+    """Return the type of a token id for a vocabulary size: uint16 below 65,500 tokens, else int32.
 
     Source: ``DType.optimal_dtype``.
     """
@@ -40,14 +43,14 @@ def token_dtype(num_tokens: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Index:
-    """What an ``.idx`` file says; the arrays are views of the mapped file.
+    """Content of an ``.idx`` file; the arrays are views of the mapped file.
 
     Args:
-        dtype: type of one token.
+        dtype: type of a token id.
         lengths: [sequences] int32, tokens.
         offsets: [sequences] int64, bytes.
         document_bounds: [documents + 1] int64, sequences.
-        has_modes: whether it is of several modalities.
+        has_modes: whether the file is multimodal.
     """
 
     dtype: np.dtype
@@ -58,25 +61,33 @@ class Index:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences, for text without empty documents one for each document."""
+        """Number of sequences; for text usually one for each document that is not empty."""
         return len(self.lengths)
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return len(self.document_bounds) - 1
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all sequences."""
+        """Number of tokens in all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    def document_lengths(self) -> Iterator[np.ndarray]:
+        """Yield the tokens of each document, all of its sequences together, in chunks of int64."""
+        for start in range(0, self.num_documents, _DOCUMENTS_AT_ONCE):
+            bounds = self.document_bounds[start : start + _DOCUMENTS_AT_ONCE + 1]
+            sizes = self.lengths[bounds[0] : bounds[-1]]
+            ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+            yield np.diff(ends[bounds - bounds[0]])
 
 
 def read_index(path: Path) -> Index:
     """Map an ``.idx`` file and check its header against its size.
 
     Raises:
-        DataError: it is no index, of an unknown version or type, or has another size than its
+        DataError: it is not an index, its version or type is unknown, or its size is not what its
             header describes.
     """
     content = np.memmap(path, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
@@ -92,7 +103,7 @@ def read_index(path: Path) -> Index:
     if len(content) not in (expected, expected + num_sequences):  # with a mode for each sequence
         raise DataError(
             f"`{path}` has {len(content)} bytes, but its header describes {expected}. It is "
-            f"truncated: copy or make it and its .bin again."
+            f"truncated: copy or create it and its .bin again."
         )
 
     def array(dtype: str, count: int, offset: int) -> np.ndarray:
@@ -120,12 +131,13 @@ def write_index(
     """Write an index in constant memory.
 
     Args:
-        stream: opened for writing; anything with ``write``.
-        dtype: type of one token.
+        stream: anything with ``write``.
+        dtype: type of a token id.
         num_sequences: sequences in all chunks.
         num_documents: documents in all chunks.
-        lengths: called twice; the lengths of the sequences, in chunks.
-        sequences_per_document: called once; how many sequences each document has, in chunks.
+        lengths: called twice; returns the lengths of the sequences, in chunks.
+        sequences_per_document: called once; returns the number of sequences of each document, in
+            chunks.
     """
     stream.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], num_sequences, num_documents + 1))
     for chunk in lengths():
@@ -142,7 +154,7 @@ def _starts(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _starts_and_sizes(chunks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each chunk of sizes: the sum of all sizes before each, and the sizes."""
+    """Yield, for each chunk of sizes, the sum of all sizes before each one, and the sizes."""
     total = 0
     for chunk in chunks:
         sizes = chunk.astype(np.int64)

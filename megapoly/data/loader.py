@@ -1,8 +1,9 @@
 """Micro-batches of one data-parallel rank.
 
-Step n trains on places n * G to (n + 1) * G of the order, where G is ``global_batch_size``. Its
-micro-batch k is places [k * M, (k + 1) * M) of these; rank r of D takes micro-batches r, r + D, ...
-So a step's micro-batches are the same at every data-parallel size.
+Step n trains on positions n * G to (n + 1) * G of the sample order, where G is
+``global_batch_size``. Its micro-batch k is positions [k * M, (k + 1) * M) of these, and rank r of D
+takes micro-batches r, r + D, ... So the micro-batches of a step are the same at every data-parallel
+size.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megapoly.data.order import EpochOrder, Order
+from megapoly.data.sample_order import EpochOrder, Order
 from megapoly.data.samples import SamplePool
 from megapoly.errors import ConfigError
 
 Batch = dict[str, Tensor]
 
-# Evaluation is in the same order at every seed of the training data.
+# The order of evaluation does not depend on the seed of the training data.
 EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is cut.
+    """How a global batch is split into micro-batches.
 
     Args:
         micro_batch_size: samples in one forward pass of one rank.
         global_batch_size: samples in one step over all ranks.
-        data_parallel_rank: place of this rank.
-        data_parallel_size: ranks that see different samples.
+        data_parallel_rank: data-parallel rank of this process.
+        data_parallel_size: number of ranks that see different samples.
 
     Raises:
-        ConfigError: the global batch cannot be cut evenly.
+        ConfigError: the global batch cannot be split evenly.
     """
 
     micro_batch_size: int
@@ -47,7 +48,7 @@ class BatchLayout:
     data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        """Check that every rank gets the same number of whole micro-batches."""
+        """Check that every rank gets the same number of full micro-batches."""
         if self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
             raise ConfigError(
                 [
@@ -59,16 +60,16 @@ class BatchLayout:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches of one rank in one step."""
+        """Number of micro-batches of one rank in one step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
     def micro_batches(self, first: int) -> Iterator[range]:
-        """Yield the places of this rank's micro-batches in the step that begins at ``first``."""
+        """Yield the positions of this rank's micro-batches in the step that begins at ``first``."""
         size = self.micro_batch_size
         stride = size * self.data_parallel_size
         start = first + size * self.data_parallel_rank
-        for place in range(start, first + self.global_batch_size, stride):
-            yield range(place, place + size)
+        for position in range(start, first + self.global_batch_size, stride):
+            yield range(position, position + size)
 
 
 def training_batches(
@@ -80,14 +81,14 @@ def training_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Return micro-batches without end.
+    """Return an endless iterator over micro-batches.
 
     Args:
-        samples: for training, such as a blend.
-        order: the endless sequence of what ``samples`` are known by.
-        layout: how a step is cut.
-        consumed_samples: samples that all ranks together have trained on; where to go on.
-        num_workers: processes that read ahead.
+        samples: training samples, such as a blend.
+        order: endless sequence of the keys of ``samples``.
+        layout: how a step is split into micro-batches.
+        consumed_samples: samples that all ranks together have trained on; where to resume.
+        num_workers: processes that prefetch batches.
         pin_memory: copy batches into page-locked memory (CUDA only).
 
     Returns:
@@ -99,7 +100,7 @@ def training_batches(
 
 
 def num_evaluation_steps(pool: SamplePool, layout: BatchLayout, eval_iters: int | None) -> int:
-    """Global batches of one evaluation: ``eval_iters``, but no more than the set has."""
+    """Return the number of global batches of one evaluation: at most as many as the set has."""
     whole_set = -(-len(pool) // layout.global_batch_size)
     return whole_set if eval_iters is None else min(eval_iters, whole_set)
 
@@ -107,18 +108,18 @@ def num_evaluation_steps(pool: SamplePool, layout: BatchLayout, eval_iters: int 
 def evaluation_batches(
     pool: SamplePool, layout: BatchLayout, *, eval_iters: int | None, pin_memory: bool = False
 ) -> Iterator[Batch]:
-    """Return the micro-batches of one evaluation, every time the same.
+    """Return the micro-batches of one evaluation, the same every time.
 
-    The samples are taken in a fixed random order, so that a few global batches speak for the whole
-    set, and each at most once. Places after the last sample are filled with samples whose
+    The samples are read in a fixed random order, so that a few global batches represent the whole
+    set, and each at most once. Positions after the last sample are padded with samples whose
     ``loss_mask`` is zero, so that all ranks have the same number of micro-batches; a micro-batch
-    may consist of these alone. The mean loss is the sum of ``loss * loss_mask`` over all ranks and
+    may consist of padding only. The mean loss is the sum of ``loss * loss_mask`` over all ranks and
     micro-batches, divided by the sum of ``loss_mask``.
 
     Args:
         pool: validation samples.
-        layout: how a global batch is cut.
-        eval_iters: global batches; null: the whole set.
+        layout: how a global batch is split into micro-batches.
+        eval_iters: global batches; None: the whole set.
         pin_memory: copy batches into page-locked memory (CUDA only).
 
     Returns:
@@ -126,15 +127,15 @@ def evaluation_batches(
     """
     order = EpochOrder(len(pool), EVALUATION_SEED)
     batches = [
-        [order[place] if place < len(pool) else None for place in places]
+        [order[position] if position < len(pool) else None for position in positions]
         for step in range(num_evaluation_steps(pool, layout, eval_iters))
-        for places in layout.micro_batches(step * layout.global_batch_size)
+        for positions in layout.micro_batches(step * layout.global_batch_size)
     ]
     return iter(_data_loader(pool, batches, 0, pin_memory))
 
 
 class _TrainingBatches:
-    """What the samples of this rank's micro-batches are known by, without end."""
+    """Endless keys of the samples in this rank's micro-batches."""
 
     def __init__(self, order: Order, layout: BatchLayout, consumed_samples: int):
         self.order = order
@@ -143,8 +144,8 @@ class _TrainingBatches:
 
     def __iter__(self) -> Iterator[list[Any]]:
         for first in count(self.consumed_samples, self.layout.global_batch_size):
-            for places in self.layout.micro_batches(first):
-                yield [self.order[place] for place in places]
+            for positions in self.layout.micro_batches(first):
+                yield [self.order[position] for position in positions]
 
 
 def _data_loader(
@@ -158,12 +159,12 @@ def _data_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Every new iterator draws a number; from the global generator it would change dropout.
+        # Every new iterator draws a number; from the global generator, that would change dropout.
         generator=torch.Generator(),
         worker_init_fn=_ignore_interrupt,
     )
 
 
 def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches workers too, and the main process needs them until it has saved."""
+    """Ctrl-C also reaches the workers, and the main process needs them until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""``PREFIX.manifest.json``: where token files came from, and what they must be byte for byte.
+"""``PREFIX.manifest.json``: where token files came from, and their sizes and hashes.
 
-One manifest describes all pairs of one run of ``megapoly preprocess``: one for each JSON key,
+One manifest describes all pairs of one run of ``megapoly preprocess``: for each JSON key
 ``PREFIX_KEY_document.bin`` and ``.idx``.
 """
 
@@ -23,14 +23,14 @@ class SourceRecord:
     """An input file.
 
     Args:
-        path: as it was found.
+        path: as the user or a pattern named it.
         format: ``jsonl``, ``jsonl.gz``, ``jsonl.zst``, ``parquet``, ``arrow``, ``txt``, or ``pair``
             for token files that were merged.
-        size_bytes: of the file as it lies on disk.
+        size_bytes: of the file on disk, compressed or not.
         sha256: of the same bytes.
-        documents: taken from it.
-        rejected: lines, rows or documents of it that were not.
-        modified_ns: time of its last change; 0: not known.
+        documents: documents taken from it.
+        rejected: lines, rows or documents that were left out.
+        modified_ns: time of its last change; 0: unknown.
     """
 
     path: str
@@ -47,14 +47,14 @@ class PairRecord:
     """A ``.bin``/``.idx`` pair.
 
     Args:
-        name: of the pair, without folder and ending.
-        dtype: numpy's name of the type of a token.
+        name: prefix without its folder.
+        dtype: numpy's name for the type of a token id.
         documents: documents.
         sequences: sequences; an empty document has none.
-        tokens: tokens, ends of documents included.
-        highest_token_id: largest id; -1 without a token.
-        eod_inside: ends of document that stand inside documents, because their text names the
-            token; -1: not known.
+        tokens: tokens, including end-of-document tokens.
+        highest_token_id: highest id; -1 if there are no tokens.
+        eod_inside: end-of-document tokens inside documents, whose text names the token; -1:
+            unknown.
         tokens_per_document: ``min``, ``p01``, ``p10``, ``p25``, ``p50``, ``p75``, ``p90``, ``p99``,
             ``max`` (lower nearest rank) and ``mean``.
         bin_bytes: size of ``.bin``.
@@ -79,18 +79,18 @@ class PairRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """What turned text into ids.
+    """The tokenizer that turned text into ids.
 
     Args:
-        type: Megatron's name of it, such as ``HuggingFaceTokenizer``.
-        path: where it was read.
+        type: Megatron's name for it, such as ``HuggingFaceTokenizer``.
+        path: file that it was read from.
         sha256: of its ``tokenizer.json``.
-        vocab_size: ids that an embedding needs: the highest and one.
+        vocab_size: rows that an embedding needs: the highest id plus one.
         eod: id that ends a document.
         appends_eod: whether every document ends with it.
-        prefix: ids before every document, such as a beginning of sentence.
+        prefix: ids before every document, such as a beginning-of-sequence token.
         suffix: ids after every document, before ``eod``.
-        backend: library and version that did the work.
+        backend: name and version of the library.
     """
 
     type: str
@@ -110,8 +110,8 @@ class RejectedRecord:
 
     Args:
         policy: ``--on-bad-line``.
-        total: how many.
-        by_reason: how many for each reason.
+        total: number left out.
+        by_reason: number for each reason.
         examples: the first of them, ``{"source", "line", "reason"}``.
     """
 
@@ -126,10 +126,10 @@ class Manifest:
     """Content of a manifest.
 
     Args:
-        format_version: of this file.
-        megapoly_version: that wrote it.
-        tokenizer: what turned text into ids; null if that is not known of a merged pair.
-        arguments: of the command.
+        format_version: version of the file format.
+        megapoly_version: version of megapoly that wrote the file.
+        tokenizer: the tokenizer; null if unknown, for a merged pair.
+        arguments: arguments of the command.
         sources: input files, in order.
         pairs: what was written.
         rejected: what was left out.
@@ -144,17 +144,17 @@ class Manifest:
     rejected: RejectedRecord
 
     def pair(self, name: str) -> PairRecord | None:
-        """The pair of that name, if the manifest describes it."""
+        """Return the record of a pair; None if the manifest does not describe it."""
         return next((pair for pair in self.pairs if pair.name == name), None)
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """``PREFIX.manifest.json``."""
+    """Return ``PREFIX.manifest.json``."""
     return Path(f"{prefix}.manifest.json")
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> Path:
-    """Write ``PREFIX.manifest.json``; whole or not at all."""
+    """Write ``PREFIX.manifest.json`` atomically and return its path."""
     path = manifest_path(prefix)
     write_text(path, json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
     return path
@@ -164,7 +164,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read a manifest.
 
     Raises:
-        DataError: it cannot be read, has another format version, or lacks something.
+        DataError: it cannot be read, has another format version, or an entry is missing.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -172,32 +172,32 @@ def read_manifest(path: Path) -> Manifest:
         if version != FORMAT_VERSION:
             raise DataError(
                 f"`{path}` has format version {version}; this megapoly reads {FORMAT_VERSION}. Use "
-                "the version that wrote it, or make the token files again."
+                "the version that wrote it, or create the token files again."
             )
         return _from_json(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"`{path}` is not a manifest that can be read ({type(error).__name__}: {error}). Make "
-            "the token files again, or delete it to go without one."
+            f"`{path}` is not a valid manifest ({type(error).__name__}: {error}). Create the token "
+            "files again, or delete it to use them without a manifest."
         ) from error
 
 
 def find_manifest(prefix: str | Path) -> Path | None:
-    """The manifest that describes a pair, if there is one beside it.
+    """Return the path of the manifest that describes a pair; None if there is none beside it.
 
-    A pair is named ``PREFIX_KEY_document``, its manifest ``PREFIX.manifest.json``; a key may have
-    underscores of its own, so every beginning of the name that ends before one is looked at.
+    A pair is named ``PREFIX_KEY_document``, its manifest ``PREFIX.manifest.json``. A key may
+    contain underscores, so every beginning of the name that ends before an underscore is tried.
 
     Args:
-        prefix: of the pair, without ``.bin`` and ``.idx``.
+        prefix: path of the pair without ``.bin`` and ``.idx``.
 
     Raises:
         DataError: as :func:`read_manifest`.
     """
     path = Path(prefix)
-    words = path.name.split("_")
-    for length in range(len(words), 0, -1):
-        candidate = manifest_path(path.with_name("_".join(words[:length])))
+    name_parts = path.name.split("_")
+    for length in range(len(name_parts), 0, -1):
+        candidate = manifest_path(path.with_name("_".join(name_parts[:length])))
         if candidate.is_file() and read_manifest(candidate).pair(path.name) is not None:
             return candidate
     return None

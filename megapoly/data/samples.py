@@ -15,8 +15,8 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megapoly.data.checks import beyond_vocabulary
 from megapoly.data.files import save_arrays
+from megapoly.data.token_file_checks import beyond_vocabulary
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -25,19 +25,19 @@ from megapoly.errors import DataError
 class PackedDataset(GPTDataset):
     """One epoch of one token file.
 
-    The documents, one after the other, are cut into samples of ``seq_length`` tokens; a sample's
-    labels are its tokens moved by one, so that the last label of a sample is the first token of the
-    next. For training the documents are shuffled once, by the seed, and the labels after the last
-    full sample, fewer than ``seq_length``, are left out. For validation the documents keep their
-    order and the last sample is filled up with tokens whose ``loss_mask`` is zero. The first token
-    of the file is never a label.
+    The documents are concatenated and cut into samples of ``seq_length`` tokens. The labels of a
+    sample are its tokens shifted by one, so the last label of a sample is the first token of the
+    next. For training, the documents are shuffled once, by the seed, and the labels after the last
+    full sample, fewer than ``seq_length``, are dropped. For validation, the documents keep their
+    order, and the last sample is padded with tokens whose ``loss_mask`` is zero. The first token of
+    the file is never a label.
 
     Source: megatron/core/datasets/gpt_dataset.py (0.16.1), whose index this class builds itself:
 
     - the engine's order depends on the number of epochs, ours comes from
-      :class:`megapoly.data.order.EpochOrder`;
-    - the engine builds an index on rank 0 only, which leaves hosts without a common disk without
-      one, and finds an old one again after the token file was replaced: its key has only the path;
+      :class:`megapoly.data.sample_order.EpochOrder`;
+    - the engine builds an index on rank 0 only, so hosts that do not share a disk have none, and it
+      finds an old index again after the token file was replaced, because the key has only the path;
     - helpers.cpp:178 counts validation samples in fp32, wrong above 16 million tokens.
     """
 
@@ -45,12 +45,12 @@ class PackedDataset(GPTDataset):
         tokens = IndexedDataset(token_file.prefix)
         documents = np.arange(token_file.num_sequences, dtype=np.int32)
         super().__init__(tokens, token_file.fingerprint, documents, None, split, config)
-        # gpt_dataset.py:229 zeroes the cached mask itself when the first sample read is a filled-up
-        # one, and every later sample would be out of the loss.
+        # gpt_dataset.py:229 zeroes the cached mask in place when the first sample read is a padded
+        # one; every later sample would then be masked.
         self.masks_and_position_ids_are_cacheable = False
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, range]:
-        """Document order, bounds of the samples, order of the samples (as they come)."""
+        """Return document order, bounds of the samples, and sample order (ascending)."""
         folder = Path(self.config.path_to_cache) / "samples" / self.unique_description_hash
         paths = [folder / "documents.npy", folder / "bounds.npy"]
         if not all(path.is_file() for path in paths):
@@ -71,50 +71,50 @@ class SamplePool(Dataset[dict[str, Tensor]]):
     """The samples of several token files, one file after the other.
 
     Args:
-        parts: samples of each file.
+        datasets: samples of each file.
         token_files: the files.
-        vocab_size: token ids that the model knows.
+        vocab_size: size of the model's vocabulary.
     """
 
     def __init__(
-        self, parts: Sequence[PackedDataset], token_files: Sequence[TokenFile], vocab_size: int
+        self, datasets: Sequence[PackedDataset], token_files: Sequence[TokenFile], vocab_size: int
     ):
-        self.parts = list(parts)
+        self.datasets = list(datasets)
         self.token_files = list(token_files)
         self.vocab_size = vocab_size
-        self._starts = [0, *accumulate(len(part) for part in parts)]
+        self._starts = [0, *accumulate(len(dataset) for dataset in datasets)]
 
     def __len__(self) -> int:
-        """Samples in one epoch."""
+        """Return the number of samples in one epoch."""
         return self._starts[-1]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all files."""
+        """Number of tokens in all files."""
         return sum(token_file.num_tokens for token_file in self.token_files)
 
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
         """Return one sample.
 
         Args:
-            index: which one; null: a sample that fills up a batch, its ``loss_mask`` is zero.
+            index: index of the sample; None: a sample that pads a batch, its ``loss_mask`` is zero.
 
         Returns:
             ``tokens``, ``labels``, ``position_ids``: [seq_length] int64; ``loss_mask``:
             [seq_length] fp32.
 
         Raises:
-            DataError: a token id is beyond the vocabulary.
+            DataError: a token id is outside the vocabulary.
         """
         sample: dict[str, Tensor]
         if index is None:
-            sample = self.parts[0][None]
+            sample = self.datasets[0][None]
             return sample
-        part = bisect_right(self._starts, index) - 1
-        sample = self.parts[part][index - self._starts[part]]
+        file = bisect_right(self._starts, index) - 1
+        sample = self.datasets[file][index - self._starts[file]]
         highest = int(torch.maximum(sample["tokens"].max(), sample["labels"].max()))
         if highest >= self.vocab_size:
-            raise DataError(beyond_vocabulary(self.token_files[part], highest, self.vocab_size))
+            raise DataError(beyond_vocabulary(self.token_files[file], highest, self.vocab_size))
         return sample
 
 
@@ -132,16 +132,16 @@ def open_pool(
     """Cut token files into samples for training or validation; see :class:`PackedDataset`.
 
     Args:
-        token_files: that :func:`megapoly.data.checks.check_token_files` found right.
+        token_files: checked by :func:`megapoly.data.token_file_checks.check_token_files`.
         split: ``Split.train`` or ``Split.valid``.
         seq_length: tokens in a sample.
-        seed: of the order of the documents, for training.
-        tokenizer: what made the files.
-        vocab_size: token ids that the model knows.
-        eod_mask_loss: leave labels that follow an end-of-document token out of the loss.
-        cache_dir: where sample indices are kept.
+        seed: seed of the document order, for training.
+        tokenizer: tokenizer that made the files.
+        vocab_size: size of the model's vocabulary.
+        eod_mask_loss: mask the loss of labels that follow an end-of-document token.
+        cache_dir: folder for sample indices.
     """
-    # Without a blend the engine calls the configuration a mock; nothing that is used here reads it.
+    # Without a blend the engine sets `mock`, which has no effect on what is used here.
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -152,23 +152,23 @@ def open_pool(
         eod_mask_loss=eod_mask_loss,
         create_attention_mask=False,
     )
-    parts = [PackedDataset(token_file, config, split) for token_file in token_files]
-    return SamplePool(parts, token_files, vocab_size)
+    datasets = [PackedDataset(token_file, config, split) for token_file in token_files]
+    return SamplePool(datasets, token_files, vocab_size)
 
 
 def sample_bounds(lengths: np.ndarray, seq_length: int, *, keep_partial: bool) -> np.ndarray:
-    """Where each sample begins in a sequence of documents.
+    """Compute where each sample begins in a sequence of documents.
 
-    Sample k holds the tokens from bound k to bound k + 1, both included: the last one is only a
+    Sample k holds the tokens from bound k to bound k + 1, both included; the last token is only a
     label.
 
     Args:
-        lengths: tokens of each document, in the order in which they are read.
+        lengths: tokens of each document, in the order of reading.
         seq_length: tokens in a sample.
-        keep_partial: whether the labels after the last full sample make one more.
+        keep_partial: whether the labels after the last full sample form one more sample.
 
     Returns:
-        [samples + 1, 2]: place of the document, token inside it; the engine's ``sample_index``.
+        [samples + 1, 2]: index of the document, token inside it; the engine's ``sample_index``.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     num_labels = int(ends[-1]) - 1

@@ -1,4 +1,4 @@
-"""Megatron ``.bin``/``.idx`` pairs: writing, checking and counting.
+"""Megatron ``.bin``/``.idx`` pairs: write, open and count them.
 
 ``PREFIX.bin`` holds the token ids of all documents, ``PREFIX.idx`` their type and lengths. Needs
 neither torch nor the engine.
@@ -22,7 +22,7 @@ from megapoly.errors import DataError
 _ENCODE_AT_ONCE = 64
 _SAMPLED_BYTES = 1 << 20
 _COUNT_AT_ONCE = 1 << 24
-# No vocabulary is as large: an id beyond it is damage, and counting it would take gigabytes.
+# No vocabulary is this large: a higher id means damage, and counting it would take gigabytes.
 _MOST_IDS = 1 << 26
 
 
@@ -32,9 +32,10 @@ class TokenFile:
 
     Args:
         prefix: path without ``.bin`` and ``.idx``.
-        dtype: type of one token.
-        num_sequences: sequences in the index, for our own files one for each document.
-        num_tokens: tokens in all of them.
+        dtype: type of a token id.
+        num_sequences: sequences in the index; files written by megapoly have one for each document
+            that is not empty.
+        num_tokens: tokens in total.
         idx_sha256: SHA-256 of the index.
         fingerprint: SHA-256 of the index, the size of ``.bin`` and its first and last mebibyte (a
             terabyte cannot be read at every start).
@@ -49,7 +50,7 @@ class TokenFile:
 
 
 def open_token_file(prefix: str | Path) -> TokenFile:
-    """Check a ``.bin``/``.idx`` pair; the engine opens a truncated one without a word.
+    """Open a ``.bin``/``.idx`` pair and check its sizes; the engine opens a truncated one silently.
 
     Raises:
         DataError: a file is missing or damaged, or their sizes do not agree.
@@ -68,7 +69,7 @@ def open_token_file(prefix: str | Path) -> TokenFile:
         raise DataError(
             f"`{bin_path}` has {actual} bytes, but `{idx_path}` describes {expected} ({num_tokens} "
             f"tokens of {index.dtype.itemsize} bytes). One of them is truncated or belongs to "
-            f"another pair: copy or make both again."
+            "another pair: copy or create both again."
         )
     idx_sha256 = sha256_of(idx_path)
     return TokenFile(
@@ -82,10 +83,10 @@ def open_token_file(prefix: str | Path) -> TokenFile:
 
 
 def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
-    """Tokenize documents into a ``.bin``/``.idx`` pair, each ended by ``tokenizer.eod``.
+    """Tokenize documents into a ``.bin``/``.idx`` pair; each document ends with ``tokenizer.eod``.
 
-    For text of moderate size: lengths are kept in memory, one process does all the work. Nothing
-    stands under the final names before everything is written; the ``.idx`` comes last.
+    For text of moderate size: lengths are kept in memory, and one process does all the work. The
+    files get their final names when both are complete, ``.idx`` last.
     """
     remaining = iter(texts)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -108,12 +109,12 @@ def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokeni
 
 
 def pair_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """``PREFIX.bin`` and ``PREFIX.idx``."""
+    """Return ``PREFIX.bin`` and ``PREFIX.idx``."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_SAMPLED_BYTES):
@@ -122,12 +123,14 @@ def sha256_of(path: Path) -> str:
 
 
 def unigram_entropy(prefix: str | Path) -> float:
-    """Entropy of the token frequencies, in nats: the loss of the best model without context.
+    """Return the entropy of the token frequencies in nats.
+
+    It is the loss of the best model without context.
 
         H = -sum_v p_v ln p_v,   p_v = count of v / tokens
 
     Raises:
-        DataError: as :func:`open_token_file`, or the file has no token.
+        DataError: as :func:`open_token_file`, or the file has no tokens.
     """
     counts = token_counts(prefix)
     if not counts.any():
@@ -136,10 +139,10 @@ def unigram_entropy(prefix: str | Path) -> float:
 
 
 def token_counts(prefix: str | Path) -> np.ndarray:
-    """How often each id occurs, [highest id + 1] int64.
+    """Count how often each token id occurs; [highest id + 1] int64.
 
     Raises:
-        DataError: as :func:`open_token_file`, or an id is none of a vocabulary.
+        DataError: as :func:`open_token_file`, or an id is negative or not below 2^26.
     """
     token_file = open_token_file(prefix)
     counts = np.zeros(0, dtype=np.int64)
@@ -151,16 +154,16 @@ def token_counts(prefix: str | Path) -> np.ndarray:
         if lowest < 0 or highest >= _MOST_IDS:
             raise DataError(
                 f"`{prefix}.bin` must hold ids from 0 to {_MOST_IDS - 1}; it has "
-                f"{lowest if lowest < 0 else highest}. It is damaged: copy or make it again."
+                f"{lowest if lowest < 0 else highest}. It is damaged: copy or create it again."
             )
-        part = np.bincount(tokens[start : start + _COUNT_AT_ONCE], minlength=len(counts))
-        part[: len(counts)] += counts
-        counts = part
+        total = np.bincount(tokens[start : start + _COUNT_AT_ONCE], minlength=len(counts))
+        total[: len(counts)] += counts
+        counts = total
     return counts
 
 
 def entropy_of(counts: np.ndarray) -> float:
-    """Entropy of frequencies, in nats; 0 without a count."""
+    """Return the entropy of frequencies in nats; 0 if all counts are 0."""
     if not counts.any():
         return 0.0
     probabilities = counts[counts > 0] / counts.sum()

@@ -1,4 +1,4 @@
-"""A ``tokenizer.json`` and the id that ends a document."""
+"""A tokenizer: a ``tokenizer.json`` and the id that ends a document."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eos>")
 class Tokenizer:
     """Encodes text without adding special tokens.
 
-    Has what the engine reads of ``GPTDatasetConfig.tokenizer``: ``vocab_size``, ``eod`` and
-    ``unique_identifiers`` (megatron/core/datasets/gpt_dataset.py). It has no ``pad`` on purpose:
-    the engine would take every padding id in the text out of the loss.
+    Has the attributes of ``GPTDatasetConfig.tokenizer`` that the engine reads: ``vocab_size``,
+    ``eod`` and ``unique_identifiers`` (megatron/core/datasets/gpt_dataset.py). It deliberately has
+    no ``pad``: the engine would mask the loss of every padding id in the text.
 
     Args:
         path: a ``tokenizer.json``.
@@ -35,10 +35,10 @@ class Tokenizer:
 
     @classmethod
     def from_gpt2_files(cls, vocab_file: Path, merge_file: Path) -> Tokenizer:
-        """The byte-level BPE of a ``vocab.json`` and a ``merges.txt``, as GPT-2 came with.
+        """Load the byte-level BPE of a ``vocab.json`` and a ``merges.txt``, GPT-2's files.
 
         Raises:
-            DataError: a file cannot be read, or the vocabulary lacks ``<|endoftext|>``.
+            DataError: a file cannot be read, or the vocabulary has no ``<|endoftext|>``.
         """
         for path in (vocab_file, merge_file):
             _read_bytes(path)
@@ -70,7 +70,7 @@ class Tokenizer:
         # A document that mentions "<|endoftext|>" must not end there.
         self._tokenizer.encode_special_tokens = True
         self.num_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        # Ids may have holes, so the count of tokens is not the size that an embedding needs.
+        # Ids may have gaps, so the number of tokens is not the size that an embedding needs.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eod = self._find_eod()
 
@@ -79,7 +79,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """Return the ids of one text with what the post-processor adds, such as a beginning."""
+        """Return the ids of one text with those of the post-processor, such as ``<s>``."""
         return self._tokenizer.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -88,22 +88,22 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens included."""
+        """Return the text of ids, including special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def token(self, token_id: int) -> str:
-        """Return the text of one id as the vocabulary has it."""
+        """Return the vocabulary entry of one id."""
         token = self._tokenizer.id_to_token(token_id)
         assert token is not None, token_id
         return token
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of an entry of the vocabulary; None if there is none."""
+        """Return the id of a vocabulary entry; None if it does not exist."""
         return self._tokenizer.token_to_id(token)
 
     @property
     def unique_identifiers(self) -> dict[str, str]:
-        """What the engine writes into the description of a sample index."""
+        """Entries that the engine adds to the description of a sample index."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
 
     def _find_eod(self) -> int:
@@ -123,15 +123,15 @@ class Tokenizer:
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
     """Load a tokenizer.
 
-    The end of a document is the ``eos_token`` of a ``tokenizer_config.json`` beside the file, or
-    else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
+    The end-of-document token is the ``eos_token`` of a ``tokenizer_config.json`` beside the file,
+    or else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
 
     Args:
         path: a ``tokenizer.json``, or a folder that holds one or GPT-2's ``vocab.json`` and
-            ``merges.txt``; null: the built-in one.
+            ``merges.txt``; None: the built-in tokenizer.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or its end-of-document token is
+        DataError: the file does not exist or cannot be read, or its end-of-document token is
             unknown.
     """
     if path is None:
@@ -156,7 +156,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _configured_eos(path: Path) -> str | None:
-    """The ``eos_token`` of a ``tokenizer_config.json``: a string, or an object with ``content``."""
+    """Return the ``eos_token`` of the file: a string, or the ``content`` of an object."""
     if not path.is_file():
         return None
     try:
@@ -167,10 +167,10 @@ def _configured_eos(path: Path) -> str | None:
 
 
 def tokenizer_vocab_size(tokenizer: str | None) -> int | None:
-    """Return the number of ids of a tokenizer; None if its file does not exist.
+    """Return the vocabulary size of a tokenizer; None if its file does not exist.
 
     Args:
-        tokenizer: ``data.tokenizer``: a ``tokenizer.json``, its folder, or None: the built-in one.
+        tokenizer: ``data.tokenizer``: a ``tokenizer.json`` or its folder; None: the built-in one.
 
     Raises:
         DataError: the file exists and cannot be used.

@@ -10,12 +10,12 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: any text can be encoded and is decoded unchanged.
+    """Train a byte-level BPE: any text can be encoded and is decoded unchanged.
 
     Args:
-        texts: to count pairs in.
-        vocab_size: ids, of which 0 is the end of a document and 256 are bytes; fewer if the texts
-            have fewer pairs.
+        texts: texts to count pairs in.
+        vocab_size: number of ids: id 0 is the end-of-document token, 256 are bytes, the others are
+            merges; fewer if the texts have fewer pairs.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.commands import prepare_domains, preprocess
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.manifest import read_manifest
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
@@ -36,17 +37,17 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def command(corpus: Path, prefix: Path, *more: str) -> list[str]:
-    words = f"--input {corpus} --output-prefix {prefix} --append-eod --part-mib 0.1".split()
-    return [sys.executable, str(TOOL), *words, *more]
+    args = f"--input {corpus} --output-prefix {prefix} --append-eod --part-mib 0.1".split()
+    return [sys.executable, str(TOOL), *args, *more]
 
 
-def start(words, **options) -> subprocess.Popen:
+def start(args, **options) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(words, **(pipes | options))
+    return subprocess.Popen(args, **(pipes | options))
 
 
-def run(words, **options) -> tuple[int, str, str]:
-    process = start(words, **options)
+def run(args, **options) -> tuple[int, str, str]:
+    process = start(args, **options)
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
 
@@ -81,11 +82,11 @@ def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, expected
 
 def test_killed_at_twenty_points_it_gives_the_same_bytes(corpus, tmp_path, expected):
     prefix, random_ = tmp_path / "out", random.Random(0)
-    words = command(corpus, prefix, "--workers", "2", "--part-mib", "0.02")
+    args = command(corpus, prefix, "--workers", "2", "--part-mib", "0.02")
     seen, kills = [], 0
     while kills < 20:
-        process = start(words, start_new_session=True)
-        # When so many shards more are finished, which may be never, or the token files begun.
+        process = start(args, start_new_session=True)
+        # Until this many more shards are finished, or, if never, the token files are begun.
         wanted = random_.choice([0, 5, 20, 50, 1000]) + len(list(tmp_path.glob("*/0*.json")))
         while process.poll() is None and len(list(tmp_path.glob("*/0*.json"))) < wanted:
             if wanted > 900 and list(tmp_path.glob("*/*.partial")):
@@ -101,14 +102,14 @@ def test_killed_at_twenty_points_it_gives_the_same_bytes(corpus, tmp_path, expec
             kills += 1
         process.communicate()
         seen.append(len(list(tmp_path.glob("*/0*.json"))))
-        # What has a final name is whole.
+        # A file with a final name is complete.
         if Path(f"{prefix}_text_document.idx").exists():
             assert hashes(prefix) == expected
         if Path(f"{prefix}.manifest.json").exists():
             for path in tmp_path.glob("out[._]*"):
                 path.unlink() if path.is_file() else shutil.rmtree(path)
     assert len(set(seen)) > 5, seen
-    status, _, errors = run(words)
+    status, _, errors = run(args)
     assert status == 0, errors
     assert hashes(prefix) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -118,7 +119,7 @@ def test_killed_at_twenty_points_it_gives_the_same_bytes(corpus, tmp_path, expec
     ]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_half_made(corpus, tmp_path, expected):
+def test_a_full_disk_is_reported_and_leaves_nothing_incomplete(corpus, tmp_path, expected):
     """A limit on the size of a file is an error of the same kind (EFBIG, not ENOSPC)."""
     prefix = tmp_path / "out"
     for limit in (20_000, 500_000):  # in a shard; while shards are joined
@@ -140,11 +141,11 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_made(corpus, tmp_path, expe
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_on_request_it_says_so_and_goes_on(
+def test_stopped_on_request_it_says_so_and_resumes(
     corpus, tmp_path, expected, signal_number, workers
 ):
-    words = command(corpus, tmp_path / "out", "--workers", workers, "--part-mib", "0.02")
-    process = start(words, start_new_session=True)
+    args = command(corpus, tmp_path / "out", "--workers", workers, "--part-mib", "0.02")
+    process = start(args, start_new_session=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.shards/0*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -154,10 +155,10 @@ def test_stopped_on_request_it_says_so_and_goes_on(
         process.send_signal(signal_number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "the same command goes on" in errors and "Traceback" not in errors
-    status, _, errors = run(words)
+    assert "the same command resumes" in errors and "Traceback" not in errors
+    status, _, errors = run(args)
     assert status == 0, errors
-    assert "going on: " in errors
+    assert "resuming: " in errors
     assert hashes(tmp_path / "out")[0] == expected[0]
 
 
@@ -182,12 +183,12 @@ def test_a_worker_that_dies_is_noticed(corpus, tmp_path):
     os.kill(int(children[0]), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2, errors
-    assert "A worker ended without a word (exit code -9" in errors
+    assert "A worker died (exit code -9" in errors
 
 
 def test_two_runs_with_one_prefix_do_not_mix(corpus, tmp_path, expected):
-    words = command(corpus, tmp_path / "out", "--workers", "1")
-    processes = [start(words), start(words)]
+    args = command(corpus, tmp_path / "out", "--workers", "1")
+    processes = [start(args), start(args)]
     ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
     # The second waits for the first, and then finds its work done or does it again.
     assert sorted(status for _, status in ends)[0] == 0, ends
@@ -206,22 +207,22 @@ def test_dry_run_estimates_and_writes_nothing(corpus, tmp_path):
 
 def test_flags_of_megatrons_tool(corpus, tmp_path):
     model = TOOL.parents[1] / "megapoly" / "data" / "builtin" / "tokenizer.json"
-    words = [sys.executable, str(TOOL)]
-    words += f"--input {corpus}/a.jsonl --json-keys text title --tokenizer-model {model}".split()
-    words += f"--tokenizer-type HuggingFaceTokenizer --output-prefix {tmp_path}/out".split()
-    words += "--append-eod --workers 1 --partitions 4 --log-interval 1000".split()
-    status, _, errors = run(words)
+    args = [sys.executable, str(TOOL)]
+    args += f"--input {corpus}/a.jsonl --json-keys text title --tokenizer-model {model}".split()
+    args += f"--tokenizer-type HuggingFaceTokenizer --output-prefix {tmp_path}/out".split()
+    args += "--append-eod --workers 1 --partitions 4 --log-interval 1000".split()
+    status, _, errors = run(args)
     assert status == 0, errors
-    assert "--partitions is not needed: " in errors and "--log-interval is not needed" in errors
+    assert "--partitions has no effect: " in errors and "--log-interval has no effect" in errors
     for key in ("text", "title"):
         assert (tmp_path / f"out_{key}_document.bin").is_file()
-    status, _, errors = run([*words, "--tokenizer-type", "Llama2Tokenizer"])
+    status, _, errors = run([*args, "--tokenizer-type", "Llama2Tokenizer"])
     assert status == 2 and "read from the tokenizer.json" in errors
-    status, _, errors = run([*words, "--split-sentences"])
-    assert status == 2 and "--split-sentences is not offered: sentences are for BERT" in errors
+    status, _, errors = run([*args, "--split-sentences"])
+    assert status == 2 and "--split-sentences is not supported: sentences are for BERT" in errors
 
 
-def test_what_cannot_be_asked_for_is_refused_with_the_reason(corpus, tmp_path):
+def test_invalid_requests_are_refused_with_the_reason(corpus, tmp_path):
     for more, message in (
         (["--part-mib", "1e-7"], "--part-mib (1e-07) must be at least 0.004"),
         (["--max-document-mib", "inf"], "above 0"),
@@ -236,14 +237,37 @@ def test_what_cannot_be_asked_for_is_refused_with_the_reason(corpus, tmp_path):
 
 def test_a_missing_package_is_named(corpus, tmp_path):
     (tmp_path / "orjson.py").write_text("raise ImportError\n")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    status, _, errors = run(command(corpus, tmp_path / "out"), env=environment)
-    assert status == 2
-    assert errors == "The preprocessor needs the package orjson: `pip install '.[data]'`.\n"
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    domains = [sys.executable, str(TOOL.with_name("prepare_domains.py")), "--output", str(tmp_path)]
+    for args in (command(corpus, tmp_path / "out"), domains):
+        status, _, errors = run(args, env=environment)
+        assert status == 2
+        assert errors == (
+            "The preprocessor needs the package orjson: pip install 'megapoly[data]'.\n"
+        )
+
+
+def test_libraries_start_no_threads_so_that_workers_can_be_forked(corpus, tmp_path):
+    """Also where the environment does not limit them; the commands themselves import no library."""
+    code = f"""
+import sys
+from megapoly.commands import prepare_domains, preprocess
+print([name for name in ("numpy", "tokenizers", "pyarrow") if name in sys.modules])
+preprocess.main({command(corpus, tmp_path / "out", "--workers", "1")[2:]})
+from megapoly.data.preprocess.pool import _start_method
+print(_start_method())
+"""
+    limits = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    environment = {name: value for name, value in os.environ.items() if name not in limits}
+    status, output, errors = run([sys.executable, "-c", code], env=environment)
+    assert status == 0, errors
+    lines = output.splitlines()
+    assert lines[0] == "[]" and lines[-1] == "fork"
 
 
 def readme_commands(path: str) -> list[list[str]]:
-    """Words after the tool's name in the lines that start it."""
+    """Arguments after `megapoly preprocess` in the lines of a README that run it."""
     text = (TOOL.parents[1] / path).read_text().replace("\\\n", " ")
     return [
         shlex.split(m, comments=True)
@@ -259,16 +283,16 @@ def test_commands_of_the_readmes_run(corpus, tmp_path):
     shutil.copy(BUILTIN_TOKENIZER, tmp_path / "tokenizer.json")
     commands = readme_commands("README.md") + readme_commands("megapoly/data/preprocess/README.md")
     assert len(commands) >= 6
-    for words in commands:
-        if words[0] == "merge":
+    for args in commands:
+        if args[0] == "merge":
             for name in ("a", "b"):
                 for ending in (".bin", ".idx"):
                     shutil.copy(
                         tmp_path / f"tokens/books_text_document{ending}",
                         tmp_path / f"{name}_text_document{ending}",
                     )
-        status, output, errors = run([sys.executable, str(TOOL), *words], cwd=tmp_path)
-        assert status == 0, (words, errors)
+        status, output, errors = run([sys.executable, str(TOOL), *args], cwd=tmp_path)
+        assert status == 0, (args, errors)
         assert output
     assert (tmp_path / "ab_text_document.bin").is_file() and (tmp_path / "lengths.png").is_file()
 
@@ -278,3 +302,37 @@ def test_help_names_every_option():
     assert status == 0
     for word in ("verify PREFIX", "merge PREFIX", "--on-bad-line", "--dry-run", "--workers"):
         assert word in output
+
+
+NEAR_MISSES = {
+    "verify": ("prefix --vocab-sise 3", "--vocab-sise (the nearest is --vocab-size)"),
+    "merge": ("a b --output-prefix c --overwite", "--overwite (the nearest is --overwrite)"),
+    "inspect": ("prefix --max_token 3", "--max_token (the nearest is --max-tokens)"),
+    "stats": ("prefix --jsno file", "--jsno (the nearest is --json)"),
+    "": ("--input a --output-prefix b --apend-eod", "--apend-eod (the nearest is --append-eod)"),
+    "domains": ("--output a --vocabsize 300", "--vocabsize (the nearest is --vocab-size)"),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_misspelt_flag_names_the_nearest_of_its_command(capsys, name):
+    if name in preprocess.SUBCOMMANDS:
+        parser = preprocess.subcommand_parser(name)
+    else:
+        parser = (prepare_domains if name else preprocess).build_parser()
+    args, message = NEAR_MISSES[name]
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(args.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_misspelt_subcommand_names_the_nearest():
+    status, _, errors = run([sys.executable, str(TOOL), "verfy", "prefix"])
+    assert status == 2 and "`verfy` is not a sub-command; the nearest is `verify`" in errors
+
+
+@pytest.mark.parametrize("name", preprocess.SUBCOMMANDS)
+def test_help_of_a_subcommand_shows_an_example_and_describes_every_option(name):
+    parser = preprocess.subcommand_parser(name)
+    assert f"\n    megapoly preprocess {name} " in parser.format_help()
+    assert all(action.help for action in parser._actions)

@@ -17,7 +17,7 @@ from megapoly.config.schema import (
 from megapoly.data import builtin
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.corpus import load_corpus
-from megapoly.data.order import EpochOrder
+from megapoly.data.sample_order import EpochOrder
 from megapoly.data.token_files import write_token_file
 from megapoly.errors import DataError
 
@@ -188,7 +188,7 @@ def test_summary_says_how_often_a_run_reads_each_source(make_config, tokenizer, 
     assert len({len(line) for line in (head, *rows)}) == 1
 
 
-def test_fingerprint_changes_with_whatever_changes_the_samples(
+def test_fingerprint_changes_with_everything_that_changes_the_samples(
     make_config, tokenizer, tmp_path, texts, prefix, monkeypatch
 ):
     other = str(tmp_path / "other")

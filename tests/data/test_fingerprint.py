@@ -56,11 +56,11 @@ CC, WIKI, CODE = DESCRIPTION["sources"]
         ),
     ],
 )
-def test_each_difference_is_said(current, expected):
+def test_each_difference_is_reported(current, expected):
     found = differences(DESCRIPTION, current)
     assert len(found) == len(expected)
-    for sentence, words in zip(found, expected, strict=True):
-        assert words in sentence
+    for sentence, part in zip(found, expected, strict=True):
+        assert part in sentence
     assert fingerprint(current) != fingerprint(DESCRIPTION)
 
 
@@ -70,6 +70,6 @@ def test_another_path_or_name_is_no_other_data():
     assert fingerprint(changed(moved)) == fingerprint(DESCRIPTION)
 
 
-def test_sources_of_the_same_content_are_told_apart_by_their_place():
+def test_sources_of_the_same_content_are_distinguished_by_their_position():
     twins = changed([source("a", 0.5, fingerprint="x"), source("b", 0.5, fingerprint="x")])
     assert differences(twins, copy.deepcopy(twins)) == []

@@ -13,7 +13,7 @@ from megapoly.data.loader import (
     num_evaluation_steps,
     training_batches,
 )
-from megapoly.data.order import BlendOrder, EpochOrder
+from megapoly.data.sample_order import BlendOrder, EpochOrder
 from megapoly.errors import ConfigError
 
 
@@ -79,7 +79,7 @@ def blended(layout: BatchLayout, steps: int, consumed: int = 0, **options):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("step", [0, 1, 127, 150])
-def test_a_blend_is_the_same_at_every_size_and_goes_on_where_it_was(size, step):
+def test_a_blend_is_the_same_at_every_size_and_resumes_where_it_stopped(size, step):
     """Steps of 8: a block of 1024 samples ends with step 128."""
     whole = sum(blended(BatchLayout(2, 8), 160), ())
     sources = Counter(sample // 1000 for sample in whole[:1024])
@@ -97,14 +97,14 @@ def test_reading_a_blend_ahead_changes_nothing():
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 11])
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_resumed_run_goes_on_where_it_was(step, size):
+def test_a_resumed_run_continues_where_it_stopped(step, size):
     for layout in layouts(size):
         whole = training(layout, 16)
         resumed = training(layout, 16 - step, consumed=8 * step)
         assert whole[step * layout.num_microbatches :] == resumed
 
 
-def test_a_run_may_go_on_with_another_batch_size():
+def test_a_run_may_resume_with_another_batch_size():
     whole = sum(training(BatchLayout(2, 8), 6), ())
     resumed = sum(training(BatchLayout(3, 12), 2, consumed=24), ())
     assert resumed == whole[24:48]

@@ -58,5 +58,5 @@ def test_what_is_no_manifest_is_refused(tmp_path):
         read_manifest(path)
     for text in ("", "[]", '{"format_version": 1}'):
         path.write_text(text)
-        with pytest.raises(DataError, match="not a manifest.*delete it"):
+        with pytest.raises(DataError, match="not a valid manifest.*delete it"):
             read_manifest(path)

@@ -37,7 +37,7 @@ def test_every_token_but_the_first_is_a_label_once_in_an_epoch(make_pool, prefix
     for seed in (1, 2):
         pool = make_pool(seed=seed)
         visited = [token for k in range(len(pool)) for token in pool[k]["labels"].tolist()]
-        order = pool.parts[0].document_index.tolist()
+        order = pool.datasets[0].document_index.tolist()
         assert sorted(order) == list(range(len(documents)))
         stream = [token for i in order for token in documents[i]]
         assert stream[1 : 1 + len(visited)] == visited
@@ -94,8 +94,8 @@ def test_a_filling_sample_has_no_loss(make_pool):
 
 @pytest.mark.parametrize(("split", "needed"), [(Split.train, 33), (Split.valid, 2)])
 def test_the_least_tokens_make_one_sample(make_pool, tokenizer, tmp_path, split, needed):
-    words = tokenizer.decode([tokenizer.encode(" whale")[0]] * (needed - 1))
-    write_token_file(tmp_path / "enough", [words], tokenizer)
+    text = tokenizer.decode([tokenizer.encode(" whale")[0]] * (needed - 1))
+    write_token_file(tmp_path / "enough", [text], tokenizer)
     assert len(make_pool(split, prefixes=[tmp_path / "enough"])) == 1
 
 
@@ -105,7 +105,7 @@ def test_ids_beyond_the_vocabulary_are_refused(make_pool):
         pool[0]
 
 
-def test_index_is_kept_and_made_anew_for_another_file(make_pool, texts, tokenizer, tmp_path):
+def test_index_is_kept_and_rebuilt_for_another_file(make_pool, texts, tokenizer, tmp_path):
     prefix = tmp_path / "text"
     write_token_file(prefix, texts, tokenizer)
     before = make_pool(prefixes=[prefix])

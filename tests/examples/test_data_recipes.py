@@ -1,4 +1,4 @@
-"""The paper's data: scripts make what the recipes read; other text stands in for the domains."""
+"""The paper's data: the scripts write what the recipes read, here from substitute text."""
 
 import gzip
 import json
@@ -43,7 +43,7 @@ def test_recipes_read_what_the_scripts_write(script):
         assert read == written_by(script) and len(data.validation) == 11
 
 
-def write_stand_ins(raw: Path, script: str) -> None:
+def write_substitutes(raw: Path, script: str) -> None:
     """A few chapters for each domain, compressed or not."""
     documents = builtin_documents()
     for i, prefix in enumerate(written_by(script)):
@@ -69,16 +69,16 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_dense_recipe_trains_on_stand_ins(tmp_path):
+def test_the_dense_recipe_trains_on_substitutes(tmp_path):
     """From raw text to the losses of Table 2, in the layout of the README, in a small model."""
-    write_stand_ins(tmp_path / "raw", "redpajama_1t.sh")
+    write_substitutes(tmp_path / "raw", "redpajama_1t.sh")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         target = tmp_path / "data" / "tokenizers" / "llama" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if BUILTIN_TOKENIZER.with_name(name).is_file():
             shutil.copy(BUILTIN_TOKENIZER.with_name(name), target)
     run(["bash", str(DATA / "redpajama_1t.sh")], tmp_path, RAW="raw", TOKENS="data", WORKERS="1")
-    words = """
+    overrides = """
         --model.num_layers 1 --model.hidden_size 32 --model.num_attention_heads 2
         --model.ffn_hidden_size 64 --model.activation_backend reference
         --training.train_tokens null --training.train_iters 2 --training.seq_length 64
@@ -88,7 +88,7 @@ def test_the_dense_recipe_trains_on_stand_ins(tmp_path):
     """.split()
     recipe = str(ROOT / "examples" / "configs" / "dense_1b_paper.yaml")
     script = str(ROOT / "examples" / "pretrain_dense.sh")
-    output = run(["bash", script, "--config", recipe, *words], tmp_path)
+    output = run(["bash", script, "--config", recipe, *overrides], tmp_path)
     assert re.search(r"common_crawl +72\.56%", output), output
     metrics = (tmp_path / "runs" / "dense_1b_paper" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(metrics[-1])

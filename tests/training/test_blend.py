@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from megapoly.data.builtin import builtin_documents
-from megapoly.data.order import BlendOrder
+from megapoly.data.sample_order import BlendOrder
 from megapoly.data.token_files import open_token_file, write_token_file
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.testing import run_job

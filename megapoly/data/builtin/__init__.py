@@ -1,4 +1,4 @@
-"""The built-in text: books of Melville, Shakespeare and Milton, see the README beside this file."""
+"""The built-in text: books by Melville, Shakespeare and Milton; see the README in this folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BUILTIN_TEXT = Path(__file__).parent / "books.jsonl.xz"
 
 
 @dataclass(frozen=True)
-class Document:
+class BuiltinDocument:
     """One chapter, poem or piece of a play.
 
     Args:
-        source: author, work and part, such as ``melville/moby_dick/1``.
-        split: what it is for; neither part has a document of the other.
+        source: author, work and number, such as ``melville/moby_dick/1``.
+        split: what it is used for; no document is in both splits.
         text: English text.
     """
 
@@ -32,24 +32,24 @@ class Document:
 
 
 @cache
-def builtin_documents() -> tuple[Document, ...]:
-    """Return all documents of the built-in text, 7 MB."""
+def builtin_documents() -> tuple[BuiltinDocument, ...]:
+    """Return all documents of the built-in text (7 MB)."""
     with lzma.open(BUILTIN_TEXT, "rt", encoding="utf-8") as lines:
-        return tuple(Document(**json.loads(line)) for line in lines)
+        return tuple(BuiltinDocument(**json.loads(line)) for line in lines)
 
 
 def prepare_builtin_text(cache_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Path]:
-    """Tokenize the built-in text, or find it tokenized.
+    """Tokenize the built-in text unless its token files exist.
 
-    The names carry a hash of text and tokenizer, so that another of either makes other files.
-    Interrupted or done by several processes at once, it leaves whole files or none.
+    File names contain a hash of text and tokenizer, so a change of either creates other files.
+    When interrupted, or run by several processes at once, it leaves complete files or none.
 
     Args:
-        cache_dir: where the token files are kept.
-        tokenizer: what turns text into ids.
+        cache_dir: folder for the token files.
+        tokenizer: turns text into ids.
 
     Returns:
-        Prefix of the token files of ``train`` and of ``validation``.
+        Prefixes of the token files of ``train`` and ``validation``.
     """
     text_hash = hashlib.sha256(BUILTIN_TEXT.read_bytes()).hexdigest()
     key = hashlib.sha256((text_hash + tokenizer.fingerprint).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""From text to token files: what ``megapoly preprocess`` runs.
+"""From text to token files: the implementation of ``megapoly preprocess``.
 
-Nothing here imports torch or the engine: a worker starts in a fraction of a second.
+Nothing here imports torch or the engine, so that a worker starts in a fraction of a second.
 """

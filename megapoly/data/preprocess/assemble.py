@@ -1,9 +1,8 @@
-"""Finished shards to token files, quarantine and manifest."""
+"""Join finished shards to token files, and write quarantine and manifest."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import megapoly
-from megapoly.data.files import full_disk_explained
+from megapoly.data.files import renamed_when_complete
 from megapoly.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -21,18 +20,18 @@ from megapoly.data.manifest import (
     SourceRecord,
     write_manifest,
 )
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.join import content_of_documents, write_pair
+from megapoly.data.preprocess.input_parts import InputPart
+from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.parts import Part
+from megapoly.data.preprocess.pair_writer import content_of_documents, write_pair
 from megapoly.data.preprocess.shards import (
     KeyCounts,
-    Shard,
     ShardFolder,
+    TokenShard,
     length_chunks,
     source_hash_path,
 )
-from megapoly.data.preprocess.sources import Source
+from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.data.preprocess.tokenization import TokenizerSettings
 from megapoly.errors import DataError
 
@@ -40,60 +39,60 @@ _MANIFEST_EXAMPLES = 100
 
 
 @dataclass(frozen=True)
-class Work:
-    """What was to be done, all of it finished.
+class FinishedWork:
+    """A run whose parts are all finished.
 
     Args:
-        options: of the command.
+        options: options of the command.
         sources: input files.
-        settings: tokenizer.
-        backend: library and version that made the ids.
-        parts: of the input.
+        settings: tokenizer settings.
+        backend: name and version of the library that made the ids.
+        parts: parts of the input.
     """
 
     options: PreprocessOptions
-    sources: Sequence[Source]
+    sources: Sequence[SourceFile]
     settings: TokenizerSettings
     backend: str
-    parts: Sequence[Part]
+    parts: Sequence[InputPart]
 
     @property
     def folder(self) -> ShardFolder:
-        """Where the shards are."""
+        """Folder of the shards."""
         return ShardFolder(self.options.shard_folder, self.options.json_keys)
 
     @cached_property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[TokenShard]:
         """All shards, in the order of the input."""
         return [shard for part in self.parts for shard in self.folder.finished(part.index)]
 
     @property
     def bin_bytes(self) -> int:
-        """Size of all ``.bin`` files together."""
+        """Size of all ``.bin`` files in total."""
         tokens = sum(counts.tokens for shard in self.shards for counts in shard.keys)
         return tokens * self.settings.dtype.itemsize
 
 
-def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, list[int]]:
-    """Write everything that carries the final names; the manifest last.
+def assemble(work: FinishedWork, *, advance: Callable[[int], None]) -> tuple[Manifest, list[int]]:
+    """Write all files that have final names, the manifest last.
 
     Args:
-        work: finished.
-        advance: called with the bytes of ``.bin`` that were written.
+        work: the finished run.
+        advance: called with the number of bytes written to ``.bin``.
 
     Returns:
-        The manifest, and the tokens of each source.
+        The manifest, and the number of tokens of each source.
 
     Raises:
-        DataError: there is no room.
+        DataError: the disk has not enough space, or a source changed during the run.
     """
-    sources, tokens = _source_records(work)  # refuses before anything has its name
+    sources, tokens = _source_records(work)  # raises before any file has its final name
     pairs = [_write_pair(work, i, key, advance) for i, key in enumerate(work.options.json_keys)]
     rows_before = _rows_before(work)
     if work.options.on_bad_line == "quarantine":
         _write_quarantine(work, rows_before)
     else:
-        work.options.quarantine_path.unlink(missing_ok=True)  # of another policy
+        work.options.quarantine_path.unlink(missing_ok=True)  # of a run with another policy
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         megapoly_version=megapoly.__version__,
@@ -107,13 +106,14 @@ def assemble(work: Work, *, advance: Callable[[int], None]) -> tuple[Manifest, l
     return manifest, tokens
 
 
-def _write_pair(work: Work, number: int, key: str, advance: Callable[[int], None]) -> PairRecord:
+def _write_pair(
+    work: FinishedWork, number: int, key: str, advance: Callable[[int], None]
+) -> PairRecord:
     folder, shards = work.folder, work.shards
-    counts, statistics = KeyCounts(), LengthStatistics()
+    counts = KeyCounts()
     for shard in shards:
         counts.add(shard.keys[number])
-    for chunk in length_chunks(folder, shards, number):
-        statistics.add(chunk)
+    statistics = LengthStatistics(length_chunks(folder, shards, number))
     content = content_of_documents(
         work.settings.dtype,
         [folder.path(shard.part, shard.chunk, f"{number}.bin") for shard in shards],
@@ -124,7 +124,7 @@ def _write_pair(work: Work, number: int, key: str, advance: Callable[[int], None
     prefix = work.options.pair_prefix(key)
     sizes = content.bin_bytes, content.idx_bytes
     hashes = write_pair(
-        prefix, content, folder.folder, on_block=lambda piece, block: advance(len(block))
+        prefix, content, folder.folder, on_block=lambda _, block: advance(len(block))
     )
     return PairRecord(
         name=prefix.name,
@@ -142,8 +142,8 @@ def _write_pair(work: Work, number: int, key: str, advance: Callable[[int], None
     )
 
 
-def _rows_before(work: Work) -> list[dict[int, int]]:
-    """For each shard and each of its files: the rows of the file in earlier shards."""
+def _rows_before(work: FinishedWork) -> list[dict[int, int]]:
+    """Return, for each shard and each of its files, the rows of the file in earlier shards."""
     total = [0] * len(work.sources)
     before = []
     for shard in work.shards:
@@ -153,22 +153,23 @@ def _rows_before(work: Work) -> list[dict[int, int]]:
     return before
 
 
-def _located(work: Work, entry: dict[str, Any], before: dict[int, int]) -> dict[str, Any]:
-    """A rejected line with the name of its file and its number from 1."""
+def _located(work: FinishedWork, entry: dict[str, Any], before: dict[int, int]) -> dict[str, Any]:
+    """Return a rejected line with the name of its file and its line number from 1."""
     source, row = entry.pop("source"), entry.pop("row")
     where = {"source": str(work.sources[source].path), "line": before[source] + row + 1}
     return where | entry
 
 
-def _write_quarantine(work: Work, rows_before: Sequence[dict[int, int]]) -> None:
+def _write_quarantine(work: FinishedWork, rows_before: Sequence[dict[int, int]]) -> None:
     folder = work.folder
     path = work.options.quarantine_path
-    temporary = folder.folder / f"{path.name}.partial"
-    with full_disk_explained(path), temporary.open("w", encoding="utf-8") as stream:
+    with (
+        renamed_when_complete(path, folder=folder.folder) as (temporary,),
+        temporary.open("w", encoding="utf-8") as stream,
+    ):
         for shard, before in zip(work.shards, rows_before, strict=True):
             for entry in _rejected_lines(folder.path(shard.part, shard.chunk, "rejected")):
                 stream.write(json.dumps(_located(work, entry, before), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def _rejected_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -177,7 +178,7 @@ def _rejected_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, stream)
 
 
-def _rejected_record(work: Work, rows_before: Sequence[dict[int, int]]) -> RejectedRecord:
+def _rejected_record(work: FinishedWork, rows_before: Sequence[dict[int, int]]) -> RejectedRecord:
     reasons: Counter[str] = Counter()
     examples: list[dict[str, Any]] = []
     for shard, before in zip(work.shards, rows_before, strict=True):
@@ -192,7 +193,7 @@ def _rejected_record(work: Work, rows_before: Sequence[dict[int, int]]) -> Rejec
     )
 
 
-def _source_records(work: Work) -> tuple[list[SourceRecord], list[int]]:
+def _source_records(work: FinishedWork) -> tuple[list[SourceRecord], list[int]]:
     documents, rejected, tokens = ([0] * len(work.sources) for _ in range(3))
     hashes = [""] * len(work.sources)
     for shard in work.shards:
@@ -206,9 +207,9 @@ def _source_records(work: Work) -> tuple[list[SourceRecord], list[int]]:
         status = source.path.stat()
         if (status.st_size, status.st_mtime_ns) != (source.size_bytes, source.modified_ns):
             raise DataError(
-                f"`{source.path}` must stay as it is during a run; it had {source.size_bytes:,} "
-                f"bytes at the start and has {status.st_size:,}, or was written anew. Start again "
-                "with --restart."
+                f"`{source.path}` must not change during a run; it had {source.size_bytes:,} bytes "
+                f"at the start and has {status.st_size:,}, or was written again. Start again with "
+                "--restart."
             )
         records.append(
             SourceRecord(

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapoly.data.preprocess.records import BadRecord, Block, RecordRules, Rejected
-from megapoly.errors import DataError, UnavailableError
+from megapoly.data.preprocess.missing_package import missing_package
+from megapoly.data.preprocess.text_extraction import BadRecord, RecordRules, Rejection, TextBatch
+from megapoly.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -17,27 +18,27 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 def num_row_groups(path: Path) -> int:
-    """Row groups of a Parquet file.
+    """Return the number of row groups of a Parquet file.
 
     Raises:
-        DataError: it is none, or is truncated.
+        DataError: it is not a Parquet file, or is truncated.
     """
     return int(_parquet(path).num_row_groups)
 
 
 def num_rows_before(path: Path, group: int) -> int:
-    """Rows of a Parquet file before a row group."""
+    """Return the number of rows of a Parquet file before a row group."""
     metadata = _parquet(path).metadata
     return sum(metadata.row_group(i).num_rows for i in range(group))
 
 
 def read_parquet(
     path: Path, first_group: int, end_group: int, rules: RecordRules
-) -> Iterator[Block]:
-    """Blocks of the rows of some row groups.
+) -> Iterator[TextBatch]:
+    """Yield batches of the rows of some row groups.
 
     Raises:
-        DataError: a column is missing or not of text.
+        DataError: a column is missing or does not hold text.
     """
     file = _parquet(path)
     _check_columns(path, file.schema_arrow, rules)
@@ -48,60 +49,60 @@ def read_parquet(
             for i in range(file.metadata.num_columns)
         )
         num_rows = file.metadata.row_group(group).num_rows
-        for batch in _batches(path, file, group, rules):
-            block = _rows_of(batch, row, rules)
-            block.source_bytes = group_bytes * batch.num_rows // max(1, num_rows)
-            row += batch.num_rows
-            yield block
+        for rows in _batches(path, file, group, rules):
+            batch = _rows_of(rows, row, rules)
+            batch.source_bytes = group_bytes * rows.num_rows // max(1, num_rows)
+            row += rows.num_rows
+            yield batch
 
 
 def _batches(path: Path, file: Any, group: int, rules: RecordRules) -> Iterator[Any]:
-    """Rows of a row group, some at a time."""
+    """Yield the rows of a row group, some at a time."""
     try:
         yield from file.iter_batches(_ROWS_AT_ONCE, [group], list(rules.keys))
     except (_import_pyarrow().ArrowException, OSError) as error:
         raise DataError(
             f"`{path}` has a row group ({group}) that cannot be read: {error}. It is damaged: copy "
-            "or make it again."
+            "or create it again."
         ) from error
 
 
-def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[Block]:
-    """Blocks of the record batches of an Arrow stream or file, from a position on.
+def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[TextBatch]:
+    """Yield batches of the record batches of an Arrow stream or file, starting at a position.
 
-    ``Block.position`` is the number of batches so far, and stands at the end of each.
+    ``TextBatch.position`` is the number of record batches so far, set at the end of each.
 
     Raises:
-        DataError: it is neither, or a column is missing or not of text.
+        DataError: it is neither, or a column is missing or does not hold text.
     """
     pyarrow = _import_pyarrow()
     size = path.stat().st_size
     try:
         source = pyarrow.memory_map(str(path))
-        batches = _arrow_batches(pyarrow, source)
-        schema, number = next(batches), 0
+        record_batches = _arrow_batches(pyarrow, source)
+        schema, number = next(record_batches), 0
         _check_columns(path, schema, rules)
         row = consumed = 0
-        for number, batch in enumerate(batches, 1):
+        for number, rows in enumerate(record_batches, 1):
             if number > position:
-                for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                    part = batch.select(list(rules.keys)).slice(start, _ROWS_AT_ONCE)
-                    block = _rows_of(part, row, rules)
-                    block.source_bytes = batch.nbytes * part.num_rows // max(1, batch.num_rows)
-                    block.source_bytes = min(block.source_bytes, size - consumed)
-                    consumed += block.source_bytes
-                    if start + part.num_rows == batch.num_rows:
-                        block.position = number
+                for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
+                    part = rows.select(list(rules.keys)).slice(start, _ROWS_AT_ONCE)
+                    batch = _rows_of(part, row, rules)
+                    batch.source_bytes = rows.nbytes * part.num_rows // max(1, rows.num_rows)
+                    batch.source_bytes = min(batch.source_bytes, size - consumed)
+                    consumed += batch.source_bytes
+                    if start + part.num_rows == rows.num_rows:
+                        batch.position = number
                     row += part.num_rows
-                    yield block
+                    yield batch
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"`{path}` is not an Arrow file that can be read: {error}") from error
 
 
-def read_text(path: Path, rules: RecordRules) -> Iterator[Block]:
-    """A text file as one document."""
+def read_text(path: Path, rules: RecordRules) -> Iterator[TextBatch]:
+    """Yield a text file as one document."""
     size = path.stat().st_size
-    block = Block([[] for _ in rules.keys], num_rows=1, source_bytes=size)
+    batch = TextBatch([[] for _ in rules.keys], num_rows=1, source_bytes=size)
     content = None
     try:
         if size > rules.max_document_bytes:
@@ -112,11 +113,11 @@ def read_text(path: Path, rules: RecordRules) -> Iterator[Block]:
         except UnicodeDecodeError as error:
             raise BadRecord("invalid UTF-8", f"byte {error.start}") from error
         text = rules.check_text("text", text.removeprefix(_BYTE_ORDER_MARK))
-        for column in block.texts:
+        for column in batch.texts:
             column.append(text)
     except BadRecord as bad:
-        block.rejected.append(Rejected(0, bad.reason, bad.detail, content, size))
-    yield block
+        batch.rejected.append(Rejection(0, bad.reason, bad.detail, content, size))
+    yield batch
 
 
 def _import_pyarrow() -> Any:
@@ -124,9 +125,7 @@ def _import_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise UnavailableError(
-            "Reading Parquet and Arrow files needs the package pyarrow: `pip install '.[data]'`."
-        ) from error
+        raise missing_package("Reading Parquet and Arrow files", "pyarrow") from error
     return pyarrow
 
 
@@ -139,7 +138,7 @@ def _parquet(path: Path) -> Any:
 
 
 def _arrow_batches(pyarrow: Any, source: Any) -> Iterator[Any]:
-    """The schema, then every record batch of an IPC stream (as ``datasets`` saves) or file."""
+    """Yield the schema, then the record batches of an IPC file or stream (from ``datasets``)."""
     if source.read(6) == b"ARROW1":
         reader = pyarrow.ipc.open_file(source)
         yield reader.schema
@@ -175,13 +174,13 @@ def _check_columns(path: Path, schema: pyarrow.Schema, rules: RecordRules) -> No
             raise DataError(f"The column `{key}` of `{path}` must be of strings; it is of {kind}.")
 
 
-def _rows_of(batch: Any, first_row: int, rules: RecordRules) -> Block:
-    """Texts of a record batch of the wanted columns."""
+def _rows_of(rows: Any, first_row: int, rules: RecordRules) -> TextBatch:
+    """Return the texts of a record batch, which has the columns of the rules."""
     pyarrow = _import_pyarrow()
-    block = Block([[] for _ in rules.keys], num_rows=batch.num_rows)
+    batch = TextBatch([[] for _ in rules.keys], num_rows=rows.num_rows)
     # As bytes: a string column may hold invalid UTF-8, and reading it as strings raises for all.
     columns = [
-        batch.column(batch.schema.get_field_index(key)).cast(pyarrow.large_binary())
+        rows.column(rows.schema.get_field_index(key)).cast(pyarrow.large_binary())
         for key in rules.keys
     ]
     for row, values in enumerate(zip(*columns, strict=True), first_row):
@@ -194,13 +193,13 @@ def _rows_of(batch: Any, first_row: int, rules: RecordRules) -> Block:
         except BadRecord as bad:
             kept = [c for c in contents if c is not None and len(c) <= rules.max_document_bytes]
             size = sum(len(content or b"") for content in contents)
-            block.rejected.append(
-                Rejected(row, bad.reason, bad.detail, kept[0] if kept else None, size)
+            batch.rejected.append(
+                Rejection(row, bad.reason, bad.detail, kept[0] if kept else None, size)
             )
             continue
-        for column, text in zip(block.texts, texts, strict=True):
+        for column, text in zip(batch.texts, texts, strict=True):
             column.append(text)
-    return block
+    return batch
 
 
 def _text(key: str, content: bytes | None, rules: RecordRules) -> str:

@@ -1,4 +1,4 @@
-"""Several domains of text: a tokenizer for all, token files of each, a held-out part of each."""
+"""Prepare several domains of text: one tokenizer, and training and validation data of each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from megapoly.config.data_sources import MEAN
 from megapoly.data.builtin import BUILTIN_TEXT, builtin_documents
 from megapoly.data.files import write_text
+from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import preprocess
 from megapoly.data.token_files import sha256_of
@@ -27,16 +28,17 @@ _TRAIN, _VALIDATION = "train", "validation"
 
 @dataclass(frozen=True)
 class DomainOptions:
-    """What to prepare.
+    """Options of ``megapoly prepare-domains``.
 
     Args:
-        input: a ``.jsonl`` for each domain, ``{"text": ..}`` a line, or folders of these; none: the
-            built-in text, by author.
-        output: folder to make.
-        vocab_size: ids of the tokenizer.
-        held_out: every so many documents of a domain one is validation. The built-in text says
-            itself what is.
-        tokenizer_mb: text of each domain that the tokenizer is trained on, its first documents.
+        input: a ``.jsonl`` file for each domain, with ``{"text": ..}`` on each line, or folders of
+            them; empty: the built-in text, by author.
+        output: folder to create.
+        vocab_size: vocabulary size of the tokenizer.
+        held_out: one in so many documents of a domain is validation data. The built-in text has its
+            own split.
+        tokenizer_mb: text of each domain that the tokenizer is trained on, from its beginning, in
+            million characters.
     """
 
     input: tuple[Path, ...]
@@ -47,38 +49,38 @@ class DomainOptions:
 
     @property
     def recipe(self) -> Path:
-        """What a run takes beside its model: ``--config data.yaml``."""
+        """Recipe of the data, for ``--config`` beside that of a model."""
         return self.output / "data.yaml"
 
 
 def prepare_domains(options: DomainOptions, console: Console) -> Path:
-    """Write ``text/``, ``tokenizer.json``, ``tokens/`` and, at last, ``data.yaml``.
+    """Write ``text/``, ``tokenizer.json``, ``tokens/`` and finally ``data.yaml``.
 
     In ``data.yaml`` every domain has the same share of the training tokens, and its own validation
-    set. What is complete is left as it is; an interrupted preparation begins anew.
+    set. A complete folder is left unchanged; an interrupted preparation starts from the beginning.
 
     Args:
-        options: what to prepare.
-        console: for progress.
+        options: options of the command.
+        console: output for progress.
 
     Returns:
         The path of ``data.yaml``.
 
     Raises:
-        DataError: the folder is of other text or other options, a domain has too few documents or
-            a name that is taken, or its text cannot be read.
+        DataError: the folder holds other text or was made with other options, a domain has too few
+            documents or the name of another, or its text cannot be read.
     """
     files = [] if not options.input else domain_files(options.input)
-    asked = _description(options, files)
+    description = _description(options, files)
     record = options.output / "domains.json"
-    if options.recipe.exists() and (written := _read(record)) != asked:
-        different = ", ".join(f"`{key}`" for key in asked if asked[key] != written.get(key))
+    if options.recipe.exists() and (written := _read(record)) != description:
+        differ = ", ".join(f"`{k}`" for k in description if description[k] != written.get(k))
         raise DataError(
-            f"`--output` ({options.output}) holds domains prepared otherwise ({different} differ); "
+            f"`--output` ({options.output}) holds domains made differently ({differ} differ); "
             "choose another folder, or delete this one."
         )
     if options.recipe.exists():
-        console.print(f"{options.recipe}: complete", highlight=False)
+        print_plain(console, f"{options.recipe}: complete")
         return options.recipe
     text = options.output / "text"
     text.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
     trained.save(str(tokenizer))
     for name in names:
         for split in (_TRAIN, _VALIDATION):
-            console.print(f"{name}, {split}", highlight=False)
+            print_plain(console, f"{name}, {split}")
             preprocess(
                 PreprocessOptions(
                     input=(str(text / f"{name}.{split}.jsonl"),),
@@ -102,16 +104,16 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
                 ),
                 console,
             )
-    write_text(record, json.dumps(asked, indent=1) + "\n")
+    write_text(record, json.dumps(description, indent=1) + "\n")
     write_text(options.recipe, yaml.safe_dump(_recipe(options, names), sort_keys=False))
     return options.recipe
 
 
 def domain_files(paths: Iterable[Path]) -> list[Path]:
-    """The ``.jsonl`` of each domain, which is named as the file is; sorted in folders.
+    """Return the ``.jsonl`` file of each domain, sorted within folders; its name is the domain's.
 
     Raises:
-        DataError: a path does not exist, there is none, or a name is taken.
+        DataError: a path does not exist, there are no files, or two have the same name.
     """
     found: list[Path] = []
     for path in paths:
@@ -133,7 +135,7 @@ def domain_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def _read(record: Path) -> dict[str, Any]:
-    """What a complete folder was made of; nothing where the file is damaged or gone."""
+    """Return what a complete folder was made from; {} if the file is damaged or missing."""
     try:
         return dict(json.loads(record.read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -150,7 +152,7 @@ def _description(options: DomainOptions, files: Sequence[Path]) -> dict[str, Any
 
 
 def _write_builtin(text: Path) -> list[str]:
-    """The built-in text by author; the names of these."""
+    """Write the built-in text by author; return the names of the authors."""
     documents = builtin_documents()
     names = sorted({document.source.split("/")[0] for document in documents})
     for name in names:
@@ -165,7 +167,7 @@ def _write_builtin(text: Path) -> list[str]:
 
 
 def _split_files(files: Sequence[Path], text: Path, held_out: int) -> list[str]:
-    """The lines of each file in two; the names of the domains."""
+    """Split the lines of each file in two; return the names of the domains."""
     for path in files:
         counts = [
             _write_lines(text / f"{path.stem}.{split}.jsonl", _chosen(path, held_out, split))
@@ -186,20 +188,20 @@ def _chosen(path: Path, held_out: int, split: str) -> Iterator[str]:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    """Lines of a file, each with a text; empty ones are none."""
-    good = 0
+    """Yield the lines of a file, each with a text, without empty lines."""
+    num_valid = 0
     try:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 if line.strip():
                     if not isinstance(json.loads(line)["text"], str):
-                        raise TypeError("`text` is no text")
+                        raise TypeError("`text` is not a string")
                     yield line.rstrip("\n")
-                good += 1
+                num_valid += 1
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f'Every line of a domain must be {{"text": ...}} in UTF-8; {path} is not after line '
-            f"{good} ({type(error).__name__}: {error}). Mend or delete it."
+            f"{num_valid} ({type(error).__name__}: {error}). Fix or delete it."
         ) from error
 
 
@@ -213,7 +215,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> int:
 
 
 def _beginning(path: Path, options: DomainOptions) -> Iterator[str]:
-    """Texts of a domain, the first ``tokenizer_mb`` million characters of them."""
+    """Yield the first ``tokenizer_mb`` million characters of a domain, in whole texts."""
     left = options.tokenizer_mb * 1e6
     with path.open(encoding="utf-8") as lines:
         for line in lines:

@@ -1,4 +1,4 @@
-"""What a run would give and cost, from a sample of every file."""
+"""Estimate size and time of a run from a sample of the files."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megapoly.data.preprocess.backend_check import choose_backend
+from megapoly.data.preprocess.input_parts import FileRange, num_units, read_file_range
+from megapoly.data.preprocess.input_sample import sample_texts
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.parts import Piece, num_units, read_piece
-from megapoly.data.preprocess.run import Inputs, read_inputs
-from megapoly.data.preprocess.sample import sample_texts
-from megapoly.data.preprocess.sources import Source
+from megapoly.data.preprocess.run import PreprocessInputs, read_inputs
+from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.data.preprocess.tokenization import Backend, add_ids
-from megapoly.data.preprocess.trust import choose_backend
 
-# Of text, over all files.
+# Of text, in all files.
 _SAMPLE_BYTES = 32 << 20
 _MAX_FILES = 64
-# A worker next to others is slower than one alone; and what joining adds.
+# Workers beside each other are slower than one alone, and joining takes time.
 _OVERHEAD = 1.15
 
 
 @dataclass
 class Estimate:
-    """Counts of a sample, and what fraction of the input it is.
+    """Counts of a sample.
 
     Args:
         read_bytes: bytes of the files on disk that were read.
-        documents: in these.
-        tokens: in these.
-        seconds: to read and to tokenize them.
-        reasons: rejected lines for each reason.
+        documents: documents in the sample.
+        tokens: tokens in the sample.
+        seconds: time to read and tokenize it.
+        reasons: number of rejected lines by reason.
     """
 
     read_bytes: int = 0
@@ -46,15 +46,15 @@ class Estimate:
 
 
 def dry_run(options: PreprocessOptions, console: Console) -> None:
-    """Read a sample and show what to expect; nothing is written.
+    """Read a sample and print expected size and time; nothing is written.
 
     Raises:
-        DataError: as :func:`megapoly.data.preprocess.run.preprocess`, of what a sample can show.
+        DataError: as in :func:`megapoly.data.preprocess.run.preprocess`, if the sample shows it.
     """
     inputs = read_inputs(options)
     sample = sample_texts(inputs.sources, inputs.rules)
     backend, _ = choose_backend(inputs.settings, options.tokenizer_backend, sample)
-    backend.encode(sample)  # so that the first file does not pay for what is only done once
+    backend.encode(sample)  # warm up, so that the time of the first file has no one-time costs
     step = max(1, len(inputs.sources) // _MAX_FILES)
     chosen = range(0, len(inputs.sources), step)[:_MAX_FILES]
     estimates = {i: _sample(i, inputs, backend, _SAMPLE_BYTES // len(chosen)) for i in chosen}
@@ -68,43 +68,43 @@ def dry_run(options: PreprocessOptions, console: Console) -> None:
     console.print(_table(options, inputs, estimates, total, backend))
 
 
-def _sample(number: int, inputs: Inputs, backend: Backend, budget: int) -> Estimate:
-    """Counts of the beginning and, in lines of JSON, of the middle of a file."""
+def _sample(number: int, inputs: PreprocessInputs, backend: Backend, budget: int) -> Estimate:
+    """Count the beginning and, for JSON lines, the middle of a file."""
     source, estimate = inputs.sources[number], Estimate()
     start = time.perf_counter()
-    for piece in _sampled_pieces(number, source, budget):
+    for file_range in _sampled_ranges(number, source, budget):
         text_bytes = 0
-        for block in read_piece(source, piece, 0, inputs.rules):
-            for column in block.texts:
+        for batch in read_file_range(source, file_range, 0, inputs.rules):
+            for column in batch.texts:
                 estimate.tokens += len(add_ids(backend.encode(column), inputs.settings).ids)
                 text_bytes += sum(map(len, column))
-            estimate.documents += len(block.texts[0])
-            estimate.read_bytes += block.source_bytes
-            estimate.reasons.update(record.reason for record in block.rejected)
+            estimate.documents += len(batch.texts[0])
+            estimate.read_bytes += batch.source_bytes
+            estimate.reasons.update(record.reason for record in batch.rejected)
             if text_bytes >= budget:
                 break
     estimate.seconds = time.perf_counter() - start
     return estimate
 
 
-def _sampled_pieces(number: int, source: Source, budget: int) -> list[Piece]:
+def _sampled_ranges(number: int, source: SourceFile, budget: int) -> list[FileRange]:
     units = num_units(source)
     if source.format != "jsonl" or units <= budget:
-        return [Piece(number, 0, units)]
+        return [FileRange(number, 0, units)]
     middle = units // 2
-    return [Piece(number, 0, budget // 2), Piece(number, middle, middle + budget // 2)]
+    return [FileRange(number, 0, budget // 2), FileRange(number, middle, middle + budget // 2)]
 
 
 def _table(
     options: PreprocessOptions,
-    inputs: Inputs,
+    inputs: PreprocessInputs,
     estimates: dict[int, Estimate],
     total: Estimate,
     backend: Backend,
 ) -> Table:
     input_bytes = sum(source.size_bytes for source in inputs.sources)
     documents = tokens = 0.0
-    # A file that was not sampled is like the mean of those that were.
+    # A file that was not sampled counts as the mean of the others.
     for i, source in enumerate(inputs.sources):
         estimate = estimates.get(i, total)
         share = source.size_bytes / estimate.read_bytes if estimate.read_bytes else 0.0

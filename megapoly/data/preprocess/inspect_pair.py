@@ -1,4 +1,10 @@
-"""Show a document of a pair as text, and the lengths of all documents as a histogram."""
+"""Print documents of a pair of token files as text, or a histogram of document lengths.
+
+    megapoly preprocess inspect tokens/books_text_document --document 0 -1
+    megapoly preprocess inspect tokens/books_text_document --histogram lengths.png
+
+PREFIX is the path of the pair without .bin and .idx. Without --document a random one is printed.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +17,43 @@ from pathlib import Path
 import numpy as np
 
 from megapoly.data.index_file import Index, read_index
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.histogram import histogram_lines, write_histogram
-from megapoly.data.preprocess.pairs import document_lengths, find_pairs, find_tokenizer
+from megapoly.data.preprocess.length_histogram import histogram_lines, write_histogram
+from megapoly.data.preprocess.length_statistics import LengthStatistics
+from megapoly.data.preprocess.pair_with_manifest import find_pairs, find_tokenizer
 from megapoly.data.token_files import open_token_file, pair_paths
 from megapoly.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the command."""
     add = parser.add_argument
-    add("prefix", type=Path, metavar="PREFIX", help="of a pair")
+    add("prefix", type=Path, metavar="PREFIX", help="prefix of a pair")
     add(
         "--document",
         type=int,
         nargs="+",
         metavar="N",
-        help="which documents, from 0, or from the end with -1 (one at random)",
+        help="documents from 0, or from the end with -1 (default: a random one)",
     )
-    add("--tokenizer-model", metavar="PATH", help="to decode with (the manifest's)")
-    add("--max-tokens", type=int, default=200, metavar="N", help="to show of a document (200)")
-    add("--ids", action="store_true", help="show ids, too")
-    add("--random", type=int, metavar="SEED", help="of the choice of a document at random")
+    add("--tokenizer-model", metavar="PATH", help="tokenizer (default: from the manifest)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="tokens to print of a document (200)",
+    )
+    add("--ids", action="store_true", help="also print token ids")
+    add("--random", type=int, metavar="SEED", help="seed for the random document")
     add(
         "--histogram",
         metavar="FILE.png",
-        help="draw lengths in place of a document; - draws in the terminal alone",
+        help="draw document lengths instead, to a file and the terminal; - for the terminal only",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show; 0."""
+    """Print documents or a histogram, and return 0."""
     pairs = find_pairs(options.prefix)
     if len(pairs) > 1:
         names = ", ".join(str(pair.prefix) for pair in pairs)
@@ -55,8 +67,8 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = find_tokenizer(options.tokenizer_model, pair.manifest)
     if tokenizer is None:
         raise DataError(
-            f"`{pair.prefix}` has no manifest with a tokenizer that is still where it was and the "
-            "same; name the tokenizer that made it with --tokenizer-model."
+            f"`{pair.prefix}` must have a manifest whose tokenizer still exists and has not "
+            "changed; it has none. Name the tokenizer that made it with --tokenizer-model."
         )
     at_random = random.Random(options.random).randrange(max(1, index.num_documents))
     numbers = options.document or [at_random]
@@ -75,9 +87,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _draw(prefix: Path, index: Index, file: str) -> None:
-    statistics = LengthStatistics()
-    for lengths in document_lengths(index):
-        statistics.add(lengths)
+    statistics = LengthStatistics(index.document_lengths())
     title = f"{prefix.name}: {statistics.sum:,} tokens in {statistics.count:,} documents"
     print("\n".join([title, *histogram_lines(statistics)]))
     if file != "-":
@@ -86,14 +96,14 @@ def _draw(prefix: Path, index: Index, file: str) -> None:
 
 
 @dataclass(frozen=True)
-class Document:
+class DocumentExcerpt:
     """The beginning of a document.
 
     Args:
-        number: from 0.
-        num_tokens: tokens in all of it.
-        offset_bytes: where it begins in ``.bin``.
-        ids: the first of its tokens.
+        number: number of the document from 0.
+        num_tokens: tokens in the whole document.
+        offset_bytes: where the document begins in ``.bin``.
+        ids: the first token ids.
     """
 
     number: int
@@ -104,21 +114,21 @@ class Document:
 
 def read_documents(
     prefix: Path, index: Index, numbers: Sequence[int], max_tokens: int
-) -> list[Document]:
+) -> list[DocumentExcerpt]:
     """Read the beginnings of documents.
 
     Args:
-        prefix: of the pair.
-        index: of the pair.
-        numbers: from 0, or below it from the end.
-        max_tokens: of each.
+        prefix: prefix of the pair.
+        index: index of the pair.
+        numbers: document numbers from 0; negative ones count from the end.
+        max_tokens: tokens to read of each document.
 
     Raises:
-        DataError: there is no such document.
+        DataError: a document does not exist.
     """
     count = index.num_documents
     if count == 0:
-        raise DataError(f"`{prefix}` has no document.")
+        raise DataError(f"`{prefix}` must have at least one document; it has none.")
     documents = []
     for number in numbers:
         if not -count <= number < count:
@@ -133,5 +143,5 @@ def read_documents(
             stream.seek(offset)
             data = stream.read(min(num_tokens, max_tokens) * index.dtype.itemsize)
         ids = np.frombuffer(data, index.dtype).tolist()
-        documents.append(Document(number % count, num_tokens, offset, ids))
+        documents.append(DocumentExcerpt(number % count, num_tokens, offset, ids))
     return documents

@@ -1,4 +1,4 @@
-"""Readers of JSON lines: a range of a plain file, and a compressed stream."""
+"""Readers of JSON lines: a byte range of a plain file, and a compressed stream."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megapoly.data.preprocess.records import Block, Oversized, RecordRules, Rejected, parse_lines
-from megapoly.errors import UnavailableError
+from megapoly.data.preprocess.missing_package import missing_package
+from megapoly.data.preprocess.text_extraction import (
+    OversizedLine,
+    RecordRules,
+    Rejection,
+    TextBatch,
+    parse_lines,
+)
 
 READ_BYTES = 4 << 20
-# So much of a compressed file may be counted as done before its text is.
+# This much of a compressed file may be counted as read before its text is.
 _GZIP_READ_BYTES = 64 << 10
-# A zstd frame can be 20,000 times smaller than its content, and the library has no limit for what
-# one call returns.
+# A zstd frame can be 20,000 times smaller than its content, and the library does not limit what one
+# call returns.
 _ZSTD_READ_BYTES = 16 << 10
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -24,8 +30,8 @@ class DamagedStream(Exception):
     """A compressed file ends too early or is corrupt.
 
     Args:
-        reason: for counting.
-        detail: where.
+        reason: reason for counting.
+        detail: where it is damaged.
     """
 
     def __init__(self, reason: str, detail: str):
@@ -34,7 +40,7 @@ class DamagedStream(Exception):
 
 
 class LineSplitter:
-    """Cuts a stream of bytes into lines, and keeps no line above a limit.
+    """Splits a stream of bytes into lines without keeping lines above a limit in memory.
 
     Args:
         max_bytes: longest line that is kept.
@@ -43,15 +49,15 @@ class LineSplitter:
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
         self._pending = bytearray()
-        self._dropped = 0  # bytes of a line that is over the limit
+        self._dropped = 0  # bytes of a line that is above the limit
 
     @property
     def num_pending(self) -> int:
-        """Bytes since the last end of a line."""
+        """Number of bytes since the last end of a line."""
         return len(self._pending) + self._dropped
 
-    def feed(self, data: bytes) -> list[bytes | Oversized]:
-        """Lines that end in ``data``, without their ends."""
+    def feed(self, data: bytes) -> list[bytes | OversizedLine]:
+        """Return the lines that end in ``data``, without their line ends."""
         *ended, rest = data.split(b"\n")
         lines = [self._finish(line) for line in ended[:1]]
         if self._max_bytes < len(data):
@@ -61,13 +67,13 @@ class LineSplitter:
         self._keep(rest)
         return lines
 
-    def end(self) -> list[bytes | Oversized]:
-        """The last line, if the stream does not end with a line's end."""
+    def end(self) -> list[bytes | OversizedLine]:
+        """Return the last line, if the stream does not end with a line end."""
         return [self._finish(b"")] if self.num_pending else []
 
-    def _finish(self, ending: bytes) -> bytes | Oversized:
+    def _finish(self, ending: bytes) -> bytes | OversizedLine:
         size = self._dropped + len(self._pending) + len(ending)
-        line = bytes(self._pending) + ending if size <= self._max_bytes else Oversized(size)
+        line = bytes(self._pending) + ending if size <= self._max_bytes else OversizedLine(size)
         self._pending.clear()
         self._dropped = 0
         return line
@@ -80,11 +86,10 @@ class LineSplitter:
             self._pending += data
 
 
-def read_range(path: Path, start: int, end: int, rules: RecordRules) -> Iterator[Block]:
-    """Blocks of the lines that begin at a byte from ``start`` to ``end``.
+def read_line_range(path: Path, start: int, end: int, rules: RecordRules) -> Iterator[TextBatch]:
+    """Yield batches of the lines that begin at a byte from ``start`` up to ``end``.
 
-    Ranges that follow one another give every line of the file once. The last line may go on behind
-    ``end``.
+    Consecutive ranges give every line of the file once. The last line may continue after ``end``.
     """
     splitter = LineSplitter(rules.max_document_bytes)
     row = 0
@@ -92,14 +97,14 @@ def read_range(path: Path, start: int, end: int, rules: RecordRules) -> Iterator
         for data in _range_chunks(stream, start, end, splitter):
             lines = splitter.feed(data) if data else splitter.end()
             columns, rejected = parse_lines(lines, row, rules)
-            yield Block(columns, rejected, len(lines), len(data))
+            yield TextBatch(columns, rejected, len(lines), len(data))
             row += len(lines)
 
 
 def _range_chunks(
     stream: io.FileIO, start: int, end: int, splitter: LineSplitter
 ) -> Iterator[bytes]:
-    """Bytes of the lines that begin in a range; an empty chunk is the end."""
+    """Yield the bytes of the lines that begin in a range; an empty chunk marks the end."""
     position = _first_line(stream, start, end)
     if position is None:
         return
@@ -120,7 +125,7 @@ def _range_chunks(
 
 
 def _first_line(stream: io.FileIO, start: int, end: int) -> int | None:
-    """Where the first line begins that begins at ``start`` or later; None: nowhere to ``end``."""
+    """Return where the first line at or after ``start`` begins; None: not before ``end``."""
     if start == 0:
         return 0
     position = start - 1
@@ -134,7 +139,7 @@ def _first_line(stream: io.FileIO, start: int, end: int) -> int | None:
 
 
 def count_lines_before(path: Path, start: int) -> int:
-    """Lines of a file that begin before the byte ``start``."""
+    """Count the lines of a file that begin before the byte ``start``."""
     count = position = 0
     ending = b"\n"
     with path.open("rb", buffering=0) as stream:
@@ -145,18 +150,20 @@ def count_lines_before(path: Path, start: int) -> int:
     return count + (ending != b"\n")
 
 
-def read_compressed(path: Path, format_: str, position: int, rules: RecordRules) -> Iterator[Block]:
-    """Blocks of a ``jsonl.gz`` or ``jsonl.zst`` file, from a position on.
+def read_compressed(
+    path: Path, format_: str, position: int, rules: RecordRules
+) -> Iterator[TextBatch]:
+    """Yield batches of a ``jsonl.gz`` or ``jsonl.zst`` file, starting at a position.
 
-    A file that ends too early or is corrupt ends with a rejected row for what is lost.
+    If the file is truncated or corrupt, the last batch has a rejected row for what is lost.
 
     Args:
-        path: of the file.
-        format_: which of the two.
-        position: ``Block.position`` of the last block that was read before, or 0: an offset in the
-            decompressed text, always the beginning of a line. What is before it is decompressed and
-            dropped.
-        rules: what makes a record good.
+        path: path of the file.
+        format_: ``jsonl.gz`` or ``jsonl.zst``.
+        position: ``TextBatch.position`` of the last batch read before, or 0: an offset in the
+            decompressed text, always the beginning of a line. The text before it is decompressed
+            and dropped.
+        rules: rules for a valid record.
     """
     splitter = LineSplitter(rules.max_document_bytes)
     row = offset = consumed = 0
@@ -172,39 +179,39 @@ def read_compressed(path: Path, format_: str, position: int, rules: RecordRules)
                 data = data[skipped:]
                 lines = splitter.feed(data.removeprefix(_BYTE_ORDER_MARK) if is_first else data)
             else:
-                # Damaged: the line that was cut belongs to what is lost.
+                # If damaged, the incomplete line belongs to what is lost.
                 lines = [] if damage else splitter.end()
             columns, rejected = parse_lines(lines, row, rules)
-            block = Block(columns, rejected, len(lines), stream.tell() - consumed)
-            block.position = offset - splitter.num_pending
+            batch = TextBatch(columns, rejected, len(lines), stream.tell() - consumed)
+            batch.position = offset - splitter.num_pending
             row, consumed = row + len(lines), stream.tell()
             if damage:
-                block.num_rows += 1
-                block.rejected.append(Rejected(row, damage.reason, damage.detail, None, 0))
-            yield block
+                batch.num_rows += 1
+                batch.rejected.append(Rejection(row, damage.reason, damage.detail, None, 0))
+            yield batch
 
 
 def _gathered(chunks: Iterator[bytes]) -> Iterator[bytes | DamagedStream]:
-    """Chunks put together to a size that is worth a call; then an empty one, or what went wrong."""
+    """Join small chunks to a size that is worth a call; end with an empty one, or the damage."""
     end: bytes | DamagedStream = b""
-    parts, size = [], 0
+    pending, size = [], 0
     while True:
         try:
             chunk = next(chunks, b"")
         except DamagedStream as damage:
             chunk, end = b"", damage
-        parts.append(chunk)
+        pending.append(chunk)
         size += len(chunk)
         if size and (size >= READ_BYTES or not chunk):
-            yield b"".join(parts)
-            parts, size = [], 0
+            yield b"".join(pending)
+            pending, size = [], 0
         if not chunk:
             yield end
             return
 
 
 def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    # An empty file is what an interrupted download leaves.
+    # An interrupted download may leave an empty file: it counts as truncated.
     decompressor, begun = zlib.decompressobj(wbits=31), True
     while data := stream.read(_GZIP_READ_BYTES):
         while data:
@@ -219,7 +226,7 @@ def _gzip_chunks(stream: BinaryIO) -> Iterator[bytes]:
                 yield text
             data = decompressor.unconsumed_tail
             if decompressor.eof:
-                # Another member may follow, or zeros that fill up a block.
+                # Another member may follow, or zeros that pad a block.
                 data = decompressor.unused_data.lstrip(b"\0")
                 decompressor, begun = zlib.decompressobj(wbits=31), False
     if begun:
@@ -230,9 +237,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise UnavailableError(
-            "Reading .zst needs the package zstandard: `pip install '.[data]'`."
-        ) from error
+        raise missing_package("Reading .zst", "zstandard") from error
     # Frames of `zstd --long=31` need a window of 2 GiB.
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     decompressor, begun = context.decompressobj(), True

@@ -1,4 +1,10 @@
-"""Join several pairs of token files to one, in the order given, in constant memory."""
+"""Merge pairs of token files into one, in the order given and in constant memory.
+
+    megapoly preprocess merge a_text_document b_text_document --output-prefix ab_text_document
+
+A PREFIX is the path of a pair without .bin and .idx. Pairs that have a manifest are compared with
+it, and must have the same tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 import megapoly
 from megapoly.data.index_file import Index, read_index
@@ -22,16 +26,15 @@ from megapoly.data.manifest import (
     RejectedRecord,
     SourceRecord,
     TokenizerRecord,
-    find_manifest,
     manifest_path,
-    read_manifest,
     write_manifest,
 )
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.join import PairContent, PairHashes, write_pair
-from megapoly.data.preprocess.pairs import document_lengths
+from megapoly.data.preprocess.console_output import byte_progress
+from megapoly.data.preprocess.length_statistics import LengthStatistics
+from megapoly.data.preprocess.pair_with_manifest import PairWithManifest
+from megapoly.data.preprocess.pair_writer import PairContent, PairHashes, write_pair
 from megapoly.data.preprocess.verify import index_problems
-from megapoly.data.preprocess.work_folder import locked, remove
+from megapoly.data.preprocess.work_folder import locked, remove_work_folder
 from megapoly.data.token_files import open_token_file, pair_paths
 from megapoly.errors import DataError
 
@@ -39,19 +42,25 @@ _AT_ONCE = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("prefixes", nargs="*", type=Path, metavar="PREFIX", help="of the pairs")
+    """Add the options of the command."""
     parser.add_argument(
-        "--input", type=Path, metavar="FOLDER", help="all pairs in a folder, sorted by name"
+        "prefixes", nargs="*", type=Path, metavar="PREFIX", help="prefixes of pairs"
     )
     parser.add_argument(
-        "--output-prefix", type=Path, required=True, metavar="PREFIX", help="of the pair to write"
+        "--input", type=Path, metavar="FOLDER", help="merge all pairs in FOLDER, by name"
+    )
+    parser.add_argument(
+        "--output-prefix",
+        type=Path,
+        required=True,
+        metavar="PREFIX",
+        help="prefix of the pair to write",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a pair that exists")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Merge; 0."""
+    """Merge pairs, and return 0."""
     prefixes = list(options.prefixes)
     if options.input is not None:
         found = sorted(path.with_suffix("") for path in options.input.glob("*.idx"))
@@ -59,14 +68,14 @@ def run(options: argparse.Namespace) -> int:
     pair = merge(prefixes, options.output_prefix, overwrite=options.overwrite).pairs[0]
     print(
         f"{options.output_prefix}.bin: {pair.tokens:,} tokens ({pair.dtype}) in "
-        f"{pair.documents:,} documents, of {len(prefixes):,} pairs"
+        f"{pair.documents:,} documents, from {len(prefixes):,} pairs"
     )
     return 0
 
 
 @dataclass
-class _Piece:
-    """A pair that is merged, and what its content turns out to be."""
+class _InputPair:
+    """A pair to merge; hash and highest id are updated while its content is read."""
 
     prefix: Path
     index: Index
@@ -79,126 +88,116 @@ class _Piece:
     def bin_path(self) -> Path:
         return pair_paths(self.prefix)[0]
 
-    def see(self, block: bytes) -> None:
+    def update(self, block: bytes) -> None:
         self.digest.update(block)
         ids = np.frombuffer(block, self.index.dtype)
         self.highest_token_id = max(self.highest_token_id, int(ids.max()))
 
-    def check(self) -> None:
+    def check_hash(self) -> None:
         if self.record is not None and self.record.bin_sha256 != self.digest.hexdigest():
             raise DataError(
                 f"`{self.bin_path}` must have the SHA-256 of its manifest, "
                 f"{self.record.bin_sha256}; it has {self.digest.hexdigest()}. It is damaged: copy "
-                "or make it again."
+                "or create it again."
             )
 
 
 def merge(prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool) -> Manifest:
-    """Write the pair that holds the documents of several, one pair after the other.
+    """Write a pair with the documents of several pairs, one pair after the other.
 
     Pairs with a manifest are compared with it. The manifest of the result is
-    ``OUTPUT_PREFIX.manifest.json``, its sources are the pairs.
+    ``OUTPUT_PREFIX.manifest.json``; its sources are the pairs.
 
     Args:
-        prefixes: of the pairs.
-        output_prefix: of the pair to write.
+        prefixes: prefixes of the pairs.
+        output_prefix: prefix of the pair to write.
         overwrite: replace a pair that exists.
 
     Raises:
-        DataError: a pair is missing or damaged, types or tokenizers differ, there is no room, or
-            the output exists.
+        DataError: a pair is missing or damaged, dtypes or tokenizers differ, the disk has not
+            enough space, or the output exists.
     """
-    pieces = [_open(prefix) for prefix in prefixes]
-    _check(pieces, output_prefix, overwrite=overwrite)
-    indices = [piece.index for piece in pieces]
+    inputs = [_open(prefix) for prefix in prefixes]
+    _check(inputs, output_prefix, overwrite=overwrite)
+    indices = [pair.index for pair in inputs]
     content = PairContent(
         dtype=indices[0].dtype,
-        bins=[piece.bin_path for piece in pieces],
+        bins=[pair.bin_path for pair in inputs],
         num_sequences=sum(index.num_sequences for index in indices),
         num_documents=sum(index.num_documents for index in indices),
-        lengths=lambda: (part for index in indices for part in _slices(index.lengths)),
+        lengths=lambda: (chunk for index in indices for chunk in _slices(index.lengths)),
         sequences_per_document=lambda: (n for i in indices for n in _sequences_per_document(i)),
     )
     folder = Path(f"{output_prefix}.merge")
     with locked(folder):
-        hashes = _write_with_progress(output_prefix, content, folder, pieces)
-        manifest = _manifest(pieces, output_prefix, content, hashes)
+        hashes = _write_with_progress(output_prefix, content, folder, inputs)
+        manifest = _manifest(inputs, output_prefix, content, hashes)
         write_manifest(output_prefix, manifest)
-        remove(folder)
+        remove_work_folder(folder)
     return manifest
 
 
-def _open(prefix: Path) -> _Piece:
+def _open(prefix: Path) -> _InputPair:
     open_token_file(prefix)
-    path = find_manifest(prefix)
-    manifest = read_manifest(path) if path else None
-    return _Piece(
-        prefix,
-        read_index(pair_paths(prefix)[1]),
-        manifest.pair(prefix.name) if manifest else None,
-        manifest.tokenizer if manifest else None,
-    )
+    pair = PairWithManifest.at(prefix)
+    tokenizer = pair.manifest.tokenizer if pair.manifest else None
+    return _InputPair(prefix, read_index(pair_paths(prefix)[1]), pair.record, tokenizer)
 
 
-def _check(pieces: Sequence[_Piece], output_prefix: Path, *, overwrite: bool) -> None:
-    if len(pieces) < 2:
-        raise DataError(f"merge needs at least 2 pairs; it got {len(pieces)}.")
+def _check(inputs: Sequence[_InputPair], output_prefix: Path, *, overwrite: bool) -> None:
+    if len(inputs) < 2:
+        raise DataError(f"merge needs at least 2 pairs; it got {len(inputs)}.")
     outputs = [*pair_paths(output_prefix), manifest_path(output_prefix)]
     if existing := [str(path) for path in outputs if path.exists() and not overwrite]:
         raise DataError(
             f"`--output-prefix` must not name a pair that exists: {', '.join(existing)}. Choose "
             "another, or replace it with --overwrite."
         )
-    if output_prefix.absolute() in [piece.prefix.absolute() for piece in pieces]:
+    if output_prefix.absolute() in [pair.prefix.absolute() for pair in inputs]:
         raise DataError(f"`{output_prefix}` must not be input and output; choose another output.")
-    first = pieces[0]
-    for piece in pieces:
-        if piece.index.has_modes:
-            raise DataError(f"`{piece.prefix}` is of several modalities; merge takes text.")
-        if piece.index.dtype != first.index.dtype:
+    first = inputs[0]
+    for pair in inputs:
+        if pair.index.has_modes:
+            raise DataError(f"`{pair.prefix}` must hold text to be merged; it is multimodal.")
+        if pair.index.dtype != first.index.dtype:
             raise DataError(
                 f"Pairs must have one type of token to be merged; `{first.prefix}` has "
-                f"{first.index.dtype}, `{piece.prefix}` {piece.index.dtype}. They are of different "
-                "tokenizers: name them apart in the blend."
+                f"{first.index.dtype}, `{pair.prefix}` {pair.index.dtype}. Name them separately in "
+                "the blend instead."
             )
-        for problem in index_problems(pair_paths(piece.prefix)[1], piece.index):
+        for problem in index_problems(pair_paths(pair.prefix)[1], pair.index):
             raise DataError(problem)
-    known = [piece for piece in pieces if piece.tokenizer is not None]
-    for piece in known:
-        if _added(piece.tokenizer) != _added(known[0].tokenizer):
+    known = [pair for pair in inputs if pair.tokenizer is not None]
+    for pair in known:
+        if _added(pair.tokenizer) != _added(known[0].tokenizer):
             raise DataError(
-                f"Pairs must be of one tokenizer, used in one way, to be merged; by their "
-                f"manifests `{known[0].prefix}` is of {known[0].tokenizer} and `{piece.prefix}` of "
-                f"{piece.tokenizer}."
+                f"Pairs must be made with one tokenizer, used in one way, to be merged; in their "
+                f"manifests `{known[0].prefix}` has {known[0].tokenizer} and `{pair.prefix}` has "
+                f"{pair.tokenizer}."
             )
 
 
 def _added(tokenizer: TokenizerRecord | None) -> tuple[object, ...]:
-    """What decides about the ids of a text, and what is put around them."""
+    """Return what determines the ids of a text, and the ids that are added."""
     assert tokenizer is not None
     added = (tokenizer.prefix, tokenizer.suffix, tokenizer.eod, tokenizer.appends_eod)
     return (tokenizer.sha256, *added)
 
 
 def _write_with_progress(
-    prefix: Path, content: PairContent, folder: Path, pieces: Sequence[_Piece]
+    prefix: Path, content: PairContent, folder: Path, inputs: Sequence[_InputPair]
 ) -> PairHashes:
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=content.bin_bytes)
+    with byte_progress("merging", content.bin_bytes) as advance:
 
         def on_block(number: int, block: bytes) -> None:
-            pieces[number].see(block)
-            bar.advance(task, len(block))
+            inputs[number].update(block)
+            advance(len(block))
 
-        def check() -> None:
-            for piece in pieces:
-                piece.check()
+        def check_hashes() -> None:
+            for pair in inputs:
+                pair.check_hash()
 
-        return write_pair(prefix, content, folder, on_block=on_block, before_naming=check)
+        return write_pair(prefix, content, folder, on_block=on_block, before_naming=check_hashes)
 
 
 def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -212,20 +211,19 @@ def _sequences_per_document(index: Index) -> Iterator[np.ndarray]:
 
 
 def _manifest(
-    pieces: Sequence[_Piece], output_prefix: Path, content: PairContent, hashes: PairHashes
+    inputs: Sequence[_InputPair], output_prefix: Path, content: PairContent, hashes: PairHashes
 ) -> Manifest:
-    statistics = LengthStatistics()
-    for piece in pieces:
-        for lengths in document_lengths(piece.index):
-            statistics.add(lengths)
-    inside = [piece.record.eod_inside if piece.record else -1 for piece in pieces]
+    statistics = LengthStatistics(
+        lengths for pair in inputs for lengths in pair.index.document_lengths()
+    )
+    inside = [pair.record.eod_inside if pair.record else -1 for pair in inputs]
     pair = PairRecord(
         name=output_prefix.name,
         dtype=content.dtype.name,
         documents=content.num_documents,
         sequences=content.num_sequences,
         tokens=statistics.sum,
-        highest_token_id=max(piece.highest_token_id for piece in pieces),
+        highest_token_id=max(pair.highest_token_id for pair in inputs),
         eod_inside=sum(inside) if min(inside) >= 0 else -1,
         tokens_per_document=statistics.quantiles(),
         bin_bytes=content.bin_bytes,
@@ -233,24 +231,24 @@ def _manifest(
         idx_bytes=content.idx_bytes,
         idx_sha256=hashes.idx_sha256,
     )
-    tokenizers = [piece.tokenizer for piece in pieces]
+    tokenizers = [pair.tokenizer for pair in inputs]
     return Manifest(
         format_version=FORMAT_VERSION,
         megapoly_version=megapoly.__version__,
         tokenizer=tokenizers[0] if all(tokenizers) else None,
-        arguments={"merge": [str(piece.prefix) for piece in pieces]},
-        sources=[_source(piece) for piece in pieces],
+        arguments={"merge": [str(pair.prefix) for pair in inputs]},
+        sources=[_source(pair) for pair in inputs],
         pairs=[pair],
         rejected=RejectedRecord("fail"),
     )
 
 
-def _source(piece: _Piece) -> SourceRecord:
+def _source(pair: _InputPair) -> SourceRecord:
     return SourceRecord(
-        path=str(piece.bin_path),
+        path=str(pair.bin_path),
         format="pair",
-        size_bytes=piece.bin_path.stat().st_size,
-        sha256=piece.digest.hexdigest(),
-        documents=piece.index.num_documents,
+        size_bytes=pair.bin_path.stat().st_size,
+        sha256=pair.digest.hexdigest(),
+        documents=pair.index.num_documents,
         rejected=0,
     )

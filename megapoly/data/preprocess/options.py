@@ -1,4 +1,4 @@
-"""What the preprocessor is told, whatever tells it."""
+"""Options of the preprocessor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Bytes of a part: what an interruption can cost each worker, and what small inputs are cut into so
-# that every worker has something to do. A function of the input alone: another number of workers
-# goes on with the same parts.
+# Size of a part: the most work that an interruption can cost a worker, and a size that gives every
+# worker a part of a small input. It depends on the input alone, so that a run with another number
+# of workers can resume with the same parts.
 MAX_PART_BYTES = 64 << 20
 MIN_PART_BYTES = 1 << 20
 PARTS_OF_SMALL_INPUT = 16
@@ -18,28 +18,28 @@ CHUNK_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """Options of ``megapoly preprocess``; the names are Megatron's where it has one.
+    """Options of ``megapoly preprocess``, with Megatron's names where they exist.
 
     Args:
         input: files, patterns and folders.
-        output_prefix: of the pairs ``PREFIX_KEY_document`` and of ``PREFIX.manifest.json``.
-        json_keys: keys of the JSON objects, or columns of tables; a pair for each.
+        output_prefix: prefix of the pairs ``PREFIX_KEY_document`` and ``PREFIX.manifest.json``.
+        json_keys: keys of the JSON objects, or columns of tables; one pair for each.
         tokenizer_type: ``HuggingFaceTokenizer`` or ``GPT2BPETokenizer``.
-        tokenizer_model: a ``tokenizer.json`` or its folder; null: the built-in one.
-        vocab_file: of a ``GPT2BPETokenizer``.
-        merge_file: of a ``GPT2BPETokenizer``.
+        tokenizer_model: a ``tokenizer.json`` or its folder; None: the built-in tokenizer.
+        vocab_file: ``vocab.json`` of a ``GPT2BPETokenizer``.
+        merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
         append_eod: end every document with the end-of-document token.
-        include_special_tokens: add what the tokenizer's post-processor adds.
-        split_special_tokens: take the name of a special token in a text as text.
-        keep_empty: an empty text is an empty document, as in Megatron's tool, not a bad line.
-        workers: processes.
+        include_special_tokens: add the ids of the tokenizer's post-processor.
+        split_special_tokens: treat the name of a special token in a text as text.
+        keep_empty: make an empty text an empty document, as in Megatron's tool, not a bad line.
+        workers: number of processes.
         tokenizer_backend: ``auto``, ``gigatoken`` or ``tokenizers``.
-        check_every: every so many documents of a worker are compared with ``tokenizers``.
+        check_every: compare every n-th document of a worker with ``tokenizers``.
         on_bad_line: ``fail``, ``skip`` or ``quarantine``.
-        max_document_mib: longest line of JSON, or text of a table's row or a text file.
-        part_bytes: bytes of the input that a worker does at a time; null: by the input's size.
-        chunk_bytes: text of a compressed file that makes one shard.
-        restart: drop finished shards of an interrupted run.
+        max_document_mib: longest line of JSON, or text of a row or text file.
+        part_bytes: bytes of the input in a part; None: by the size of the input.
+        chunk_bytes: text of a compressed file in one shard.
+        restart: delete finished shards of an interrupted run.
         overwrite: replace token files that exist.
     """
 
@@ -65,26 +65,26 @@ class PreprocessOptions:
     overwrite: bool = False
 
     def pair_prefix(self, key: str) -> Path:
-        """Prefix of the pair of one key."""
+        """Return the prefix of the pair of one key."""
         return Path(f"{self.output_prefix}_{key}_document")
 
     @property
     def shard_folder(self) -> Path:
-        """Where finished work is kept until all is done."""
+        """Folder of finished shards until the token files are complete."""
         return Path(f"{self.output_prefix}.shards")
 
     @property
     def quarantine_path(self) -> Path:
-        """The file of rejected lines."""
+        """File of rejected lines."""
         return Path(f"{self.output_prefix}.quarantine.jsonl")
 
     def part_bytes_of(self, input_bytes: int) -> int:
-        """Bytes of a part, for an input of some size."""
-        wanted = input_bytes // PARTS_OF_SMALL_INPUT
-        return self.part_bytes or min(max(wanted, MIN_PART_BYTES), MAX_PART_BYTES)
+        """Return the size of a part for the size of the input."""
+        target = input_bytes // PARTS_OF_SMALL_INPUT
+        return self.part_bytes or min(max(target, MIN_PART_BYTES), MAX_PART_BYTES)
 
     def arguments(self) -> dict[str, Any]:
-        """What decides about the bytes that are written, for the manifest and the plan."""
+        """Return the options that determine the bytes, for the manifest and the plan."""
         return {
             "input": list(self.input),
             "json_keys": list(self.json_keys),

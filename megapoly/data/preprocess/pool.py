@@ -1,4 +1,4 @@
-"""Worker processes, each with its own pipe: a worker that dies is noticed at once."""
+"""Worker processes, each with its own pipe, so that a dead worker is noticed at once."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 import psutil
 
 from megapoly.data.preprocess.tokenization import Backend, ReferenceBackend
-from megapoly.data.preprocess.worker import Job, Progress, Task, Worker
+from megapoly.data.preprocess.worker import Task, Worker, WorkerConfig, WorkerProgress
 from megapoly.errors import DataError, MegapolyError
 
 
 class WorkerPool:
-    """Processes that do parts of a job.
+    """Processes that work on parts of the input.
 
     Args:
-        job: what to do.
-        num_workers: how many.
-        backend: shared with the workers where they are forked.
+        config: settings of the workers.
+        num_workers: number of processes.
+        backend: shared with the workers if they are forked.
         reference: as ``backend``.
     """
 
     def __init__(
-        self, job: Job, num_workers: int, backend: Backend, reference: ReferenceBackend
+        self, config: WorkerConfig, num_workers: int, backend: Backend, reference: ReferenceBackend
     ) -> None:
         context = multiprocessing.get_context(_start_method())
         shared = (backend, reference) if context.get_start_method() == "fork" else (None, None)
@@ -38,10 +38,10 @@ class WorkerPool:
         for _ in range(num_workers):
             ours, theirs = context.Pipe()
             # A forked worker has copies of our ends of the pipes; while one is open, the other
-            # workers would not notice that this process is gone.
+            # workers would not notice that this process has died.
             inherited = [*self._connections, ours] if shared[0] else []
             process = context.Process(  # type: ignore[attr-defined] # contexts are typed as a base
-                target=_serve, args=(theirs, job, shared, inherited), daemon=True
+                target=_serve, args=(theirs, config, shared, inherited), daemon=True
             )
             process.start()
             theirs.close()
@@ -51,19 +51,19 @@ class WorkerPool:
     def run(
         self,
         tasks: Sequence[Task],
-        report: Callable[[Progress], None],
+        report: Callable[[WorkerProgress], None],
         *,
         tick: Callable[[], None],
     ) -> None:
-        """Do all tasks; the order in which they end is not fixed.
+        """Run all tasks, which may end in any order.
 
         Args:
-            tasks: what to do.
-            report: called with every message of a worker.
+            tasks: parts of the input, and files to hash.
+            report: called with every progress message of a worker.
             tick: called at least twice a second.
 
         Raises:
-            MegapolyError: of a worker.
+            MegapolyError: raised by a worker.
             DataError: a worker died.
         """
         waiting = list(reversed(tasks))
@@ -74,7 +74,7 @@ class WorkerPool:
             for ready in wait(list(busy), timeout=0.5):
                 assert isinstance(ready, Connection)
                 message = self._receive(ready)
-                if isinstance(message, Progress):
+                if isinstance(message, WorkerProgress):
                     report(message)
                 elif isinstance(message, Exception):
                     raise message
@@ -97,16 +97,16 @@ class WorkerPool:
             process = self._processes[self._connections.index(connection)]
             process.join(timeout=5)
             raise DataError(
-                f"A worker ended without a word (exit code {process.exitcode}; -9 is what the "
-                "system does to a process when memory runs out). Finished shards stay: start the "
-                "same command again, perhaps with fewer `--workers`."
+                f"A worker died (exit code {process.exitcode}; the system kills a process with -9 "
+                "when memory runs out). Finished shards are kept: run the same command again, "
+                "perhaps with fewer `--workers`."
             ) from error
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """End the workers, wherever they are."""
+        """Terminate the workers, whatever they are doing."""
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -116,25 +116,25 @@ class WorkerPool:
 
 
 def _start_method() -> str:
-    """``fork`` shares the loaded tokenizer; it is only safe from a process of one thread."""
+    """Return ``fork``, which shares the loaded tokenizer but needs a process of one thread."""
     return "fork" if sys.platform == "linux" and psutil.Process().num_threads() == 1 else "spawn"
 
 
 def _serve(
     connection: Connection,
-    job: Job,
+    config: WorkerConfig,
     shared: tuple[Backend | None, ReferenceBackend | None],
     inherited: Sequence[Connection],
 ) -> None:
-    """Body of a worker: parts come in, progress and results go out, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    """Run a worker: receive parts, send progress and results, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
         other.close()
-    # A closed pipe: the parent is gone.
+    # A closed pipe: the parent has died.
     with contextlib.suppress(EOFError, ConnectionError):
         try:
-            worker = Worker(job, *shared)
+            worker = Worker(config, *shared)
         except MegapolyError as error:
             connection.recv()
             connection.send(error)
@@ -148,6 +148,6 @@ def _serve(
                 connection.send(DataError(str(error)))
             except ConnectionError:
                 raise
-            except Exception as error:  # ours: the place is worth more than a clean screen
+            except Exception as error:  # a bug: the traceback helps to find it
                 traceback.print_exc()
                 connection.send(DataError(f"A worker failed at {task}: {error!r}"))

@@ -1,10 +1,9 @@
-"""What a user sees while text is turned into tokens."""
+"""Progress bars and lines of the preprocessor."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -20,8 +19,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megapoly.data.preprocess.sources import Source
-from megapoly.data.preprocess.worker import Progress as Message
+from megapoly.data.preprocess.console_output import print_plain
+from megapoly.data.preprocess.source_files import SourceFile
+from megapoly.data.preprocess.worker import WorkerProgress
 
 _LINE_EVERY_S = 10.0
 _MAX_FILES = 6
@@ -29,7 +29,7 @@ _MAX_FILES = 6
 
 @dataclass
 class Totals:
-    """Counts of this run, without those of an interrupted one before it.
+    """Counts of this run, without those of an interrupted run that it resumes.
 
     Args:
         source_bytes: bytes of the input.
@@ -43,8 +43,8 @@ class Totals:
     tokens: int = 0
     rejected: int = 0
 
-    def add(self, message: Message) -> None:
-        """Count a worker's message."""
+    def add(self, message: WorkerProgress) -> None:
+        """Add a worker's progress."""
         self.source_bytes += message.source_bytes
         self.documents += message.documents
         self.tokens += message.tokens
@@ -52,15 +52,17 @@ class Totals:
 
 
 class ProgressDisplay:
-    """A bar for the whole and one for each file in work; lines where there is no terminal.
+    """A bar for the whole input and one for each file in progress; lines without a terminal.
 
     Args:
         sources: input files.
-        finished_bytes: bytes of the input that an interrupted run has done, for each file.
-        console: where to.
+        finished_bytes: bytes that an interrupted run has processed, for each file.
+        console: output.
     """
 
-    def __init__(self, sources: Sequence[Source], finished_bytes: Sequence[int], console: Console):
+    def __init__(
+        self, sources: Sequence[SourceFile], finished_bytes: Sequence[int], console: Console
+    ):
         self.totals = Totals()
         self._sources = sources
         self._done = list(finished_bytes)
@@ -69,7 +71,7 @@ class ProgressDisplay:
         self._total = sum(source.size_bytes for source in sources)
         self._start = self._last_line = time.monotonic()
         self._files: dict[int, TaskID] = {}
-        # Redrawn by `tick`: a thread of its own would be there when workers are forked.
+        # Redrawn by `tick`: a thread for it would still run when workers are forked.
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -102,14 +104,14 @@ class ProgressDisplay:
         if self._console.is_terminal:
             self._bars.stop()
 
-    def add(self, message: Message) -> None:
-        """Count and show what a worker did."""
+    def add(self, message: WorkerProgress) -> None:
+        """Count and show the progress of a worker."""
         self.totals.add(message)
         self._done[message.source] += message.source_bytes
         if self._console.is_terminal:
             self._update_bars(message)
 
-    def _update_bars(self, message: Message) -> None:
+    def _update_bars(self, message: WorkerProgress) -> None:
         totals = self.totals
         counts = f"{totals.documents:,} documents, {totals.tokens:,} tokens"
         if totals.rejected:
@@ -129,18 +131,18 @@ class ProgressDisplay:
         if done >= source.size_bytes:
             self._bars.remove_task(self._files.pop(message.source))
 
-    def report(self, message: Message) -> None:
-        """Count, and redraw if it is time."""
+    def report(self, message: WorkerProgress) -> None:
+        """Count the progress of a worker, and redraw if it is time."""
         self.add(message)
         self.tick()
 
     def tick(self) -> None:
-        """Redraw; without a terminal a line now and then."""
+        """Redraw the bars; without a terminal, print a line every ten seconds."""
         if self._console.is_terminal:
             self._bars.refresh()
         elif time.monotonic() - self._last_line >= _LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._console.print(self._line(), markup=False, highlight=False, soft_wrap=True)
+            print_plain(self._console, self._line())
 
     def _line(self) -> str:
         totals = self.totals
@@ -159,19 +161,3 @@ class ProgressDisplay:
             + (f" | {totals.rejected:,} rejected" if totals.rejected else "")
             + (f" | {files}" if files else "")
         )
-
-
-@contextmanager
-def joining_bar(total_bytes: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar for joining shards; yields what is called with the bytes written."""
-    console.print(f"joining shards to {total_bytes / 1e6:,.1f} MB", highlight=False)
-    columns = (TextColumn("joining"), BarColumn(bar_width=20), DownloadColumn())
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("", total=total_bytes)
-        yield lambda size: bar.advance(task, size)

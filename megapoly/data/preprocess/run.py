@@ -1,4 +1,4 @@
-"""One run of the preprocessor, from files to a manifest."""
+"""One run of the preprocessor, from input files to the manifest."""
 
 from __future__ import annotations
 
@@ -11,55 +11,56 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from megapoly.data.manifest import Manifest, PairRecord, SourceRecord, manifest_path, read_manifest
-from megapoly.data.preprocess.assemble import Work, assemble
+from megapoly.data.preprocess.assemble import FinishedWork, assemble
+from megapoly.data.preprocess.backend_check import choose_backend
+from megapoly.data.preprocess.console_output import byte_progress, print_plain
+from megapoly.data.preprocess.input_parts import InputPart, split_into_parts
+from megapoly.data.preprocess.input_sample import sample_texts
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.parts import Part, cut
 from megapoly.data.preprocess.pool import WorkerPool
-from megapoly.data.preprocess.progress import ProgressDisplay, Totals, joining_bar
-from megapoly.data.preprocess.records import RecordRules
-from megapoly.data.preprocess.sample import sample_texts
+from megapoly.data.preprocess.progress import ProgressDisplay, Totals
 from megapoly.data.preprocess.shards import ShardFolder
-from megapoly.data.preprocess.sources import Source, find_sources
+from megapoly.data.preprocess.source_files import SourceFile, find_source_files
+from megapoly.data.preprocess.text_extraction import RecordRules
 from megapoly.data.preprocess.tokenization import Backend, ReferenceBackend, TokenizerSettings
 from megapoly.data.preprocess.tokenization import load_settings as load_tokenizer_settings
-from megapoly.data.preprocess.trust import choose_backend
 from megapoly.data.preprocess.work_folder import (
     locked,
     open_work_folder,
     plan_of,
     plan_path,
-    remove,
+    remove_work_folder,
 )
-from megapoly.data.preprocess.worker import Job, Task, Worker
+from megapoly.data.preprocess.worker import Task, Worker, WorkerConfig
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.errors import DataError
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run begins with.
+class PreprocessInputs:
+    """Inputs of a run.
 
     Args:
         sources: input files.
-        settings: tokenizer.
-        rules: what makes a record good.
+        settings: tokenizer settings.
+        rules: rules for a valid record.
     """
 
-    sources: list[Source]
+    sources: list[SourceFile]
     settings: TokenizerSettings
     rules: RecordRules
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run did.
+class PreprocessResult:
+    """Result of a run.
 
     Args:
-        manifest: as written.
-        tokens: of each source.
-        totals: of this run alone, without what an interrupted one did.
+        manifest: the manifest as written.
+        tokens: number of tokens of each source.
+        totals: counts of this run, without those of an interrupted run that it resumed.
         seconds: wall time.
-        cpu_seconds: of all processes.
+        cpu_seconds: CPU time of all processes.
     """
 
     manifest: Manifest
@@ -69,16 +70,16 @@ class Result:
     cpu_seconds: float
 
 
-def read_inputs(options: PreprocessOptions) -> Inputs:
+def read_inputs(options: PreprocessOptions) -> PreprocessInputs:
     """Find the files and load the tokenizer.
 
     Raises:
-        DataError: there are no such files, the tokenizer cannot be used, or a key is named twice.
+        DataError: files do not exist, the tokenizer cannot be used, or a key is named twice.
     """
     if len(set(options.json_keys)) < len(options.json_keys):
         raise DataError(
-            f"`--json-keys` ({' '.join(options.json_keys)}) must name every key once: each has a "
-            "pair of files of its own."
+            f"`--json-keys` ({' '.join(options.json_keys)}) must name every key once: each has "
+            "its own pair of files."
         )
     if any("/" in key for key in options.json_keys) or not options.output_prefix.name:
         raise DataError(
@@ -86,7 +87,7 @@ def read_inputs(options: PreprocessOptions) -> Inputs:
             f"({' '.join(options.json_keys)}) make file names: the prefix must have a last part, "
             "and a key no `/`."
         )
-    sources = find_sources(options.input)
+    sources = find_source_files(options.input)
     settings = load_tokenizer_settings(
         options.tokenizer_model,
         type_=options.tokenizer_type,
@@ -99,25 +100,25 @@ def read_inputs(options: PreprocessOptions) -> Inputs:
     rules = RecordRules(
         options.json_keys, options.keep_empty, int(options.max_document_mib * 2**20)
     )
-    return Inputs(sources, settings, rules)
+    return PreprocessInputs(sources, settings, rules)
 
 
-def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
+def preprocess(options: PreprocessOptions, console: Console) -> PreprocessResult | None:
     """Turn text into token files.
 
     Finished parts of the input are kept in ``PREFIX.shards`` until the token files are complete, so
-    that the same command goes on where an interrupted one was. The bytes do not depend on the
-    number of workers.
+    that the same command resumes an interrupted run. The bytes do not depend on the number of
+    workers.
 
     Args:
-        options: of the command.
-        console: for progress.
+        options: options of the command.
+        console: output for progress.
 
     Returns:
-        What was done; None if the token files of this very command are there already.
+        The result; None if the token files of this command are already complete.
 
     Raises:
-        DataError: input, tokenizer, disk or existing output do not allow it.
+        DataError: the input, tokenizer or disk cannot be used, or the output exists.
         UnavailableError: a package is missing.
     """
     start = time.monotonic()
@@ -128,28 +129,29 @@ def preprocess(options: PreprocessOptions, console: Console) -> Result | None:
     if not may_be_complete or not _is_complete(options, inputs):
         _check_outputs(options)
     with locked(options.shard_folder):
-        if may_be_complete and _is_complete(options, inputs):  # another run has just done it
-            remove(options.shard_folder)
+        if may_be_complete and _is_complete(options, inputs):  # another run has just finished it
+            remove_work_folder(options.shard_folder)
             return None
         sample = sample_texts(inputs.sources, inputs.rules)
         backend, reference = choose_backend(inputs.settings, options.tokenizer_backend, sample)
-        console.print(f"tokenizer backend: {backend.name}", highlight=False)
+        print_plain(console, f"tokenizer backend: {backend.name}")
         plan = plan_of(options, inputs.sources, inputs.settings, backend.kind)
         continued = open_work_folder(options.shard_folder, plan, restart=options.restart)
         input_bytes = sum(source.size_bytes for source in inputs.sources)
-        parts = cut(inputs.sources, options.part_bytes_of(input_bytes))
+        parts = split_into_parts(inputs.sources, options.part_bytes_of(input_bytes))
         totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
-        work = Work(options, inputs.sources, inputs.settings, backend.name, parts)
-        with joining_bar(work.bin_bytes, console) as advance:
+        work = FinishedWork(options, inputs.sources, inputs.settings, backend.name, parts)
+        print_plain(console, f"joining shards to {work.bin_bytes / 1e6:,.1f} MB")
+        with byte_progress("joining", work.bin_bytes, console) as advance:
             manifest, tokens = assemble(work, advance=advance)
-        remove(options.shard_folder)
-    return Result(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
+        remove_work_folder(options.shard_folder)
+    return PreprocessResult(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
 
 
 def _make_shards(
     options: PreprocessOptions,
-    inputs: Inputs,
-    parts: Sequence[Part],
+    inputs: PreprocessInputs,
+    parts: Sequence[InputPart],
     backends: tuple[Backend, ReferenceBackend],
     console: Console,
     continued: bool,
@@ -157,13 +159,13 @@ def _make_shards(
     folder = ShardFolder(options.shard_folder, options.json_keys)
     shards = {part.index: folder.finished(part.index) for part in parts} if continued else {}
     is_done = {index: bool(found) and found[-1].is_last for index, found in shards.items()}
-    todo = [part for part in parts if not is_done.get(part.index)]
+    remaining = [part for part in parts if not is_done.get(part.index)]
     if continued:
-        console.print(
-            f"going on: {len(parts) - len(todo):,} of {len(parts):,} parts are finished",
-            highlight=False,
+        print_plain(
+            console,
+            f"resuming: {len(parts) - len(remaining):,} of {len(parts):,} parts are finished",
         )
-    job = Job(
+    config = WorkerConfig(
         sources=tuple(inputs.sources),
         settings=inputs.settings,
         rules=inputs.rules,
@@ -173,46 +175,46 @@ def _make_shards(
         chunk_bytes=options.chunk_bytes,
         folder=options.shard_folder,
     )
-    tasks = _tasks(parts, todo)
+    tasks = _tasks(parts, remaining)
     done_bytes = _bytes_by_source(inputs.sources, [p for p in parts if is_done.get(p.index)])
     display = ProgressDisplay(inputs.sources, done_bytes, console)
     num_workers = min(options.workers, len(tasks))
     if num_workers <= 1:
-        worker = Worker(job, *backends)
+        worker = Worker(config, *backends)
         with display:
             for task in tasks:
                 worker.do(task, display.report)
     else:
-        with WorkerPool(job, num_workers, *backends) as pool, display:
+        with WorkerPool(config, num_workers, *backends) as pool, display:
             pool.run(tasks, display.add, tick=display.tick)
     return display.totals
 
 
-def _tasks(parts: Sequence[Part], todo: Sequence[Part]) -> list[Task]:
-    """Parts, after the hashes of files that several parts read: the largest file takes longest."""
-    whole = {source for part in parts for source in part.whole_sources}
-    shared = {piece.source for part in parts for piece in part.pieces} - whole
-    return [*sorted(shared), *todo]
+def _tasks(parts: Sequence[InputPart], remaining: Sequence[InputPart]) -> list[Task]:
+    """Return first the files to hash, which several parts read, since the largest takes longest."""
+    read_whole = {source for part in parts for source in part.whole_sources}
+    shared = {file_range.source for part in parts for file_range in part.ranges} - read_whole
+    return [*sorted(shared), *remaining]
 
 
-def _bytes_by_source(sources: Sequence[Source], parts: Sequence[Part]) -> list[int]:
-    """Bytes of each file in some parts, about."""
-    pieces = Counter(piece.source for part in parts for piece in part.pieces)
+def _bytes_by_source(sources: Sequence[SourceFile], parts: Sequence[InputPart]) -> list[int]:
+    """Return the approximate number of bytes of each file in some parts."""
+    ranges = Counter(file_range.source for part in parts for file_range in part.ranges)
     sizes = [0] * len(sources)
     for part in parts:
-        for piece in part.pieces:
-            source = sources[piece.source]
+        for file_range in part.ranges:
+            source = sources[file_range.source]
             if source.format == "jsonl":
-                sizes[piece.source] += piece.end - piece.start
-            elif piece.source in part.whole_sources:
-                sizes[piece.source] = source.size_bytes
+                sizes[file_range.source] += file_range.end - file_range.start
+            elif file_range.source in part.whole_sources:
+                sizes[file_range.source] = source.size_bytes
             else:
-                sizes[piece.source] += part.size_bytes // pieces[piece.source]
+                sizes[file_range.source] += part.size_bytes // ranges[file_range.source]
     return sizes
 
 
-def _is_complete(options: PreprocessOptions, inputs: Inputs) -> bool:
-    """Whether the token files are those that this command would write."""
+def _is_complete(options: PreprocessOptions, inputs: PreprocessInputs) -> bool:
+    """Return whether the token files are those that this command would write."""
     path = manifest_path(options.output_prefix)
     if not path.is_file() or plan_path(options.shard_folder).is_file():
         return False
@@ -227,8 +229,8 @@ def _is_complete(options: PreprocessOptions, inputs: Inputs) -> bool:
     )
 
 
-def _is_same_source(record: SourceRecord, source: Source) -> bool:
-    """Whether a file is the one of the manifest; its content decides where the times differ."""
+def _is_same_source(record: SourceRecord, source: SourceFile) -> bool:
+    """Return whether a file is that of the manifest; if the times differ, compare the content."""
     if (record.path, record.size_bytes) != (str(source.path), source.size_bytes):
         return False
     return record.modified_ns == source.modified_ns or record.sha256 == sha256_of(source.path)
@@ -241,7 +243,7 @@ def _has_size(options: PreprocessOptions, record: PairRecord) -> bool:
 
 
 def _check_outputs(options: PreprocessOptions) -> None:
-    """Refuse to replace the token files of another command."""
+    """Raise an error instead of replacing the token files of another command."""
     if options.overwrite or plan_path(options.shard_folder).is_file():
         return
     paths = [manifest_path(options.output_prefix)]
@@ -256,6 +258,6 @@ def _check_outputs(options: PreprocessOptions) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of all that have ended."""
+    """Return the CPU time of this process and of all child processes that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -1,8 +1,8 @@
-"""Finished work on disk: a part of the input as ids, and what is known about it.
+"""Shards: finished parts of the input on disk, as token ids and counts.
 
-A shard is, for each JSON key, ``NAME.KEY.bin`` (ids) and ``NAME.KEY.len`` (int32, tokens of each
-document); ``NAME.rejected`` (lines of JSON) if something was; and ``NAME.json``, written last: a
-shard that has it is whole.
+A shard consists of ``NAME.KEY.bin`` (ids) and ``NAME.KEY.len`` (int32, tokens of each document) for
+each JSON key; ``NAME.rejected`` (lines of JSON) if there are rejected lines; and ``NAME.json``,
+which is written last: a shard that has it is complete.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megapoly.data.files import full_disk_explained, write_text
-from megapoly.data.preprocess.records import Rejected
+from megapoly.data.preprocess.text_extraction import Rejection
 from megapoly.data.preprocess.tokenization import TokenBatch
 
 LENGTH_DTYPE = np.dtype("<i4")
-# Of each shard; the file of rejected lines has all of them.
+# In each shard; the file of rejected lines holds all of them.
 _EXAMPLES = 100
 
 
@@ -34,10 +34,10 @@ class KeyCounts:
 
     Args:
         documents: documents.
-        sequences: documents that have a token.
+        sequences: documents that have tokens.
         tokens: tokens.
-        highest_token_id: largest id; -1 without a token.
-        eod_inside: ends of document inside texts.
+        highest_token_id: highest id; -1 if there are no tokens.
+        eod_inside: end-of-document tokens inside texts.
     """
 
     documents: int = 0
@@ -47,7 +47,7 @@ class KeyCounts:
     eod_inside: int = 0
 
     def add(self, other: KeyCounts) -> None:
-        """Add the counts of what follows."""
+        """Add other counts to these."""
         self.documents += other.documents
         self.sequences += other.sequences
         self.tokens += other.tokens
@@ -57,15 +57,15 @@ class KeyCounts:
 
 @dataclass
 class SourceCounts:
-    """What a shard took from one file.
+    """Counts of one file in a shard.
 
     Args:
-        source: place of the file in the list of sources.
-        rows: lines or rows, blank and rejected ones included.
+        source: index of the file in the list of source files.
+        rows: lines or rows, including blank and rejected ones.
         documents: documents.
-        rejected: rejected ones.
+        rejected: rejected lines or rows.
         tokens: tokens of all keys.
-        sha256: of the file, if all of it was read in this part; else empty.
+        sha256: hash of the file, if this part read all of it; otherwise empty.
     """
 
     source: int
@@ -77,17 +77,17 @@ class SourceCounts:
 
 
 @dataclass
-class Shard:
-    """What is known about a finished shard.
+class TokenShard:
+    """Description of a finished shard, the content of ``NAME.json``.
 
     Args:
-        part: of the input.
-        chunk: a stream's part has several shards, numbered from 0; else 0.
-        is_last: whether the part ends with it.
-        position: where the stream goes on; 0 for the last one.
-        keys: counts for each JSON key.
-        sources: counts for each file, in order.
-        reasons: rejected lines for each reason.
+        part: number of the part of the input.
+        chunk: number of the shard in a part that is a stream; 0 for other parts.
+        is_last: whether it is the last shard of the part.
+        position: where the stream resumes; 0 for the last shard.
+        keys: counts of each JSON key.
+        sources: counts of each file, in order.
+        reasons: number of rejected lines by reason.
         examples: the first rejected lines: source, row (from 0, in this shard), explanation.
     """
 
@@ -102,10 +102,10 @@ class Shard:
 
 
 class ShardFolder:
-    """Shards of one run of the preprocessor.
+    """The shards of one run of the preprocessor.
 
     Args:
-        folder: where they are.
+        folder: folder of the shards.
         keys: JSON keys, one pair of token files each.
     """
 
@@ -114,26 +114,26 @@ class ShardFolder:
         self.keys = list(keys)
 
     def path(self, part: int, chunk: int, ending: str) -> Path:
-        """A file of a shard; ``ending`` is ``json``, ``rejected``, ``0.bin``, ``0.len``, ..."""
+        """Return a path; ``ending`` is ``json``, ``rejected``, ``0.bin``, ``0.len``, ..."""
         return self.folder / f"{part:06d}-{chunk:04d}.{ending}"
 
-    def finished(self, part: int) -> list[Shard]:
-        """Whole shards of a part, from the first on."""
-        shards: list[Shard] = []
+    def finished(self, part: int) -> list[TokenShard]:
+        """Return the complete shards of a part, from the first one."""
+        shards: list[TokenShard] = []
         while shard := self._read(part, len(shards)):
             shards.append(shard)
             if shard.is_last:
                 break
         return shards
 
-    def _read(self, part: int, chunk: int) -> Shard | None:
+    def _read(self, part: int, chunk: int) -> TokenShard | None:
         path = self.path(part, chunk, "json")
         if not path.is_file():
             return None
         content = json.loads(path.read_text())
         content["keys"] = [KeyCounts(**counts) for counts in content["keys"]]
         content["sources"] = [SourceCounts(**counts) for counts in content["sources"]]
-        shard = Shard(**content)
+        shard = TokenShard(**content)
         for i, counts in enumerate(shard.keys):
             lengths, ids = (self.path(part, chunk, f"{i}.{ending}") for ending in ("len", "bin"))
             if not (lengths.is_file() and ids.is_file()):
@@ -147,10 +147,10 @@ class ShardWriter:
     """Writes one shard.
 
     Args:
-        folder: of the shards.
-        part: as in :class:`Shard`.
-        chunk: as in :class:`Shard`.
-        keep_rejected: write the rejected lines themselves.
+        folder: the shards.
+        part: as in :class:`TokenShard`.
+        chunk: as in :class:`TokenShard`.
+        keep_rejected: also write the content of rejected lines.
     """
 
     def __init__(self, folder: ShardFolder, part: int, chunk: int, *, keep_rejected: bool):
@@ -170,14 +170,14 @@ class ShardWriter:
         return self._streams[ending]
 
     def add(
-        self, source: int, batches: Sequence[tuple[TokenBatch, int]], rejected: Sequence[Rejected]
+        self, source: int, batches: Sequence[tuple[TokenBatch, int]], rejected: Sequence[Rejection]
     ) -> None:
         """Write the documents of some consecutive rows.
 
         Args:
-            source: which file they are of.
-            batches: for each JSON key the ids, and how many ends of document are inside texts.
-            rejected: rows that gave no document, counted from the first row of the file in this
+            source: index of their file.
+            batches: for each JSON key the ids, and the number of end-of-document tokens in texts.
+            rejected: rows without a valid text, numbered from the first row of the file in this
                 shard.
 
         Raises:
@@ -204,15 +204,15 @@ class ShardWriter:
                 self._reject(source, record)
 
     def end_rows(self, source: int, num_rows: int) -> None:
-        """Count rows of a file as done."""
+        """Count rows of a file as processed."""
         self._counts_of(source).rows += num_rows
 
     def end_source(self, source: int, sha256: str) -> None:
-        """Note the hash of a file that was read to its end."""
+        """Record the hash of a file that was read to its end."""
         self._counts_of(source).sha256 = sha256
 
-    def finish(self, *, is_last: bool, position: int) -> Shard:
-        """Bring everything to the disk and write ``NAME.json``.
+    def finish(self, *, is_last: bool, position: int) -> TokenShard:
+        """Flush everything to the disk and write ``NAME.json``.
 
         Raises:
             DataError: the disk is full.
@@ -225,7 +225,7 @@ class ShardWriter:
                 stream.flush()
                 os.fsync(stream.fileno())
             self.close()
-        shard = Shard(
+        shard = TokenShard(
             self._part,
             self.chunk,
             is_last,
@@ -240,7 +240,7 @@ class ShardWriter:
         return shard
 
     def close(self) -> None:
-        """Close the files; without ``finish`` they are no shard."""
+        """Close the files; without :meth:`finish` they do not form a shard."""
         with contextlib.ExitStack() as stack:
             for stream in self._streams.values():
                 stack.callback(stream.close)
@@ -250,18 +250,18 @@ class ShardWriter:
             self._sources.append(SourceCounts(source))
         return self._sources[-1]
 
-    def _reject(self, source: int, record: Rejected) -> None:
+    def _reject(self, source: int, record: Rejection) -> None:
         self._reasons[record.reason] += 1
         entry = {"source": source, "row": record.row, "reason": record.explanation}
         if len(self._examples) < _EXAMPLES:
             self._examples.append(entry)
         if self._keep_rejected:
-            line = json.dumps(entry | {"bytes": record.size_bytes} | _content(record.content))
+            line = json.dumps(entry | {"bytes": record.size_bytes} | _content_entry(record.content))
             self._stream("rejected").write(line.encode() + b"\n")
 
 
-def _content(content: bytes | None) -> dict[str, str]:
-    """A rejected line as it can stand in JSON."""
+def _content_entry(content: bytes | None) -> dict[str, str]:
+    """Return the content of a rejected line as JSON values."""
     if content is None:
         return {}
     try:
@@ -270,13 +270,15 @@ def _content(content: bytes | None) -> dict[str, str]:
         return {"content_base64": base64.b64encode(content).decode()}
 
 
-def length_chunks(folder: ShardFolder, shards: Sequence[Shard], key: int) -> Iterator[np.ndarray]:
-    """Tokens of every document of one JSON key, a chunk for each shard, 0 for an empty document."""
+def length_chunks(
+    folder: ShardFolder, shards: Sequence[TokenShard], key: int
+) -> Iterator[np.ndarray]:
+    """Yield the tokens of every document of one JSON key, a chunk for each shard."""
     for shard in shards:
         path = folder.path(shard.part, shard.chunk, f"{key}.len")
         yield np.fromfile(path, LENGTH_DTYPE)
 
 
 def source_hash_path(folder: Path, source: int) -> Path:
-    """Where the SHA-256 of a file that several parts read is kept."""
+    """Return the path of the SHA-256 of a file that several parts read."""
     return folder / f"source-{source:06d}.sha256"

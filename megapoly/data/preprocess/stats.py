@@ -1,4 +1,11 @@
-"""Count pairs of token files: documents, tokens, lengths, frequent tokens, entropy."""
+"""Print statistics of token files: documents, tokens, lengths, frequent tokens, entropy.
+
+    megapoly preprocess stats tokens/books --json stats.json
+
+PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+pairs of a run. One pair is described in full with a histogram of document lengths, several as a
+table.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +22,13 @@ from rich.table import Column, Table
 
 from megapoly.data.files import write_text
 from megapoly.data.index_file import read_index
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.histogram import histogram_lines
-from megapoly.data.preprocess.pairs import Described, document_lengths, find_pairs, find_tokenizer
+from megapoly.data.preprocess.length_histogram import histogram_lines
+from megapoly.data.preprocess.length_statistics import LengthStatistics
+from megapoly.data.preprocess.pair_with_manifest import (
+    PairWithManifest,
+    find_pairs,
+    find_tokenizer,
+)
 from megapoly.data.token_files import (
     entropy_of,
     open_token_file,
@@ -29,28 +40,32 @@ _MOST_FREQUENT = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the command."""
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="of pairs or of manifests")
-    add("--tokenizer-model", metavar="PATH", help="to name tokens with (the manifest's)")
-    add("--json", type=Path, metavar="FILE", help="write the same for machines")
+    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
+    add(
+        "--tokenizer-model",
+        metavar="PATH",
+        help="tokenizer that decodes tokens (default: from the manifest)",
+    )
+    add("--json", type=Path, metavar="FILE", help="also write the statistics as JSON")
 
 
 @dataclass(frozen=True)
 class PairStatistics:
-    """Counts of a pair.
+    """Statistics of a pair.
 
     Args:
-        prefix: of the pair.
-        dtype: numpy's name of the type of a token.
+        prefix: prefix of the pair.
+        dtype: numpy's name for the type of a token id.
         documents: documents.
         sequences: sequences.
         tokens: tokens.
         bin_bytes: size of ``.bin``.
         tokens_per_document: as in the manifest.
-        distinct_ids: ids that occur.
-        unigram_entropy: of the token frequencies, in nats: the loss of the best model without
-            context.
+        distinct_ids: number of ids that occur.
+        unigram_entropy: entropy of the token frequencies in nats, the loss of the best model
+            without context.
         most_frequent: ``{"id", "count", "text"}`` of the most frequent tokens; ``text`` is null
             without a tokenizer.
     """
@@ -68,7 +83,7 @@ class PairStatistics:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show and write; 0."""
+    """Print statistics, write them with ``--json``, and return 0."""
     pairs = [pair for prefix in options.prefixes for pair in find_pairs(prefix)]
     found = [statistics_of(pair, options.tokenizer_model) for pair in pairs]
     if len(found) == 1:
@@ -83,13 +98,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def statistics_of(
-    pair: Described, tokenizer_model: str | None = None
+    pair: PairWithManifest, tokenizer_model: str | None = None
 ) -> tuple[PairStatistics, LengthStatistics]:
-    """Count a pair, reading all of it once.
+    """Compute the statistics of a pair, reading all of it once.
 
     Args:
         pair: the pair and its manifest.
-        tokenizer_model: see :func:`megapoly.data.preprocess.pairs.find_tokenizer`.
+        tokenizer_model: see :func:`megapoly.data.preprocess.pair_with_manifest.find_tokenizer`.
 
     Raises:
         DataError: a file is missing or damaged.
@@ -97,9 +112,7 @@ def statistics_of(
     token_file = open_token_file(pair.prefix)
     bin_path, idx_path = pair_paths(pair.prefix)
     index = read_index(idx_path)
-    lengths = LengthStatistics()
-    for chunk in document_lengths(index):
-        lengths.add(chunk)
+    lengths = LengthStatistics(index.document_lengths())
     counts = token_counts(pair.prefix)
     tokenizer = find_tokenizer(tokenizer_model, pair.manifest)
     order = counts.argsort(kind="stable")[::-1][:_MOST_FREQUENT]
@@ -128,13 +141,13 @@ def statistics_of(
 
 
 def _lines(statistics: PairStatistics, lengths: LengthStatistics) -> list[str]:
-    """Everything about one pair."""
+    """Return the description of one pair."""
     quantiles = statistics.tokens_per_document
     values = {
         "documents": f"{statistics.documents:,}",
         "sequences": f"{statistics.sequences:,}",
         "tokens": f"{statistics.tokens:,} of {statistics.dtype}, {statistics.bin_bytes:,} bytes",
-        "a document": ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items()),
+        "document": ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items()),
         "ids": f"{statistics.distinct_ids:,} occur, unigram entropy "
         f"{statistics.unigram_entropy:.3f} nats",
         "most frequent": ", ".join(map(_named, statistics.most_frequent)),

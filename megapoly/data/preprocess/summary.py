@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,53 +10,44 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from megapoly.data.manifest import manifest_path
+from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.run import Result
+from megapoly.data.preprocess.run import PreprocessResult
 
 _MAX_ROWS = 20
 _COUNTS = ("MB", "documents", "tokens", "rejected")
 
 
-def show_summary(options: PreprocessOptions, result: Result, console: Console) -> None:
-    """Print files, token files and what was rejected."""
+def show_summary(options: PreprocessOptions, result: PreprocessResult, console: Console) -> None:
+    """Print input files, token files and rejected lines."""
     console.print(_sources_table(result))
     for pair in result.manifest.pairs:
         quantiles = pair.tokens_per_document
-        console.print(
+        print_plain(
+            console,
             f"{options.output_prefix.with_name(pair.name)}.bin: {pair.tokens:,} tokens "
             f"({pair.dtype}, {pair.bin_bytes / 1e6:,.1f} MB) in {pair.documents:,} documents of "
             f"{quantiles['min']:,.0f} to {quantiles['max']:,.0f}, median {quantiles['p50']:,.0f}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
         if pair.eod_inside:
-            console.print(
-                f"  {pair.eod_inside:,} end-of-document tokens stand inside documents, because "
-                "their text names the token; --split-special-tokens takes it as text",
-                highlight=False,
-                soft_wrap=True,
+            print_plain(
+                console,
+                f"  {pair.eod_inside:,} end-of-document tokens are inside documents, because their "
+                "text names the token; --split-special-tokens treats it as text",
             )
     _show_rejected(options, result, console)
-    console.print(
-        f"described by {manifest_path(options.output_prefix)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    print_plain(console, f"manifest: {manifest_path(options.output_prefix)}")
     totals, seconds = result.totals, max(result.seconds, 1e-9)
-    console.print(
+    print_plain(
+        console,
         f"{totals.documents:,} documents in this run of {seconds:.1f} s: "
         f"{totals.documents / seconds:,.0f} documents/s, "
         f"{totals.source_bytes / 1e6 / seconds:.1f} MB/s; {result.cpu_seconds:.1f} CPU-seconds: "
-        f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents each",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents/CPU-second",
     )
 
 
-def _sources_table(result: Result) -> Table:
+def _sources_table(result: PreprocessResult) -> Table:
     paths = [Path(os.path.abspath(source.path)) for source in result.manifest.sources]
     folder = Path(os.path.commonpath([path.parent for path in paths]))
     table = Table(
@@ -87,7 +78,7 @@ def _sources_table(result: Result) -> Table:
     return table
 
 
-def _show_rejected(options: PreprocessOptions, result: Result, console: Console) -> None:
+def _show_rejected(options: PreprocessOptions, result: PreprocessResult, console: Console) -> None:
     rejected = result.manifest.rejected
     if not rejected.total:
         return
@@ -98,6 +89,4 @@ def _show_rejected(options: PreprocessOptions, result: Result, console: Console)
         table.add_row(f"{count:,}", escape(reason), escape(where))
     console.print(table)
     if rejected.policy == "quarantine":
-        console.print(
-            f"all of them: {options.quarantine_path}", highlight=False, markup=False, soft_wrap=True
-        )
+        print_plain(console, f"all rejected lines: {options.quarantine_path}")

@@ -1,8 +1,8 @@
-"""Text to ids in batches: the tokenizer, as Megatron's tool uses it, and the libraries that run it.
+"""Tokenize texts in batches: the tokenizer as Megatron's tool uses it, and the libraries for it.
 
 The reference is the package ``tokenizers``. ``gigatoken`` gives the same ids more than ten times
-faster for most byte-pair tokenizers; it is compared with the reference before it is used and while
-it is (:mod:`megapoly.data.preprocess.trust`).
+faster for most byte-pair tokenizers; it is compared with the reference before and while it is used
+(:mod:`megapoly.data.preprocess.backend_check`).
 """
 
 from __future__ import annotations
@@ -24,35 +24,36 @@ import tokenizers
 
 from megapoly.data.index_file import token_dtype
 from megapoly.data.manifest import TokenizerRecord
+from megapoly.data.preprocess.missing_package import missing_package
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
-from megapoly.errors import DataError, UnavailableError
+from megapoly.errors import DataError
 
 _PROBE = "a"
-# `tokenizers` needs some 150 bytes for each byte of a batch while it works.
+# `tokenizers` needs about 150 bytes of memory for each byte of a batch.
 _REFERENCE_BATCH_CHARS = 1 << 20
 _FORMS: tuple[Literal["NFC", "NFD", "NFKC", "NFKD"], ...] = ("NFC", "NFD", "NFKC", "NFKD")
-# gigatoken remembers every word that it has seen; without a limit a worker grows by about a
-# gigabyte for 25 million distinct words. Measured with gigatoken 0.10.
+# gigatoken caches every word; without a limit a worker grows by about a gigabyte for 25 million
+# distinct words. Measured with gigatoken 0.10.
 MAX_CACHE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """A tokenizer and what is added to its ids; the same bytes come from the same settings.
+    """A tokenizer and the ids that are added; they determine the bytes of the token files.
 
     Args:
-        type: Megatron's name of its kind.
-        path: where it was read.
+        type: Megatron's name for its type.
+        path: file that it was read from.
         json: content of its ``tokenizer.json``.
-        sha256: of that content, as it lies on disk.
+        sha256: hash of that content on disk.
         num_tokens: tokens in the vocabulary.
-        vocab_size: ids that an embedding needs: the highest and one.
+        vocab_size: rows that an embedding needs: the highest id plus one.
         eod: id that ends a document.
         append_eod: whether every document ends with it.
-        prefix: ids that the tokenizer itself puts before every text.
-        suffix: ids that it puts after every text.
-        split_special_tokens: whether the name of a special token in a text is text; false: it
-            becomes that token, as in Megatron's tool.
+        prefix: ids that the tokenizer itself adds before every text.
+        suffix: ids that it adds after every text.
+        split_special_tokens: whether the name of a special token in a text is treated as text;
+            false: it becomes that token, as in Megatron's tool.
     """
 
     type: str
@@ -69,13 +70,13 @@ class TokenizerSettings:
 
     @property
     def dtype(self) -> np.dtype:
-        """Type of an id in the token file; Megatron's choice unless the ids do not fit it."""
+        """Type of an id in the token file; Megatron's choice unless the ids do not fit."""
         dtype = token_dtype(self.num_tokens)
         fits = self.vocab_size - 1 <= np.iinfo(dtype).max
         return dtype if fits else np.dtype(np.int32)
 
     def record(self, backend: str) -> TokenizerRecord:
-        """What the manifest says about it."""
+        """Return the record for the manifest."""
         return TokenizerRecord(
             type=self.type,
             path=self.path,
@@ -102,18 +103,18 @@ def load_settings(
     """Read a tokenizer.
 
     Args:
-        path: a ``tokenizer.json`` or its folder (``HuggingFaceTokenizer``); null: the built-in one.
+        path: a ``tokenizer.json`` or its folder (``HuggingFaceTokenizer``); None: the built-in one.
         type_: ``HuggingFaceTokenizer`` or ``GPT2BPETokenizer``.
         append_eod: end every document with the end-of-document token.
-        include_special_tokens: add what the tokenizer's post-processor adds, such as Llama's
-            beginning of sentence.
+        include_special_tokens: add the ids of the tokenizer's post-processor, such as Llama's
+            ``<s>``.
         split_special_tokens: see :class:`TokenizerSettings`.
         vocab_file: ``vocab.json`` of a ``GPT2BPETokenizer``.
         merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
 
     Raises:
-        DataError: it cannot be read, has no end of document, or adds more than ids before and after
-            a text.
+        DataError: it cannot be read, has no end-of-document token, or its post-processor does more
+            than add ids before and after a text.
     """
     if type_ == "GPT2BPETokenizer":
         if vocab_file is None or merge_file is None:
@@ -140,25 +141,25 @@ def load_settings(
 
 
 def _added_ids(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the post-processor puts before and after a text."""
-    inner, whole = tokenizer.encode(_PROBE), tokenizer.encode_with_special_tokens(_PROBE)
-    for start in range(len(whole) - len(inner) + 1):
-        if whole[start : start + len(inner)] == inner:
-            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    """Return the ids that the post-processor adds before and after a text."""
+    text, full = tokenizer.encode(_PROBE), tokenizer.encode_with_special_tokens(_PROBE)
+    for start in range(len(full) - len(text) + 1):
+        if full[start : start + len(text)] == text:
+            return tuple(full[:start]), tuple(full[start + len(text) :])
     raise DataError(
         f"The tokenizer's post-processor must only add ids before and after a text; `{_PROBE}` is "
-        f"{inner} without it and {whole} with it. Leave it out: "
+        f"{text} without it and {full} with it. Leave it out with "
         "--tokenizer-hf-no-include-special-tokens."
     )
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Ids of some texts, one after the other.
+    """Ids of several texts, concatenated.
 
     Args:
         ids: [tokens].
-        lengths: [texts] int64, tokens of each.
+        lengths: [texts] int64, tokens of each text.
     """
 
     ids: np.ndarray
@@ -166,16 +167,16 @@ class TokenBatch:
 
 
 class Backend(Protocol):
-    """Something that turns texts into ids, without prefix, suffix and end of document.
+    """A library that turns texts into ids, without prefix, suffix and end of document.
 
-    ``kind`` is what ``--tokenizer-backend`` calls it, ``name`` the library and its version.
+    ``kind`` is its name in ``--tokenizer-backend``, ``name`` the library and its version.
     """
 
     kind: str
     name: str
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of texts."""
+        """Return the ids of texts."""
         ...
 
 
@@ -183,7 +184,7 @@ class ReferenceBackend:
     """The package ``tokenizers``.
 
     Args:
-        settings: of the tokenizer.
+        settings: the tokenizer.
     """
 
     kind = "tokenizers"
@@ -199,7 +200,7 @@ class ReferenceBackend:
         return tokenizer
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of texts."""
+        """Return the ids of texts."""
         rows: list[np.ndarray] = []
         batch: list[str] = []
         size = 0
@@ -214,7 +215,7 @@ class ReferenceBackend:
         return TokenBatch(np.concatenate([np.zeros(0, np.uint32), *rows]), lengths)
 
     def encode_one(self, text: str) -> list[int]:
-        """Ids of one text."""
+        """Return the ids of one text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -226,12 +227,12 @@ class GigatokenBackend:
     """The package ``gigatoken``, in the calling thread.
 
     Args:
-        settings: of the tokenizer.
-        reference: of the same tokenizer, for doubtful texts; null: made here.
+        settings: the tokenizer.
+        reference: backend of the same tokenizer for doubtful texts; None: created here.
 
     Raises:
         UnavailableError: the package is not installed.
-        DataError: it does not know this kind of tokenizer.
+        DataError: it does not support this kind of tokenizer.
     """
 
     kind = "gigatoken"
@@ -240,9 +241,7 @@ class GigatokenBackend:
         try:
             import gigatoken
         except ImportError as error:
-            raise UnavailableError(
-                "The package gigatoken is not installed: `pip install '.[data]'`."
-            ) from error
+            raise missing_package("--tokenizer-backend gigatoken", "gigatoken") from error
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
         self._json = _without_special_tokens(settings)
         self._reference = reference or ReferenceBackend(settings)
@@ -254,12 +253,12 @@ class GigatokenBackend:
             raise DataError(f"gigatoken cannot read this tokenizer: {error}") from error
 
     def _reload(self) -> None:
-        self._tokenizer: Any = None  # before the next one is made
+        self._tokenizer: Any = None  # frees the memory before the next one is created
         self._tokenizer = self._load(self._json)
         self._bytes_at_start = _resident_bytes()
 
     def encode(self, texts: Sequence[str]) -> TokenBatch:
-        """Ids of texts."""
+        """Return the ids of texts."""
         import awkward
 
         if not texts:
@@ -276,29 +275,29 @@ class GigatokenBackend:
         return batch
 
     def _encode_mixed(self, texts: Sequence[str], doubtful: Sequence[int]) -> TokenBatch:
-        """Ids of texts of which some are left to the reference."""
-        wanted = set(doubtful)
+        """Return the ids of texts of which the reference encodes some."""
+        is_doubtful = set(doubtful)
         rows: list[np.ndarray] = [np.zeros(0, np.uint32)] * len(texts)
-        for backend, places in (
+        for backend, indices in (
             (self._reference, list(doubtful)),
-            (self, [i for i in range(len(texts)) if i not in wanted]),
+            (self, [i for i in range(len(texts)) if i not in is_doubtful]),
         ):
-            batch = backend.encode([texts[i] for i in places])
-            for i, row in zip(places, np.split(batch.ids, np.cumsum(batch.lengths)), strict=False):
+            batch = backend.encode([texts[i] for i in indices])
+            for i, row in zip(indices, np.split(batch.ids, np.cumsum(batch.lengths)), strict=False):
                 rows[i] = row
         lengths = np.array([len(row) for row in rows], np.int64)
         return TokenBatch(np.concatenate(rows), lengths)
 
 
 class DoubtfulTexts:
-    """Whether a text may be cut differently by libraries with other versions of Unicode.
+    """Finds texts that libraries with different Unicode versions may tokenize differently.
 
-    gigatoken 0.10 and tokenizers 0.23 order some combining marks differently when they normalise,
-    and differ on letters that are recent. Text that is normalised already, of characters that
-    Python's own tables know, is not touched by either.
+    gigatoken 0.10 and tokenizers 0.23 order some combining marks differently in normalization, and
+    differ on recently added letters. Neither changes text that is already normalized and whose
+    characters are in Python's own tables.
 
     Args:
-        json: the ``tokenizer.json``, which tells whether texts are normalised at all.
+        json: the ``tokenizer.json``, which says whether texts are normalized.
     """
 
     def __init__(self, json: str):
@@ -308,7 +307,7 @@ class DoubtfulTexts:
         self._has_classes = bool(content.get("pre_tokenizer"))
 
     def __call__(self, text: str) -> bool:
-        """True if the reference has to decide."""
+        """Return whether the reference has to tokenize a text."""
         if text.isascii():
             return False
         if any(not unicodedata.is_normalized(form, text) for form in self._forms):
@@ -321,9 +320,9 @@ class DoubtfulTexts:
 
 @functools.cache
 def _unassigned() -> np.ndarray:
-    """Whether a code point is unknown to Python's Unicode tables; [0x110000] bool."""
+    """Return which code points are not in Python's Unicode tables; [0x110000] bool."""
     table = np.zeros(0x110000, bool)
-    table[0x30000:0xF0000] = True  # but for what follows
+    table[0x30000:0xF0000] = True  # except for what follows
     for code in (*range(0x33480), *range(0xE0000, 0xE0200)):
         table[code] = unicodedata.category(chr(code)) == "Cn"
     return table
@@ -334,7 +333,7 @@ def _resident_bytes() -> int:
 
 
 def _without_special_tokens(settings: TokenizerSettings) -> str:
-    """The ``tokenizer.json`` for gigatoken, which takes every added token out of a text first."""
+    """Return the ``tokenizer.json`` for gigatoken, which always matches every added token."""
     if not settings.split_special_tokens:
         return settings.json
     content = parse_json(settings.json)
@@ -345,17 +344,17 @@ def _without_special_tokens(settings: TokenizerSettings) -> str:
 
 
 def add_ids(batch: TokenBatch, settings: TokenizerSettings) -> TokenBatch:
-    """Put prefix, suffix and end of document around every text.
+    """Add prefix, suffix and end of document to every text.
 
-    A text without any id, not even one of prefix and suffix, stays empty and has no end: the rule
-    of Megatron's tool (tools/preprocess_data.py, ``Encoder.encode``).
+    A text without ids, where prefix and suffix are also empty, stays empty and gets no end of
+    document, as in Megatron's tool (tools/preprocess_data.py, ``Encoder.encode``).
 
     Args:
-        batch: ids of the texts alone.
-        settings: what to add.
+        batch: ids of the texts.
+        settings: ids to add.
 
     Returns:
-        ``ids`` in the type of the token file.
+        ``ids`` in the dtype of the token file.
     """
     before = settings.prefix
     after = (*settings.suffix, *((settings.eod,) if settings.append_eod else ()))

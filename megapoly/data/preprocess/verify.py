@@ -1,6 +1,12 @@
-"""Check pairs of token files: index, sizes, hashes, token ids, document boundaries.
+"""Check token files: index, sizes, hashes, token ids and document boundaries.
 
-The exit status is 0 when all is right, 1 when something is not, 2 when a pair cannot be checked.
+    megapoly preprocess verify tokens/books
+    megapoly preprocess verify data/c4_text_document --vocab-size 50280 --quick
+
+PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+pairs of a run. Sizes and hashes are compared with the manifest, if it exists.
+
+The exit status is 0 if everything is correct, 1 if not, and 2 if a pair cannot be checked.
 """
 
 from __future__ import annotations
@@ -12,34 +18,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megapoly.data.index_file import Index, read_index
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.pairs import BLOCK_BYTES, Described, document_lengths, find_pairs
+from megapoly.data.preprocess.console_output import byte_progress
+from megapoly.data.preprocess.length_statistics import LengthStatistics
+from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, find_pairs
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import DataError
 
 _AT_ONCE = 1 << 20
+_BLOCK_BYTES = 16 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Add the options of the command."""
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="of pairs or of manifests")
-    add("--vocab-size", type=int, metavar="N", help="ids must be below it (the manifest's)")
+    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
+    add(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="token ids must be below N (default: from the manifest)",
+    )
     add(
         "--tokenizer-model",
         metavar="PATH",
-        help="a tokenizer.json or its folder: documents must end with its end of document",
+        help="a tokenizer.json or its folder: documents must end with its end-of-document token",
     )
-    add("--quick", action="store_true", help="sizes and index only; .bin is not read")
+    add("--quick", action="store_true", help="check only sizes and index; do not read .bin")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Verify; see the module for the exit status."""
+    """Check pairs and print the results; return the exit status, see the module."""
     pairs = [pair for prefix in options.prefixes for pair in find_pairs(prefix)]
     tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     problems: list[str] = []
@@ -60,18 +71,18 @@ def run(options: argparse.Namespace) -> int:
         is_missing |= report.is_missing
     if is_missing:
         return 2
-    print("all right" if not problems else f"problems: {len(problems)}")
+    print("no problems" if not problems else f"problems: {len(problems)}")
     return 1 if problems else 0
 
 
 @dataclass
 class Expectations:
-    """What the ids of a pair have to be.
+    """Expected token ids of a pair.
 
     Args:
-        vocab_size: ids are below it.
-        eod: every document that has tokens ends with it.
-        prefix: every document that has tokens begins with these.
+        vocab_size: all ids are below it.
+        eod: every document that is not empty ends with it.
+        prefix: every document that is not empty begins with these ids.
     """
 
     vocab_size: int | None = None
@@ -79,8 +90,8 @@ class Expectations:
     prefix: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, pair: Described) -> Expectations:
-        """Those of the manifest."""
+    def of(cls, pair: PairWithManifest) -> Expectations:
+        """Return the expectations of the manifest."""
         record = pair.manifest.tokenizer if pair.manifest else None
         if record is None:
             return cls()
@@ -88,63 +99,57 @@ class Expectations:
 
 
 @dataclass
-class Report:
-    """Result for one pair.
+class PairReport:
+    """PreprocessResult for one pair.
 
     Args:
-        found: for each check what was found, in words.
-        problems: what is not right: rule, values, remedy.
-        is_missing: whether there is no pair to check.
+        found: what each check found, as text.
+        problems: messages with rule, values and remedy.
+        is_missing: whether a file of the pair does not exist.
     """
 
     found: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     is_missing: bool = False
 
-    def add(self, check: str, found: str, problems: Iterator[str] | list[str]) -> bool:
-        """Note a check; whether it is right."""
+    def add(self, check: str, found: str, problems: Iterator[str] | list[str]) -> None:
+        """Record the result of a check."""
         new = list(problems)
         self.found[check] = found if not new else f"WRONG: {found}"
         self.problems += new
-        return not new
 
 
-def verify_with_progress(pair: Described, expected: Expectations, *, quick: bool) -> Report:
-    """As :func:`verify`, with a bar on the error output."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        path = pair_paths(pair.prefix)[0]
-        task = bar.add_task(path.name, total=path.stat().st_size if path.is_file() else 0)
-        return verify(pair, expected, quick=quick, advance=lambda size: bar.advance(task, size))
+def verify_with_progress(
+    pair: PairWithManifest, expected: Expectations, *, quick: bool
+) -> PairReport:
+    """Call :func:`verify` with a progress bar."""
+    path = pair_paths(pair.prefix)[0]
+    with byte_progress(path.name, path.stat().st_size if path.is_file() else 0) as advance:
+        return verify(pair, expected, quick=quick, advance=advance)
 
 
 def verify(
-    pair: Described,
+    pair: PairWithManifest,
     expected: Expectations,
     *,
     quick: bool = False,
     advance: Callable[[int], None] = lambda size: None,
-) -> Report:
-    """Check everything about a pair; ids are only looked at where index and sizes are right.
+) -> PairReport:
+    """Check a pair; token ids are only checked if index and sizes are correct.
 
     Args:
         pair: the pair and its manifest.
-        expected: what the ids have to be.
+        expected: expected token ids.
         quick: do not read ``.bin``.
-        advance: called with the bytes that were read of ``.bin``.
+        advance: called with the number of bytes read from ``.bin``.
     """
-    report = Report()
+    report = PairReport()
     bin_path, idx_path = pair_paths(pair.prefix)
     for path in (bin_path, idx_path):
         if not path.is_file():
-            report.add("files", f"no {path.name}", [f"`{path}` is missing: copy or make it again."])
+            report.add(
+                "files", f"no {path.name}", [f"`{path}` is missing: copy or create it again."]
+            )
             report.is_missing = True
             return report
     try:
@@ -168,10 +173,10 @@ def verify(
 
 
 def index_problems(path: Path, index: Index) -> Iterator[str]:
-    """Lengths above 0, offsets their running sum, document bounds from 0 to all sequences."""
+    """Check lengths (above 0), offsets (their running sum) and document bounds (all sequences)."""
     for problems in (_length_problems, _offset_problems, _bound_problems):
         for problem in problems(index):
-            yield f"`{path}`: {problem}. The index is damaged: copy or make the pair again."
+            yield f"`{path}`: {problem}. The index is damaged: copy or create the pair again."
 
 
 def _length_problems(index: Index) -> Iterator[str]:
@@ -192,8 +197,8 @@ def _offset_problems(index: Index) -> Iterator[str]:
         if is_wrong.any():
             place = start + int(np.argmax(is_wrong))
             yield (
-                f"sequence {place} must begin at byte {expected[place - start]}, behind those "
-                f"before it; it begins at {index.offsets[place]}"
+                f"sequence {place} must begin at byte {expected[place - start]}, after the "
+                f"previous ones; it begins at {index.offsets[place]}"
             )
             return
         total += int(sizes.sum())
@@ -214,23 +219,21 @@ def _bound_problems(index: Index) -> Iterator[str]:
             return
 
 
-def _size_problems(pair: Described, index: Index) -> Iterator[str]:
+def _size_problems(pair: PairWithManifest, index: Index) -> Iterator[str]:
     bin_path, idx_path = pair_paths(pair.prefix)
     actual, described = bin_path.stat().st_size, index.num_tokens * index.dtype.itemsize
     if actual != described:
         yield (
             f"`{bin_path}` must have {described:,} bytes, {index.num_tokens:,} tokens of "
             f"{index.dtype.itemsize}, as `{idx_path}` says; it has {actual:,}. One of them is "
-            "truncated or belongs to another pair: copy or make both again."
+            "truncated or belongs to another pair: copy or create both again."
         )
 
 
-def _record_problems(pair: Described, index: Index, idx_path: Path) -> Iterator[str]:
+def _record_problems(pair: PairWithManifest, index: Index, idx_path: Path) -> Iterator[str]:
     record = pair.record
     assert record is not None
-    statistics = LengthStatistics()
-    for lengths in document_lengths(index):
-        statistics.add(lengths)
+    statistics = LengthStatistics(index.document_lengths())
     counted = {
         "dtype": index.dtype.name,
         "documents": index.num_documents,
@@ -243,13 +246,13 @@ def _record_problems(pair: Described, index: Index, idx_path: Path) -> Iterator[
         if getattr(record, name) != value:
             yield (
                 f"`{idx_path}` must have the {name} of its manifest, {getattr(record, name)}; it "
-                f"has {value}. It is damaged or another file: copy or make the pair again."
+                f"has {value}. It is damaged or another file: copy or create the pair again."
             )
 
 
 @dataclass
 class _Content:
-    """What one pass over ``.bin`` finds."""
+    """Results of one pass over ``.bin``."""
 
     sha256: str = ""
     highest: int = -1
@@ -259,14 +262,14 @@ class _Content:
     not_ended: int | None = None
     num_not_ended: int = 0
     not_begun: int | None = None
-    beyond: tuple[int, int, int] | None = None  # document, place in it, id
+    beyond: tuple[int, int, int] | None = None  # document, position in it, id
 
 
 def _check_content(
-    pair: Described,
+    pair: PairWithManifest,
     index: Index,
     expected: Expectations,
-    report: Report,
+    report: PairReport,
     advance: Callable[[int], None],
 ) -> None:
     content = _read_content(pair.prefix, index, expected, advance)
@@ -287,18 +290,18 @@ def _check_content(
         report.add("beginnings", text, _beginning_problems(bin_path, expected, content))
 
 
-def _hash_problems(path: Path, pair: Described, content: _Content) -> Iterator[str]:
+def _hash_problems(path: Path, pair: PairWithManifest, content: _Content) -> Iterator[str]:
     record = pair.record
     assert record is not None
     if record.bin_sha256 != content.sha256:
         yield (
             f"`{path}` must have the SHA-256 of its manifest, {record.bin_sha256}; it has "
-            f"{content.sha256}. Its content is damaged: copy or make it again."
+            f"{content.sha256}. Its content is damaged: copy or create it again."
         )
     if record.highest_token_id != content.highest:
         yield (
             f"`{path}` must have the highest id of its manifest, {record.highest_token_id}; it "
-            f"has {content.highest}. Its content is damaged: copy or make it again."
+            f"has {content.highest}. Its content is damaged: copy or create it again."
         )
 
 
@@ -314,7 +317,7 @@ def _id_problems(path: Path, expected: Expectations, content: _Content) -> Itera
 
 
 def _end_problems(
-    path: Path, pair: Described, expected: Expectations, content: _Content
+    path: Path, pair: PairWithManifest, expected: Expectations, content: _Content
 ) -> Iterator[str]:
     if content.not_ended is not None:
         yield (
@@ -345,16 +348,16 @@ def _read_content(
     content, digest = _Content(), hashlib.sha256()
     first_document = 0
     with pair_paths(prefix)[0].open("rb") as stream:
-        for lengths in document_lengths(index):
+        for lengths in index.document_lengths():
             ends = np.cumsum(lengths)
             left = int(ends[-1]) if len(ends) else 0
             done = 0
             while left > 0:
-                size = min(BLOCK_BYTES // index.dtype.itemsize, left)
+                size = min(_BLOCK_BYTES // index.dtype.itemsize, left)
                 data = stream.read(size * index.dtype.itemsize)
                 digest.update(data)
                 ids = np.frombuffer(data, index.dtype)
-                _see(content, ids, lengths, ends, done, first_document, expected)
+                _check_block(content, ids, lengths, ends, done, first_document, expected)
                 done, left = done + size, left - size
                 advance(len(data))
             first_document += len(lengths)
@@ -362,7 +365,7 @@ def _read_content(
     return content
 
 
-def _see(
+def _check_block(
     content: _Content,
     ids: np.ndarray,
     lengths: np.ndarray,
@@ -371,16 +374,16 @@ def _see(
     first_document: int,
     expected: Expectations,
 ) -> None:
-    """Look at a block of ids.
+    """Check a block of token ids.
 
     Args:
-        content: what was found before; changed.
-        ids: of the block.
-        lengths: of some consecutive documents.
-        ends: running sum of these.
-        start: place of the block behind the beginning of the first of the documents.
-        first_document: number of that.
-        expected: what the ids have to be.
+        content: results of earlier blocks; updated.
+        ids: ids of the block.
+        lengths: lengths of some consecutive documents.
+        ends: running sum of ``lengths``.
+        start: position of the block after the beginning of the first of the documents.
+        first_document: number of that document.
+        expected: expected token ids.
     """
     stop = start + len(ids)
     highest, lowest = int(ids.max()), int(ids.min())

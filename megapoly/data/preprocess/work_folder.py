@@ -1,4 +1,4 @@
-"""The folder of an unfinished run: which run it is of, and that only one process works in it."""
+"""The work folder of an unfinished run: its plan, and a lock that admits one process."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typing import Any
 
 from megapoly.data.files import full_disk_explained, write_text
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.sources import Source
+from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.data.preprocess.tokenization import TokenizerSettings
 from megapoly.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-# A worker whose parent was killed ends with its next message.
+# A worker whose parent was killed ends when it sends its next message.
 _LOCK_WAIT_S = 20.0
 
 
 def plan_of(
     options: PreprocessOptions,
-    sources: Sequence[Source],
+    sources: Sequence[SourceFile],
     settings: TokenizerSettings,
     backend: str,
 ) -> dict[str, Any]:
-    """Everything that decides which bytes a run writes, and how it is cut into parts."""
+    """Return everything that determines the bytes of a run and how it is split into parts."""
     return {
         "arguments": options.arguments(),
         "tokenizer": settings.sha256,
@@ -45,23 +45,23 @@ def plan_of(
 
 
 def open_work_folder(folder: Path, plan: Mapping[str, Any], *, restart: bool) -> bool:
-    """Make the folder, or go on in it.
+    """Prepare the work folder of a run, or resume the run in it.
 
     Args:
-        folder: of the shards; locked.
-        plan: of this run.
-        restart: drop what is there.
+        folder: folder of the shards; locked.
+        plan: plan of this run.
+        restart: delete what the folder contains.
 
     Returns:
-        Whether it is of an interrupted run.
+        Whether the folder holds an interrupted run.
 
     Raises:
-        DataError: it is of a run with another plan.
+        DataError: the folder holds a run with another plan.
     """
     path = plan_path(folder)
     plan = json.loads(json.dumps(plan))
     if restart or not path.is_file():
-        # Without a plan: what a finished run, or a restart, could not delete any more.
+        # Without a plan: left by a finished run, or a restart, that was killed while deleting.
         path.unlink(missing_ok=True)
         for old in folder.iterdir():
             if old.name != "lock":
@@ -71,9 +71,9 @@ def open_work_folder(folder: Path, plan: Mapping[str, Any], *, restart: bool) ->
         different = [key for key in plan if plan[key] != found.get(key)]
         if different:
             raise DataError(
-                f"`{folder}` is of an interrupted run that differs in: {', '.join(different)}"
-                f"{_difference(found, plan, different[0])}. Start that command again to finish it, "
-                "or drop its work with --restart."
+                f"`{folder}` holds an interrupted run that differs in: {', '.join(different)}"
+                f"{_difference(found, plan, different[0])}. Run that command again to finish it, "
+                "or delete its work with --restart."
             )
         return True
     write_text(path, json.dumps(plan, indent=1))
@@ -84,7 +84,7 @@ def _difference(found: Mapping[str, Any], plan: Mapping[str, Any], key: str) -> 
     before, now = found.get(key), plan[key]
     if key == "sources" and isinstance(before, list):
         changed = [new[0] for old, new in zip(before, now, strict=False) if old != new]
-        return f" ({len(before)} files then, {len(now)} now; first other one: {changed[:1]})"
+        return f" ({len(before)} files then, {len(now)} now; first difference: {changed[:1]})"
     if isinstance(now, dict) and isinstance(before, dict):
         changed = [
             f"{k}: {before.get(k)} then, {v} now" for k, v in now.items() if before.get(k) != v
@@ -95,10 +95,10 @@ def _difference(found: Mapping[str, Any], plan: Mapping[str, Any], key: str) -> 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and keep every other process out of it.
+    """Create a folder and lock it against other processes.
 
     Raises:
-        DataError: another process has it.
+        DataError: another process holds the lock.
     """
     while True:
         with full_disk_explained(folder / "lock"):
@@ -107,7 +107,7 @@ def locked(folder: Path) -> Iterator[None]:
         with lock:
             _lock(lock.fileno(), folder)
             if not _is_same(lock.fileno(), folder / "lock"):
-                continue  # its last holder has deleted the folder
+                continue  # the previous holder has deleted the folder
             yield
             return
 
@@ -123,7 +123,9 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows
-        logger.warning("Two runs with one --output-prefix at a time are not noticed here.")
+        logger.warning(
+            "Two simultaneous runs with one --output-prefix are not detected on this system."
+        )
         return
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
@@ -133,7 +135,7 @@ def _lock(descriptor: int, folder: Path) -> None:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise DataError(
-                    f"Another process works in `{folder}`; wait until it has ended, or choose "
+                    f"Another process is using `{folder}`; wait until it has finished, or choose "
                     "another --output-prefix."
                 ) from error
             time.sleep(0.1)
@@ -141,18 +143,18 @@ def _lock(descriptor: int, folder: Path) -> None:
             if error.errno not in _NOT_SUPPORTED:
                 raise
             logger.warning(
-                "This disk has no locks: two runs with one --output-prefix at a time are not "
-                "noticed."
+                "This disk does not support locks: two simultaneous runs with one --output-prefix "
+                "are not detected."
             )
             return
 
 
 def plan_path(folder: Path) -> Path:
-    """The file that tells which run a folder is of; while it is there, the run is unfinished."""
+    """Return the file that describes the run of a folder; it exists while the run is unfinished."""
     return folder / "plan.json"
 
 
-def remove(folder: Path) -> None:
-    """Delete the folder of a finished run, its plan first: half a folder is not gone on from."""
+def remove_work_folder(folder: Path) -> None:
+    """Delete the folder of a finished run, the plan first: half a folder must not be resumed."""
     plan_path(folder).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -3,8 +3,8 @@ from rich.console import Console
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.preprocess.options import PreprocessOptions
-from megapoly.data.preprocess.records import RecordRules
 from megapoly.data.preprocess.run import preprocess
+from megapoly.data.preprocess.text_extraction import RecordRules
 
 # Awkward text between real one: combining marks, scripts, names of special tokens, spaces.
 HARD = [

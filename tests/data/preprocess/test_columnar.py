@@ -4,7 +4,7 @@ import pytest
 
 from megapoly.data.preprocess import columnar
 from megapoly.data.preprocess.columnar import read_arrow, read_parquet, read_text
-from megapoly.data.preprocess.records import RecordRules
+from megapoly.data.preprocess.text_extraction import RecordRules
 from megapoly.errors import DataError
 
 

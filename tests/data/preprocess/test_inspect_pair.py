@@ -7,9 +7,9 @@ from token_data import read_documents, write_jsonl
 
 from megapoly.data.index_file import read_index
 from megapoly.data.preprocess import inspect_pair
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.data.preprocess.histogram import histogram, histogram_lines
 from megapoly.data.preprocess.inspect_pair import read_documents as read_beginnings
+from megapoly.data.preprocess.length_histogram import histogram_lines, length_histogram
+from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 from megapoly.errors import DataError
 
@@ -36,10 +36,10 @@ def test_documents_are_those_that_the_engine_reads(pair, max_tokens):
             read_beginnings(pair, index, [number], 1)
 
 
-def run_command(capsys, *words) -> str:
+def run_command(capsys, *args) -> str:
     parser = argparse.ArgumentParser()
     inspect_pair.add_arguments(parser)
-    assert inspect_pair.run(parser.parse_args(list(map(str, words)))) == 0
+    assert inspect_pair.run(parser.parse_args(list(map(str, args)))) == 0
     return capsys.readouterr().out
 
 
@@ -49,13 +49,13 @@ def test_the_command_decodes(pair, texts, capsys):
     assert " ".join(map(str, read_documents(pair)[1])) in output
     manifest = pair.with_name("out.manifest.json")
     manifest.write_text(manifest.read_text().replace(str(BUILTIN_TOKENIZER), "/nowhere"))
-    with pytest.raises(DataError, match="name the tokenizer that made it"):
+    with pytest.raises(DataError, match="Name the tokenizer that made it"):
         run_command(capsys, pair, "--document", 1)
     output = run_command(capsys, pair, "--tokenizer-model", BUILTIN_TOKENIZER, "--document", 1)
     assert texts[0][:20] in output
 
 
-def test_a_document_at_random_can_be_asked_for_again(pair, capsys):
+def test_a_document_at_random_can_be_repeated(pair, capsys):
     shown = [run_command(capsys, pair, "--random", seed) for seed in (3, 3, *range(9))]
     assert shown[0] == shown[1] == shown[5]
     assert len(set(shown)) > 5
@@ -64,7 +64,7 @@ def test_a_document_at_random_can_be_asked_for_again(pair, capsys):
 def test_what_has_no_document_or_several_pairs(run, tmp_path, capsys):
     write_jsonl(tmp_path / "e.jsonl", [])
     run(tmp_path / "e.jsonl", prefix="empty", tokenizer_backend="tokenizers")
-    with pytest.raises(DataError, match="empty_text_document` has no document"):
+    with pytest.raises(DataError, match="empty_text_document` must have at least one document"):
         run_command(capsys, tmp_path / "empty")
     write_jsonl(tmp_path / "k.jsonl", ["a"], title="b")
     run(tmp_path / "k.jsonl", prefix="keys", json_keys=("text", "title"))
@@ -88,7 +88,7 @@ def test_bins_hold_every_document_and_token(bins_per_octave):
     lengths = np.concatenate([[0, 1, 2, 3, 4, 1 << 21], random.integers(0, 5000, 500)])
     statistics = LengthStatistics()
     statistics.add(lengths)
-    bins = histogram(statistics, bins_per_octave=bins_per_octave)
+    bins = length_histogram(statistics, bins_per_octave=bins_per_octave)
     for i, (low, high) in enumerate(zip(bins.edges[:-1], bins.edges[1:], strict=True)):
         inside = lengths[(lengths >= low) & (lengths < high)]
         assert (bins.documents[i], bins.tokens[i]) == (len(inside), inside.sum())

@@ -11,9 +11,9 @@ from megapoly.data.preprocess.jsonl import (
     LineSplitter,
     count_lines_before,
     read_compressed,
-    read_range,
+    read_line_range,
 )
-from megapoly.data.preprocess.records import Oversized, RecordRules
+from megapoly.data.preprocess.text_extraction import OversizedLine, RecordRules
 
 COMPRESS = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}
 
@@ -44,7 +44,7 @@ def test_splitter_cuts_as_bytes_split_does(limit):
         lines += splitter.end()
         expected = data.split(b"\n")
         expected = expected[:-1] if expected[-1] == b"" else expected
-        assert lines == [x if len(x) <= limit else Oversized(len(x)) for x in expected]
+        assert lines == [x if len(x) <= limit else OversizedLine(len(x)) for x in expected]
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\n\n"])
@@ -60,14 +60,14 @@ def test_ranges_give_every_line_once(tmp_path, texts, rules, ending):
         found, rows = [], 0
         for start, end in zip(starts, [*starts[1:], size], strict=True):
             assert count_lines_before(path, start) == rows
-            blocks = list(read_range(path, start, end, rules))
+            blocks = list(read_line_range(path, start, end, rules))
             found += texts_of(blocks)
             rows += sum(block.num_rows for block in blocks)
         assert found == texts[:40]
 
 
 @pytest.mark.parametrize("format_", COMPRESS)
-def test_streams_give_the_lines_and_go_on_from_every_position(tmp_path, texts, rules, format_):
+def test_streams_give_the_lines_and_resume_from_every_position(tmp_path, texts, rules, format_):
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     content = path.read_bytes()
     compress = COMPRESS[format_]
@@ -112,7 +112,7 @@ def test_corrupt_gzip_ends_with_what_is_lost(tmp_path, texts, rules):
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path, rules):
     content = b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n'
     (tmp_path / "a").write_bytes(content)
-    assert texts_of(read_range(tmp_path / "a", 0, len(content), rules)) == ["a", "b"]
+    assert texts_of(read_line_range(tmp_path / "a", 0, len(content), rules)) == ["a", "b"]
     (tmp_path / "a").write_bytes(gzip.compress(content))
     assert texts_of(read_compressed(tmp_path / "a", "jsonl.gz", 0, rules)) == ["a", "b"]
 
@@ -135,7 +135,7 @@ def test_a_huge_line_is_not_kept_in_memory(tmp_path, monkeypatch, format_):
     monkeypatch.setattr(jsonl, "LineSplitter", Watched)
     if format_ == "jsonl":
         pieces = [(0, 2_000_000), (2_000_000, 4_000_000), (4_000_000, len(content))]
-        blocks = [b for a, z in pieces for b in read_range(tmp_path / "a", a, z, rules)]
+        blocks = [b for a, z in pieces for b in read_line_range(tmp_path / "a", a, z, rules)]
     else:
         blocks = list(read_compressed(tmp_path / "a", format_, 0, rules))
     assert texts_of(blocks) == ["a", "c"]

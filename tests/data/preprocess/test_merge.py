@@ -6,14 +6,14 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_data import pair_bytes, read_documents, usual_loop, write_jsonl
 
 from megapoly.data.manifest import read_manifest
-from megapoly.data.preprocess import join, merge
+from megapoly.data.preprocess import merge, pair_writer
 from megapoly.data.preprocess.merge import merge as merge_pairs
 from megapoly.errors import DataError
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(join, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(pair_writer, "_BLOCK_BYTES", 100)
     monkeypatch.setattr(merge, "_AT_ONCE", 3)
 
 

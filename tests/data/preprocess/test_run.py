@@ -225,7 +225,7 @@ def test_token_files_that_exist_are_not_replaced(run, tmp_path, texts):
     assert len(read_documents(tmp_path / "out_text_document")) == len(texts) - 1
 
 
-def test_another_command_does_not_go_on_with_finished_shards(run, tmp_path, texts):
+def test_another_command_does_not_resume_from_finished_shards(run, tmp_path, texts):
     write_jsonl(tmp_path / "a.jsonl", texts)
     (tmp_path / "b.jsonl").write_text("bad\n")
     inputs = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
@@ -239,7 +239,7 @@ def test_another_command_does_not_go_on_with_finished_shards(run, tmp_path, text
     ):
         with pytest.raises(DataError, match=f"differs in: {word}.*--restart"):
             run(*inputs, **changes)
-    (tmp_path / "b.jsonl").write_text('{"text": "mended"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "fixed"}\n')
     with pytest.raises(DataError, match="differs in: sources .2 files then, 2 now.*b.jsonl"):
         run(*inputs)
     run(*inputs, restart=True)
@@ -263,7 +263,7 @@ def test_finished_shards_are_not_made_again(run, tmp_path, texts):
 
 
 @pytest.mark.parametrize("format_", ["jsonl.gz", "jsonl.zst", "arrow"])
-def test_streams_go_on_inside_a_file(run, tmp_path, texts, monkeypatch, format_):
+def test_streams_resume_inside_a_file(run, tmp_path, texts, monkeypatch, format_):
     """Stopped after every few shards, of which one file gives many."""
     monkeypatch.setattr(columnar, "_ROWS_AT_ONCE", 3)
     usual_loop(texts * 3, tmp_path / "usual")
@@ -295,7 +295,7 @@ def test_streams_go_on_inside_a_file(run, tmp_path, texts, monkeypatch, format_)
     assert pair_bytes(tmp_path / "out_text_document") == pair_bytes(tmp_path / "usual")
 
 
-def test_lines_of_a_stream_that_is_gone_on_with_have_their_numbers(run, tmp_path, texts):
+def test_lines_of_a_resumed_stream_have_their_numbers(run, tmp_path, texts):
     lines = write_jsonl(tmp_path / "lines", texts * 3).read_bytes().splitlines(keepends=True)
     lines[200] = b"bad\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
@@ -346,7 +346,7 @@ def test_a_source_that_changes_during_a_run_is_noticed(run, tmp_path, texts, mon
     monkeypatch.setattr(
         "megapoly.data.preprocess.run.sample_texts", lambda *args: os.utime(path, (1, 1)) or ["a"]
     )
-    with pytest.raises(DataError, match="a.jsonl` must stay as it is during a run"):
+    with pytest.raises(DataError, match="a.jsonl` must not change during a run"):
         run(path)
     assert not list(tmp_path.glob("out_text*"))
 

@@ -11,10 +11,10 @@ from megapoly.data.preprocess import stats
 from megapoly.data.tokenizer import load_tokenizer
 
 
-def run_command(capsys, *words) -> str:
+def run_command(capsys, *args) -> str:
     parser = argparse.ArgumentParser()
     stats.add_arguments(parser)
-    assert stats.run(parser.parse_args(list(map(str, words)))) == 0
+    assert stats.run(parser.parse_args(list(map(str, args)))) == 0
     return capsys.readouterr().out
 
 

@@ -152,8 +152,8 @@ def test_gpt2_files_make_the_same_tokenizer(tmp_path, texts):
 def test_the_preprocessor_needs_neither_torch_nor_the_engine():
     code = (
         "import sys, importlib, megapoly.data.preprocess.run, megapoly.data.preprocess.dry_run\n"
-        "from megapoly.data.preprocess.subcommands import COMMANDS\n"
-        "[importlib.import_module(name) for name in COMMANDS.values()]\n"
+        "from megapoly.commands.preprocess import SUBCOMMANDS\n"
+        "[importlib.import_module(name) for name in SUBCOMMANDS.values()]\n"
         "print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,9 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_data import write_jsonl
 
-from megapoly.data.preprocess import pairs, verify
-from megapoly.data.preprocess.pairs import find_pairs
+from megapoly.data import index_file
+from megapoly.data.preprocess import verify
+from megapoly.data.preprocess.pair_with_manifest import find_pairs
 from megapoly.data.preprocess.verify import Expectations
 from megapoly.data.preprocess.verify import verify as verify_pair
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
@@ -19,9 +20,9 @@ HEADER = 34
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(verify, "BLOCK_BYTES", 130)
+    monkeypatch.setattr(verify, "_BLOCK_BYTES", 130)
     monkeypatch.setattr(verify, "_AT_ONCE", 7)
-    monkeypatch.setattr(pairs, "DOCUMENTS_AT_ONCE", 5)
+    monkeypatch.setattr(index_file, "_DOCUMENTS_AT_ONCE", 5)
 
 
 @pytest.fixture
@@ -145,22 +146,22 @@ def test_ids_and_boundaries_of_a_foreign_pair(tmp_path):
     write_pair(tmp_path / "y", documents, np.int32)
     for vocab_size in (10, None):
         found = problems_of(tmp_path / "y", **expected | {"vocab_size": vocab_size})
-        words = ("document 9 has -3 at token 1", "first is document 8", "document 9 does not")
-        for word, problem in zip(words, found, strict=True):
-            assert word in problem
+        parts = ("document 9 has -3 at token 1", "first is document 8", "document 9 does not")
+        for part, problem in zip(parts, found, strict=True):
+            assert part in problem
 
 
-def run_command(capsys, *words: str) -> tuple[int, str]:
+def run_command(capsys, *args: str) -> tuple[int, str]:
     parser = argparse.ArgumentParser()
     verify.add_arguments(parser)
-    status = verify.run(parser.parse_args(words))
+    status = verify.run(parser.parse_args(args))
     return status, capsys.readouterr().out
 
 
 def test_the_command_says_what_it_could_not_compare(pair, tmp_path, capsys):
     write_pair(tmp_path / "x", [[[1, 2, 0]], [[3]]])
     status, output = run_command(capsys, str(pair), str(tmp_path / "x"))
-    assert status == 0 and "all right" in output
+    assert status == 0 and "no problems" in output
     assert "none: content cannot be compared with a hash" in output
     assert "no vocabulary to compare with" in output
     status, output = run_command(

@@ -28,7 +28,7 @@ def read_documents(prefix: Path) -> list[list[int]]:
 
 
 def usual_loop(texts, prefix: Path, *, append_eod=True, add_special_tokens=True, path=None):
-    """What Megatron-LM's tool does, with the engine's builder, one document at a time."""
+    """Do what Megatron-LM's tool does, with the engine's builder, one document at a time."""
     tokenizer = tokenizers.Tokenizer.from_file(str(path or BUILTIN_TOKENIZER))
     eod = tokenizer.token_to_id("<|endoftext|>")
     builder = IndexedDatasetBuilder(

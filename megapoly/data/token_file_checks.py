@@ -1,7 +1,7 @@
-"""Whether token files are whole and fit the model, before a model is built.
+"""Check that token files are complete and fit the model, before a model is built.
 
-Sizes are compared with the index by :func:`megapoly.data.token_files.open_token_file`; here with
-the manifest, if there is one, and token ids with the vocabulary.
+:func:`megapoly.data.token_files.open_token_file` compares sizes with the index; this module
+compares them with the manifest, if it exists, and token ids with the vocabulary.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ def check_token_files(
 ) -> tuple[list[TokenFile], list[str]]:
     """Open pairs, check them against their manifests and their token ids against the vocabulary.
 
-    The largest id is the manifest's. Without a manifest it is that of a sample, 64 blocks of a
-    mebibyte spread evenly over the file (all of a smaller one), which can miss an id: every sample
-    is checked again when it is read. It is kept in ``cache_dir``, so that one process reads it.
+    The highest id comes from the manifest. Without a manifest it comes from 64 blocks of one
+    mebibyte, spread evenly over the file (all of a smaller file). This can miss an id, so every
+    sample is checked again when it is read. The result is kept in ``cache_dir``, so that one
+    process reads the blocks.
 
     Args:
-        prefixes: without ``.bin`` and ``.idx``.
-        min_tokens: that one sample needs.
-        tokenizer: fingerprint of the run's.
-        vocab_size: token ids that the model knows.
-        cache_dir: where what was read is kept.
+        prefixes: paths without ``.bin`` and ``.idx``.
+        min_tokens: tokens that one sample needs.
+        tokenizer: fingerprint of the run's tokenizer.
+        vocab_size: size of the model's vocabulary.
+        cache_dir: folder for the highest ids.
 
     Returns:
-        The pairs; and what the user should know that is no error: a sentence for each pair whose
-        manifest names another tokenizer.
+        The pairs, and warnings: a sentence for each pair whose manifest names another tokenizer.
 
     Raises:
-        DataError: a file is missing, damaged or too short, sizes or index are not the manifest's,
-            or an id is beyond the vocabulary.
+        DataError: a file is missing, damaged or too short, its size or index differs from the
+            manifest, or an id is not below ``vocab_size``.
     """
     token_files = [open_token_file(prefix) for prefix in prefixes]
     warnings = []
     for token_file in token_files:
         if token_file.num_tokens < min_tokens:
             raise DataError(
-                f"A token file must have at least {min_tokens} tokens, `training.seq_length` and "
-                f"one label more (2 for validation); `{token_file.prefix}` has "
+                f"A token file must have at least {min_tokens} tokens, `training.seq_length` plus "
+                f"one label (2 for validation); `{token_file.prefix}` has "
                 f"{token_file.num_tokens}. Use more text or a smaller `training.seq_length`."
             )
-        highest, says, found = _highest_id(token_file, tokenizer, cache_dir)
+        highest, origin, found = _highest_id(token_file, tokenizer, cache_dir)
         if highest >= vocab_size:
-            raise DataError(beyond_vocabulary(token_file, highest, vocab_size, says))
+            raise DataError(beyond_vocabulary(token_file, highest, vocab_size, origin))
         warnings += found
     return token_files, warnings
 
@@ -69,7 +69,7 @@ def check_token_files(
 def _highest_id(
     token_file: TokenFile, tokenizer: str, cache_dir: Path
 ) -> tuple[int, str, list[str]]:
-    """Largest id, who says so, and what the user should know."""
+    """Return the highest id, where it comes from, and warnings."""
     path = find_manifest(token_file.prefix)
     if path is None:
         return _sampled_highest_id(token_file, cache_dir), "holds", []
@@ -84,13 +84,13 @@ def _highest_id(
 
 
 def beyond_vocabulary(
-    token_file: TokenFile, highest: int, vocab_size: int, source: str = "holds"
+    token_file: TokenFile, highest: int, vocab_size: int, origin: str = "holds"
 ) -> str:
-    """Message about a token id that the model does not know."""
+    """Return the message about a token id outside the model's vocabulary."""
     return (
         f"Token ids must be below the size of the vocabulary ({vocab_size}); "
-        f"`{token_file.prefix}.bin` {source} {highest}. Name the tokenizer that made the file as "
-        "`data.tokenizer`, or raise `model.vocab_size`."
+        f"`{token_file.prefix}.bin` {origin} {highest}. Set `data.tokenizer` to the tokenizer that "
+        "made the file, or raise `model.vocab_size`."
     )
 
 
@@ -110,8 +110,8 @@ def _check_record(token_file: TokenFile, record: PairRecord, path: Path) -> None
 
 
 _REMEDY = (
-    "It was cut off or replaced after the manifest was written: copy or make the files again, or "
-    "delete the manifest to go without one."
+    "It was truncated or replaced after the manifest was written: copy or create the files again, "
+    "or delete the manifest to use them without it."
 )
 
 
@@ -119,8 +119,8 @@ def _tokenizer_warnings(token_file: TokenFile, theirs: str, ours: str) -> list[s
     if theirs == ours:
         return []
     return [
-        f"`{token_file.prefix}` was made with another tokenizer.json than `data.tokenizer` names "
-        f"(SHA-256 {theirs[:12]}.. by its manifest, {ours[:12]}.. here); its ids may mean other "
+        f"`{token_file.prefix}` was made with another tokenizer.json than that of `data.tokenizer` "
+        f"(SHA-256 {theirs[:12]}.. in its manifest, {ours[:12]}.. here); its ids may mean other "
         "tokens"
     ]
 

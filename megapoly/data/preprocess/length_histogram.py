@@ -1,4 +1,4 @@
-"""Lengths of documents as a picture: in the terminal, and as PNG."""
+"""Histogram of document lengths, in the terminal and as PNG."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.preprocess.document_lengths import LengthStatistics
-from megapoly.errors import UnavailableError
+from megapoly.data.preprocess.length_statistics import LengthStatistics
+from megapoly.data.preprocess.missing_package import missing_package
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 40
 
 
 @dataclass(frozen=True)
-class Histogram:
-    """Documents by their length, in bins that double (or a part of that).
+class LengthHistogram:
+    """Documents by length, in bins whose width doubles at every octave.
 
     Args:
-        edges: [bins + 1] int64; bin i holds lengths from edge i up to, without, edge i + 1.
-        documents: [bins] documents.
-        tokens: [bins] tokens of these.
+        edges: [bins + 1] int64; bin i holds lengths from edge i to edge i + 1, exclusive.
+        documents: [bins] number of documents.
+        tokens: [bins] number of tokens in them.
     """
 
     edges: np.ndarray
@@ -29,8 +29,8 @@ class Histogram:
     tokens: np.ndarray
 
 
-def histogram(statistics: LengthStatistics, *, bins_per_octave: int = 1) -> Histogram:
-    """Bins from the shortest to the longest document."""
+def length_histogram(statistics: LengthStatistics, *, bins_per_octave: int = 1) -> LengthHistogram:
+    """Count documents in bins from the shortest to the longest document."""
     lengths, counts = statistics.by_length()
     top = max(1, int(lengths.max())) if len(lengths) else 1
     octaves = int(np.floor(np.log2(top))) + 1
@@ -41,12 +41,12 @@ def histogram(statistics: LengthStatistics, *, bins_per_octave: int = 1) -> Hist
     tokens = np.bincount(place, counts * lengths, len(edges) - 1).astype(np.int64)
     used = np.flatnonzero(documents)
     first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-    return Histogram(edges[first : last + 1], documents[first:last], tokens[first:last])
+    return LengthHistogram(edges[first : last + 1], documents[first:last], tokens[first:last])
 
 
 def histogram_lines(statistics: LengthStatistics) -> list[str]:
-    """The histogram as lines of text: bins, a bar, documents, and their part of the tokens."""
-    bins = histogram(statistics)
+    """Return the histogram as lines of text: bin, bar, documents, and their share of the tokens."""
+    bins = length_histogram(statistics)
     most, all_tokens = max(1, int(bins.documents.max())), max(1, int(bins.tokens.sum()))
     ranges = [
         f"{low:,} to {high - 1:,}" if high - 1 > low else f"{low:,}"
@@ -64,12 +64,12 @@ def histogram_lines(statistics: LengthStatistics) -> list[str]:
 
 
 def write_histogram(statistics: LengthStatistics, title: str, path: Path) -> None:
-    """Draw documents and tokens by the length of the document.
+    """Draw documents and tokens by document length.
 
     Args:
         statistics: of the documents.
-        title: above the picture.
-        path: of a PNG, or another form that matplotlib knows by its ending.
+        title: title of the figure.
+        path: a PNG, or another format that matplotlib recognizes by its ending.
 
     Raises:
         UnavailableError: matplotlib is not installed.
@@ -77,11 +77,10 @@ def write_histogram(statistics: LengthStatistics, title: str, path: Path) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UnavailableError(
-            "A picture needs the package matplotlib: `pip install '.[data]'`; without --histogram "
-            "it is drawn in the terminal."
+        raise missing_package(
+            "A histogram in a file (`--histogram -` draws in the terminal)", "matplotlib"
         ) from error
-    bins = histogram(statistics, bins_per_octave=2)
+    bins = length_histogram(statistics, bins_per_octave=2)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     values = ((upper, bins.documents, "documents"), (lower, bins.tokens, "tokens"))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megapoly.data.preprocess.records import Oversized, RecordRules, parse_lines
+from megapoly.data.preprocess.text_extraction import OversizedLine, RecordRules, parse_lines
 
 GOOD = b'{"text": "call me"}'
 BAD = {
@@ -18,7 +18,7 @@ BAD = {
     b'{"text": null}': ("`text` is not a string", "null"),
     b'{"text": ["a"]}': ("`text` is not a string", "an array"),
     b'{"text": ""}': ("empty text", "`text`"),
-    Oversized(100 << 20): ("longer than --max-document-mib", "100.0 MiB, the limit is 1"),
+    OversizedLine(100 << 20): ("longer than --max-document-mib", "100.0 MiB, the limit is 1"),
 }
 
 
@@ -30,7 +30,7 @@ def test_bad_lines_are_named_and_those_beside_them_kept(rules, line):
     (record,) = rejected
     assert (record.row, record.reason) == (6, reason)
     assert detail in record.detail
-    is_oversized = isinstance(line, Oversized)
+    is_oversized = isinstance(line, OversizedLine)
     assert record.content == (None if is_oversized else line)
     assert record.size_bytes == (line.size_bytes if is_oversized else len(line))
 

@@ -1,19 +1,17 @@
-"""Many pieces of token files to one ``.bin``/``.idx`` pair, in constant memory."""
+"""Write a ``.bin``/``.idx`` pair from several files of token ids, in constant memory."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from megapoly.data.files import full_disk_explained
+from megapoly.data.files import renamed_when_complete
 from megapoly.data.index_file import Chunks, write_index
 from megapoly.data.token_files import pair_paths
 from megapoly.errors import DataError
@@ -23,15 +21,15 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class PairContent:
-    """What goes into a pair.
+    """Content of a pair.
 
     Args:
-        dtype: type of an id.
-        bins: files of ids, in order.
-        num_sequences: sequences in all.
-        num_documents: documents in all.
-        lengths: as of :func:`megapoly.data.index_file.write_index`.
-        sequences_per_document: as there.
+        dtype: type of a token id.
+        bins: files of token ids, in order.
+        num_sequences: sequences in total.
+        num_documents: documents in total.
+        lengths: as in :func:`megapoly.data.index_file.write_index`.
+        sequences_per_document: as in :func:`megapoly.data.index_file.write_index`.
     """
 
     dtype: np.dtype
@@ -54,7 +52,7 @@ class PairContent:
 
 @dataclass(frozen=True)
 class PairHashes:
-    """SHA-256 of a pair's files."""
+    """SHA-256 of the files of a pair."""
 
     bin_sha256: str
     idx_sha256: str
@@ -65,84 +63,70 @@ def write_pair(
     content: PairContent,
     folder: Path,
     *,
-    on_block: Callable[[int, bytes], None] = lambda piece, block: None,
+    on_block: Callable[[int, bytes], None] = lambda number, block: None,
     before_naming: Callable[[], None] = lambda: None,
 ) -> PairHashes:
-    """Write ``PREFIX.bin`` and ``PREFIX.idx``; they get their names when both are complete.
+    """Write ``PREFIX.bin`` and ``PREFIX.idx``, which get these names when both are complete.
 
     Args:
-        prefix: of the pair.
-        content: what goes into it.
-        folder: for the files while they are written, on the same disk.
-        on_block: called with the number of a piece and each block of it, whole ids.
-        before_naming: called when all is written and nothing has its name; may raise.
+        prefix: prefix of the pair.
+        content: content of the pair.
+        folder: folder on the same disk for the files while they are written.
+        on_block: called with the number of a file of ``bins`` and each block of it, of whole ids.
+        before_naming: called when both files are complete, before they get their names; may raise.
 
     Raises:
-        DataError: there is no room for them, or the pieces have another size than their index says.
+        DataError: the disk has not enough space, or the sizes are not those of ``content``.
     """
-    check_room(prefix, content.bin_bytes + content.idx_bytes)
-    finals = pair_paths(prefix)
-    temporary = [folder / f"{path.name}.partial" for path in finals]
-    with full_disk_explained(*finals), _deleted_at_the_end(temporary):
+    check_free_space(prefix, content.bin_bytes + content.idx_bytes)
+    with renamed_when_complete(*pair_paths(prefix), folder=folder) as temporary:
         with temporary[0].open("wb") as stream:
             writer = HashingWriter(stream)
-            for piece, path in enumerate(content.bins):
+            for number, path in enumerate(content.bins):
                 with path.open("rb") as source:
                     while block := source.read(_BLOCK_BYTES):
                         writer.write(block)
-                        on_block(piece, block)
-            bin_sha256 = writer.finish()
+                        on_block(number, block)
+        bin_sha256 = writer.hexdigest()
         with temporary[1].open("wb") as stream:
             writer = HashingWriter(stream)
             write_index(
-                writer,  # type: ignore[arg-type] # all of a stream that it needs
+                writer,  # type: ignore[arg-type] # has `write`, all that is needed
                 content.dtype,
                 num_sequences=content.num_sequences,
                 num_documents=content.num_documents,
                 lengths=content.lengths,
                 sequences_per_document=content.sequences_per_document,
             )
-            idx_sha256 = writer.finish()
+        idx_sha256 = writer.hexdigest()
         sizes = [path.stat().st_size for path in temporary]
         if sizes != [content.bin_bytes, content.idx_bytes]:
             raise DataError(
-                f"`{prefix}` would have {sizes} bytes (.bin, .idx), and {content.bin_bytes} and "
-                f"{content.idx_bytes} were counted: a piece changed meanwhile. Start again with "
+                f"`{prefix}` must have {content.bin_bytes} and {content.idx_bytes} bytes (.bin, "
+                f".idx); it would have {sizes}: a file changed during the run. Start again with "
                 "--restart."
             )
         before_naming()
-        for partial, final in zip(temporary, finals, strict=True):
-            os.replace(partial, final)
     return PairHashes(bin_sha256, idx_sha256)
 
 
-@contextmanager
-def _deleted_at_the_end(paths: Sequence[Path]) -> Iterator[None]:
-    """A full disk gets its room back."""
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
-
-
-def check_room(prefix: Path, needed_bytes: int) -> None:
-    """Refuse to begin what the disk cannot hold.
+def check_free_space(prefix: Path, needed_bytes: int) -> None:
+    """Check that the disk has enough space for a pair.
 
     Raises:
-        DataError: with what is needed and what is free.
+        DataError: it has not; the message says how much is needed and free.
     """
     free = shutil.disk_usage(prefix.absolute().parent).free
     if needed_bytes > free:
         raise DataError(
             f"`{prefix}.bin` and `.idx` need {needed_bytes:,} bytes, and {free:,} are free in "
-            f"{prefix.absolute().parent}. Make room and start the same command again; finished "
-            "shards stay."
+            f"{prefix.absolute().parent}. Free some space and run the same command again; finished "
+            "shards are kept."
         )
 
 
 class HashingWriter:
-    """Writes a stream and hashes what it writes.
+    """Writes to a stream and hashes what it writes.
 
     Args:
         stream: opened for writing.
@@ -157,10 +141,8 @@ class HashingWriter:
         self._digest.update(data)
         self._stream.write(data)
 
-    def finish(self) -> str:
-        """Bring everything to the disk; SHA-256 of it."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+    def hexdigest(self) -> str:
+        """Return the SHA-256 of what was written."""
         return self._digest.hexdigest()
 
 
@@ -171,14 +153,14 @@ def content_of_documents(
     num_documents: int,
     document_lengths: Callable[[], Iterable[np.ndarray]],
 ) -> PairContent:
-    """Content in which a document is one sequence, or none if it has no token.
+    """Return content in which a document is one sequence, or none if it has no tokens.
 
     Args:
-        dtype: type of an id.
-        bins: files of ids, in order.
-        num_sequences: documents that have a token.
-        num_documents: all documents.
-        document_lengths: tokens of each document, in chunks.
+        dtype: type of a token id.
+        bins: files of token ids, in order.
+        num_sequences: number of documents that have tokens.
+        num_documents: number of documents.
+        document_lengths: returns the tokens of each document, in chunks.
     """
     return PairContent(
         dtype,

@@ -5,9 +5,9 @@ import pytest
 from test_tokenization import settings_of
 from token_data import write_jsonl
 
-from megapoly.data.preprocess import trust, worker
+from megapoly.data.preprocess import backend_check, worker
+from megapoly.data.preprocess.backend_check import choose_backend
 from megapoly.data.preprocess.tokenization import GigatokenBackend, TokenBatch
-from megapoly.data.preprocess.trust import choose_backend
 from megapoly.errors import DataError
 
 
@@ -36,10 +36,10 @@ def test_an_exact_backend_is_taken(texts):
 
 @pytest.mark.parametrize("word", ["whale", "</w>", "endoftext"])  # input, hard text, added token
 def test_another_id_anywhere_in_the_sample_is_noticed(monkeypatch, caplog, word):
-    monkeypatch.setattr(trust, "GigatokenBackend", Wrong)
+    monkeypatch.setattr(backend_check, "GigatokenBackend", Wrong)
     monkeypatch.setattr(Wrong, "word", word)
     sample = ["a", "the whale itself", "b"]
-    with pytest.raises(DataError, match=r"from token 0 on it gives .* in place of .*tokenizers"):
+    with pytest.raises(DataError, match=r"from token 0 it gives .* instead of .*tokenizers"):
         choose_backend(settings_of(), "gigatoken", sample)
     with caplog.at_level(logging.WARNING):
         backend, reference = choose_backend(settings_of(), "auto", sample)
@@ -49,7 +49,7 @@ def test_another_id_anywhere_in_the_sample_is_noticed(monkeypatch, caplog, word)
 
 def test_every_nth_document_is_compared_while_it_runs(run, tmp_path, monkeypatch):
     """The word comes after the sample: only the comparison during the run can see it."""
-    monkeypatch.setattr(trust, "GigatokenBackend", Wrong)
+    monkeypatch.setattr(backend_check, "GigatokenBackend", Wrong)
     monkeypatch.setattr(worker, "GigatokenBackend", Wrong)
     monkeypatch.setattr("megapoly.data.preprocess.run.sample_texts", lambda sources, rules: ["a"])
     texts = ["sea"] * 100
@@ -62,7 +62,7 @@ def test_every_nth_document_is_compared_while_it_runs(run, tmp_path, monkeypatch
 
 
 def test_the_end_of_a_long_document_is_compared_too(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(trust, "GigatokenBackend", Wrong)
+    monkeypatch.setattr(backend_check, "GigatokenBackend", Wrong)
     monkeypatch.setattr(worker, "GigatokenBackend", Wrong)
     monkeypatch.setattr(worker, "COMPARED_CHARS", 100)
     monkeypatch.setattr("megapoly.data.preprocess.run.sample_texts", lambda sources, rules: ["a"])
@@ -71,7 +71,7 @@ def test_the_end_of_a_long_document_is_compared_too(run, tmp_path, monkeypatch):
         run(tmp_path / "a.jsonl", check_every=1)
 
 
-def test_a_missing_package_is_said(monkeypatch, caplog):
+def test_a_missing_package_is_reported(monkeypatch, caplog):
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     with caplog.at_level(logging.WARNING):
         backend, _ = choose_backend(settings_of(), "auto", [])

@@ -1,4 +1,4 @@
-"""The input files: which there are, and in which form."""
+"""Find the input files and their formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megapoly.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Ending and form; the longest ending that fits counts.
+# Format by file name ending; the longest ending that matches counts.
 FORMATS = {
     ".jsonl": "jsonl",
     ".json": "jsonl",
@@ -29,13 +29,13 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """An input file.
 
     Args:
-        path: of the file.
+        path: path of the file.
         format: one of the values of ``FORMATS``.
-        size_bytes: on disk.
+        size_bytes: size on disk.
         modified_ns: time of its last change.
     """
 
@@ -45,16 +45,16 @@ class Source:
     modified_ns: int
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that ``--input`` names, in the order of reading.
+def find_source_files(inputs: Sequence[str]) -> list[SourceFile]:
+    """Return the files that ``--input`` names, in the order of reading.
 
     Args:
-        inputs: files; patterns such as ``data/*.jsonl`` (matches in sorted order); folders (every
-            file below with a known ending but ``.json``, sorted by path, hidden ones left out); and
-            folders of ``datasets.Dataset.save_to_disk``.
+        inputs: files; patterns such as ``data/*.jsonl`` (matches in sorted order); folders (all
+            files below them with a known ending except ``.json``, sorted by path, without hidden
+            ones); and folders written by ``datasets.Dataset.save_to_disk``.
 
     Raises:
-        DataError: something does not exist, has an unknown ending, holds no input, or a file is
+        DataError: a path does not exist, has an unknown ending or contains no input, or a file is
             named twice.
     """
     paths = [path for name in inputs for path in _paths_of(name)]
@@ -65,7 +65,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             raise DataError(
                 f"`--input` must name every file once; `{path}` is named twice"
                 + (f", also as `{first}`" if first != path else "")
-                + ". To see a text more often, give it more weight in the blend."
+                + ". To train on a text more often, increase its weight in the blend."
             )
     return [_source(path) for path in paths]
 
@@ -88,19 +88,19 @@ def _paths_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         raise DataError(
-            f"`{folder}` holds several splits; name those that are wanted: "
+            f"`{folder}` holds several splits; name the ones to use: "
             f"{', '.join(str(folder / split) for split in splits)}."
         )
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return _saved_dataset(folder)
     known = sorted(path for path in _files_below(folder) if _format(path) is not None)
-    # Beside text such a file is mostly a tokenizer's or a dataset's settings.
+    # In a folder of text such a file mostly holds settings of a tokenizer or dataset.
     settings = [path for path in known if path.name.lower().endswith(".json")]
     found = [path for path in known if path not in set(settings)]
     if settings:
         logger.warning(
-            "`%s`: %d files that end with .json are left out (%s, ..); if they are text, name them "
-            "by a pattern.",
+            "`%s`: %d files that end with .json are left out (%s, ..); if they contain text, name "
+            "them with a pattern.",
             folder,
             len(settings),
             settings[0].name,
@@ -125,33 +125,33 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _saved_dataset(folder: Path) -> list[Path]:
-    """Arrow files of a saved ``datasets.Dataset``, in its order."""
+    """Return the Arrow files of a saved ``datasets.Dataset``, in its order."""
     state = json.loads((folder / "state.json").read_text())
     if state.get("_indices_files"):
         raise DataError(
-            f"`{folder}` is a selection of its rows (it has an indices mapping), which Arrow files "
-            "alone do not tell; save it again after `dataset.flatten_indices()`."
+            f"`{folder}` is a selection of rows (it has an indices mapping), which its Arrow files "
+            "do not show; save it again after `dataset.flatten_indices()`."
         )
     return [folder / entry["filename"] for entry in state["_data_files"]]
 
 
 def _format(path: Path) -> str | None:
-    fitting = [ending for ending in FORMATS if path.name.lower().endswith(ending)]
-    return FORMATS[max(fitting, key=len)] if fitting else None
+    endings = [ending for ending in FORMATS if path.name.lower().endswith(ending)]
+    return FORMATS[max(endings, key=len)] if endings else None
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path) -> SourceFile:
     format_ = _format(path)
     if format_ is None:
         raise DataError(
-            f"`{path}` must end with one of {', '.join(FORMATS)}, which tells its form; rename it, "
-            "or link to it by such a name."
+            f"`{path}` must end with one of {', '.join(FORMATS)}, which tells its format; rename "
+            "it, or link to it under such a name."
         )
     if not path.is_file():
-        raise DataError(f"`{path}` must be a file; it is something else, or a link to nothing.")
+        raise DataError(f"`{path}` must be a file; it is something else, or a broken link.")
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"The name of {str(path)!r} must be UTF-8; rename the file.") from error
     status = path.stat()
-    return Source(path, format_, status.st_size, status.st_mtime_ns)
+    return SourceFile(path, format_, status.st_size, status.st_mtime_ns)

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from megapoly.data.preprocess.sources import find_sources
+from megapoly.data.preprocess.source_files import find_source_files
 from megapoly.errors import DataError
 
 
@@ -28,14 +28,14 @@ def names(sources, folder):
 
 
 def test_folders_patterns_and_files_in_the_order_named(folder):
-    found = find_sources([f"{folder}/sub", f"{folder}/*.json*", str(folder / "d.TXT")])
+    found = find_source_files([f"{folder}/sub", f"{folder}/*.json*", str(folder / "d.TXT")])
     assert names(found, folder) == [
         ("sub/c.parquet", "parquet", 13),
         ("a.json.gz", "jsonl.gz", 9),
         ("b.jsonl", "jsonl", 7),
         ("d.TXT", "txt", 5),
     ]
-    assert [n[0] for n in names(find_sources([str(folder)]), folder)] == [
+    assert [n[0] for n in names(find_source_files([str(folder)]), folder)] == [
         "a.json.gz",
         "b.jsonl",
         "d.TXT",
@@ -45,9 +45,9 @@ def test_folders_patterns_and_files_in_the_order_named(folder):
 
 def test_settings_beside_text_are_left_out_of_a_folder(folder, caplog):
     (folder / "tokenizer.json").write_text("{}")
-    assert "tokenizer.json" not in [s.path.name for s in find_sources([str(folder)])]
+    assert "tokenizer.json" not in [s.path.name for s in find_source_files([str(folder)])]
     assert "1 files that end with .json are left out (tokenizer.json" in caplog.text
-    found = find_sources([f"{folder}/*.json"])
+    found = find_source_files([f"{folder}/*.json"])
     assert names(found, folder) == [("tokenizer.json", "jsonl", 2)]
 
 
@@ -57,33 +57,33 @@ def test_a_saved_dataset_is_its_arrow_files_in_its_order(folder):
     for entry in entries:
         (folder / entry["filename"]).write_text("x")
     (folder / "state.json").write_text(json.dumps({"_data_files": entries}))
-    found = names(find_sources([str(folder)]), folder)
+    found = names(find_source_files([str(folder)]), folder)
     assert found == [(entry["filename"], "arrow", 1) for entry in entries]
 
     selection = {"_data_files": entries, "_indices_files": [{"filename": "i.arrow"}]}
     (folder / "state.json").write_text(json.dumps(selection))
     with pytest.raises(DataError, match="indices mapping.*flatten_indices"):
-        find_sources([str(folder)])
+        find_source_files([str(folder)])
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match="several splits.*/train, .*/test"):
-        find_sources([str(folder)])
+        find_source_files([str(folder)])
 
 
 def test_what_cannot_be_input_is_refused(folder):
     with pytest.raises(DataError, match="`.*nothing-[*]` matches none"):
-        find_sources([f"{folder}/nothing-*"])
+        find_source_files([f"{folder}/nothing-*"])
     with pytest.raises(DataError, match="README.md` must end with one of .jsonl"):
-        find_sources([str(folder / "README.md")])
+        find_source_files([str(folder / "README.md")])
     with pytest.raises(DataError, match="b.jsonl` is named twice, also as `"):
         (folder / "link.jsonl").symlink_to(folder / "b.jsonl")
-        find_sources([str(folder / "link.jsonl"), str(folder / "b.jsonl")])
+        find_source_files([str(folder / "link.jsonl"), str(folder / "b.jsonl")])
     (folder / "dangling.jsonl").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.jsonl")
     for name in ("dangling.jsonl", "pipe.jsonl"):
         with pytest.raises(DataError, match=f"{name}` must be a file"):
-            find_sources([str(folder / name)])
+            find_source_files([str(folder / name)])
     (folder / "empty").mkdir()
     with pytest.raises(
         DataError, match="empty` holds no file that ends with one of .jsonl, .ndjson"
     ):
-        find_sources([str(folder / "empty")])
+        find_source_files([str(folder / "empty")])

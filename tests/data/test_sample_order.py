@@ -4,7 +4,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from megapoly.data.order import BlendOrder, EpochOrder
+from megapoly.data.sample_order import BlendOrder, EpochOrder
 
 
 def places(order, start: int, stop: int) -> list:
@@ -66,7 +66,7 @@ def test_after_every_block_each_source_is_within_one_of_its_exact_share(shares, 
         seen += counts
         exact = [share * (block + 1) * block_size for share in shares]
         assert max(abs(int(n) - e) for n, e in zip(seen, exact, strict=True)) < 1
-    # Far on in the run, too, without anything before it: 10**9 blocks.
+    # Also far into the run, without reading what is before it: 10**9 blocks.
     far = order.counts(10**9)
     exact = [share * 10**9 * block_size for share in shares]
     assert max(abs(int(n) - e) for n, e in zip(far, exact, strict=True)) < 1

@@ -1,4 +1,4 @@
-"""Lines of JSON to texts, and what cannot be one."""
+"""Extract texts from lines of JSON, and say why a line has none."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megapoly.errors import UnavailableError
+from megapoly.data.preprocess.missing_package import missing_package
 
 try:
     import orjson
 except ImportError as error:
-    raise UnavailableError(
-        "The preprocessor needs the package orjson: `pip install '.[data]'`."
-    ) from error
+    raise missing_package("The preprocessor", "orjson") from error
 
 
 @dataclass(frozen=True)
-class Oversized:
+class OversizedLine:
     """A line that was not kept because it is longer than the limit.
 
     Args:
-        size_bytes: its length.
+        size_bytes: length of the line.
     """
 
     size_bytes: int
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A line, row or document that gives no text, or the rest of a damaged file.
+class Rejection:
+    """A line, row or document without a valid text, or the rest of a damaged file.
 
     Args:
-        row: place in its piece of the file, from 0.
-        reason: one of a few, for counting.
-        detail: more about this one; may be empty.
+        row: index of the line or row in its range of the file, from 0.
+        reason: one of a few reasons, for counting.
+        detail: details of this case; may be empty.
         content: the line or value, if it was kept.
-        size_bytes: its length.
+        size_bytes: length of the line or value.
     """
 
     row: int
@@ -52,45 +50,45 @@ class Rejected:
 
 
 @dataclass
-class Block:
-    """Some consecutive lines or rows of a file.
+class TextBatch:
+    """Texts of some consecutive lines or rows of a file.
 
     Args:
-        texts: for each JSON key its texts; all of the same length.
-        rejected: what gave no text.
-        num_rows: lines or rows, rejected and blank ones included.
-        source_bytes: bytes of the file on disk that were consumed for it.
-        position: where a stream can be gone on with after it, see the reader; null: not here.
+        texts: for each JSON key its texts; all lists have the same length.
+        rejected: lines or rows without a valid text.
+        num_rows: number of lines or rows, including rejected and blank ones.
+        source_bytes: bytes of the file on disk that were read for it.
+        position: where reading a stream can resume after it, see the reader; None: not here.
     """
 
     texts: list[list[str]]
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
     num_rows: int = 0
     source_bytes: int = 0
     position: int | None = None
 
 
 class BadRecord(Exception):
-    """A record gives no text.
+    """A record has no valid text.
 
     Args:
-        reason: as in :class:`Rejected`.
-        detail: as in :class:`Rejected`.
+        reason: as in :class:`Rejection`.
+        detail: as in :class:`Rejection`.
     """
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
-        # A key of the record may hold half of a surrogate pair, which no file can.
+        # A key of the record may hold half of a surrogate pair, which cannot be written to a file.
         self.reason, self.detail = reason, detail.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
 class RecordRules:
-    """What makes a record good.
+    """Rules for a valid record.
 
     Args:
-        keys: of the JSON object or columns of the table, each a string.
-        keep_empty: whether an empty text is a document of its own.
+        keys: keys of the JSON object or columns of the table; their values are strings.
+        keep_empty: whether an empty text is an empty document; false: it is rejected.
         max_document_bytes: longest line of JSON, or text in UTF-8.
     """
 
@@ -99,7 +97,7 @@ class RecordRules:
     max_document_bytes: int
 
     def too_large(self, size_bytes: int) -> BadRecord:
-        """The error for a line or text over the limit."""
+        """Return the error for a line or text above the limit."""
         limit = self.max_document_bytes / 2**20
         return BadRecord(
             "longer than --max-document-mib",
@@ -107,10 +105,10 @@ class RecordRules:
         )
 
     def check_text(self, key: str, value: object) -> str:
-        """The value as a text.
+        """Return the value as a text.
 
         Raises:
-            BadRecord: it is not a string, or empty.
+            BadRecord: it is not a string, or it is empty.
         """
         if not isinstance(value, str):
             raise BadRecord(f"`{key}` is not a string", _json_type(value))
@@ -120,42 +118,44 @@ class RecordRules:
 
 
 def parse_lines(
-    lines: Sequence[bytes | Oversized], first_row: int, rules: RecordRules
-) -> tuple[list[list[str]], list[Rejected]]:
-    """Texts of lines of JSON, for each key, and the lines that have none.
+    lines: Sequence[bytes | OversizedLine], first_row: int, rules: RecordRules
+) -> tuple[list[list[str]], list[Rejection]]:
+    """Return the texts of lines of JSON for each key, and the rejected lines.
 
-    Blank lines are neither: many files end with one.
+    Blank lines are ignored: many files end with one.
     """
     columns: list[list[str]] = [[] for _ in rules.keys]
     rejected = []
     keys, loads = rules.keys, orjson.loads
     for row, line in enumerate(lines, first_row):
         try:
-            record = loads(line)  # type: ignore[arg-type] # Oversized: a TypeError, as for a list
+            record = loads(line)  # type: ignore[arg-type] # TypeError if oversized
             texts = [record[key] for key in keys]
-            good = all(type(text) is str and text for text in texts)
+            is_valid = all(type(text) is str and text for text in texts)
         except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
+            is_valid = False
+        if not is_valid:
             try:
                 texts = _texts_of(line, rules)
             except BadRecord as bad:
                 content, size = (
-                    (None, line.size_bytes) if isinstance(line, Oversized) else (line, len(line))
+                    (None, line.size_bytes)
+                    if isinstance(line, OversizedLine)
+                    else (line, len(line))
                 )
-                rejected.append(Rejected(row, bad.reason, bad.detail, content, size))
+                rejected.append(Rejection(row, bad.reason, bad.detail, content, size))
                 continue
         for column, text in zip(columns, texts, strict=False):
             column.append(text)
     return columns, rejected
 
 
-def _texts_of(line: bytes | Oversized, rules: RecordRules) -> list[str]:
-    """Texts of a line that is unusual, or none if it is blank.
+def _texts_of(line: bytes | OversizedLine, rules: RecordRules) -> list[str]:
+    """Return the texts of an unusual line; [] if it is blank.
 
-    Python's own parser has the last word: it takes what Megatron's tool takes, ``NaN`` for example.
+    Python's own parser decides: it accepts what Megatron's tool accepts, for example ``NaN``.
     """
-    if isinstance(line, Oversized):
+    if isinstance(line, OversizedLine):
         raise rules.too_large(line.size_bytes)
     if not line.strip():
         return []

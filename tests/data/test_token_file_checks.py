@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megapoly.data import checks
-from megapoly.data.checks import check_token_files
+from megapoly.data import token_file_checks
 from megapoly.data.manifest import (
     Manifest,
     PairRecord,
@@ -16,6 +15,7 @@ from megapoly.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from megapoly.data.token_file_checks import check_token_files
 from megapoly.data.token_files import TokenFile, open_token_file, sha256_of, write_token_file
 from megapoly.errors import DataError
 
@@ -91,11 +91,11 @@ def test_a_pair_that_is_what_its_manifest_says(written, check, tmp_path):
     [
         (
             {"bin_bytes": 10},
-            r"document.bin` has \d+ bytes, but its manifest .* says 10\. It was cut",
+            r"document.bin` has \d+ bytes, but its manifest .* says 10\. It was truncated",
         ),
         (
             {"idx_bytes": 11},
-            r"document.idx` has \d+ bytes, but its manifest .* says 11\. It was cut",
+            r"document.idx` has \d+ bytes, but its manifest .* says 11\. It was truncated",
         ),
         ({"idx_sha256": "ab" * 32}, r"document.idx` has SHA-256 \w{64}, .* says abab.* again, or"),
     ],
@@ -125,10 +125,10 @@ def test_another_tokenizer_is_a_warning(written, check, tmp_path, tokenizer):
 def test_without_a_manifest_ids_are_read(written, check, tmp_path, monkeypatch):
     manifest_path(tmp_path / "text").unlink()
     check(vocab_size=written + 1)
-    with pytest.raises(DataError, match=rf"vocabulary \({written}\).*bin` holds {written}\. Name"):
+    with pytest.raises(DataError, match=rf"vocabulary \({written}\).*bin` holds {written}\. Set"):
         check(vocab_size=written)
     # What was read is kept: the file is not read again.
-    monkeypatch.setattr(checks, "_highest_id_of_blocks", None)
+    monkeypatch.setattr(token_file_checks, "_highest_id_of_blocks", None)
     check(vocab_size=written + 1)
 
 
@@ -138,17 +138,17 @@ def test_without_a_manifest_ids_are_read(written, check, tmp_path, monkeypatch):
 )
 def test_the_sample_of_a_large_file_is_spread_over_it(tmp_path, monkeypatch, place, is_seen):
     """64 blocks of 8 tokens begin every (1540 - 8) / 63 = 24.3 tokens: 0 to 7, 24 to 31, .."""
-    monkeypatch.setattr(checks, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(token_file_checks, "_BLOCK_BYTES", 16)
     ids = np.zeros(1540, np.uint16)
     ids[place] = 999
     ids.tofile(tmp_path / "x.bin")
     token_file = TokenFile(str(tmp_path / "x"), np.dtype(np.uint16), 1, 1540, "", "")
-    assert checks._highest_id_of_blocks(token_file) == (999 if is_seen else 0)
+    assert token_file_checks._highest_id_of_blocks(token_file) == (999 if is_seen else 0)
 
 
 def test_a_file_too_short_for_a_sample_is_refused(check, tokenizer, tmp_path):
-    words = tokenizer.decode([tokenizer.encode(" whale")[0]] * 31)
-    write_token_file(tmp_path / "short", [words], tokenizer)
+    text = tokenizer.decode([tokenizer.encode(" whale")[0]] * 31)
+    write_token_file(tmp_path / "short", [text], tokenizer)
     check("short", min_tokens=32)
     with pytest.raises(DataError, match="at least 33 tokens.*short` has 32.*`training.seq_length`"):
         check("short", min_tokens=33)

@@ -1,4 +1,4 @@
-"""Is the fast tokenizer the reference? Compared before it is used, and while it is."""
+"""Check that the fast tokenizer gives the ids of the reference, before and during a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megapoly.errors import DataError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
-# The reference is slow: 16,384 characters take it about 6 ms. Of a longer document a window of so
-# many is compared.
+# The reference is slow: it takes about 6 ms for 16,384 characters. Of a longer document a window of
+# this size is compared.
 COMPARED_CHARS = 16384
-# Where implementations of tokenizers part: spaces, digits, scripts, combining marks, control
-# characters, unassigned code points.
+# Texts on which implementations of tokenizers differ: spaces, digits, scripts, combining marks,
+# control characters, unassigned code points.
 _HARD_TEXTS = (
     "",
     " ",
@@ -40,39 +40,39 @@ _HARD_TEXTS = (
 
 
 def choose_backend(
-    settings: TokenizerSettings, wanted: str, sample: Sequence[str]
+    settings: TokenizerSettings, requested: str, sample: Sequence[str]
 ) -> tuple[Backend, ReferenceBackend]:
-    """The library that is to turn text into ids, and the reference.
+    """Return the backend that turns text into ids, and the reference.
 
     Args:
-        settings: of the tokenizer.
-        wanted: ``tokenizers``; ``gigatoken``, which must be there and give the same ids on the
-            sample and on texts made to be hard; or ``auto``, the second if that is so.
+        settings: the tokenizer.
+        requested: ``tokenizers``; ``gigatoken``, which must be installed and give the same ids on
+            the sample and on difficult texts; or ``auto``: ``gigatoken`` if it is and does.
         sample: texts of the user's own input.
 
     Raises:
-        UnavailableError: ``gigatoken`` is wanted and not installed.
-        DataError: ``gigatoken`` is wanted and gives other ids.
+        UnavailableError: ``gigatoken`` is requested and not installed.
+        DataError: ``gigatoken`` is requested and gives different ids.
     """
     reference = ReferenceBackend(settings)
-    if wanted == "tokenizers":
+    if requested == "tokenizers":
         return reference, reference
     try:
         fast = GigatokenBackend(settings, reference)
-        compare(fast, reference, [*_HARD_TEXTS, *_special_texts(settings), *sample])
+        compare_backends(fast, reference, [*_HARD_TEXTS, *_special_texts(settings), *sample])
     except (UnavailableError, DataError) as error:
-        if wanted == "gigatoken":
+        if requested == "gigatoken":
             raise
         logger.warning("%s Using tokenizers, which is exact and many times slower.", error)
         return reference, reference
     return fast, reference
 
 
-def compare(fast: Backend, reference: ReferenceBackend, texts: Sequence[str]) -> None:
-    """Check that both give the same ids.
+def compare_backends(fast: Backend, reference: ReferenceBackend, texts: Sequence[str]) -> None:
+    """Check that both backends give the same ids.
 
     Raises:
-        DataError: with the first text on which they do not.
+        DataError: they do not; the message names the first text on which they differ.
     """
     beginnings = [text[:COMPARED_CHARS] for text in texts]
     batch = fast.encode(beginnings)
@@ -82,13 +82,13 @@ def compare(fast: Backend, reference: ReferenceBackend, texts: Sequence[str]) ->
 
 
 def compare_ids(name: str, ids: np.ndarray, reference: ReferenceBackend, text: str) -> None:
-    """Check that ids of a text are those of the reference.
+    """Check that the ids of a text are those of the reference.
 
     Args:
-        name: of what gave the ids.
-        ids: of all of the text.
-        reference: what decides.
-        text: a text.
+        name: name of the backend that gave the ids.
+        ids: ids of the whole text.
+        reference: the reference.
+        text: the text.
 
     Raises:
         DataError: they are not.
@@ -96,20 +96,20 @@ def compare_ids(name: str, ids: np.ndarray, reference: ReferenceBackend, text: s
     expected = reference.encode_one(text)
     if np.array_equal(ids, expected):
         return
-    place = next(
+    first = next(
         (i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b),
         min(len(ids), len(expected)),
     )
-    got, wanted = ids[place : place + 5].tolist(), expected[place : place + 5]
+    got, wanted = ids[first : first + 5].tolist(), expected[first : first + 5]
     raise DataError(
-        f"{name} must give the ids of {reference.name}; from token {place} on it gives {got} in "
-        f"place of {wanted} for {text[:80]!r}. Use `--tokenizer-backend tokenizers`, with "
-        "`--restart` if a run was begun."
+        f"{name} must give the ids of {reference.name}; from token {first} it gives {got} instead "
+        f"of {wanted} for {text[:80]!r}. Use `--tokenizer-backend tokenizers`, and `--restart` "
+        "to drop finished shards."
     )
 
 
 def _special_texts(settings: TokenizerSettings) -> list[str]:
-    """Texts that name the added tokens, alone, in a row and inside words."""
+    """Return texts that contain the names of added tokens: alone, in a row and inside words."""
     added = json.loads(settings.json).get("added_tokens") or []
     names = [token["content"] for token in added][:64]
     return [*names, "".join(names), " ".join(names), "x".join(names)] if names else []

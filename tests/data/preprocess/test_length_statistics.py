@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from megapoly.data.preprocess import document_lengths
-from megapoly.data.preprocess.document_lengths import LengthStatistics
+from megapoly.data.preprocess import length_statistics
+from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.errors import DataError
 
 PERCENTILES = {"p01": 1, "p10": 10, "p25": 25, "p50": 50, "p75": 75, "p90": 90, "p99": 99}
@@ -15,10 +15,7 @@ def by_sorting(lengths: np.ndarray) -> dict[str, float]:
 
 
 def statistics_of(lengths: np.ndarray, chunk: int = 1000) -> LengthStatistics:
-    statistics = LengthStatistics()
-    for start in range(0, len(lengths), chunk):
-        statistics.add(lengths[start : start + chunk])
-    return statistics
+    return LengthStatistics(lengths[i : i + chunk] for i in range(0, len(lengths), chunk))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
@@ -35,8 +32,8 @@ def test_everything_is_that_of_the_sorted_lengths(dtype, count, chunk):
     assert statistics.mean == pytest.approx(lengths.mean(), rel=1e-12)
 
 
-def test_documents_beyond_the_array_of_counts(monkeypatch):
-    monkeypatch.setattr(document_lengths, "_COUNTED_BY_ARRAY", 50)
+def test_documents_above_the_array_of_counts(monkeypatch):
+    monkeypatch.setattr(length_statistics, "_COUNTED_BY_ARRAY", 50)
     lengths = np.random.default_rng(1).integers(0, 120, 900)
     statistics = statistics_of(lengths)
     assert statistics.quantiles() == pytest.approx(by_sorting(lengths), rel=1e-12)
@@ -51,11 +48,11 @@ def test_a_length_beyond_two_to_the_twenty():
     assert statistics_of(lengths).quantiles() == pytest.approx(by_sorting(lengths))
 
 
-def test_two_together_are_one(monkeypatch):
-    monkeypatch.setattr(document_lengths, "_COUNTED_BY_ARRAY", 50)
+def test_lengths_may_be_added_later(monkeypatch):
+    monkeypatch.setattr(length_statistics, "_COUNTED_BY_ARRAY", 50)
     lengths = np.random.default_rng(2).integers(0, 120, 300)
     first = statistics_of(lengths[:100])
-    first.include(statistics_of(lengths[100:]))
+    first.add(lengths[100:])
     assert first.quantiles() == statistics_of(lengths).quantiles()
     assert (first.count, first.sum) == (300, lengths.sum())
 
