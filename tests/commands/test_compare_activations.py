@@ -106,7 +106,7 @@ def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: P
         ("--launcher nosuch-launcher", "`--launcher` (nosuch-launcher) must begin with a program"),
         ("--launcher 'a", "No closing quotation"),
         ("--seeds 1 4294967296", "`data.seed` (4294967296) must be"),
-        ("--tasks piqa --task-data absent", "`training.eval_tasks_data` (absent) is no folder"),
+        ("--tasks piqa --task-data absent", "`training.eval_tasks_data` (absent) is not a folder"),
         ("--orders 2", "`--orders` (2): nothing reads this"),
         ("--training.seed=3", "--training.seed is set by --seeds"),
         ("--learning-rates 1e-3 --optimizer.lr 2e-3", "--optimizer.lr is set by --learning-rates"),
