@@ -1,4 +1,4 @@
-"""What the options of ``data`` name: sources of a blend, validation sets, token files."""
+"""Sources of a blend, validation sets and token files that the options of ``data`` name."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megapoly.config.schema import BlendSource, DataConfig, ValidationSet
 
 UNITS = ("weight", "tokens", "epochs")
 MEAN = "mean"  # name of the mean over all validation sets
-# The order is made in blocks of 1 / share samples or more, of which every process keeps two: 25 MB
-# at this share.
+# The order has blocks of at least 1 / share samples, and every process keeps two of them: 25 MB at
+# this share.
 SMALLEST_SHARE = Fraction(1, 1 << 20)
 
 
 def blend_sources(data: DataConfig) -> list[BlendSource] | None:
-    """The sources of ``data.blend``, each with its name; a mere prefix is one epoch of it."""
+    """Return the sources of ``data.blend``, each with its name; a prefix alone is one epoch."""
     if data.blend is None:
         return None
     sources = (BlendSource(s, epochs=1.0) if isinstance(s, str) else s for s in data.blend)
@@ -29,16 +29,16 @@ def blend_sources(data: DataConfig) -> list[BlendSource] | None:
 
 
 def unit_of(source: BlendSource) -> list[str]:
-    """Which of ``weight``, ``tokens`` and ``epochs`` a source has."""
+    """Return which of ``weight``, ``tokens`` and ``epochs`` a source has."""
     return [unit for unit in UNITS if getattr(source, unit) is not None]
 
 
 def shares(sources: list[BlendSource], num_tokens: list[int]) -> list[Fraction]:
-    """Exact share of each source in the training samples; they add up to 1.
+    """Return the exact share of each source in the training samples; the sum is 1.
 
     Args:
         sources: of a checked blend, with one unit.
-        num_tokens: tokens in the files of each, which ``epochs`` are multiplied by.
+        num_tokens: tokens in the files of each source, the factor of ``epochs``.
     """
     (unit,) = unit_of(sources[0])
     # By its decimal digits: 0.1 is a tenth.
@@ -49,7 +49,7 @@ def shares(sources: list[BlendSource], num_tokens: list[int]) -> list[Fraction]:
 
 
 def tiny_share(name: str | None, share: float) -> str:
-    """Message about a share that is too small."""
+    """Return the message about a share that is too small."""
     return (
         f"`data.blend` `{name}` has a share of {share:.1e}; the smallest is "
         f"{float(SMALLEST_SHARE):.1e}, one sample in {int(1 / SMALLEST_SHARE):,}: give it "
@@ -58,7 +58,7 @@ def tiny_share(name: str | None, share: float) -> str:
 
 
 def validation_sets(data: DataConfig) -> dict[str, ValidationSet]:
-    """The sets of ``data.validation``, the path of each a list."""
+    """Return the sets of ``data.validation``, each path as a list."""
     sets = {}
     for name, entry in (data.validation or {}).items():
         entry = entry if isinstance(entry, ValidationSet) else ValidationSet(entry)
@@ -68,10 +68,10 @@ def validation_sets(data: DataConfig) -> dict[str, ValidationSet]:
 
 
 def token_file_prefixes(path: str) -> list[str]:
-    """Prefixes that a path stands for: itself, or in sorted order those that its pattern matches.
+    """Return the prefixes that a path stands for: itself, or those that it matches, sorted.
 
     Returns:
-        Empty if it is a pattern and no ``.idx`` file matches it.
+        Empty if the path is a pattern and no ``.idx`` file matches it.
     """
     if Path(f"{path}.idx").is_file() or not glob.has_magic(path):
         return [path]
@@ -79,7 +79,7 @@ def token_file_prefixes(path: str) -> list[str]:
 
 
 def tokenizer_file(tokenizer: str) -> Path:
-    """The file that ``data.tokenizer`` names, itself or by its folder."""
+    """Return the file that ``data.tokenizer`` names, itself or by its folder."""
     path = Path(tokenizer)
     if not path.is_dir():
         return path

@@ -1,4 +1,4 @@
-"""FP8 recipes: which devices have them, and by what sizes must divide.
+"""FP8 recipes: the devices that support them, and what sizes must be multiples of.
 
 Source: ``transformer_engine/pytorch/quantization.py`` (``check_recipe_support``,
 ``get_align_size_for_quantization``), ``pytorch/utils.py`` (``assert_dim_for_fp8_exec``) and
@@ -22,16 +22,16 @@ FP8_OPTIONS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a recipe asks of the machine and of the sizes.
+class FP8Recipe:
+    """What an FP8 recipe requires of the machine and of sizes.
 
     Args:
-        capability: lowest compute capability that has it.
-        beyond: first compute capability above that does not have it; None: all above do.
-        multiple: by what every axis of a matrix product divides on each rank.
+        capability: lowest compute capability that supports it.
+        beyond: first compute capability above that does not; None: all above do.
+        multiple: what every axis of a matrix product on each rank must be a multiple of.
         gathered_multiple: the same for the activations that tensor-parallel ranks gather in FP8,
             with sequence parallelism.
-        cuda: oldest CUDA toolkit whose cuBLAS has it; None: any that this project's torch takes.
+        cuda: oldest CUDA toolkit whose cuBLAS has it; None: any that this project's torch supports.
     """
 
     capability: tuple[int, int]
@@ -41,23 +41,23 @@ class Recipe:
     cuda: tuple[int, int] | None = None
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a device has it."""
+        """Return whether a device of this compute capability supports it."""
         return self.capability <= capability and (self.beyond is None or capability < self.beyond)
 
 
-RECIPES: dict[str, Recipe] = {
-    "delayed": Recipe((8, 9)),
-    "tensorwise": Recipe((8, 9)),
-    # Blocks may end early, but what ranks gather must be whole blocks.
-    "blockwise": Recipe((9, 0), gathered_multiple=128, cuda=(12, 9)),
-    "mxfp8": Recipe((10, 0), beyond=(12, 0), multiple=32, gathered_multiple=32),
+FP8_RECIPES: dict[str, FP8Recipe] = {
+    "delayed": FP8Recipe((8, 9)),
+    "tensorwise": FP8Recipe((8, 9)),
+    # The last block may be short, but what ranks gather must be whole blocks.
+    "blockwise": FP8Recipe((9, 0), gathered_multiple=128, cuda=(12, 9)),
+    "mxfp8": FP8Recipe((10, 0), beyond=(12, 0), multiple=32, gathered_multiple=32),
 }
 
 
 def sequence_multiple(config: Config) -> int:
-    """By what the length of a sequence divides on every rank so that FP8 can multiply it; or 1."""
+    """Return what sequence lengths on every rank must be a multiple of for FP8; 1 without it."""
     training = config.training
     if training.fp8 is None:
         return 1
-    recipe = RECIPES[training.fp8_recipe]
+    recipe = FP8_RECIPES[training.fp8_recipe]
     return math.lcm(recipe.multiple, recipe.gathered_multiple)

@@ -1,6 +1,6 @@
-"""Values that follow from others: nulls filled, tokens turned into steps, sizes per rank.
+"""Values that follow from others: nulls resolved, tokens converted to steps, sizes per rank.
 
-Everything here expects a configuration that :mod:`megapoly.config.rules` has no complaint about.
+Everything here expects a configuration that breaks no rule of :mod:`megapoly.config.rules`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ def resolve(
     tokenizer_vocab_size: int,
     machine: Machine,
 ) -> Config:
-    """A copy in which every null that stands for another value is that value.
+    """Return a copy in which every null that stands for another value is replaced by it.
 
     Lengths in tokens become lengths in steps and their token forms null, so that the result obeys
     "one of the two". Nulls that mean "none" stay (experts, recomputation, data, ``eval_iters``).
-    The size of the job plays no part: one resolved file fits every job that the rules let run.
+    The result does not depend on the size of the job: one resolved file fits every job that the
+    rules allow.
 
     Args:
-        config: left as it is.
+        config: not changed.
         tokenizer_vocab_size: ids of the tokenizer, special ones included.
         machine: what every process has.
 
@@ -87,7 +88,7 @@ def _resolve_schedule(config: Config) -> None:
 
 
 def _resolve_fusions(config: Config, machine: Machine) -> None:
-    """Kernels of Transformer Engine and apex, where these are used or installed."""
+    """Enable kernels of Transformer Engine and apex where these are used or installed."""
     model, training = config.model, config.training
     if model.apply_rope_fusion is None:
         model.apply_rope_fusion = model.transformer_engine
@@ -98,7 +99,7 @@ def _resolve_fusions(config: Config, machine: Machine) -> None:
 
 
 def without_gpu_kernels(config: Config) -> None:
-    """Make a run's configuration one of CPU, in place; it computes the same, without FP8."""
+    """Change a configuration to run on CPU, in place; it computes the same, without FP8."""
     config.training.device = "cpu"
     model, training = config.model, config.training
     model.transformer_engine = model.apply_rope_fusion = False
@@ -108,43 +109,43 @@ def without_gpu_kernels(config: Config) -> None:
 
 
 def without_fp8(training: TrainingConfig) -> None:
-    """Leave FP8 and its options out, in place: the same weights, checkpoints and optimizer."""
+    """Disable FP8, in place; weights, checkpoints and optimizer stay the same."""
     for name in FP8_OPTIONS:
         setattr(training, name, getattr(TrainingConfig(), name))
 
 
 def num_query_groups(model: ModelConfig) -> int:
-    """Key/value heads."""
+    """Return the number of key/value heads."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def kv_channels(model: ModelConfig) -> int:
-    """Width of one head."""
+    """Return the width of one head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def moe_ffn_hidden_size(model: ModelConfig) -> int:
-    """Width of one expert before the two thirds of a gated activation."""
+    """Return the width of one expert before the two thirds of a gated activation."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size
 
 
 def takes_two_thirds(model: ModelConfig) -> bool:
-    """Whether FFN widths are scaled because the activation is gated.
+    """Return whether FFN widths are scaled because the activation is gated.
 
     Raises:
         ConfigError: the activation is unknown.
     """
-    # Here and not above: the registry brings torch, which reading a configuration does not need.
+    # Here, not above: the registry imports torch, which reading a configuration does not need.
     from megapoly.activations import registry
 
     return registry.get(model.activation).gated and model.scale_gated_ffn
 
 
 def ffn_width(model: ModelConfig, size: int) -> int:
-    """Columns that the activation sees: ``size``, or two thirds of it where that is scaled.
+    """Return the width of the activation: ``size``, or two thirds of it if scaled.
 
     Args:
-        model: tells the activation and ``scale_gated_ffn``.
+        model: has the activation and ``scale_gated_ffn``.
         size: one of the FFN widths of ``model`` (dense, expert or shared expert).
 
     Raises:
@@ -154,10 +155,10 @@ def ffn_width(model: ModelConfig, size: int) -> int:
 
 
 def padded_vocab_size(config: Config) -> int:
-    """Rows of the embedding: ``vocab_size`` up to the next size that divides as it has to.
+    """Return the rows of the embedding: ``vocab_size`` with padding.
 
-    That is a multiple of ``make_vocab_size_divisible_by`` and of the tensor-parallel size. The rows
-    from ``vocab_size`` on are no part of the model: a checkpoint fits every other padding.
+    The result is a multiple of ``make_vocab_size_divisible_by`` and of the tensor-parallel size.
+    Rows from ``vocab_size`` on are not part of the model: a checkpoint fits every padding.
     """
     model = config.model
     assert model.vocab_size is not None, "resolve first"
@@ -168,24 +169,24 @@ def padded_vocab_size(config: Config) -> int:
 
 
 def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:
-    """Ranks that share one expert's matrices."""
+    """Return the number of ranks that share one expert's matrices."""
     return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
 def uses_sequence_parallel(parallel: ParallelConfig) -> bool:
-    """Whether activations are cut along the sequence outside the matrix products."""
+    """Return whether activations are split along the sequence outside the matrix products."""
     if parallel.sequence_parallel is None:
         return parallel.tensor_model_parallel_size > 1
     return parallel.sequence_parallel
 
 
 def sequence_parts(parallel: ParallelConfig) -> int:
-    """Ranks that share each sequence's activations outside the matrix products."""
+    """Return how many ranks share each sequence's activations outside the matrix products."""
     return parallel.tensor_model_parallel_size if uses_sequence_parallel(parallel) else 1
 
 
 def uses_transformer_engine(model: ModelConfig, device: str, machine: Machine) -> bool:
-    """Whether layers come from Transformer Engine: as set, or on CUDA where it is installed."""
+    """Return whether layers are Transformer Engine's: as set, or on CUDA if it is installed."""
     if model.transformer_engine is None:
         return device == "cuda" and machine.transformer_engine
     return model.transformer_engine
@@ -195,7 +196,7 @@ CPCommType = Literal["p2p", "all_gather", "a2a"]
 
 
 def cp_comm_type(config: Config) -> CPCommType | None:
-    """How ranks that share a sequence attend to all of it; None where none share one."""
+    """Return how ranks that share a sequence attend to all of it; None if none share one."""
     if config.parallel.context_parallel_size == 1:
         return None
     default: CPCommType = "p2p" if config.model.transformer_engine else "all_gather"
@@ -203,7 +204,7 @@ def cp_comm_type(config: Config) -> CPCommType | None:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Model replicas that share a global batch."""
+    """Return the number of model replicas that share a global batch."""
     parallel = config.parallel
     return world_size // (
         parallel.tensor_model_parallel_size
@@ -213,7 +214,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def least_world_size(config: Config) -> int:
-    """Ranks of the smallest job that has the layout."""
+    """Return the number of ranks of the smallest job that has the layout."""
     parallel, pipeline = config.parallel, config.parallel.pipeline_model_parallel_size
     return math.lcm(
         parallel.tensor_model_parallel_size * pipeline * parallel.context_parallel_size,
@@ -222,7 +223,7 @@ def least_world_size(config: Config) -> int:
 
 
 def num_microbatches(config: Config, world_size: int) -> int:
-    """Forward passes of one rank in one step."""
+    """Return the number of forward passes of one rank in one step."""
     training = config.training
     return training.global_batch_size // (
         training.micro_batch_size * data_parallel_size(config, world_size)
@@ -230,12 +231,12 @@ def num_microbatches(config: Config, world_size: int) -> int:
 
 
 def tokens_per_step(config: Config) -> int:
-    """Tokens that one optimizer step trains on."""
+    """Return the number of tokens of one optimizer step."""
     return config.training.global_batch_size * config.training.seq_length
 
 
 def train_iters(config: Config) -> int:
-    """Steps of the run; a length in tokens is rounded up."""
+    """Return the number of steps of the run; a length in tokens is rounded up."""
     training = config.training
     if training.train_tokens is None:
         assert training.train_iters is not None, "a checked configuration has one of the two"
@@ -244,16 +245,16 @@ def train_iters(config: Config) -> int:
 
 
 def lr_warmup_iters(config: Config) -> int:
-    """Steps of warm-up, 0 if none is given."""
+    """Return the number of steps of warm-up, 0 if none is given."""
     optimizer = config.optimizer
     steps = _nearest_steps(config, optimizer.lr_warmup_iters, optimizer.lr_warmup_tokens)
     return steps or 0
 
 
 def lr_decay_iters(config: Config) -> int:
-    """Steps until the lowest learning rate, warm-up included.
+    """Return the number of steps until the lowest learning rate, warm-up included.
 
-    If none are given: the whole run, or just past the warm-up in a run that ends within it.
+    If none is given: the whole run, or just past the warm-up in a run that ends within it.
     """
     optimizer = config.optimizer
     steps = _nearest_steps(config, optimizer.lr_decay_iters, optimizer.lr_decay_tokens)
@@ -261,13 +262,13 @@ def lr_decay_iters(config: Config) -> int:
 
 
 def lr_wsd_decay_iters(config: Config) -> int | None:
-    """Steps of the decay that ends the WSD schedule; None if no length is given."""
+    """Return the number of steps of the decay that ends WSD; None if no length is given."""
     optimizer: OptimizerConfig = config.optimizer
     return _nearest_steps(config, optimizer.lr_wsd_decay_iters, optimizer.lr_wsd_decay_tokens)
 
 
 def _nearest_steps(config: Config, steps: int | None, tokens: int | None) -> int | None:
-    """``steps``, or ``tokens`` in steps, rounded to the nearest."""
+    """Return ``steps``, or ``tokens`` converted to steps, rounded to the nearest."""
     if tokens is None:
         return steps
     step = tokens_per_step(config)

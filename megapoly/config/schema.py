@@ -1,9 +1,8 @@
-"""The configuration: one dataclass a section, every field with its meaning, unit and default.
+"""The configuration: one dataclass per section, every field with its meaning, unit and default.
 
 Field names are Megatron's where Megatron has one. A value of ``null`` is resolved before training
-(:func:`megapoly.config.resolve.resolve`), and the resolved configuration is what ``--print_config``
-shows and what every run and checkpoint saves. Rules across fields stand in
-:mod:`megapoly.config.rules`.
+(:func:`megapoly.config.resolve.resolve`); ``--print-config`` prints the resolved configuration, and
+every run and checkpoint saves it. Rules across fields are in :mod:`megapoly.config.rules`.
 """
 
 from __future__ import annotations
@@ -19,59 +18,60 @@ class ModelConfig:
     """Architecture.
 
     Args:
-        num_layers: transformer layers.
+        num_layers: number of transformer layers.
         hidden_size: width of the residual stream.
-        num_attention_heads: query heads.
-        num_query_groups: key/value heads; null: as many as query heads (no grouped queries).
+        num_attention_heads: number of query heads.
+        num_query_groups: number of key/value heads; null: ``num_attention_heads`` (no grouped
+            queries).
         kv_channels: width of one head; null: ``hidden_size / num_attention_heads``.
         ffn_hidden_size: width of a dense FFN with an ungated activation; see ``scale_gated_ffn``.
-        scale_gated_ffn: give gated activations two thirds of every FFN width, so that their third
-            matrix costs no extra parameters (8256 -> 5504); false takes the widths as written.
-        activation: name in the registry, see ``megapoly/activations/registry.py``.
+        scale_gated_ffn: use two thirds of every FFN width with gated activations, so that their
+            third matrix adds no parameters (8256 -> 5504); false: use the widths as written.
+        activation: name in the registry (``megapoly/activations/registry.py``).
         activation_order: highest power r of a polynomial activation (2, 3 or 4).
-        activation_coefficients: one coefficient set for all experts of a layer (``shared``, the
-            paper) or one for each expert (``per_expert``).
+        activation_coefficients: one set of coefficients for all experts of a layer (``shared``, as
+            in the paper) or one for each expert (``per_expert``).
         activation_norm: what divides a power in the PolyNorm family: its root mean square
             (``rms``) or its L2 norm (``l2``, the paper's Eq. 3 as written).
         activation_eps: added to the mean square (``l2``: to the sum of squares).
-        activation_backend: how activations with coefficients run: as plain torch code
-            (``reference``), through torch.compile (``compiled``, needs a C++ compiler on CPU), by
-            CUDA kernels (``triton``), or by the fastest of these that can run (``auto``).
-        activation_deterministic: add up the rows of activations with coefficients in a fixed order:
-            the same bits at tensor-parallel sizes 1, 2, 4 and 8, for somewhat larger messages.
+        activation_backend: implementation of activations with coefficients: plain torch code
+            (``reference``), torch.compile (``compiled``, needs a C++ compiler on CPU), CUDA kernels
+            (``triton``), or the fastest of these that can run (``auto``).
+        activation_deterministic: sum the rows of activations with coefficients in a fixed order:
+            the same bits at tensor-parallel sizes 1, 2, 4 and 8, with somewhat larger messages.
         normalization_eps: epsilon of every RMSNorm.
-        qk_norm: RMSNorm on queries and keys: ``none``, each head by itself (``head``), or over the
-            whole projection before the head split (``full``, OLMoE's and the paper's MoE).
-        rotary_base: theta of the rotary position embedding.
-        untie_embeddings_and_output_weights: separate input and output embeddings.
-        vocab_size: token ids the model knows; null: the tokenizer's.
-        make_vocab_size_divisible_by: embedding and output layer are padded to a multiple of this
-            and of ``tensor_model_parallel_size``. Padding changes neither losses nor weights.
-        hidden_dropout: dropout on the outputs of attention and FFN.
-        attention_dropout: dropout on attention probabilities.
-        init_method: distribution of the initial weights; ``truncated_normal`` is cut at 3 std.
+        qk_norm: RMSNorm on queries and keys: ``none``, of each head (``head``), or of the whole
+            projection before it is split into heads (``full``, as in OLMoE and the paper's MoE).
+        rotary_base: base (theta) of the rotary position embedding.
+        untie_embeddings_and_output_weights: use separate input and output embeddings.
+        vocab_size: number of token ids of the model; null: the tokenizer's.
+        make_vocab_size_divisible_by: pad embedding and output layer to a multiple of this and of
+            ``tensor_model_parallel_size``. Padding changes neither losses nor weights.
+        hidden_dropout: dropout of the outputs of attention and FFN.
+        attention_dropout: dropout of attention probabilities.
+        init_method: distribution of the initial weights; ``truncated_normal`` is cut at 3 sigma.
         init_method_std: standard deviation of the initial weights.
-        scale_residual_init: divide the std of the two matrices that write to the residual stream by
-            sqrt(2 * num_layers).
-        num_moe_experts: experts a layer; null: a dense model.
+        scale_residual_init: divide the standard deviation of the two matrices that write to the
+            residual stream by sqrt(2 * num_layers).
+        num_moe_experts: number of experts per layer; null: a dense model.
         moe_ffn_hidden_size: width of one expert with an ungated activation (see
             ``scale_gated_ffn``); null: ``ffn_hidden_size``.
         moe_shared_expert_intermediate_size: width of the shared expert (as
             ``moe_ffn_hidden_size``); null: no shared expert.
-        moe_router_topk: experts a token goes to.
-        moe_router_pre_softmax: softmax before the top-k, without renormalising (the paper); false:
-            softmax over the chosen k.
-        moe_router_dtype: precision of routing; null: that of the model.
+        moe_router_topk: number of experts that each token is routed to.
+        moe_router_pre_softmax: softmax before the top-k, without renormalising (as in the paper);
+            false: softmax over the chosen k.
+        moe_router_dtype: precision of routing; null: the model's.
         moe_aux_loss_coeff: weight of the load-balancing loss (0: none).
         moe_z_loss_coeff: weight of the router z-loss (0: none).
-        moe_token_dispatcher_type: how tokens reach their experts.
-        moe_grouped_gemm: one grouped linear map for all experts of a rank; false: run one expert
-            after another. Weights and checkpoints are the same.
+        moe_token_dispatcher_type: how tokens are sent to their experts.
+        moe_grouped_gemm: use one grouped linear layer for all experts of a rank; false: run one
+            expert after another. Weights and checkpoints are the same.
         transformer_engine: build layers from Transformer Engine; null: on CUDA if it is installed.
-        apply_rope_fusion: turn queries and keys by Transformer Engine's kernel for the rotary
-            embedding; null: with ``transformer_engine``.
+        apply_rope_fusion: apply the rotary embedding with Transformer Engine's kernel; null: as
+            ``transformer_engine``.
         moe_permute_fusion: sort tokens by expert, and back, with Transformer Engine's kernels;
-            null: with ``transformer_engine``.
+            null: as ``transformer_engine``.
     """
 
     num_layers: int = 4
@@ -116,34 +116,34 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model and the data are cut over the processes.
+    """How the model and the data are split over the processes.
 
     Args:
         tensor_model_parallel_size: ranks that share every matrix of attention and dense FFN.
         pipeline_model_parallel_size: ranks that share the layers.
-        virtual_pipeline_model_parallel_size: cut the layers of a pipeline stage into so many chunks
-            and interleave these, which shortens the pipeline's idle time; null: one chunk.
+        virtual_pipeline_model_parallel_size: split the layers of a pipeline stage into this many
+            interleaved chunks, which shortens the pipeline's idle time; null: one chunk.
         context_parallel_size: ranks that share every sequence.
-        cp_comm_type: how ranks that share a sequence attend to all of it: each gathers the others'
-            keys and values (``all_gather``), they exchange heads for tokens (``a2a``), or pass keys
-            and values around a ring (``p2p``, Transformer Engine); null: ``p2p`` with Transformer
+        cp_comm_type: how ranks that share a sequence attend to all of it: gather the others' keys
+            and values (``all_gather``), exchange heads for tokens (``a2a``), or pass keys and
+            values around a ring (``p2p``, Transformer Engine); null: ``p2p`` with Transformer
             Engine, else ``all_gather``.
         expert_model_parallel_size: ranks that share the experts.
         expert_tensor_parallel_size: ranks that share one expert's matrices; null:
             ``tensor_model_parallel_size``.
-        sequence_parallel: keep activations outside the matrix products cut along the sequence;
-            null: on when ``tensor_model_parallel_size`` > 1.
+        sequence_parallel: split activations outside the matrix products along the sequence; null:
+            if ``tensor_model_parallel_size`` > 1.
         use_distributed_optimizer: shard optimizer state over the data-parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         overlap_param_gather: gather updated parameters while the forward pass runs; needs
             ``use_distributed_optimizer`` and ``overlap_grad_reduce``.
         recompute_granularity: activations to recompute in the backward pass: those of whole layers
-            (``full``), those of ``recompute_modules`` (``selective``); null: none.
-        recompute_method: with ``full``: every group of ``recompute_num_layers`` layers
-            (``uniform``), or the first ``recompute_num_layers`` of each stage (``block``).
-        recompute_num_layers: see ``recompute_method``.
-        recompute_modules: with ``selective``: which parts of a layer.
-        distributed_timeout_minutes: how long a collective may wait before the job fails.
+            (``full``), or of ``recompute_modules`` (``selective``); null: none.
+        recompute_method: layers to recompute with ``full``: every group of ``recompute_num_layers``
+            layers (``uniform``), or the first ``recompute_num_layers`` of each stage (``block``).
+        recompute_num_layers: number of layers, see ``recompute_method``.
+        recompute_modules: modules of a layer to recompute with ``selective``.
+        distributed_timeout_minutes: minutes that a collective may wait before the job fails.
     """
 
     tensor_model_parallel_size: int = 1
@@ -176,18 +176,18 @@ class BlendSource:
         tokens: p_i = tokens_i / sum of tokens_j
         epochs: p_i = epochs_i * T_i / sum of epochs_j * T_j,  T_j = tokens in the files of j
 
-    These are proportions; how long the run is, ``training`` says alone. A run of as many tokens as
+    These are proportions; only ``training`` sets the length of the run. A run of as many tokens as
     the sum of ``tokens_j`` reads ``tokens_i`` of source i, a run of the sum of ``epochs_j * T_j``
     passes ``epochs_i`` times over it (to a block, :mod:`megapoly.data.sample_order`), and a
-    longer run goes on in the same mix.
+    longer run continues in the same mix.
 
     Args:
         path: prefix of a Megatron ``.bin``/``.idx`` pair, or a pattern of prefixes such as
             ``data/cc/*_text_document``, whose files are one source, in sorted order.
         weight: share in the training samples, relative to the other sources.
-        tokens: tokens to train on, relative to the other sources; may be written ``250e9``.
+        tokens: tokens to train on, relative to the other sources, such as ``250e9``.
         epochs: passes over the source, relative to the other sources.
-        name: shown at the start and in messages; null: the last part of ``path``.
+        name: name of the source in messages; null: the last part of ``path``.
     """
 
     path: str
@@ -203,8 +203,8 @@ class ValidationSet:
 
     Args:
         path: prefix or pattern of prefixes, as in ``data.blend``, or a list of these.
-        weight: weight of the set's loss in ``val/mean``; null: the number of tokens that counted in
-            the evaluation. All sets have a weight, or none.
+        weight: weight of the set's loss in ``val/mean``; null: the number of its tokens that were
+            evaluated. Either all sets have a weight, or none.
     """
 
     path: str | list[str]
@@ -213,9 +213,9 @@ class ValidationSet:
 
 @dataclass
 class DataConfig:
-    """What is read, and in which order.
+    """The training text, and the order in which it is read.
 
-    The order and the mix are a function of ``seed`` and the sample index alone: an epoch of a
+    The order and the mix depend on ``seed`` and the sample index alone: an epoch of a
     source visits each of its samples once, and sample i is the same at every parallel layout and
     every length of training.
 
@@ -226,13 +226,13 @@ class DataConfig:
         validation: validation sets by name, each a prefix, a list of prefixes or a mapping such as
             ``{path: data/wiki, weight: 2}``; null: the built-in books' validation part, or none
             when ``blend`` is given.
-        tokenizer: a ``tokenizer.json``, or a folder that holds one or GPT-2's ``vocab.json`` and
-            ``merges.txt``; null: the built-in one.
-        cache_dir: where token files of the built-in text and sample indices are kept; null:
+        tokenizer: a ``tokenizer.json``, or a folder with one or with GPT-2's ``vocab.json`` and
+            ``merges.txt``; null: the built-in tokenizer.
+        cache_dir: folder for token files of the built-in text and sample indices; null:
             ``RUN_DIR/cache``.
         seed: seed of the order.
-        num_workers: processes that read ahead on each rank.
-        eod_mask_loss: leave the token that follows an end of document out of the loss.
+        num_workers: number of processes that read ahead on each rank.
+        eod_mask_loss: exclude the token that follows an end of document from the loss.
     """
 
     blend: list[str | BlendSource] | None = None
@@ -253,19 +253,19 @@ class OptimizerConfig:
         min_lr: learning rate at the end of the schedule.
         lr_decay_style: shape of the schedule after warm-up; ``WSD`` stays at ``lr`` and decays over
             the last ``lr_wsd_decay_iters`` (or ``lr_wsd_decay_tokens``).
-        lr_warmup_iters: steps of linear warm-up from 0.
-        lr_warmup_tokens: the same in tokens; at most one of the two.
+        lr_warmup_iters: steps of linear warm-up from 0; null: none.
+        lr_warmup_tokens: length of the warm-up in tokens; at most one of the two.
         lr_decay_iters: steps until ``min_lr`` is reached, warm-up included; null: the whole run (if
             that ends within the warm-up, one step longer than it).
-        lr_decay_tokens: the same in tokens; at most one of the two.
-        lr_wsd_decay_iters: length of the decay at the end of ``WSD``.
-        lr_wsd_decay_tokens: the same in tokens; at most one of the two.
+        lr_decay_tokens: length of the decay in tokens; at most one of the two.
+        lr_wsd_decay_iters: steps of the decay at the end of ``WSD``.
+        lr_wsd_decay_tokens: length of that decay in tokens; at most one of the two.
         lr_wsd_decay_style: shape of that decay.
         weight_decay: decoupled weight decay of matrices; norms, biases and activation coefficients
             are never decayed.
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_eps: added to the root of the second moment.
+        adam_beta1: decay rate of the first moment.
+        adam_beta2: decay rate of the second moment.
+        adam_eps: added to the square root of the second moment.
         clip_grad: largest global gradient norm (0: no clipping).
     """
 
@@ -292,37 +292,38 @@ class TrainingConfig:
 
     Args:
         train_iters: steps to train, counted from the start of the run.
-        train_tokens: the same in tokens, rounded up to a step; exactly one of the two.
+        train_tokens: tokens to train on, rounded up to a step; exactly one of the two.
         seq_length: tokens in one sample.
         micro_batch_size: samples in one forward pass of one rank.
-        global_batch_size: samples in one step over all ranks; what is not in one pass is
-            accumulated.
+        global_batch_size: samples in one step over all ranks; gradients of several forward passes
+            are accumulated.
         seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
             layout.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
-        fp8: multiply the matrices of the layers in FP8, by Transformer Engine; the rest stays in
-            bfloat16, and weights as with ``bf16``. ``e4m3``: all of them in this format,
-            ``hybrid``: gradients in e5m2; null: no FP8.
-        fp8_recipe: what shares one scaling factor in FP8, found how: a tensor, from its present
-            values (``tensorwise``) or those of earlier steps (``delayed``); blocks of 128 values
-            (``blockwise``), blocks of 32 (``mxfp8``).
-        fp8_amax_history_len: with ``delayed``: how many forward passes are looked back on.
-        fp8_amax_compute_algo: with ``delayed``: scale by the largest of these (``max``), or by the
-            last.
-        first_last_layers_bf16: keep the first and the last layer in bfloat16; not with ``delayed``.
-        gradient_accumulation_fusion: add up the weight gradients of a step, in fp32, within the
-            matrix products that make them; null: on CUDA if apex, whose kernel it needs, is
+        fp8: multiply the matrices of the layers in FP8, with Transformer Engine; the rest stays in
+            bfloat16, and weights are those of ``bf16``. ``e4m3``: all in this format, ``hybrid``:
+            gradients in e5m2; null: no FP8.
+        fp8_recipe: which values share a scaling factor in FP8: a tensor, scaled by its current
+            values (``tensorwise``) or by those of earlier steps (``delayed``); blocks of 128 values
+            (``blockwise``); blocks of 32 values (``mxfp8``).
+        fp8_amax_history_len: number of earlier forward passes that ``delayed`` scales by.
+        fp8_amax_compute_algo: scale by the largest of these passes (``max``), or by the last
+            (``most_recent``).
+        first_last_layers_bf16: keep the first and the last layer in bfloat16; not available with
+            ``delayed``.
+        gradient_accumulation_fusion: accumulate the weight gradients of a step, in fp32, inside the
+            matrix products that compute them; null: on CUDA if apex, whose kernel it needs, is
             installed.
-        device: where to train; ``auto`` takes CUDA when there is one.
-        eval_interval: steps between evaluations (0: none); the last step evaluates too.
+        device: device to train on; ``auto``: CUDA if it is available, else the CPU.
+        eval_interval: steps between evaluations (0: none); the last step is also evaluated.
         eval_iters: global batches of one evaluation of each validation set; null: the whole set.
         eval_tasks: benchmark tasks and groups, by their names in LM Evaluation Harness, that are
             evaluated during training (``task/NAME``, in percent); null: none.
         eval_tasks_interval: steps between evaluations of ``eval_tasks`` (0: none); the last step
-            evaluates them too.
-        eval_tasks_limit: questions of each task, the first ones; null: all.
-        eval_tasks_data: folder with the tasks' questions as JSONL, to need no network; null: the
-            harness finds its own.
+            is also evaluated.
+        eval_tasks_limit: number of questions of each task, from the first; null: all.
+        eval_tasks_data: folder with the tasks' questions as JSONL, which needs no network; null:
+            the harness downloads them, or reads its cache.
     """
 
     train_iters: int | None = None
@@ -352,16 +353,16 @@ class CheckpointConfig:
     """Saving and resuming; checkpoints are ``RUN_DIR/checkpoints/iter_0000100``.
 
     Args:
-        save: save at all (also at the end and on SIGTERM or Ctrl-C).
+        save: save checkpoints (also at the end and on SIGTERM or Ctrl-C).
         save_interval: steps between checkpoints (0: only at the end and when stopped).
-        keep: newest checkpoints to keep (0: all).
-        resume: go on from the newest complete checkpoint of ``run_dir`` if it has one; false:
+        keep: number of newest checkpoints to keep (0: all).
+        resume: resume from the newest complete checkpoint of ``run_dir`` if it has one; false:
             refuse a ``run_dir`` that has one.
-        load: checkpoint to start from when ``run_dir`` has none.
-        load_weights_only: from ``load`` take the weights only, not optimizer, schedule and data
+        load: checkpoint to start from if ``run_dir`` has none.
+        load_weights_only: load only the weights from ``load``, not optimizer, schedule and data
             position.
-        accept_other_data: go on from a checkpoint of other training data (sources, shares, seed,
-            tokenizer or ``seq_length``), at its step; false: refuse, and say what differs.
+        accept_other_data: resume from a checkpoint of other training data (sources, shares, seed,
+            tokenizer or ``seq_length``), at its step; false: refuse it, and report what differs.
     """
 
     save: bool = True
@@ -375,21 +376,21 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is shown and written.
+    """Output of a run.
 
     Args:
-        log_interval: steps between lines when the output is not a terminal, and between TensorBoard
+        log_interval: steps between lines of output that is not a terminal, and between TensorBoard
             points; ``metrics.jsonl`` has every step.
         detail_interval: steps between TensorBoard points of expert load and activation coefficients
             (0: none).
         tensorboard: write ``RUN_DIR/tensorboard``.
-        peak_tflops: peak of one device for MFU; null: the bf16 peak of its data sheet, found by
-            its name (``megapoly/platform/gpus.py``), and no MFU where it is not among these.
-        profile: write ``RUN_DIR/profile/rank_R.steps_A-B.json.gz``, a trace by torch's profiler for
+        peak_tflops: peak of one device, in TFLOP/s, for MFU; null: the bf16 peak of its data sheet,
+            found by its name (``megapoly/platform/gpus.py``), and no MFU for other devices.
+        profile: write ``RUN_DIR/profile/rank_R.steps_A-B.json.gz``, a trace of torch's profiler for
             Perfetto, and a table of operators, ``.txt``.
-        profile_step_start: first step of the trace, counted as the log counts.
+        profile_step_start: first step of the trace, as numbered in the log.
         profile_step_end: last step of the trace.
-        profile_ranks: ranks that write one each.
+        profile_ranks: ranks that write a trace.
     """
 
     log_interval: int = 10
@@ -407,14 +408,14 @@ class Config:
     """A run.
 
     Args:
-        run_dir: folder of everything that the run writes.
+        run_dir: folder for everything that the run writes.
         model: architecture.
-        parallel: layout over processes.
-        data: text and order.
+        parallel: layout over the processes.
+        data: training text and its order.
         optimizer: AdamW and schedule.
-        training: length, batch, precision, evaluation.
+        training: length, batch, precision and evaluation.
         checkpoint: saving and resuming.
-        logging: what is shown and written.
+        logging: output of the run.
     """
 
     run_dir: str = "runs/default"

@@ -1,4 +1,4 @@
-"""From a configuration to a resolved one that this job can run."""
+"""Check and resolve the configuration of this job."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from megapoly.platform import launcher
 def check_and_resolve(
     config: Config, *, tokenizer_vocab_size: int | None, problems: Sequence[str] = ()
 ) -> Config:
-    """Return the resolved configuration, if this job can run it.
+    """Return the resolved configuration if it breaks no rule.
 
-    Needs no process group: a launcher such as torchrun says how many processes the job has.
+    Needs no process group: the launcher sets how many processes the job has.
 
     Args:
         config: resolved or not; not changed.
-        tokenizer_vocab_size: ids of the tokenizer; None: its file does not exist, which is refused.
-        problems: what is wrong beside the rules, reported together with them.
+        tokenizer_vocab_size: ids of the tokenizer; None: its file does not exist, which a rule
+            refuses.
+        problems: other problems, reported together with the broken rules.
 
     Raises:
         ConfigError: ``problems``, and every broken rule.
     """
-    # Here and not above: --help and a wrong command line answer without waiting for torch.
+    # Here, not above: --help and a wrong command line answer without importing torch.
     from megapoly.platform.device import this_machine
 
     machine = this_machine()

@@ -1,4 +1,4 @@
-"""From what YAML or a command line gives to the types of the schema."""
+"""Convert values of YAML and of the command line to the types of the schema."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _PATH = "the prefix of a .bin/.idx pair"
 
 
 def read_yaml(text: str) -> Any:
-    """The value that YAML text stands for; ``3e-4`` is a number, unlike in YAML 1.1."""
+    """Return the value of YAML text; ``3e-4`` is a number, unlike in YAML 1.1."""
     return get_loader("yaml")(text)
 
 
 def convert(option: Option, value: Any) -> Any:
-    """The value in the type of its option.
+    """Convert a value to the type of its option.
 
     Args:
-        option: what is set.
-        value: as YAML gives it; a whole number may be written ``250e9``.
+        option: the option.
+        value: as read from YAML; a whole number may be written ``250e9``.
 
     Raises:
-        ConfigError: it has another type; each message names the option, what is wrong and what is
-            expected. A list of sources may have several mistakes.
+        ConfigError: the value has another type; each message names the option, the value and what
+            is expected. A list of sources may have several mistakes.
     """
     if value is None and option.nullable:
         return None
@@ -52,11 +52,11 @@ def convert(option: Option, value: Any) -> Any:
 
 
 def convert_text(option: Option, text: str) -> Any:
-    """The value of an option given as text on the command line.
+    """Convert text of the command line to the type of its option.
 
     Args:
-        option: what is set.
-        text: taken as it stands for a text option, read as YAML for every other.
+        option: the option.
+        text: used as it is for a text option, read as YAML for every other.
 
     Raises:
         ConfigError: as :func:`convert`.
@@ -65,7 +65,7 @@ def convert_text(option: Option, text: str) -> Any:
         return None if option.nullable and text == "null" else text
     try:
         value = read_yaml(text)
-    except Exception:  # The loader's own errors share no base class; the text is no value then.
+    except Exception:  # The loader's errors share no base class; the text is not a value then.
         value = text
     return convert(option, value)
 
@@ -76,7 +76,7 @@ def _wrong_type(option: Option, value: Any) -> str:
 
 
 def _convert_entries(option: Option, entry: type, value: Any) -> Any:
-    """A list or dictionary in which mappings stand for ``entry``."""
+    """Convert a list or dictionary in which mappings stand for ``entry``."""
     is_named = get_origin(option.base) is dict
     if not isinstance(value, Mapping if is_named else list):
         raise ConfigError([_wrong_type(option, value)])
@@ -106,18 +106,18 @@ def _convert_entry(option: Option, entry: type, label: str, item: Any) -> Any:
     may_be_list = list[str] in members_of(get_args(option.base)[-1])
     if may_be_list and isinstance(item, list) and all(isinstance(text, str) for text in item):
         return item
-    words = "a prefix, a list of prefixes" if may_be_list else "a prefix"
+    valid = "a prefix, a list of prefixes" if may_be_list else "a prefix"
     shown = "null" if item is None else repr(item)
-    raise ConfigError([f"{label} is {shown}; it must be {words} or a mapping with a `path`"])
+    raise ConfigError([f"{label} is {shown}; it must be {valid} or a mapping with a `path`"])
 
 
 def _name_of_source(item: Any, number: int) -> Any:
-    """What the user knows an entry of a list by."""
+    """Return the name, path or number by which a message names an entry."""
     return (isinstance(item, Mapping) and (item.get("name") or item.get("path"))) or number
 
 
 def _convert_mapping(entry: type, item: Mapping[Any, Any], label: str) -> Any:
-    """An object of the dataclass ``entry``."""
+    """Convert a mapping to the dataclass ``entry``."""
     fields = options_of(entry)
     problems = list(_unknown_keys(fields, item, label))
     if "path" not in item:
@@ -141,14 +141,14 @@ def _unknown_keys(
         if key not in fields:
             (nearest,) = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             yield (
-                f"unknown key `{key}` in {label}; the nearest is `{nearest}`, and there are "
+                f"unknown key `{key}` in {label}; the nearest is `{nearest}`, of "
                 f"{', '.join(fields)}"
             )
 
 
 @functools.cache
 def _parser_of_one(hint: Any) -> ArgumentParser:
-    """Parser that knows one option, so that every wrong value can be reported, not the first."""
+    """Return a parser of one option, so that every wrong value can be reported."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     return parser

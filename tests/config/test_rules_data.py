@@ -53,7 +53,7 @@ CASES: list[dict[str, Any]] = [
             "weight (`a`)",
             "tokens (`b`)",
             "epochs (`tokens`)",
-            "a mere prefix has `epochs: 1`",
+            "a prefix alone has `epochs: 1`",
         ],
         right=blend(source("a", epochs=0.5), source("b", epochs=5.0), FILES),
     ),

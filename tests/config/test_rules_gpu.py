@@ -35,7 +35,12 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="transformer_engine_version_fits",
         wrong={"machine": machine((8, 0), transformer_engine_version="2.8.0+c1f9e66")},
-        words=["(2.8.0+c1f9e66)", "at least 2.9 and below 2.12", "pip install '.[gpu]'", "false"],
+        words=[
+            "(2.8.0+c1f9e66)",
+            "at least 2.9 and below 2.12",
+            "pip install 'megapoly[gpu]'",
+            "false",
+        ],
         right={"machine": machine((8, 0), transformer_engine_version="2.9.0+70f5366")},
     ),
     dict(
@@ -102,7 +107,7 @@ CASES: list[dict[str, Any]] = [
         rule="fp8_has_what_it_needs",
         base=FP8,
         wrong={"model.transformer_engine": False},
-        words=["needs Transformer Engine", "pip install '.[gpu]'"],
+        words=["needs Transformer Engine", "pip install 'megapoly[gpu]'"],
     ),
     dict(
         rule="fp8_has_what_it_needs",

@@ -149,7 +149,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="context_parallel_fits",
         wrong={COMM: "a2a"},
-        words=["(a2a)", option(CP), "(1)", "null"],
+        words=["(a2a)", option(CP), "(1)", "remove it"],
         right={COMM: "a2a", CP: 2, "world_size": 2},
     ),
     dict(

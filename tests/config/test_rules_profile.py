@@ -14,7 +14,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="profile_options_are_read",
         wrong={"logging.profile_step_end": 20, "logging.profile_ranks": [1]},
-        words=["`logging.profile_step_end` (20)", "`logging.profile_ranks` ([1])", "nothing reads"],
+        words=["`logging.profile_step_end` (20)", "`logging.profile_ranks` ([1])", "no effect"],
         right=PROFILE | {"logging.profile_step_end": 20},
     ),
     dict(
@@ -43,7 +43,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="profile_ranks_exist",
         wrong=PROFILE | {"logging.profile_ranks": [-1]},
-        words=["has -1", "leave it out"],
+        words=["has -1", "remove it"],
     ),
     dict(
         rule="profile_ranks_exist",

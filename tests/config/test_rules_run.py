@@ -22,7 +22,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="transformer_engine_is_usable",
         wrong={"model.transformer_engine": True, "machine": GPU},
-        words=["pip install '.[gpu]'"],
+        words=["pip install 'megapoly[gpu]'"],
         right={"model.transformer_engine": True, "machine": GPU_WITH_TE},
     ),
     dict(
@@ -45,7 +45,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="loading_is_possible",
         wrong={"checkpoint.accept_other_data": True, "checkpoint.resume": False},
-        words=["`checkpoint.accept_other_data` (True)", "nothing reads this", "(False)", "leave"],
+        words=["`checkpoint.accept_other_data` (True)", "has no effect", "(False)", "remove it"],
         right={"checkpoint.accept_other_data": True},
     ),
 ]

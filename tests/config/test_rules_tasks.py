@@ -31,7 +31,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="task_options_are_read",
         wrong={"training.eval_tasks_limit": 10, "training.eval_tasks_data": "HERE"},
-        words=["`training.eval_tasks_limit` (10), `training.eval_tasks_data`", "nothing reads"],
+        words=["`training.eval_tasks_limit` (10), `training.eval_tasks_data`", "no effect"],
         right=TASKS
         | EVERY
         | {"training.eval_tasks_limit": None, "training.eval_tasks_data": "HERE"},
@@ -40,7 +40,7 @@ CASES: list[dict[str, Any]] = [
         rule="task_data_exists",
         base=TASKS | EVERY,
         wrong={"training.eval_tasks_data": "HERE/tokens.bin"},
-        words=["tokens.bin", "no folder"],
+        words=["tokens.bin", "not a folder"],
         right={"training.eval_tasks_data": "HERE"},
     ),
     dict(

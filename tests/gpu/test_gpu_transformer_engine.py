@@ -21,7 +21,7 @@ from te_models import (
     trained,
 )
 
-from megapoly.config.fp8 import RECIPES
+from megapoly.config.fp8 import FP8_RECIPES
 from megapoly.config.rules import find_problems
 from megapoly.platform.device import select_platform, this_machine
 from megapoly.training.distributed import process_groups
@@ -88,7 +88,7 @@ def test_losses_of_steps_are_those_of_local_layers(platform, name):
 
 
 @pytest.mark.parametrize("name", ["dense", "experts", "one after another"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_fp8_trains_as_bf16_does(platform, name, recipe):
     config = config_of(MODELS[name] | fp8(recipe), platform)
     reasons = find_problems(config, world_size=1, machine=MACHINE)
@@ -107,7 +107,7 @@ def test_checkpoints_go_from_one_family_of_layers_to_the_other_and_back(platform
 
 
 def test_checkpoints_keep_the_history_of_delayed_scaling(platform, tmp_path):
-    if MACHINE.compute_capability is None or not RECIPES["delayed"].runs_on(
+    if MACHINE.compute_capability is None or not FP8_RECIPES["delayed"].runs_on(
         MACHINE.compute_capability
     ):
         pytest.skip(f"compute capability {MACHINE.compute_capability} has no FP8")

@@ -16,7 +16,7 @@ import torch
 from layouts import Result
 from te_models import MODELS
 
-from megapoly.config.fp8 import RECIPES
+from megapoly.config.fp8 import FP8_RECIPES
 from megapoly.errors import ConfigError
 from megapoly.platform.device import this_machine
 from megapoly.preflight.local_ranks import _free_port
@@ -196,17 +196,17 @@ def test_parallel_forms_are_those_of_one_process(jobs, layout):
     assert norms == pytest.approx([norms[-1]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", FP8_RECIPES)
 def test_recipes_run_where_transformer_engine_lets_them(one_process, name):
     found = one_process["recipes"]
     cases = [case for case in found if case[0] == name]
     assert len(cases) == 21
     for _, capability, cuda in cases:
         major, minor = cuda.split(".")
-        new_enough = (int(major), int(minor)) >= (RECIPES[name].cuda or (0, 0))
-        runs = RECIPES[name].runs_on(capability) and new_enough
+        new_enough = (int(major), int(minor)) >= (FP8_RECIPES[name].cuda or (0, 0))
+        runs = FP8_RECIPES[name].runs_on(capability) and new_enough
         assert found[name, capability, cuda] is runs, (capability, cuda)
-    assert found[name] == RECIPES[name].multiple
+    assert found[name] == FP8_RECIPES[name].multiple
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])

@@ -1,8 +1,8 @@
-"""Rules across fields, machine and files; all that are broken are reported at once.
+"""Rules across fields, machine and files; all broken rules are reported at once.
 
-A rule is a function from :class:`~megapoly.config.rules.facts.Facts` to messages, and is in force
-when it stands in one of the tuples that :data:`RULES` joins. Rules run before any process group
-exists, and on configurations that are resolved or not.
+A rule is a function from :class:`~megapoly.config.rules.facts.Facts` to messages. It is enabled by
+its entry in one of the tuples that :data:`RULES` joins. Rules run before any process group exists,
+on configurations that are resolved or not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RULES: tuple[Rule, ...] = (
     *tasks.RULES,
 )
 
-# About what the configuration reads, on the machine that runs it.
+# About files that the configuration reads, on the machine that runs it.
 RULES_ON_FILES: frozenset[Rule] = frozenset(
     {
         data.token_files_exist,
@@ -48,16 +48,15 @@ def find_problems(
     tokenizer_vocab_size: int | None = None,
     with_files: bool = True,
 ) -> list[str]:
-    """Every broken rule as one message: the rule, the values, the remedy.
+    """Return one message for each broken rule: the rule, the values, the remedy.
 
     Args:
         config: resolved or not; not changed.
         world_size: processes of the job.
         machine: what every process has.
-        tokenizer_vocab_size: ids of the tokenizer; None where it is not known yet, which skips the
-            rule about it.
-        with_files: whether what the configuration reads has to be here; false for a job that is
-            planned for other machines.
+        tokenizer_vocab_size: ids of the tokenizer; None: not known, which skips the rule about it.
+        with_files: whether the files that the configuration reads must exist here; false for a
+            job that is planned for other machines.
     """
     facts = Facts(
         config,
@@ -79,15 +78,15 @@ def check(
     with_files: bool = True,
     problems: Sequence[str] = (),
 ) -> None:
-    """Refuse a configuration that breaks a rule; arguments as :func:`find_problems`.
+    """Refuse a configuration that breaks a rule.
 
     Args:
-        config: see there, as the following.
+        config: as for :func:`find_problems`, also the next four.
         world_size: see there.
         machine: see there.
         tokenizer_vocab_size: see there.
         with_files: see there.
-        problems: what else is wrong, reported together with the rules.
+        problems: other problems, reported together with the broken rules.
 
     Raises:
         ConfigError: ``problems`` and all broken rules.

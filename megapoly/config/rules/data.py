@@ -26,20 +26,20 @@ _ENDINGS = (".bin", ".idx")
 
 
 def blend_has_sources(facts: Facts) -> Iterator[str]:
-    """An empty list is no way to ask for the built-in text."""
+    """A blend has sources; null, not an empty list, requests the built-in text."""
     if facts.config.data.blend == []:
         yield "`data.blend` ([]) names no source; name one, or leave it null for the built-in books"
 
 
 def sources_have_one_amount(facts: Facts) -> Iterator[str]:
-    """One of weight, tokens and epochs says how much of a source is read."""
+    """One of weight, tokens and epochs sets how much of a source is read."""
     for source in blend_sources(facts.config.data) or []:
         units = unit_of(source)
         if len(units) != 1:
             found = " and ".join(units) or "none"
             yield (
                 f"`data.blend` `{source.name}` must have exactly one of {', '.join(UNITS)}, not "
-                f"{found}; `epochs: 1` takes it as often as its size"
+                f"{found}; `epochs: 1` reads it in proportion to its size"
             )
 
 
@@ -53,25 +53,25 @@ def sources_have_the_same_unit(facts: Facts) -> Iterator[str]:
     if len(by_unit) > 1:
         found = ", ".join(f"{unit} ({' '.join(names)})" for unit, names in by_unit.items())
         yield (
-            f"`data.blend` must use one of {', '.join(UNITS)} for all sources, not {found}; a mere "
-            "prefix has `epochs: 1`; give all of them in one unit"
+            f"`data.blend` must use one of {', '.join(UNITS)} for all sources, not {found}; a "
+            "prefix alone has `epochs: 1`; use one unit for all"
         )
 
 
 def amounts_are_above_zero(facts: Facts) -> Iterator[str]:
-    """A source of which nothing is read is not part of the blend."""
+    """Every source of the blend is read."""
     for source in blend_sources(facts.config.data) or []:
         for unit in unit_of(source):
             amount = getattr(source, unit)
             if amount <= 0:
                 yield (
-                    f"`data.blend` `{source.name}` has {unit} {amount}; it must be above 0: leave "
-                    "the source out if it is not to be read"
+                    f"`data.blend` `{source.name}` has {unit} {amount}; it must be above 0; "
+                    "leave the source out if it is not to be read"
                 )
 
 
 def shares_are_not_tiny(facts: Facts) -> Iterator[str]:
-    """A block of the order holds every source; shares by epochs are known with the files."""
+    """Every source is in every block of the order; shares by epochs are checked with the files."""
     sources = blend_sources(facts.config.data) or []
     units = {tuple(unit_of(source)) for source in sources}
     if units not in ({("weight",)}, {("tokens",)}) or _not_positive(sources):
@@ -86,7 +86,7 @@ def _not_positive(sources: Iterable[BlendSource]) -> bool:
 
 
 def source_names_differ(facts: Facts) -> Iterator[str]:
-    """Names tell sources apart in messages."""
+    """Messages name sources, so names differ."""
     counts = Counter(source.name for source in blend_sources(facts.config.data) or [])
     for name, count in counts.items():
         if count > 1:
@@ -97,13 +97,13 @@ def source_names_differ(facts: Facts) -> Iterator[str]:
 
 
 def validation_has_sets(facts: Facts) -> Iterator[str]:
-    """An empty mapping is no way to ask for none."""
+    """A mapping has sets; null, not an empty mapping, requests none."""
     if facts.config.data.validation == {}:
         yield "`data.validation` ({}) names no set; name one, or leave it null"
 
 
 def validation_names_are_free(facts: Facts) -> Iterator[str]:
-    """``val/mean`` is the mean over the sets."""
+    """No set has the name of the mean over all sets, ``val/mean``."""
     if MEAN in (facts.config.data.validation or {}):
         yield (
             f"`data.validation` names a set `{MEAN}`, which is the name of the mean over all sets; "
@@ -112,7 +112,7 @@ def validation_names_are_free(facts: Facts) -> Iterator[str]:
 
 
 def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
-    """A mean is over weights or over numbers of tokens."""
+    """The mean is weighted by given weights, or by numbers of tokens."""
     weights = {name: s.weight for name, s in validation_sets(facts.config.data).items()}
     without = [f"`{name}`" for name, weight in weights.items() if weight is None]
     if 0 < len(without) < len(weights):
@@ -126,7 +126,7 @@ def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
 
 
 def token_files_exist(facts: Facts) -> Iterator[str]:
-    """Every prefix has its ``.bin`` and ``.idx``, every pattern matches some."""
+    """Every prefix has its ``.bin`` and ``.idx``, every pattern matches a file."""
     data = facts.config.data
     blend = {source.name or "": [source.path] for source in blend_sources(data) or []}
     validation = {name: list(each.path) for name, each in validation_sets(data).items()}
@@ -157,10 +157,10 @@ def _missing_token_files(paths: Sequence[str]) -> list[Path]:
     return [file for file in files if not file.is_file()]
 
 
-def _first(words: Sequence[str]) -> str:
-    """The first few of a list."""
-    more = len(words) - _SHOWN
-    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _first(names: Sequence[str]) -> str:
+    """Return the first few names of a list, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def tokenizer_exists(facts: Facts) -> Iterator[str]:
@@ -177,7 +177,7 @@ def tokenizer_exists(facts: Facts) -> Iterator[str]:
 
 
 def evaluation_has_data(facts: Facts) -> Iterator[str]:
-    """Own training text brings its own validation text."""
+    """Validation on your own training text needs your own validation text."""
     data, interval = facts.config.data, facts.config.training.eval_interval
     if interval > 0 and data.blend is not None and data.validation is None:
         yield (

@@ -1,4 +1,4 @@
-"""What rules look at, and the wording that they share."""
+"""What rules read, and the wording that they share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Facts:
     """A configuration and the machine that is to run it; arguments of ``find_problems``.
 
-    ``lm_eval_available`` is whether LM Evaluation Harness is installed.
+    ``lm_eval_available`` tells whether LM Evaluation Harness is installed.
     """
 
     config: Config
@@ -36,16 +36,16 @@ class Facts:
 
     @property
     def activation(self) -> Activation | None:
-        """Entry of the registry; None if the name is unknown, which has a rule of its own."""
+        """Entry of the registry; None if the name is unknown, which another rule reports."""
         from megapoly.activations.registry import ACTIVATIONS
 
         return ACTIVATIONS.get(self.config.model.activation)
 
     @property
     def device(self) -> str:
-        """The device that training would take, ``cpu`` or ``cuda``."""
-        wanted = self.config.training.device
-        return wanted if wanted != "auto" else "cuda" if self.machine.cuda else "cpu"
+        """The device that training would use, ``cpu`` or ``cuda``."""
+        requested = self.config.training.device
+        return requested if requested != "auto" else "cuda" if self.machine.cuda else "cpu"
 
     @property
     def uses_transformer_engine(self) -> bool:
@@ -54,7 +54,7 @@ class Facts:
 
     @property
     def data_parallel_size(self) -> int | None:
-        """Model replicas; None if the sizes do not divide the job, which has a rule of its own."""
+        """Model replicas; None if the sizes do not divide the job, which another rule reports."""
         parallel = self.config.parallel
         sizes = (
             parallel.tensor_model_parallel_size,
@@ -70,19 +70,31 @@ Rule = Callable[[Facts], Iterator[str]]
 
 
 def value_of(config: Config, key: str) -> Any:
-    """Value of an option by dotted name."""
+    """Return the value of an option by its dotted name."""
     section, _, name = key.rpartition(".")
     return getattr(getattr(config, section) if section else config, name)
 
 
-def changed(config: Config, keys: Sequence[str]) -> str:
-    """The options among ``keys`` that differ from their defaults, with their values; or ''."""
-    found = ((key, value_of(config, key)) for key in keys)
-    return ", ".join(f"`{key}` ({value})" for key, value in found if value != OPTIONS[key].default)
+def have_no_effect(
+    config: Config, keys: Sequence[str], condition: str, alternative: str = ""
+) -> Iterator[str]:
+    """Yield a message if options differ from their defaults where they have no effect.
+
+    Args:
+        config: the configuration.
+        keys: options by dotted name.
+        condition: why they have no effect, such as "with `model.activation` (gelu)".
+        alternative: to removing them, such as ", or take WSD".
+    """
+    values = {key: value_of(config, key) for key in keys}
+    found = [f"`{k}` ({value})" for k, value in values.items() if value != OPTIONS[k].default]
+    if found:
+        has, it = ("has", "it") if len(found) == 1 else ("have", "them")
+        yield f"{', '.join(found)} {has} no effect {condition}; remove {it}{alternative}"
 
 
 def must_be_multiple(what: str, value: int, of: int, of_what: str) -> Iterator[str]:
-    """Message if ``value`` is no multiple; sizes below 1 are left to the rule on ranges."""
+    """Yield a message if ``value`` is not a multiple; another rule refuses sizes below 1."""
     if value < 1 or of < 1 or value % of == 0:
         return
     below, above = value // of * of, (value // of + 1) * of
@@ -93,7 +105,7 @@ def must_be_multiple(what: str, value: int, of: int, of_what: str) -> Iterator[s
 
 
 def must_divide(what: str, value: int, whole: int, whole_what: str) -> Iterator[str]:
-    """Message if ``value`` is no divisor; sizes below 1 are left to the rule on ranges."""
+    """Yield a message if ``value`` is not a divisor; another rule refuses sizes below 1."""
     if value < 1 or whole < 1 or whole % value == 0:
         return
     divisors = [size for size in range(1, whole + 1) if whole % size == 0]

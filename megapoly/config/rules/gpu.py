@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterator
 
 from megapoly.config import resolve
-from megapoly.config.fp8 import FP8_OPTIONS, RECIPES, Recipe
-from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple
+from megapoly.config.fp8 import FP8_OPTIONS, FP8_RECIPES, FP8Recipe
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple
 from megapoly.config.rules.layout import CP, TP, ffn_widths
 
-# Releases whose modules Megatron-Core 0.16 knows, as in setup.py.
+# Releases whose modules Megatron-Core 0.16 supports, as in setup.py.
 TRANSFORMER_ENGINE_FROM, TRANSFORMER_ENGINE_BELOW = (2, 9), (2, 12)
 DELAYED_OPTIONS = ("training.fp8_amax_history_len", "training.fp8_amax_compute_algo")
 
 
 def transformer_engine_version_fits(facts: Facts) -> Iterator[str]:
-    """The engine was written for a range of releases of Transformer Engine."""
+    """The engine supports a range of releases of Transformer Engine."""
     version = facts.machine.transformer_engine_version
     if not facts.uses_transformer_engine or version is None:
         return
@@ -24,21 +24,21 @@ def transformer_engine_version_fits(facts: Facts) -> Iterator[str]:
     if not TRANSFORMER_ENGINE_FROM <= numbers < TRANSFORMER_ENGINE_BELOW:
         yield (
             f"Transformer Engine ({version}) must be at least 2.9 and below 2.12 for Megatron-Core "
-            "0.16; `pip install '.[gpu]'`, or set `model.transformer_engine` to false"
+            "0.16; `pip install 'megapoly[gpu]'`, or set `model.transformer_engine` to false"
         )
 
 
 def fusions_are_installed(facts: Facts) -> Iterator[str]:
-    """Kernels that are asked for belong to packages that are there."""
+    """Requested kernels belong to packages that are installed."""
     model, training = facts.config.model, facts.config.training
-    for name, wanted in (
+    for name, requested in (
         ("apply_rope_fusion", model.apply_rope_fusion),
         ("moe_permute_fusion", model.moe_permute_fusion),
     ):
-        if wanted and not facts.uses_transformer_engine:
+        if requested and not facts.uses_transformer_engine:
             yield (
-                f"`model.{name}` (True) takes a kernel of Transformer Engine's, and this run does "
-                "not use it; leave it null"
+                f"`model.{name}` (True) needs a kernel of Transformer Engine, which this run does "
+                "not use; leave it null"
             )
     apex = facts.machine.apex and facts.device == "cuda"
     if training.gradient_accumulation_fusion and not apex:
@@ -49,33 +49,26 @@ def fusions_are_installed(facts: Facts) -> Iterator[str]:
 
 
 def fp8_options_are_read(facts: Facts) -> Iterator[str]:
-    """Options of FP8 belong to FP8, those of one recipe to that recipe."""
+    """Options of FP8 need FP8, those of one recipe need that recipe."""
     training = facts.config.training
     if training.fp8 is None:
-        options = changed(facts.config, [f"training.{name}" for name in FP8_OPTIONS])
-        if options:
-            yield (
-                f"{options}: nothing reads this without `training.fp8`; leave it out, or set "
-                "`training.fp8` to hybrid"
-            )
-        return
-    options = changed(facts.config, DELAYED_OPTIONS)
-    if options and training.fp8_recipe != "delayed":
-        yield (
-            f"{options}: nothing reads this with `training.fp8_recipe` ({training.fp8_recipe}); "
-            "leave it out, or take delayed"
-        )
+        options = [f"training.{name}" for name in FP8_OPTIONS]
+        alternative = ", or set `training.fp8` to hybrid"
+        yield from have_no_effect(facts.config, options, "without `training.fp8`", alternative)
+    elif training.fp8_recipe != "delayed":
+        condition = f"with `training.fp8_recipe` ({training.fp8_recipe})"
+        yield from have_no_effect(facts.config, DELAYED_OPTIONS, condition, ", or take delayed")
 
 
 def fp8_layers_fit_recipe(facts: Facts) -> Iterator[str]:
-    """Delayed scaling is one context around all layers; other recipes leave layers out."""
+    """Delayed scaling applies to all layers or none; other recipes can leave layers out."""
     training = facts.config.training
     if not (training.fp8 and training.first_last_layers_bf16):
         return
     if training.fp8_recipe == "delayed":
         yield (
-            "`training.first_last_layers_bf16` (True) cannot be had with `training.fp8_recipe` "
-            "(delayed), which Megatron-Core has for all layers or none; take tensorwise"
+            "`training.first_last_layers_bf16` (True) cannot be used with `training.fp8_recipe` "
+            "(delayed), which Megatron-Core applies to all layers or none; take tensorwise"
         )
     elif 1 <= facts.config.model.num_layers <= 2:
         yield (
@@ -85,7 +78,7 @@ def fp8_layers_fit_recipe(facts: Facts) -> Iterator[str]:
 
 
 def fp8_has_what_it_needs(facts: Facts) -> Iterator[str]:
-    """FP8 products are Transformer Engine's, on CUDA, between tensors in bfloat16."""
+    """FP8 needs Transformer Engine, CUDA, and bfloat16 for everything else."""
     training = facts.config.training
     if training.fp8 is None:
         return
@@ -96,33 +89,33 @@ def fp8_has_what_it_needs(facts: Facts) -> Iterator[str]:
         )
     elif not facts.uses_transformer_engine:
         yield (
-            f"`training.fp8` ({training.fp8}) needs Transformer Engine, and this run does not use "
-            "it; `pip install '.[gpu]'` and leave `model.transformer_engine` null, or set "
+            f"`training.fp8` ({training.fp8}) needs Transformer Engine, which this run does not "
+            "use; `pip install 'megapoly[gpu]'` and leave `model.transformer_engine` null, or set "
             "`training.fp8` to null"
         )
     if not training.bf16:
         yield (
-            f"`training.fp8` ({training.fp8}) needs `training.bf16` (False), in which all else is "
-            "computed; set it to true"
+            f"`training.fp8` ({training.fp8}) needs `training.bf16` (False), for all other "
+            "computation; set it to true"
         )
 
 
 def fp8_recipe_runs_on_device(facts: Facts) -> Iterator[str]:
-    """The GPU has the recipe's arithmetic, and CUDA its kernels."""
+    """The GPU supports the recipe's arithmetic, and CUDA has its kernels."""
     training, machine = facts.config.training, facts.machine
     if training.fp8 is None or facts.device != "cuda":
         return
-    name, recipe = training.fp8_recipe, RECIPES[training.fp8_recipe]
+    name, recipe = training.fp8_recipe, FP8_RECIPES[training.fp8_recipe]
     capability = machine.compute_capability
     if capability is not None and not recipe.runs_on(capability):
-        possible = [other for other, its in RECIPES.items() if its.runs_on(capability)]
+        possible = [other for other, its in FP8_RECIPES.items() if its.runs_on(capability)]
         yield (
             f"`training.fp8_recipe` ({name}) needs compute capability {_range(recipe)}, and this "
             f"GPU has {_dotted(capability)}; "
             + (
                 f"take {_one_of(possible[::-1])}"
                 if possible
-                else "set `training.fp8` to null: bf16 is the fastest that it has"
+                else "set `training.fp8` to null: bf16 is the fastest that it supports"
             )
         )
     elif recipe.cuda and machine.cuda_version and machine.cuda_version < recipe.cuda:
@@ -133,11 +126,11 @@ def fp8_recipe_runs_on_device(facts: Facts) -> Iterator[str]:
 
 
 def fp8_sizes_fit(facts: Facts) -> Iterator[str]:
-    """On every rank, each axis of each product is whole units of the recipe."""
+    """On every rank, each axis of each product is a whole number of the recipe's units."""
     model, training = facts.config.model, facts.config.training
     if training.fp8 is None or facts.activation is None:
         return
-    name, recipe = training.fp8_recipe, RECIPES[training.fp8_recipe]
+    name, recipe = training.fp8_recipe, FP8_RECIPES[training.fp8_recipe]
     unit, tensor = recipe.multiple, facts.config.parallel.tensor_model_parallel_size
     gathered = resolve.uses_sequence_parallel(facts.config.parallel)
     outer = recipe.gathered_multiple if gathered else unit
@@ -181,7 +174,7 @@ def _one_of(names: list[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _range(recipe: Recipe) -> str:
+def _range(recipe: FP8Recipe) -> str:
     below = "" if recipe.beyond is None else f" and below {_dotted(recipe.beyond)}"
     return f"{_dotted(recipe.capability)} or above{below}"
 

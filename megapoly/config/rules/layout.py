@@ -1,11 +1,11 @@
-"""Rules on how model and activations are cut over the processes."""
+"""Rules on how model and activations are split over the processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from megapoly.config import resolve
-from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple, must_divide
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple, must_divide
 
 TP = "`parallel.tensor_model_parallel_size`"
 PP = "`parallel.pipeline_model_parallel_size`"
@@ -48,7 +48,7 @@ def heads_divide(facts: Facts) -> Iterator[str]:
 
 
 def ffn_widths_divide(facts: Facts) -> Iterator[str]:
-    """Every FFN width, after the two thirds of a gated activation, is whole on every rank."""
+    """Every FFN width, after the two thirds of a gated activation, is an integer on every rank."""
     model = facts.config.model
     if facts.activation is None:
         return
@@ -66,7 +66,7 @@ def ffn_widths_divide(facts: Facts) -> Iterator[str]:
 
 
 def ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
-    """Each FFN width that is set: its option, its value, the layout option that cuts it, ranks."""
+    """Return each FFN width that is set: option, value, the layout option that splits it, ranks."""
     model, parallel = facts.config.model, facts.config.parallel
     tensor = parallel.tensor_model_parallel_size
     if not facts.is_moe:
@@ -81,7 +81,7 @@ def ffn_widths(facts: Facts) -> list[tuple[str, int, str, int]]:
 
 
 def deterministic_rows_divide(facts: Facts) -> Iterator[str]:
-    """A row that is added up in a fixed order is cut into equal segments, ranks hold whole ones."""
+    """A row that is summed in a fixed order has equal segments, and ranks hold whole segments."""
     if not facts.config.model.activation_deterministic or facts.activation is None:
         return
     from megapoly.ops.collectives import NUM_SEGMENTS
@@ -111,7 +111,7 @@ def layers_divide(facts: Facts) -> Iterator[str]:
 
 
 def interleaving_fits(facts: Facts) -> Iterator[str]:
-    """Interleaving needs a pipeline, chunks to interleave, and rounds of micro-batches."""
+    """Interleaving needs a pipeline, several chunks, and whole rounds of micro-batches."""
     parallel = facts.config.parallel
     chunks, stages = (
         parallel.virtual_pipeline_model_parallel_size,
@@ -135,14 +135,10 @@ def interleaving_fits(facts: Facts) -> Iterator[str]:
 
 
 def context_parallel_fits(facts: Facts) -> Iterator[str]:
-    """Every rank gets an early and a late piece of the sequence, which balances causal work."""
+    """Every rank gets an early and a late part of the sequence, which balances causal attention."""
     parallel, size = facts.config.parallel, facts.config.parallel.context_parallel_size
     if size == 1:
-        if parallel.cp_comm_type is not None:
-            yield (
-                f"`parallel.cp_comm_type` ({parallel.cp_comm_type}): nothing reads this with {CP} "
-                f"({size}); leave it null"
-            )
+        yield from have_no_effect(facts.config, ["parallel.cp_comm_type"], f"with {CP} ({size})")
         return
     tensor = parallel.tensor_model_parallel_size
     pieces, what = 2 * size, f"2 * {CP}"
@@ -157,15 +153,15 @@ def context_parallel_fits(facts: Facts) -> Iterator[str]:
 
 
 def context_parallel_attention_exists(facts: Facts) -> Iterator[str]:
-    """Rings are Transformer Engine's; exchanging heads needs whole ones for every rank."""
+    """Ring attention needs Transformer Engine; exchanging heads needs whole heads on every rank."""
     config, size = facts.config, facts.config.parallel.context_parallel_size
     kind = config.parallel.cp_comm_type
     if size == 1:
         return
     if kind == "p2p" and not facts.uses_transformer_engine:
         yield (
-            "`parallel.cp_comm_type` (p2p) is ring attention, which only Transformer Engine's "
-            "attention has, and this run does not use it; take all_gather or a2a"
+            "`parallel.cp_comm_type` (p2p) is ring attention, which needs Transformer Engine's "
+            "attention, and this run does not use it; take all_gather or a2a"
         )
     if kind == "a2a":
         heads = resolve.num_query_groups(config.model)
@@ -179,7 +175,7 @@ def context_parallel_attention_exists(facts: Facts) -> Iterator[str]:
 
 
 def sequence_parallel_fits(facts: Facts) -> Iterator[str]:
-    """Sequence parallelism cuts evenly, needs tensor parallelism, and experts need it."""
+    """Sequence parallelism splits evenly and needs tensor parallelism; experts need it."""
     parallel, size = facts.config.parallel, facts.config.parallel.tensor_model_parallel_size
     if parallel.sequence_parallel and size == 1:
         yield (
@@ -199,7 +195,7 @@ def sequence_parallel_fits(facts: Facts) -> Iterator[str]:
 
 
 def overlap_has_what_it_needs(facts: Facts) -> Iterator[str]:
-    """Gathering in the forward pass needs sharded state and overlapped reduction."""
+    """Overlapped gathering of parameters needs sharded state and overlapped reduction."""
     parallel = facts.config.parallel
     needed = {
         "`parallel.use_distributed_optimizer`": parallel.use_distributed_optimizer,
@@ -208,13 +204,13 @@ def overlap_has_what_it_needs(facts: Facts) -> Iterator[str]:
     missing = " and ".join(f"{name} (False)" for name, on in needed.items() if not on)
     if parallel.overlap_param_gather and missing:
         yield (
-            f"`parallel.overlap_param_gather` (True) needs {missing}; set to true what it needs, "
-            "or itself to false"
+            f"`parallel.overlap_param_gather` (True) needs {missing}; set what it needs "
+            "to true, or itself to false"
         )
 
 
 def recomputation_of_layers_is_complete(facts: Facts) -> Iterator[str]:
-    """Full recomputation says which layers, in numbers that the engine's loop can take."""
+    """Full recomputation names layers, in numbers that the engine's loop accepts."""
     parallel, model = facts.config.parallel, facts.config.model
     method, count = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity != "full":
@@ -244,22 +240,19 @@ def recomputation_of_layers_is_complete(facts: Facts) -> Iterator[str]:
 
 
 def recomputation_options_are_read(facts: Facts) -> Iterator[str]:
-    """Each granularity has options of its own."""
+    """Each granularity of recomputation has its own options."""
     granularity = facts.config.parallel.recompute_granularity
     for reader, keys in (
         ("full", ["parallel.recompute_method", "parallel.recompute_num_layers"]),
         ("selective", ["parallel.recompute_modules"]),
     ):
-        options = changed(facts.config, keys)
-        if options and granularity != reader:
-            yield (
-                f"{options}: nothing reads this with `parallel.recompute_granularity` "
-                f"({granularity or 'null'}); leave it out, or take {reader}"
-            )
+        if granularity != reader:
+            condition = f"with `parallel.recompute_granularity` ({granularity or 'null'})"
+            yield from have_no_effect(facts.config, keys, condition, f", or take {reader}")
 
 
 def recomputed_modules_exist(facts: Facts) -> Iterator[str]:
-    """Selective recomputation names parts that the model's layers have."""
+    """Selective recomputation names modules that the model's layers have."""
     if facts.config.parallel.recompute_granularity != "selective":
         return
     modules = facts.config.parallel.recompute_modules
@@ -273,8 +266,8 @@ def recomputed_modules_exist(facts: Facts) -> Iterator[str]:
         )
     if not modules:
         yield (
-            "`parallel.recompute_modules` ([]) is empty, so nothing is recomputed; name a part, or "
-            "set `parallel.recompute_granularity` to null"
+            "`parallel.recompute_modules` ([]) is empty, so nothing is recomputed; name a module, "
+            "or set `parallel.recompute_granularity` to null"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megapoly.config import resolve
-from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple, must_divide
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple, must_divide
 from megapoly.errors import ConfigError
 
 MOE_OPTIONS = (
@@ -43,7 +43,7 @@ def heads_fit_hidden_size(facts: Facts) -> Iterator[str]:
 
 
 def heads_have_even_width(facts: Facts) -> Iterator[str]:
-    """The rotary embedding turns pairs of channels."""
+    """The rotary embedding rotates pairs of channels."""
     model = facts.config.model
     heads = model.num_attention_heads
     if model.kv_channels is None and (heads < 1 or model.hidden_size % heads):
@@ -90,7 +90,7 @@ def activation_is_known(facts: Facts) -> Iterator[str]:
 
 
 def activation_options_are_read(facts: Facts) -> Iterator[str]:
-    """Options of polynomials and of their norm belong to activations that have them."""
+    """Options of polynomials and of their norm need an activation that has them."""
     activation, config = facts.activation, facts.config
     if activation is None:
         return
@@ -98,41 +98,35 @@ def activation_options_are_read(facts: Facts) -> Iterator[str]:
         (activation.has_coefficients, COEFFICIENT_OPTIONS, "without coefficients"),
         (activation.normalized, NORM_OPTIONS, "without a norm"),
     ):
-        options = changed(config, keys)
-        if options and not has:
-            yield (
-                f"{options}: nothing reads this with `model.activation` "
-                f"({config.model.activation}), which is {kind}; leave it out"
-            )
+        if not has:
+            condition = f"with `model.activation` ({config.model.activation}), which is {kind}"
+            yield from have_no_effect(config, keys, condition)
 
 
 def moe_options_are_read(facts: Facts) -> Iterator[str]:
     """Options of experts need experts."""
-    options = changed(facts.config, MOE_OPTIONS)
-    if options and not facts.is_moe:
-        yield (
-            f"{options}: nothing reads this in a dense model (`model.num_moe_experts` is null); "
-            "leave it out, or set the number of experts"
+    if not facts.is_moe:
+        yield from have_no_effect(
+            facts.config,
+            MOE_OPTIONS,
+            "in a dense model (`model.num_moe_experts` is null)",
+            ", or set the number of experts",
         )
 
 
 def dense_width_is_read(facts: Facts) -> Iterator[str]:
-    """A layer of experts has no dense FFN; its width only stands in for the experts'."""
-    model = facts.config.model
-    used = model.moe_ffn_hidden_size in (None, model.ffn_hidden_size)
-    if facts.is_moe and not used and changed(facts.config, ["model.ffn_hidden_size"]):
-        yield (
-            f"`model.ffn_hidden_size` ({model.ffn_hidden_size}): nothing reads this beside "
-            f"`model.moe_ffn_hidden_size` ({model.moe_ffn_hidden_size}) in a mixture of experts; "
-            "leave it out"
-        )
+    """A layer of experts has no dense FFN; its width is only the default of the experts' width."""
+    width = facts.config.model.moe_ffn_hidden_size
+    if facts.is_moe and width not in (None, facts.config.model.ffn_hidden_size):
+        condition = f"beside `model.moe_ffn_hidden_size` ({width}) in a mixture of experts"
+        yield from have_no_effect(facts.config, ["model.ffn_hidden_size"], condition)
 
 
 def coefficients_per_expert_need_experts(facts: Facts) -> Iterator[str]:
-    """One coefficient set an expert needs experts."""
+    """One coefficient set for each expert needs experts."""
     activation = facts.activation
-    wanted = facts.config.model.activation_coefficients == "per_expert"
-    if wanted and not facts.is_moe and activation is not None and activation.has_coefficients:
+    requested = facts.config.model.activation_coefficients == "per_expert"
+    if requested and not facts.is_moe and activation is not None and activation.has_coefficients:
         yield (
             "`model.activation_coefficients` (per_expert) needs a mixture of experts; set "
             "`model.num_moe_experts`, or take shared"

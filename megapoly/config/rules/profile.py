@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megapoly.config import resolve
-from megapoly.config.rules.facts import Facts, Rule, changed
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect
 from megapoly.config.rules.schedule import has_lengths
 
 OPTIONS = ("logging.profile_step_start", "logging.profile_step_end", "logging.profile_ranks")
 
 
 def profile_options_are_read(facts: Facts) -> Iterator[str]:
-    """What to trace is said of a trace."""
-    options = changed(facts.config, OPTIONS)
-    if options and not facts.config.logging.profile:
-        yield (
-            f"{options}: nothing reads this with `logging.profile` (False); leave it out, or set "
-            "`logging.profile` to true"
-        )
+    """Options of the trace need a trace."""
+    if not facts.config.logging.profile:
+        condition, alternative = "with `logging.profile` (False)", ", or set that to true"
+        yield from have_no_effect(facts.config, OPTIONS, condition, alternative)
 
 
 def profile_steps_are_in_the_run(facts: Facts) -> Iterator[str]:
-    """The trace has a first and a last step, which the run reaches."""
+    """The first and the last step of the trace are steps of the run, in order."""
     logging = facts.config.logging
     first, last = logging.profile_step_start, logging.profile_step_end
     if not logging.profile or min(first, last) < 1:
@@ -41,7 +38,7 @@ def profile_steps_are_in_the_run(facts: Facts) -> Iterator[str]:
 
 
 def profile_ranks_exist(facts: Facts) -> Iterator[str]:
-    """Each rank that is named is one of the job, and named once."""
+    """Each rank is one of the job, and named once."""
     ranks = facts.config.logging.profile_ranks
     if not facts.config.logging.profile:
         return
@@ -53,8 +50,8 @@ def profile_ranks_exist(facts: Facts) -> Iterator[str]:
     for rank in ranks:
         if not 0 <= rank < facts.world_size:
             yield (
-                f"`logging.profile_ranks` has {rank}, and the ranks of this job are 0 to "
-                f"{facts.world_size - 1}; leave it out"
+                f"`logging.profile_ranks` has {rank}, but the ranks of this job are 0 to "
+                f"{facts.world_size - 1}; remove it"
             )
     if len(set(ranks)) < len(ranks):
         yield f"`logging.profile_ranks` ({ranks}) names a rank twice; name each once"

@@ -1,4 +1,4 @@
-"""Rules on the machine and on what a run goes on from."""
+"""Rules on the machine and on the checkpoint that a run starts from."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from megapoly.config.rules.facts import Facts, Rule
 
 
 def device_exists(facts: Facts) -> Iterator[str]:
-    """CUDA is there when it is asked for."""
+    """CUDA is available when it is requested."""
     if facts.config.training.device == "cuda" and not facts.machine.cuda:
         yield (
             "`training.device` (cuda) needs a CUDA device and PyTorch built for it, and this "
-            "process sees none; set cpu, or auto to take what there is"
+            "process sees none; set cpu, or auto to use CUDA only if it is available"
         )
 
 
@@ -21,18 +21,18 @@ def transformer_engine_is_usable(facts: Facts) -> Iterator[str]:
     """Transformer Engine is installed, and runs on CUDA only."""
     if not facts.config.model.transformer_engine:
         return
-    remedy = "leave it null, which takes it when it can be used"
+    remedy = "leave it null to use it where it can be used"
     if facts.device == "cpu":
         yield f"`model.transformer_engine` (True) needs `training.device` cuda, not cpu; {remedy}"
     elif not facts.machine.transformer_engine:
         yield (
             "`model.transformer_engine` (True) needs Transformer Engine, which is not installed; "
-            f"`pip install '.[gpu]'`, or {remedy}"
+            f"`pip install 'megapoly[gpu]'`, or {remedy}"
         )
 
 
 def loading_is_possible(facts: Facts) -> Iterator[str]:
-    """What to take from a checkpoint needs a checkpoint."""
+    """Options on what to load from a checkpoint need a checkpoint."""
     checkpoint = facts.config.checkpoint
     if checkpoint.load is None and checkpoint.load_weights_only:
         yield (
@@ -41,13 +41,13 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
         )
     if checkpoint.accept_other_data and checkpoint.load is None and not checkpoint.resume:
         yield (
-            "`checkpoint.accept_other_data` (True): nothing reads this with `checkpoint.resume` "
-            "(False) and `checkpoint.load` (null), which begin anew; leave it out"
+            "`checkpoint.accept_other_data` (True) has no effect with `checkpoint.resume` (False) "
+            "and `checkpoint.load` (null), which start a run from nothing; remove it"
         )
 
 
 def checkpoint_exists(facts: Facts) -> Iterator[str]:
-    """The checkpoint to start from is there."""
+    """The checkpoint to start from exists."""
     checkpoint = facts.config.checkpoint
     if checkpoint.load is not None and not Path(checkpoint.load).exists():
         yield (

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from megapoly.config import resolve
 from megapoly.config.parsing import STEP_AND_TOKEN_FORMS
-from megapoly.config.rules.facts import Facts, Rule, changed, must_be_multiple, value_of
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple, value_of
 
 LENGTH, *PARTS = STEP_AND_TOKEN_FORMS
 
 
 def run_has_one_length(facts: Facts) -> Iterator[str]:
-    """The run is as long as its steps or its tokens say."""
+    """The length of the run is given in steps or in tokens."""
     steps, tokens = (value_of(facts.config, form) for form in LENGTH)
     if (steps is None) == (tokens is None):
         found = "neither" if steps is None else f"both ({steps} and {tokens})"
@@ -25,13 +25,13 @@ def parts_have_one_length(facts: Facts) -> Iterator[str]:
         steps, tokens = value_of(facts.config, in_steps), value_of(facts.config, in_tokens)
         if steps is not None and tokens is not None:
             yield (
-                f"`{in_steps}` ({steps}) and `{in_tokens}` ({tokens}) say the same thing twice; "
+                f"`{in_steps}` ({steps}) and `{in_tokens}` ({tokens}) set the same length twice; "
                 "keep one"
             )
 
 
 def batch_divides(facts: Facts) -> Iterator[str]:
-    """A global batch is whole micro-batches on every replica."""
+    """A global batch is a whole number of micro-batches on every replica."""
     training, replicas = facts.config.training, facts.data_parallel_size
     if replicas is not None:
         yield from must_be_multiple(
@@ -44,7 +44,7 @@ def batch_divides(facts: Facts) -> Iterator[str]:
 
 
 def learning_rates_are_ordered(facts: Facts) -> Iterator[str]:
-    """The schedule goes down."""
+    """The learning rate decays."""
     optimizer = facts.config.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield (
@@ -71,12 +71,12 @@ def wsd_has_its_options(facts: Facts) -> Iterator[str]:
     keys = ("lr_wsd_decay_iters", "lr_wsd_decay_tokens", "lr_wsd_decay_style")
     optimizer = facts.config.optimizer
     if optimizer.lr_decay_style != "WSD":
-        options = changed(facts.config, [f"optimizer.{key}" for key in keys])
-        if options:
-            yield (
-                f"{options}: nothing reads this with `optimizer.lr_decay_style` "
-                f"({optimizer.lr_decay_style}); leave it out, or take WSD"
-            )
+        yield from have_no_effect(
+            facts.config,
+            [f"optimizer.{key}" for key in keys],
+            f"with `optimizer.lr_decay_style` ({optimizer.lr_decay_style})",
+            ", or take WSD",
+        )
     elif optimizer.lr_wsd_decay_iters is None and optimizer.lr_wsd_decay_tokens is None:
         yield (
             "`optimizer.lr_decay_style` (WSD) needs `optimizer.lr_wsd_decay_iters` or "
@@ -98,20 +98,20 @@ def wsd_decay_fits(facts: Facts) -> Iterator[str]:
 
 
 def constant_rate_has_no_decay(facts: Facts) -> Iterator[str]:
-    """A constant learning rate never decays, so a length of the decay says nothing."""
+    """A constant learning rate never decays, so a length of the decay has no effect."""
     if not has_lengths(facts) or facts.config.optimizer.lr_decay_style != "constant":
         return
     decay = resolve.lr_decay_iters(facts.config)
     if decay != resolve.train_iters(facts.config):
         yield (
-            f"the length of the decay ({decay} steps): nothing reads this with "
+            f"the length of the decay ({decay} steps) has no effect with "
             "`optimizer.lr_decay_style` (constant); leave `optimizer.lr_decay_iters` and "
             "`optimizer.lr_decay_tokens` null"
         )
 
 
 def has_lengths(facts: Facts) -> bool:
-    """Whether all lengths can be worked out in steps; what prevents it has rules of its own."""
+    """Return whether all lengths can be computed in steps; other rules report what prevents it."""
     config = facts.config
     pairs = [[value_of(config, form) for form in forms] for forms in STEP_AND_TOKEN_FORMS]
     counts = [sum(value is not None for value in pair) for pair in pairs]

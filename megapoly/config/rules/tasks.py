@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megapoly.config.rules.facts import Facts, Rule, changed
+from megapoly.config.rules.facts import Facts, Rule, have_no_effect
 
 TASKS = "`training.eval_tasks`"
 INTERVAL = "`training.eval_tasks_interval`"
 
 
 def tasks_have_an_interval(facts: Facts) -> Iterator[str]:
-    """Tasks and the steps between their evaluations go together."""
+    """Tasks need an interval, and an interval needs tasks."""
     training = facts.config.training
     tasks, interval = training.eval_tasks, training.eval_tasks_interval
     if tasks is None:
@@ -28,25 +28,24 @@ def tasks_have_an_interval(facts: Facts) -> Iterator[str]:
 
 
 def task_options_are_read(facts: Facts) -> Iterator[str]:
-    """Questions belong to tasks."""
+    """Options of tasks need tasks."""
     keys = ["training.eval_tasks_limit", "training.eval_tasks_data"]
-    options = changed(facts.config, keys)
-    if options and facts.config.training.eval_tasks is None:
-        yield f"{options}: nothing reads this with {TASKS} (null); leave it out, or name tasks"
+    if facts.config.training.eval_tasks is None:
+        yield from have_no_effect(facts.config, keys, f"with {TASKS} (null)", ", or name tasks")
 
 
 def task_data_exists(facts: Facts) -> Iterator[str]:
-    """The folder of the tasks' questions is there."""
+    """The folder of the tasks' questions exists."""
     folder = facts.config.training.eval_tasks_data
     if folder is not None and not Path(folder).is_dir():
         yield (
-            f"`training.eval_tasks_data` ({folder}) is no folder; give one that holds the tasks' "
-            "questions, or leave it null for the harness to find them"
+            f"`training.eval_tasks_data` ({folder}) is not a folder; give one that holds the "
+            "tasks' questions, or leave it null for the harness to find them"
         )
 
 
 def harness_is_installed(facts: Facts) -> Iterator[str]:
-    """Tasks are those of LM Evaluation Harness."""
+    """Tasks need LM Evaluation Harness."""
     tasks = facts.config.training.eval_tasks
     if tasks and not facts.lm_eval_available:
         yield (

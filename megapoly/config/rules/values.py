@@ -75,7 +75,7 @@ FRACTIONS = (
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
 )
-SEEDS = ("data.seed",)  # words of numpy's RandomState
+SEEDS = ("data.seed",)  # numpy's RandomState takes 32 bits
 RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
     (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
@@ -86,7 +86,7 @@ RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 
 
 def numbers_are_in_range(facts: Facts) -> Iterator[str]:
-    """Sizes, rates and probabilities are in the range where they mean something."""
+    """Sizes, rates and probabilities are in their ranges."""
     for keys, is_right, range_ in RANGES:
         for key in keys:
             value = value_of(facts.config, key)

@@ -9,7 +9,7 @@ from typing import Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from megapoly.config.fp8 import RECIPES
+from megapoly.config.fp8 import FP8_RECIPES
 from megapoly.platform.gpus import gpu_of_device
 from megapoly.preflight.doctor.facts import DoctorFacts, GPUFacts, TorchFacts
 from megapoly.preflight.doctor.requirements import EXTRA_USES, EXTRAS, GPU, PYTHON, REQUIRED
@@ -165,8 +165,8 @@ def _describe_gpu(gpu: GPUFacts) -> str:
     major, _, minor = gpu.capability.partition(".")
     capability = (int(major), int(minor)) if minor.isdecimal() else (0, 0)
     formats = ["bf16"] if capability >= (8, 0) else ["no bf16 units"]
-    formats += ["FP8"] if RECIPES["tensorwise"].runs_on(capability) else []
-    formats += ["MXFP8"] if RECIPES["mxfp8"].runs_on(capability) else []
+    formats += ["FP8"] if FP8_RECIPES["tensorwise"].runs_on(capability) else []
+    formats += ["MXFP8"] if FP8_RECIPES["mxfp8"].runs_on(capability) else []
     peak = (
         "peak not known: MFU needs `logging.peak_tflops`"
         if known is None
