@@ -64,11 +64,11 @@ def _report(options: argparse.Namespace) -> int:
             f"A report needs {' and '.join(missing)}: `pip install '.[report]'`."
         )
     # Here and not above: --help and a wrong option answer without waiting for torch.
+    from megapoly.study.figure_style import png
     from megapoly.study.report import content as contents
     from megapoly.study.report.answer import answers
     from megapoly.study.report.figures import chosen
     from megapoly.study.report.html import render
-    from megapoly.study.report.style import png
 
     content = _asked(contents.read(options.runs), options)
     pictures = options.output / "figures"
@@ -83,7 +83,7 @@ def _report(options: argparse.Namespace) -> int:
     contents.write(content, options.output / contents.FILE)
     # Read back: what is drawn again from the file is what is drawn here.
     content = contents.read([options.output / contents.FILE])
-    page, files = render(content, _as_named(options.output), recipes.FOLDER)
+    page, files = render(content, recipes.FOLDER)
     for name, picture_bytes in files.items():
         (pictures / f"{name}.png").write_bytes(picture_bytes)
     path = options.output / "index.html"

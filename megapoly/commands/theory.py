@@ -103,10 +103,11 @@ def fits(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:
-    """theory.json and the figures."""
+    """Write theory.json and the figures."""
+    from megapoly.study.figure_style import png
     from megapoly.study.theory import figures  # matplotlib
 
     (folder / "theory.json").write_text(json.dumps(report, indent=1) + "\n")
     for name, figure in figures.draw_all(report).items():
-        figure.savefig(folder / f"{name}.png", dpi=160)
+        (folder / f"{name}.png").write_bytes(png(figure))
         print(folder / f"{name}.png")

@@ -295,10 +295,11 @@ def _entries(
 
 def _write(output: Path, analysis: dict[str, Any]) -> None:
     from megapoly.study.analysis.figures import draw_all
+    from megapoly.study.figure_style import png
 
     for name, figure in draw_all([analysis]).items():
-        figure.savefig(output / f"{name}.png", dpi=160)
-    # At last: a folder that has it is complete.
+        (output / f"{name}.png").write_bytes(png(figure))
+    # The last file: a folder that has it is complete.
     write_text(output / "analysis.json", json.dumps(analysis, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Figures of one analysis or several, as ``megapoly analyze`` wrote them; needs matplotlib."""
+"""Figures of one or several analyses that ``megapoly analyze`` wrote; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,25 +9,33 @@ from typing import Any
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from megapoly.study.analysis.drawing import (
-    COLOURS,
-    GREY,
-    WIDTH,
     finish_layers,
     layer_colour,
     legend_of_layers,
-    make_plain,
-    panels_of,
+    line_styles,
+)
+from megapoly.study.figure_style import (
+    MUTED,
+    PAPER,
+    STYLES,
+    WIDTH,
+    drawing,
+    legend_below,
     set_title,
-    styles,
+)
+from megapoly.study.figure_style import (
+    panels as make_panels,
 )
 
 Analysis = Mapping[str, Any]
 Analyses = Sequence[Analysis]
 
-# Weights drawn together, each with its line, and what they are called.
+# Weights drawn in one panel, each with its line style, and the title of the panel.
 _RANK_PANELS: tuple[tuple[dict[str, str], str], ...] = (
     ({"fc1": "-"}, "FC1 (gated: gate stacked on up)"),
     ({"gate": "-", "up": "--"}, "halves of a gated FC1: gate, up dashed"),
@@ -36,37 +44,39 @@ _RANK_PANELS: tuple[tuple[dict[str, str], str], ...] = (
 
 
 def draw_all(analyses: Analyses) -> dict[str, Figure]:
-    """The figures that there is something to draw of, by the name of the file.
+    """Draw all figures, by the name of the file.
 
     Args:
-        analyses: as in analysis.json. ``label`` names one in legends; without it, its activation.
+        analyses: content of analysis.json files. ``label`` names one in legends, else its
+            activation does.
 
     Returns:
-        Figures of all analyses together; ``coefficients`` and ``curves`` are of each, with its
-        number behind the name if there are several. A figure without content is left out: its
-        function gives None.
+        Figures of all analyses together; ``coefficients`` and ``curves`` show one each, with its
+        number after the name if there are several. A figure without content is left out: its
+        function returns None.
     """
-    drawn: dict[str, Figure | None] = {
-        "effective_rank": effective_rank(analyses),
-        "similarity": similarity(analyses),
-        "expert_similarity": expert_similarity(analyses),
-        "power_shares": power_shares(analyses),
-        "activation_statistics": activation_statistics(analyses),
-    }
-    for i, analysis in enumerate(analyses):
-        suffix = f"_{i}" if len(analyses) > 1 else ""
-        drawn[f"coefficients{suffix}"] = coefficients(analysis)
-        drawn[f"curves{suffix}"] = curves(analysis)
+    with drawing():
+        drawn: dict[str, Figure | None] = {
+            "effective_rank": effective_rank(analyses),
+            "similarity": similarity(analyses),
+            "expert_similarity": expert_similarity(analyses),
+            "power_shares": power_shares(analyses),
+            "activation_statistics": activation_statistics(analyses),
+        }
+        for i, analysis in enumerate(analyses):
+            suffix = f"_{i}" if len(analyses) > 1 else ""
+            drawn[f"coefficients{suffix}"] = coefficients(analysis)
+            drawn[f"curves{suffix}"] = curves(analysis)
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def label_of(analysis: Analysis) -> str:
-    """What an analysis is called in legends."""
+    """Return the name of an analysis in legends."""
     return str(analysis.get("label") or analysis["activation"])
 
 
 def effective_rank(analyses: Analyses) -> Figure | None:
-    """Fig. 6: effective rank of the FFN weights by layer; of experts the mean and the range."""
+    """Draw Fig. 6: effective rank of the FFN weights by layer; for experts mean and range."""
     shown = [a for a in analyses if a.get("effective_rank")]
     of_each = [
         [w for w in a["effective_rank"]["weights"] if w["kind"] != "shared_experts"] for a in shown
@@ -75,15 +85,15 @@ def effective_rank(analyses: Analyses) -> Figure | None:
     drawn = [(lines, title) for lines, title in _RANK_PANELS if present & set(lines)]
     if not drawn:
         return None
-    figure, panels = panels_of([2.3] * len(drawn), "Effective rank of the FFN weights")
+    figure, panels = make_panels([2.3] * len(drawn), "Effective rank of the FFN weights")
     for axes, (lines, title) in zip(panels, drawn, strict=True):
         shapes = [w["shape"] for weights in of_each for w in weights if w["weight"] in lines]
-        for a, weights, style in zip(shown, of_each, styles(len(shown)), strict=True):
+        for a, weights, style in zip(shown, of_each, line_styles(shown), strict=True):
             for i, (name, line) in enumerate(lines.items()):
                 chosen = [w for w in weights if w["weight"] == name]
                 label = "_" if i else label_of(a)  # one name in the legend
                 _by_layer(axes, chosen, _rank_of, label, {**style, "linestyle": line})
-        axes.set_title(f"{title}; at most {max(map(min, shapes))}", fontsize=10, loc="left")
+        axes.set_title(f"{title}; at most {max(map(min, shapes))}")
         axes.set_ylabel("effective rank")
     finish_layers(figure, panels)
     return figure
@@ -94,12 +104,12 @@ def _rank_of(weight: Mapping[str, Any]) -> float:
 
 
 def similarity(analyses: Analyses) -> Figure | None:
-    """Fig. 7: cosine similarity between layers' hidden states, one matrix below the other."""
+    """Draw Fig. 7: cosine similarity of layers' hidden states, one matrix below the other."""
     shown = [a for a in analyses if a.get("similarity")]
     if not shown:
         return None
     lowest = min(value for a in shown for row in a["similarity"]["matrix"] for value in row)
-    figure, panels = panels_of([4.1] * len(shown), "Cosine similarity of hidden states", grid=False)
+    figure, panels = make_panels([3.4] * len(shown), "Cosine similarity of states", grid=False)
     for axes, a in zip(panels, shown, strict=True):
         matrix = a["similarity"]["matrix"]
         names = ["emb.", *map(str, range(1, len(matrix)))]
@@ -112,20 +122,20 @@ def similarity(analyses: Analyses) -> Figure | None:
             _write_cells(axes, matrix, min(lowest, 0.0))
         pairs = [v for i, row in enumerate(matrix) for v in row[1:i]]
         mean = f": mean over pairs of layers {statistics.fmean(pairs):.3f}" if pairs else ""
-        axes.set_title(f"{label_of(a)}{mean}", fontsize=10, loc="left")
-        axes.set_xlabel("behind layer")
-        axes.set_ylabel("behind layer")
+        axes.set_title(f"{label_of(a)}{mean}")
+        axes.set_xlabel("after layer")
+        axes.set_ylabel("after layer")
         figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
 
 def expert_similarity(analyses: Analyses) -> Figure | None:
-    """How little a layer turns the states of each expert's tokens: before and behind the layer."""
+    """Draw how similar the states of each expert's tokens are before and after the layer."""
     shown = [a for a in analyses if a.get("similarity") and a["similarity"]["experts"]]
     if not shown:
         return None
-    figure, (axes,) = panels_of([3.2], "States before and behind a layer, by expert")
-    for i, (a, style) in enumerate(zip(shown, styles(len(shown)), strict=True)):
+    figure, (axes,) = make_panels([3.2], "States before and after a layer, by expert")
+    for i, (a, style) in enumerate(zip(shown, line_styles(shown), strict=True)):
         experts = a["similarity"]["experts"]
         shift = 0.12 * (i - (len(shown) - 1) / 2)
         for entry in experts["per_layer"]:
@@ -144,12 +154,12 @@ def expert_similarity(analyses: Analyses) -> Figure | None:
 
 
 def coefficients(analysis: Analysis) -> Figure | None:
-    """Each coefficient through training, one panel a power, one line a layer and expert."""
+    """Draw the coefficients through training: a panel for each power, a line for each layer."""
     found = analysis.get("coefficients")
     if not found or not found["series"]:
         return None
     leaves = sorted({tag.rpartition("/")[2] for tag in found["series"]})
-    figure, panels = panels_of(
+    figure, panels = make_panels(
         [1.9] * len(leaves), f"Coefficients through training, {label_of(analysis)}"
     )
     layers = analysis["num_layers"]
@@ -175,13 +185,14 @@ def coefficients(analysis: Analysis) -> Figure | None:
 
 
 def curves(analysis: Analysis) -> Figure | None:
-    """Each layer's activation over the pre-activations seen, whose density is the grey area."""
+    """Draw each layer's activation over the pre-activations; the grey area is their density."""
     found = analysis.get("curves")
     if not found:
         return None
     layers = sorted({c["layer"] for c in found})
     rows = -(-len(layers) // 2)
-    figure = Figure(figsize=(WIDTH, 0.6 + 1.7 * rows), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH, 0.6 + 1.5 * rows), layout="constrained")
+    colour = STYLES[analysis["activation"]].light
     cells = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, layer in zip(cells, layers, strict=False):
         here = [c for c in found if c["layer"] == layer]
@@ -189,44 +200,47 @@ def curves(analysis: Analysis) -> Figure | None:
         density.set_yticks([])
         density.spines[:].set_visible(False)
         x, mean_density = _mean_density(here)
-        density.fill_between(x, mean_density, color=GREY, alpha=0.3, linewidth=0)
+        density.fill_between(x, mean_density, color=MUTED, alpha=0.3, linewidth=0)
         for c in here:
-            dashed = c["kind"] == "shared_experts"
             axes.plot(
                 c["x"],
                 c["y"],
-                color=COLOURS[1] if dashed else COLOURS[0],
-                linestyle="--" if dashed else "-",
+                color=colour,
+                linestyle="--" if c["kind"] == "shared_experts" else "-",
                 linewidth=1.8 if len(here) < 3 else 0.8,
             )
         density.set_ylim(bottom=0, top=3 * density.get_ylim()[1])
-        make_plain(axes)
-        # The curve stands before the density, whose axes are transparent but were made later.
+        axes.grid(visible=True)
+        # Draw the curve over the density, whose axes were made later.
         axes.set_zorder(density.get_zorder() + 1)
-        axes.patch.set_visible(False)
         axes.tick_params(labelsize=8)
-        axes.set_title(f"layer {layer + 1}", fontsize=9, loc="left")
+        axes.set_title(f"layer {layer + 1}", fontsize=9)
     for axes in cells[len(layers) :]:
         axes.set_visible(False)
-    figure.supxlabel("pre-activation; grey: how often", fontsize=9)
+    figure.supxlabel("pre-activation; grey: density", fontsize=9)
     figure.supylabel("activation", fontsize=9)
     set_title(figure, f"Activations as learned, {label_of(analysis)}")
     return figure
 
 
 def _mean_density(shown: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the densities of a layer's experts, over all their pre-activations."""
+    """Return the mean density of a layer's experts, over all their pre-activations."""
     x = np.linspace(min(c["x"][0] for c in shown), max(c["x"][-1] for c in shown), 160)
     each = [np.interp(x, c["x"], c["density"], left=0.0, right=0.0) for c in shown]
     return x, np.mean(each, axis=0)
 
 
 def power_shares(analyses: Analyses) -> Figure | None:
-    """Share of each power in the output by layer; of experts the mean."""
+    """Draw the share of each power in the output by layer; for experts the mean.
+
+    Bars have the colour of the activation, the darker the higher the power.
+    """
     shown = [a for a in analyses if a.get("power_shares")]
     if not shown:
         return None
-    figure, panels = panels_of([2.4] * len(shown), "Share of each power in the output", grid=False)
+    figure, panels = make_panels(
+        [2.4] * len(shown), "Shares of the powers in the output", grid=False
+    )
     for axes, a in zip(panels, shown, strict=True):
         entries = [e for e in a["power_shares"] if e["kind"] != "shared_experts"]
         layers = sorted({e["layer"] for e in entries})
@@ -240,26 +254,32 @@ def power_shares(analyses: Analyses) -> Figure | None:
                 [layer + 1 for layer in layers],
                 heights,
                 bottom=bottom,
-                color=(GREY, *COLOURS)[i],
-                edgecolor="white",
-                linewidth=0.8,
-                label=("constant", "$x$", "$x^2$", "$x^3$", "$x^4$")[i],
+                **_bar_of_power(i, STYLES[a["activation"]].light),
             )
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         axes.set_ylim(0, 1)
         axes.set_ylabel("share of mean square")
-        axes.set_title(label_of(a), fontsize=10, loc="left")
+        axes.set_title(label_of(a))
     finish_layers(figure, panels)
+    order = max(len(e["shares"]) for a in shown for e in a["power_shares"]) - 1
+    names = ("constant", "$x$", "$x^2$", "$x^3$", "$x^4$")[: order + 1]
+    legend_below(figure, {n: Patch(**_bar_of_power(i, MUTED)) for i, n in enumerate(names)})
     return figure
 
 
+def _bar_of_power(power: int, colour: str) -> dict[str, Any]:
+    """Return the style of a bar; opacity works on light and on dark ground."""
+    opacity = (0.1, 0.3, 0.55, 0.8, 1.0)[power]
+    return {"facecolor": to_rgba(colour, opacity), "edgecolor": PAPER, "linewidth": 0.8}
+
+
 def activation_statistics(analyses: Analyses) -> Figure | None:
-    """Saturation and outliers by layer; of experts the mean and the range."""
+    """Draw saturation and outliers by layer; for experts the mean and the range."""
     shown = [a for a in analyses if a.get("activations")]
     if not shown:
         return None
     measures: list[tuple[str, Callable[[Any], float], Any]] = [
-        ("kurtosis of what FC2 gets (normal: 3)", lambda e: e["after"]["kurtosis"], None),
+        ("kurtosis of the input of FC2 (normal: 3)", lambda e: e["after"]["kurtosis"], None),
         ("largest / RMS in a token's row", lambda e: e["after"]["max_over_rms"], "{x:g}"),
         (
             "share within 0.01 RMS of zero",
@@ -272,12 +292,12 @@ def activation_statistics(analyses: Analyses) -> Figure | None:
             ticker.PercentFormatter(1.0),
         ),
     ]
-    figure, panels = panels_of([2.0] * len(measures), "Outliers and saturation of activations")
+    figure, panels = make_panels([2.0] * len(measures), "Outliers and saturation of activations")
     for axes, (title, value, form) in zip(panels, measures, strict=True):
-        for a, style in zip(shown, styles(len(shown)), strict=True):
+        for a, style in zip(shown, line_styles(shown), strict=True):
             entries = [e for e in a["activations"] if e["kind"] != "shared_experts"]
             _by_layer(axes, entries, value, label_of(a), style)
-        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_title(title)
         if form is None:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -297,7 +317,7 @@ def _by_layer(
     label: str,
     style: dict[str, Any],
 ) -> None:
-    """The mean of a layer's entries as a line, their range as a band."""
+    """Draw the mean of each layer's entries as a line and their range as a band."""
     by_layer: dict[int, list[float]] = {}
     for entry in entries:
         by_layer.setdefault(entry["layer"], []).append(value(entry))
@@ -314,6 +334,6 @@ def _write_cells(axes: Axes, matrix: Sequence[Sequence[float]], lowest: float) -
     middle = lowest + 0.6 * (1.0 - lowest)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            # Not black itself: a page that makes black text light in the dark would hide it here.
+            # Not black itself: on a dark ground the page makes black text light, which hides it.
             colour = "#1a1a1a" if value > middle else "white"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)

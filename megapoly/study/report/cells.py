@@ -12,11 +12,11 @@ class Cell:
     """One cell.
 
     Args:
-        text: what it says.
-        spread: behind it, smaller.
-        below: a second line, smaller.
+        text: content.
+        spread: added after the text, smaller.
+        below: second line, smaller.
         best: whether it is the best of its column.
-        value: that it is ranked by.
+        value: number by which it is ranked.
     """
 
     text: str
@@ -31,11 +31,12 @@ class Table:
     """A table.
 
     Args:
-        title: above it.
-        columns: the headings, the first of the names of the rows.
-        rows: a name and cells each.
-        notes: sentences below it.
-        of_paper: columns from this one on are the paper's.
+        title: caption.
+        columns: headings; the first is that of the row names.
+        rows: name and cells of each.
+        notes: sentences below the table.
+        of_paper: index of the first column that is from the paper.
+        is_text: whether cells are text and not numbers.
     """
 
     title: str
@@ -43,15 +44,16 @@ class Table:
     rows: list[tuple[str, list[Cell]]]
     notes: list[str] = field(default_factory=list)
     of_paper: int | None = None
+    is_text: bool = False
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes or seconds."""
+    """Format seconds as hours, minutes or seconds."""
     if seconds >= 3600:
         return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, minus as such."""
+    """Format a number with its sign, and a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")

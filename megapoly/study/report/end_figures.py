@@ -9,28 +9,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from megapoly.config.data_sources import MEAN
-from megapoly.study.report import paper
-from megapoly.study.report.groups import Entry, RunGroup
-from megapoly.study.report.results import Reach, difference, known, reach, validation_loss, values
-from megapoly.study.report.statistics import paired
-from megapoly.study.report.style import (
+from megapoly.study.figure_style import (
     GRID,
     INK,
     LINE,
     MUTED,
     PAPER,
-    colour,
-    dashes,
-    legend,
+    legend_above,
+    mark_outliers,
     panels,
+    robust_limits,
 )
+from megapoly.study.report import paper
+from megapoly.study.report.groups import Entry, RunGroup
+from megapoly.study.report.lines import colour, line_styles, marker
+from megapoly.study.report.results import Reach, difference, known, reach, validation_loss, values
+from megapoly.study.report.statistics import paired
 
 # Inches.
 _ROW, _PAIR_OF_ROWS, _DOT = 0.27, 0.44, 0.1
 
 FINAL_CAPTION = (
-    "Every run at its activation's learning rate: a dot a seed, a bar at their mean where all "
-    "are finite. Lower is better; dashed: the reference."
+    "Every run at its activation's learning rate: a marker for each seed, a bar at their mean if "
+    "all are finite. Lower is better; dashed: the reference."
 )
 
 
@@ -44,12 +45,12 @@ def _rows(count: int, height: float = _ROW) -> tuple[Figure, Axes]:
 
 
 def name_of(group: RunGroup) -> str:
-    """The reference's label."""
+    """Return the reference's label, or nothing if there is no reference."""
     return group.reference.label if group.reference else ""
 
 
 def final_losses(group: RunGroup) -> Figure:
-    """A dot a seed, the lowest mean first."""
+    """Draw a marker for each seed, the lowest mean first."""
     found = []
     for entry in group.entries:
         numbers = values(entry, validation_loss())
@@ -60,7 +61,8 @@ def final_losses(group: RunGroup) -> Figure:
     found.sort(key=lambda item: item[0])
     figure, axes = _rows(len(found))
     for row, (middle, entry, losses) in enumerate(found):
-        axes.plot(losses, [row] * len(losses), "o", color=colour(entry), markersize=5, alpha=0.65)
+        style = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
+        axes.plot(losses, [row] * len(losses), markersize=5, alpha=0.65, **style)
         if math.isfinite(middle):
             axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
     if group.reference is not None:
@@ -69,34 +71,34 @@ def final_losses(group: RunGroup) -> Figure:
             axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
     axes.set_yticks(range(len(found)), [entry.label for _, entry, _ in found])
     axes.set_xlabel("final validation loss")
-    axes.margins(x=0.06)
+    points = [(x, row, colour(e)) for row, (_, e, losses) in enumerate(found) for x in losses]
+    axes.set_xlim(robust_limits([x for x, _, _ in points]))
+    mark_outliers(axes, "x", points)
     return figure
 
 
 def rates_caption(group: RunGroup) -> str:
-    """What :func:`learning_rates` draws."""
+    """Describe :func:`learning_rates`."""
     return (
-        f"Final {group.ranked_by} loss at each learning rate of the grid, of the seeds that all "
-        "rates have; a ring marks the rate that the tables are of. A line that falls to its end "
-        "asks for a wider grid; where a run diverged there is no point."
+        f"Final {group.ranked_by} loss at each learning rate of the grid, over the seeds that all "
+        "rates have; a ring marks the rate that the tables show. A line that falls towards its "
+        "end calls for a wider grid. A rate at which a run diverged has no point."
     )
 
 
 def learning_rates(group: RunGroup) -> Figure:
-    """Final loss against the learning rate, a line an entry."""
+    """Draw the final loss against the learning rate, one line for each entry."""
     figure, (axes,) = panels((3.1,))
     entries = [entry for entry in group.entries if len(entry.rates) > 1]
-    styles = dashes(entries)
+    styles = line_styles(entries)
+    marked = []
     for entry in entries:
         points = [(lr, score) for lr, score in entry.scores.items() if score is not None]
+        marked += [(score, lr, colour(entry)) for lr, score in points]
         axes.plot(
             [lr for lr, _ in points],
             [score for _, score in points],
-            "o",
-            color=colour(entry),
-            markersize=3.5,
-            linewidth=LINE,
-            linestyle=styles[entry.label],
+            **styles[entry.label],
             label=entry.label,
         )
         score = entry.scores[entry.lr]
@@ -116,18 +118,22 @@ def learning_rates(group: RunGroup) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"final {group.ranked_by} loss")
-    legend(figure, axes)
+    axes.set_xlim(axes.get_xlim())
+    if marked:
+        axes.set_ylim(robust_limits([score for score, _, _ in marked]))
+        mark_outliers(axes, "y", marked)
+    legend_above(figure, axes)
     return figure
 
 
 def reach_caption(group: RunGroup) -> str:
-    """What :func:`reaches` draws."""
+    """Describe :func:`reaches`."""
     run = group.runs[0]
     text = (
-        "Share of the run after which each is first at or below the final loss of "
+        "Share of the run after which each activation is first at or below the final loss of "
         f"{name_of(group)} with the same seed, linear between points; 100 % is the whole run, so "
-        "shorter is better. Bars: mean of the seeds that reach it, dots: each of them. Training "
-        f"loss is the mean over the last {run.window_steps} steps."
+        "shorter is better. Bars: mean of the seeds that reach it; dots: each of these seeds. "
+        f"Training loss is the mean over the last {run.window_steps} steps."
     )
     reported = paper.results(group.moe).reach
     if any(entry.activation in reported for entry in group.main):
@@ -136,7 +142,7 @@ def reach_caption(group: RunGroup) -> str:
 
 
 def reaches(group: RunGroup) -> Figure:
-    """Bars of tokens to reach the reference's final loss, by validation and by training loss."""
+    """Draw bars of tokens to reach the reference's final loss, by validation and training loss."""
     reference = group.reference
     assert reference is not None
     targets = {e.label: group.reference_for(e) or reference for e in group.entries}
@@ -175,23 +181,25 @@ def _reach_bar(axes: Axes, row: float, entry: Entry, found: Reach | None, strong
 
 
 def domains_caption(group: RunGroup) -> str:
-    """What :func:`domains_figure` draws."""
+    """Describe :func:`domains_figure`."""
     return (
-        f"Final validation loss minus that of {name_of(group)} of the same seed, by domain: a "
-        "small dot a seed, a large one their mean. Left of the line is better."
+        f"Final validation loss minus that of {name_of(group)} with the same seed, by domain: a "
+        "small marker for each seed, a large one at their mean. Left of the line is better."
     )
 
 
 def domains_figure(group: RunGroup) -> Figure:
-    """Differences to the reference in each domain."""
+    """Draw the differences to the reference in each domain."""
     reference = group.reference
     assert reference is not None
     others = [entry for entry in group.main if entry is not reference]
     names = [*group.runs[0].domains, MEAN]
     step = 0.8 / max(1, len(others))
     figure, axes = _rows(len(names), max(_ROW, _DOT * (len(others) + 1)))
+    points = []
     for index, entry in enumerate(others):
         label: str | None = entry.label
+        style = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
         for row, domain in enumerate(names):
             read = validation_loss(domain)
             found = difference(entry, reference, read)
@@ -199,16 +207,17 @@ def domains_figure(group: RunGroup) -> Figure:
                 continue
             place = row - 0.4 + step * (index + 0.5)
             seeds = list(paired(values(entry, read), values(reference, read)).values())
-            line = colour(entry)
-            axes.plot(seeds, [place] * len(seeds), "o", color=line, markersize=2.2, alpha=0.6)
-            axes.plot(
-                found.spread.mean, place, "o", color=line, markersize=5, linestyle="", label=label
-            )
+            axes.plot(seeds, [place] * len(seeds), markersize=2.2, alpha=0.6, **style)
+            axes.plot(found.spread.mean, place, markersize=5, label=label, **style)
+            points += [(gap, place, colour(entry)) for gap in seeds]
             label = None
     for row in range(len(names) - 1):
         axes.axhline(row + 0.5, color=GRID, linewidth=0.7)
     axes.axvline(0, color=colour(reference), linewidth=LINE)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"validation loss minus {reference.label}")
-    legend(figure, axes)
+    if points:
+        axes.set_xlim(robust_limits([0.0, *(gap for gap, _, _ in points)]))
+        mark_outliers(axes, "x", points)
+    legend_above(figure, axes)
     return figure

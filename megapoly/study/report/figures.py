@@ -1,4 +1,4 @@
-"""Every figure of a report by name, each a function of report.json's content alone."""
+"""Figures of a report by name; each depends only on the content of report.json."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from matplotlib.figure import Figure
 
 from megapoly.activations import registry
 from megapoly.errors import DataError
+from megapoly.study.figure_style import drawing
 from megapoly.study.report import end_figures, loss_figures
 from megapoly.study.report.content import Content
 from megapoly.study.report.grouping import group_runs
 from megapoly.study.report.groups import Entry, RunGroup
 from megapoly.study.report.loss_figures import Curves
-from megapoly.study.report.style import drawing
 
 THEORY = "theory"
-# The figures of section 4.4 that are of named activations.
+# Activations of one figure in section 4.4 of the paper.
 _RELU_VARIANTS = ("relu", "squared_relu", "polyrelu")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that a report has.
+    """A figure of a report.
 
     Args:
-        name: of its file, and of ``--figures``.
-        title: above it.
-        caption: what is drawn.
-        section: of the page: slug of the group, with ``_analysis`` behind it, or ``theory``.
-        draw: makes it.
+        name: of its file, and for ``--figures``.
+        title: heading on the page.
+        caption: description of what is drawn.
+        section: of the page: slug of the group, the slug with ``_analysis``, or ``theory``.
+        draw: function that draws it.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Picture:
     draw: Callable[[], Figure]
 
     def figure(self) -> Figure:
-        """Draw it."""
+        """Draw the figure as the page shows it."""
         with drawing():
             figure = self.draw()
-            # Title and command stand beside it on the page.
+            # The page has title and command beside the figure.
             figure.suptitle("").set_visible(False)
             if self.section == THEORY:
                 figure.supxlabel("").set_visible(False)
@@ -55,7 +55,7 @@ class Picture:
 
 
 def pictures(content: Content) -> list[Picture]:
-    """All that the runs of a report suffice for, in the order of the page."""
+    """Return all figures for which the report has the runs, in the order of the page."""
     groups = group_runs(content.runs, content.reference)
     found = [picture for group in groups for picture in _of_group(group)]
     found += [picture for group in groups for picture in _of_analyses(group)]
@@ -63,19 +63,18 @@ def pictures(content: Content) -> list[Picture]:
 
 
 def chosen(content: Content, names: Iterable[str]) -> list[Picture]:
-    """Figures by name.
+    """Return figures by name.
 
     Raises:
-        DataError: there is none of that name.
+        DataError: the report has no figure of that name.
     """
     found = {picture.name: picture for picture in pictures(content)}
     for name in names:
         if name not in found:
             near = difflib.get_close_matches(name, found, n=1, cutoff=0.0)
             raise DataError(
-                f"`--figures` ({name}) is none of this report's "
-                f"({', '.join(found) or 'it has none'})"
-                + (f"; the nearest is {near[0]}" if near else "")
+                f"`--figures` ({name}) is not a figure of this report; must be one of "
+                f"{', '.join(found)}" + (f"; the nearest is {near[0]}" if near else "")
             )
     return [found[name] for name in names]
 
@@ -130,7 +129,7 @@ def _of_group(group: RunGroup) -> list[Picture]:
 
 
 def _ablations(group: RunGroup) -> list[tuple[str, str, list[Entry]]]:
-    """Order, compositions and variants of ReLU like Fig. 5; models with options of their own."""
+    """Return order, compositions and variants of ReLU, like Fig. 5, and changed options."""
     plain = [entry for entry in group.entries if entry.plain]
     orders: dict[str, list[Entry]] = {}
     for entry in plain:
@@ -162,7 +161,7 @@ def _ablations(group: RunGroup) -> list[tuple[str, str, list[Entry]]]:
 
 
 def analyses(group: RunGroup) -> list[dict[str, Any]]:
-    """What is known of the inside of an entry, with its label."""
+    """Return the analyses of a group's entries, each with its label."""
     analysed = [(entry, entry.analysed) for entry in group.entries]
     return [
         {**run.analysis, "label": entry.label} for entry, run in analysed if run and run.analysis
@@ -187,12 +186,13 @@ def _of_analyses(group: RunGroup) -> list[Picture]:
         draw = getattr(figures, name)
         for analysis in content:
             if draw(analysis) is not None:
-                own = f"{name}_{_slug(analysis['label'])}"
+                own = f"{name}_{slug(analysis['label'])}"
                 add(own, f"{title}, {analysis['label']}", caption, partial(draw, analysis))
     return found
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
+    """Return a label as part of a file name or an id."""
     return re.sub(r"[^a-z0-9]+", "_", label.replace("²", "2").lower()).strip("_")
 
 
@@ -215,28 +215,29 @@ def _of_theory(content: Content) -> list[Picture]:
 def _statement(theory: dict[str, Any], name: str) -> Figure:
     from megapoly.study.theory import figures
 
-    return figures.draw_all(theory)[name]
+    return figures.draw(theory, name)
 
 
 _ANALYSES = {
     "effective_rank": (
         "Effective rank of the FFN weights",
-        "exp of the entropy of the normalised singular values (Eq. 36) by layer, like Fig. 6; of "
-        "experts the mean and the range. A matrix with fewer rows or columns has a lower one as it "
-        "starts, and gated FFNs have two thirds as many: compare these with each other.",
+        "exp of the entropy of the normalised singular values (Eq. 36) by layer, like Fig. 6; for "
+        "experts the mean and the range. A matrix with fewer rows or columns has a lower rank from "
+        "the start, and gated FFNs are two thirds as wide: compare gated FFNs with each other.",
     ),
     "similarity": (
         "Similarity of layers",
-        "Cosine similarity between the hidden states behind any two layers on validation text, "
+        "Cosine similarity between the hidden states after any two layers on validation text, "
         "like Fig. 7.",
     ),
     "expert_similarity": (
-        "Similarity before and behind a layer, by expert",
-        "Of the tokens that an expert gets: a dot an expert, a line their mean.",
+        "Similarity before and after a layer, by expert",
+        "Over the tokens that an expert gets: a dot for each expert, a line at their mean.",
     ),
     "power_shares": (
         "Share of each power in the output",
-        "Mean square of each term of the polynomial by layer, as a share of their sum.",
+        "Mean square of each term of the polynomial by layer, as a share of their sum; the darker "
+        "the bar, the higher the power.",
     ),
     "activation_statistics": (
         "Outliers and saturation",
@@ -244,20 +245,23 @@ _ANALYSES = {
     ),
 }
 _ANALYSES_OF_ONE = {
-    "coefficients": ("Coefficients through training", "A line a layer, a panel a power."),
+    "coefficients": (
+        "Coefficients through training",
+        "One line for each layer, one panel for each power.",
+    ),
     "curves": (
         "Activations as learned",
-        "Over the pre-activations seen on validation text, whose density is the grey area.",
+        "Over the pre-activations on validation text; the grey area is their density.",
     ),
 }
 _STATEMENTS = {
     "theorem_1": (
         "Lemma 1 and Theorem 1",
-        "A ReLU network and the PolyReLU network of the same size that equals it.",
+        "A ReLU network and the PolyReLU network of the same depth and width that equals it.",
     ),
     "lemma_a4": (
         "Lemma A.4",
-        "Units of the PolyReLU network that is x to the n exactly, against n.",
+        "Number of units of the PolyReLU network that equals x to the n, against n.",
     ),
     "lemma_2": (
         "Lemma 2",
@@ -269,7 +273,7 @@ _STATEMENTS = {
     ),
     "theorem_3": (
         "Theorem 3",
-        "Error of approximating smooth functions against parameters, next to ReLU networks; "
-        "dotted: the slope -n/d.",
+        "Error of approximating smooth functions against the number of parameters, for PolyReLU "
+        "and ReLU networks; dotted: the slope -n/d.",
     ),
 }

@@ -1,8 +1,7 @@
-"""The page: one HTML file that needs nothing besides itself."""
+"""The page: one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
+from megapoly.study.figure_style import png
 from megapoly.study.report import paper
 from megapoly.study.report.answer import answer
 from megapoly.study.report.cells import Cell, Table, duration
 from megapoly.study.report.content import FILE, Content
-from megapoly.study.report.figures import THEORY, Picture, pictures
+from megapoly.study.report.figures import THEORY, Picture, pictures, slug
 from megapoly.study.report.grouping import TOLERANCE, group_runs
 from megapoly.study.report.groups import RunGroup
 from megapoly.study.report.run_tables import own_options
 from megapoly.study.report.runs import Run, source_name
-from megapoly.study.report.style import colour_variables, lifted_variables, png, svg
+from megapoly.study.report.svg import colour_variables, lifted_variables, svg
 from megapoly.study.report.tables import tables
 
-_TOOL = "megapoly report"
+# Run in the folder of the page, so that the page does not depend on where that is.
+_COMMAND = f"megapoly report {FILE}"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Drawn:
     """A figure on the page.
 
     Args:
-        picture: what it is.
-        svg: the drawing.
-        command: draws it again.
+        picture: figure of the report.
+        svg: its drawing.
+        command: command that draws it again.
     """
 
     picture: Picture
@@ -43,25 +44,25 @@ class Drawn:
     command: str
 
 
-def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str, bytes]]:
-    """The page and its figures.
+def render(content: Content, recipes: Path) -> tuple[str, dict[str, bytes]]:
+    """Return the page and its figures.
 
     Args:
         content: of report.json.
-        folder: that the page will lie in, as commands name it.
         recipes: folder with the paper's configurations.
 
     Returns:
-        HTML, and PNG files by name.
+        HTML, and the content of PNG files by name. Both depend on nothing but the arguments: two
+        builds are equal byte for byte.
     """
     groups = group_runs(content.runs, content.reference)
     drawn, files = [], {}
     for picture in pictures(content):
-        # A figure each: saving lays it out, at the resolution that it is saved at.
+        # Two figures, because saving lays a figure out for the resolution at which it is saved.
         files[picture.name] = png(picture.figure())
         description = f"{picture.title}. {picture.caption}"
         drawing = Markup(svg(picture.figure(), picture.name, description))
-        drawn.append(Drawn(picture, drawing, command(folder, picture.name)))
+        drawn.append(Drawn(picture, drawing, f"{_COMMAND} --figures {picture.name} --output ."))
     environment = Environment(
         loader=PackageLoader("megapoly.study.report", "page"),
         autoescape=True,
@@ -69,17 +70,20 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = _unbroken
+    environment.filters |= {"unbroken": _unbroken, "breakable": _breakable, "slug": slug}
     light, dark = colour_variables()
+    sections = [_section(group, groups, drawn, recipes) for group in groups]
+    theory = [d for d in drawn if d.picture.section == THEORY]
     page = environment.get_template("index.html").render(
         content=content,
-        sections=[_section(group, groups, drawn, recipes) for group in groups],
-        theory=[d for d in drawn if d.picture.section == THEORY],
+        sections=sections,
+        contents=_contents(content, sections, theory),
+        theory=theory,
         theory_command=f"megapoly theory --output {content.theory_folder}",
         notes=_notes(content.notes),
         unfinished=[_unfinished(run) for run in content.runs if not run.complete],
         comparisons=[_comparison(key, content) for key in content.comparisons],
-        remake=f"{_TOOL} {shlex.quote(str(folder / FILE))} --output {shlex.quote(str(folder))}",
+        remake=f"{_COMMAND} --output .",
         light=light,
         dark=dark | lifted_variables(str(d.svg) for d in drawn),
         wall_time=duration(sum(run.wall_time_s for run in content.runs)),
@@ -87,28 +91,50 @@ def render(content: Content, folder: Path, recipes: Path) -> tuple[str, dict[str
     return page, files
 
 
-def command(folder: Path, name: str) -> str:
-    """The command that draws a figure again."""
-    words = [str(folder / FILE), "--figures", name, "--output", str(folder)]
-    return f"{_TOOL} {shlex.join(words)}"
+def _contents(
+    content: Content, sections: Sequence[dict[str, Any]], theory: Sequence[Drawn]
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return id and title of each section, and those of its tables and figures."""
+    found: list[tuple[str, str, list[tuple[str, str]]]] = []
+    if content.notes:
+        found.append(("findings", "Findings", []))
+    for section in sections:
+        name = section["slug"]
+        inner = [(f"{name}_table_{slug(t.title)}", t.title) for t in section["tables"]]
+        found.append((name, section["title"], [*inner, *_links(section["figures"])]))
+        if section["analyses"]:
+            inner = _links(section["analyses"])
+            found.append((f"{name}_analysis", f"{section['title']}, inside", inner))
+    if theory:
+        found.append(("theory", "Theory", _links(theory)))
+    return [*found, ("made", "How this was made", [])]
+
+
+def _links(drawn: Sequence[Drawn]) -> list[tuple[str, str]]:
+    return [(each.picture.name, each.picture.title) for each in drawn]
 
 
 def _unbroken(text: str) -> Markup:
-    """A command whose options stay in one line each."""
-    words = [
-        Markup("<span>{}</span>").format(word) if word.startswith("-") else escape(word)
-        for word in text.split(" ")
+    """Return a command in which no line breaks within an option."""
+    arguments = [
+        Markup("<span>{}</span>").format(each) if each.startswith("-") else escape(each)
+        for each in text.split(" ")
     ]
-    return Markup(" ").join(words)
+    return Markup(" ").join(arguments)
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that may break after each underscore."""
+    return escape(name).replace("_", Markup("_<wbr>"))
 
 
 def _section(
     group: RunGroup, groups: Sequence[RunGroup], drawn: Sequence[Drawn], recipes: Path
 ) -> dict[str, Any]:
-    run = group.runs[0]
+    run, title = group.runs[0], _title(group, groups)
     return {
         "slug": group.slug,
-        "title": _title(group, groups),
+        "title": title,
         "answer": answer(group),
         "equal": _equal(group),
         "apart": _apart(group, groups),
@@ -121,13 +147,13 @@ def _section(
         "data": _data(group),
         "fingerprints": _fingerprints(group),
         "tokenizer": _tokenizer(run),
-        "paper": _against_paper(group, recipes),
+        "paper": _against_paper(group, title, recipes),
         "repeated": [f"{old.name}, for {new.name}" for old, new in group.repeated],
     }
 
 
 def _title(group: RunGroup, groups: Sequence[RunGroup]) -> str:
-    """The kind of model, with its size where there are several groups of a kind."""
+    """Return the kind of model, with its size if there are several groups of a kind."""
     kind = "Mixture of experts" if group.moe else "Dense"
     run = group.runs[0]
     if sum(other.moe == group.moe for other in groups) == 1:
@@ -144,20 +170,20 @@ def _title(group: RunGroup, groups: Sequence[RunGroup]) -> str:
 
 
 def _difference(group: RunGroup, other: RunGroup) -> str:
-    """The first thing that differs."""
+    """Describe the first difference between two groups."""
     name = next(name for name, value in group.key.items() if value != other.key[name])
     value = group.key[name]
     return f"{value:,} {name}" if isinstance(value, int) else f"other {name}"
 
 
 def _equal(group: RunGroup) -> str:
-    """What all runs of the group share."""
+    """Describe what all runs of the group share."""
     run, sizes = group.runs[0], [run.parameters for run in group.runs]
     difference = max(sizes) - min(sizes)
     size = f"{paper.short(run.parameters)} parameters"
     if group.moe:
         size += f" ({paper.short(run.active_parameters)} active)"
-    known = "as their checkpoints say" if run.data else "as their configurations say"
+    known = "according to their checkpoints" if run.data else "according to their configurations"
     orders: dict[str, set[str]] = {}
     for each in group.runs:
         orders.setdefault(each.seed, set()).add(str(each.data and each.data["fingerprint"]))
@@ -168,12 +194,12 @@ def _equal(group: RunGroup) -> str:
         f"{len(group.runs)} runs on the same data {order} ({known}), "
         f"{run.tokens:,} tokens in {run.steps:,} steps of "
         f"{run.config['training']['global_batch_size']} sequences, and {size}, "
-        + (f"which differ by {difference:,} at most." if difference else "the same in all.")
+        + (f"which differ by at most {difference:,}." if difference else "the same in all.")
     )
 
 
 def _apart(group: RunGroup, groups: Sequence[RunGroup]) -> str | None:
-    """Why it is not compared with the first group of its kind."""
+    """Say why the group is not compared with the first group of its kind."""
     first = next(other for other in groups if other.moe == group.moe)
     if first is group:
         return None
@@ -185,14 +211,14 @@ def _apart(group: RunGroup, groups: Sequence[RunGroup]) -> str | None:
     ]
     if len(sizes) == len(names):
         return (
-            f"Apart from the first group of this kind: {' and '.join(sizes)} differ by more than "
-            f"{TOLERANCE:.0%}."
+            f"Not compared with the first group of this kind: {' and '.join(sizes)} differ by more "
+            f"than {TOLERANCE:.0%}."
         )
-    return f"Apart from the first group of this kind, which has other {', '.join(names)}."
+    return f"Not compared with the first group of this kind, which has other {', '.join(names)}."
 
 
 def _common(group: RunGroup) -> str:
-    """What is equal in all configurations, as YAML."""
+    """Return what is equal in all configurations, as YAML."""
     configs = [run.config for run in group.runs]
     shared: dict[str, Any] = {}
     for section, options in configs[0].items():
@@ -208,7 +234,7 @@ def _common(group: RunGroup) -> str:
 
 
 def _data(group: RunGroup) -> Table:
-    """Sources of the training data, with how often the run reads each."""
+    """Return the sources of the training data, with how often the run reads each."""
     run = group.runs[0]
     if run.data is None:
         blend = run.config["data"]["blend"] or [{"name": "built-in books"}]
@@ -230,12 +256,14 @@ def _data(group: RunGroup) -> Table:
         "Training data",
         ["source", "share", "tokens in its files", "times read", "fingerprint"],
         rows,
-        [] if run.data else ["No checkpoint tells shares and fingerprints of the files."],
+        []
+        if run.data
+        else ["Shares and fingerprints of the files are unknown without a checkpoint."],
     )
 
 
 def _fingerprints(group: RunGroup) -> list[tuple[str, str]]:
-    """Fingerprint of the sequence of samples, by seed."""
+    """Return the fingerprint of the sequence of samples, by seed."""
     return sorted({(run.seed, run.data["fingerprint"]) for run in group.runs if run.data})
 
 
@@ -245,8 +273,8 @@ def _tokenizer(run: Run) -> str:
     return text + (f", SHA-256 {run.data['tokenizer'][:16]}.." if run.data else "")
 
 
-def _against_paper(group: RunGroup, recipes: Path) -> list[tuple[str, str, str]]:
-    """Rows of what is here and what is in the paper; equal ones are left out."""
+def _against_paper(group: RunGroup, title: str, recipes: Path) -> Table:
+    """Return the table of what differs from the paper."""
     entry = group.reference or group.entries[0]
     run = next(iter(entry.seeds.values()))
     here = paper.facts(run.config, run.parameters, run.active_parameters)
@@ -257,7 +285,11 @@ def _against_paper(group: RunGroup, recipes: Path) -> list[tuple[str, str, str]]
     seeds = sorted({len(entry.seeds) for entry in group.entries})
     here["seeds"], there["seeds"] = " or ".join(map(str, seeds)), "one"
     here["hardware"], there["hardware"] = _processes(run), paper.results(group.moe).hardware
-    return [(name, here[name], there[name]) for name in here if here[name] != there[name]]
+    differing = [name for name in here if here[name] != there[name]]
+    rows = [(name, [Cell(here[name]), Cell(there[name])]) for name in differing]
+    return Table(
+        f"{title}: what differs from the paper", ["what", "here", "paper"], rows, is_text=True
+    )
 
 
 def _processes(run: Run) -> str:
@@ -267,7 +299,7 @@ def _processes(run: Run) -> str:
 
 
 def _analysis_notes(group: RunGroup) -> list[tuple[str, str]]:
-    """How each analysis was made: its command and methods."""
+    """Return label and command of each analysis."""
     analysed = [(entry, entry.analysed) for entry in group.entries]
     return [
         (f"{entry.label}, seed {run.seed}", str(run.analysis["command"]))
@@ -282,7 +314,7 @@ def _unfinished(run: Run) -> str:
 
 
 def _comparison(key: str, content: Content) -> dict[str, Any]:
-    """A comparison's command, machine and versions."""
+    """Return commands, machine and versions of a comparison."""
     found = content.comparisons[key]
     runs = [run for run in content.runs if run.comparison == key]
     hardware = found.get("hardware") or {}
@@ -304,6 +336,6 @@ def _comparison(key: str, content: Content) -> dict[str, Any]:
 
 
 def _notes(text: str) -> Markup:
-    # Pictures would lie outside of the page.
+    # Images would be files outside of the page.
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
     return Markup(markdown.render(text)) if text else Markup("")

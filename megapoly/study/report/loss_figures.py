@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from megapoly.study.figure_style import LINE, legend_above, mark_outliers, panels, robust_limits
 from megapoly.study.report import paper
 from megapoly.study.report.groups import Entry, RunGroup
+from megapoly.study.report.lines import colour, line_styles
 from megapoly.study.report.runs import Run
 from megapoly.study.report.statistics import paired
-from megapoly.study.report.style import LINE, colour, dashes, legend, panels
 
-# Share of the tokens that the vertical range does not look at: losses fall from ln(vocabulary).
-_BEGINNING = 0.2
+# Share of the tokens at the start that the vertical range ignores: losses fall from ln(vocabulary).
+_IGNORED = 0.2
+# Markers on each line.
+_NUM_MARKERS = 8
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a figure of curves is of.
+    """Content of a figure of curves.
 
     Args:
         group: of the entries.
         entries: lines.
-        validation: mean validation loss; false: smoothed training loss.
+        validation: draw the mean validation loss; false: the smoothed training loss.
     """
 
     group: RunGroup
@@ -36,22 +40,22 @@ class Curves:
 
     @property
     def baseline(self) -> Entry | None:
-        """What differences are to: the group's reference, or the first of several lines."""
+        """Subtrahend of the differences: the group's reference, or the first of several lines."""
         if self.group.reference is not None:
             return self.group.reference
         return self.entries[0] if len(self.entries) > 1 else None
 
     def baseline_of(self, entry: Entry) -> Entry | None:
-        """The baseline of one line, which has its options where there is such a run."""
+        """Return the baseline of one line, with the same options if such a run exists."""
         return self.group.reference_for(entry) or self.baseline
 
     def curve(self, run: Run) -> dict[int, float | None]:
-        """Loss of a run by tokens."""
+        """Return the loss of a run by tokens."""
         return dict(zip(*run.curve(validation=self.validation), strict=True))
 
 
 def curves_caption(spec: Curves) -> str:
-    """What :func:`curves` draws."""
+    """Describe :func:`curves`."""
     run = spec.group.runs[0]
     if spec.validation:
         text = "Mean validation loss"
@@ -60,9 +64,9 @@ def curves_caption(spec: Curves) -> str:
     text += " against tokens: mean over seeds, band from lowest to highest."
     baseline = spec.baseline
     if baseline is not None and _pairs(spec):
-        text += f" Below it the difference to {baseline.label} at the same tokens and seed"
+        text += f" Below: the difference to {baseline.label} at the same tokens and seed"
         others = any(entry.variant for entry in spec.entries)
-        text += ", with the same options where there is such a run." if others else "."
+        text += ", with the same options if such a run exists." if others else "."
     if len({entry.lr for entry in spec.entries}) > 1:
         rates = ", ".join(f"{entry.label} {entry.lr:g}" for entry in spec.entries)
         text += f" Learning rates: {rates}."
@@ -70,7 +74,7 @@ def curves_caption(spec: Curves) -> str:
 
 
 def _pairs(spec: Curves) -> dict[str, list[tuple[Run, Run]]]:
-    """Runs with the run of their baseline with the same seed, by label."""
+    """Return runs, each with its baseline's run of the same seed, by label."""
     found = {}
     for entry in spec.entries:
         other = spec.baseline_of(entry)
@@ -83,27 +87,29 @@ def _pairs(spec: Curves) -> dict[str, list[tuple[Run, Run]]]:
 
 
 def curves(spec: Curves) -> Figure:
-    """Curves like Fig. 1, and their difference to the reference."""
+    """Draw curves like Fig. 1, and their difference to the reference."""
     pairs, baseline = _pairs(spec), spec.baseline
     figure, axes = panels((2.6, 2.2) if pairs else (3.2,))
-    styles = dashes(spec.entries)
-    for entry in spec.entries:
+    styles = line_styles(spec.entries)
+    for i, entry in enumerate(spec.entries):
+        style = {"label": entry.label, **styles[entry.label]}
+        phase = i / len(spec.entries)
         losses = [spec.curve(run) for run in entry.seeds.values()]
-        _band(axes[0], losses, entry, styles[entry.label])
+        _band(axes[0], losses, style, phase)
         if entry.label in pairs:
             gaps = [_differences(*map(spec.curve, pair)) for pair in pairs[entry.label]]
-            _band(axes[1], gaps, entry, styles[entry.label])
+            _band(axes[1], gaps, style, phase)
     axes[0].set_ylabel("validation loss" if spec.validation else "training loss")
     if pairs and baseline is not None:
         axes[1].axhline(0, color=colour(baseline), linewidth=LINE)
         axes[1].set_ylabel(f"minus {baseline.label}")
         axes[0].tick_params(labelbottom=False)
-    start = spec.group.runs[0].tokens * _BEGINNING
+    start = spec.group.runs[0].tokens * _IGNORED
     for panel in axes:
         _tokens_axis(panel, spec.group)
-        _look_at(panel, start)
+        _set_range(panel, start)
     axes[-1].set_xlabel("tokens")
-    legend(figure, axes[0])
+    legend_above(figure, axes[0])
     return figure
 
 
@@ -115,22 +121,26 @@ def _differences(
 
 
 def _band(
-    axes: Axes,
-    seeds: Sequence[dict[int, float | None]],
-    entry: Entry,
-    style: tuple[float, tuple[float, ...] | None],
+    axes: Axes, seeds: Sequence[dict[int, float | None]], style: dict[str, Any], phase: float
 ) -> None:
-    """Mean of the seeds and the range between them, where all have a value."""
+    """Draw mean and range of the seeds where all have a value.
+
+    Args:
+        axes: to draw on.
+        seeds: values by tokens.
+        style: of the line.
+        phase: shift of the markers, of their distance, so that those of two lines do not coincide.
+    """
     tokens = [t for t in seeds[0] if all(s.get(t) is not None for s in seeds)] if seeds else []
     at = [[value for s in seeds if (value := s[token]) is not None] for token in tokens]
     if not at:
         return
-    line = colour(entry)
     if len(seeds) > 1:
         low, high = [min(v) for v in at], [max(v) for v in at]
-        axes.fill_between(tokens, low, high, color=line, alpha=0.18, linewidth=0)
+        axes.fill_between(tokens, low, high, color=style["color"], alpha=0.18, linewidth=0)
     means = [sum(v) / len(v) for v in at]
-    axes.plot(tokens, means, color=line, linewidth=LINE, linestyle=style, label=entry.label)
+    distance = max(1, len(at) // _NUM_MARKERS)
+    axes.plot(tokens, means, markevery=(int(phase * distance), distance), **style)
 
 
 def _tokens_axis(axes: Axes, group: RunGroup) -> None:
@@ -138,13 +148,20 @@ def _tokens_axis(axes: Axes, group: RunGroup) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: paper.short(x) if x else "0"))
 
 
-def _look_at(axes: Axes, start: float) -> None:
-    """Set the vertical range by what lies right of ``start``, bands and level lines, too."""
-    lines = [np.column_stack((line.get_xdata(), line.get_ydata())) for line in axes.get_lines()]
-    level = [float(line[0, 1]) for line in lines if len(line) and np.ptp(line[:, 1]) == 0]
+def _set_range(axes: Axes, start: float) -> None:
+    """Set the vertical range by what lies right of ``start``: lines, bands and level lines."""
+    lines = {line: np.column_stack((line.get_xdata(), line.get_ydata())) for line in axes.lines}
+    level = [float(xy[0, 1]) for xy in lines.values() if len(xy) and np.ptp(xy[:, 1]) == 0]
     bands = [path.vertices for band in axes.collections for path in band.get_paths()]
-    points = np.concatenate([*lines, *bands]) if lines or bands else np.empty((0, 2))
+    points = np.concatenate([*lines.values(), *bands]) if lines or bands else np.empty((0, 2))
     seen = [*level, *points[points[:, 0] >= start, 1].tolist()]
-    if len(seen) > 1 and max(seen) > min(seen):
-        margin = 0.06 * (max(seen) - min(seen))
-        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    if not seen:
+        return
+    axes.set_ylim(robust_limits(seen))
+    # Of each line the highest and the lowest point.
+    extremes = []
+    for line, xy in lines.items():
+        right = xy[xy[:, 0] >= start]
+        for index in {int(right[:, 1].argmin()), int(right[:, 1].argmax())} if len(right) else ():
+            extremes.append((float(right[index, 1]), float(right[index, 0]), str(line.get_color())))
+    mark_outliers(axes, "y", extremes)

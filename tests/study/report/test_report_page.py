@@ -15,7 +15,7 @@ from megapoly.activations.registry import ACTIVATIONS
 from megapoly.commands.report import main
 from megapoly.study.report import content as contents
 from megapoly.study.report.figures import pictures
-from megapoly.study.report.style import svg
+from megapoly.study.report.svg import svg
 
 ROOT = Path(__file__).parents[3]
 COEFFICIENT = "activation/layer_00/ffn/a0"
@@ -80,10 +80,12 @@ class References(HTMLParser):
         super().__init__()
         self.in_code = False
         self.loaded, self.ids, self.text, self.tags, self.code = [], [], "", [], ""
+        self.elements = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.elements.append((tag, dict(attrs)))
         self.code += "\n" * (tag == "code")
         self.in_code = self.in_code or tag == "code"
         for name, value in attrs:
@@ -114,6 +116,33 @@ def test_page_needs_nothing_besides_itself(made):
     # What is referred to is there, and once.
     assert {r[1:] for r in found.loaded if r.startswith("#")} <= set(found.ids)
     assert len(found.ids) == len(set(found.ids))
+
+
+def test_every_part_can_be_found_and_named(made):
+    found = References((made / "page/index.html").read_text())
+    by_tag = {}
+    for tag, attributes in found.elements:
+        by_tag.setdefault(tag, []).append(attributes)
+    headings = [each for tag, each in found.elements if re.fullmatch(r"h[2-4]", tag)]
+    links = [each["href"] for each in by_tag["a"]]
+    # The author's own headings in the notes may be without.
+    assert len(headings) > 20 and all(each.get("id") for each in headings)
+    assert {each[1:] for each in links if each.startswith("#")} <= set(found.ids)
+    # The contents and the heading itself link to each table and figure of a group.
+    figures = [each for each in found.ids if (made / f"page/figures/{each}.png").exists()]
+    assert len(figures) == 10 and all(links.count(f"#{each}") == 2 for each in figures)
+    assert len(by_tag["table"]) == len(by_tag["caption"]) == 7
+    labels = [each["aria-label"] for each in by_tag["button"] if each.get("class") == "copy"]
+    assert len(labels) == len(set(labels)) == 13
+    assert "copy the command that draws figure dense_domains" in labels
+
+
+def test_two_builds_are_equal_byte_for_byte(made, tmp_path):
+    assert main([str(made / "page/report.json"), "--output", str(tmp_path / "again")]) == 0
+    files = sorted(path.relative_to(made / "page") for path in (made / "page").rglob("*.*"))
+    assert len(files) == 12
+    for file in files:
+        assert (tmp_path / "again" / file).read_bytes() == (made / "page" / file).read_bytes(), file
 
 
 def test_headings_leave_out_no_level(made):
@@ -159,7 +188,7 @@ def test_page_says_what_it_is_made_of(made):
         "unfinished: step 40 of 50",
         "python tools/compare_activations.py --config tiny.yaml",
         "some <CPU>, 2 cores, 8 GiB memory",
-        "1 h 4 min, added up",
+        "1 h 4 min in total",
         "cosine, to 0.1 of it",
         "of at most 2,560 tokens of each, the same for all runs",
         "ffffffffffff0001",
@@ -173,7 +202,7 @@ def test_page_says_what_it_is_made_of(made):
 
 
 def test_every_figure_is_drawn_again_by_its_command(made, monkeypatch):
-    monkeypatch.chdir(made)
+    monkeypatch.chdir(made / "page")
     page = References((made / "page/index.html").read_text()).code
     commands = re.findall(r"megapoly report (\S+ --figures \S+ --output \S+)", page)
     names = {path.stem for path in (made / "page/figures").glob("*.png")}
@@ -193,12 +222,12 @@ def test_every_figure_is_drawn_again_by_its_command(made, monkeypatch):
     before = {name: (made / f"page/figures/{name}.png").read_bytes() for name in names}
     for path in (made / "page/figures").iterdir():
         path.unlink()
-    words = [shlex.split(command) for command in commands]
+    arguments = [shlex.split(command) for command in commands]
     # One by its own command, the others in one go: each draws what the page has alone.
-    assert main(words[0]) == 0
-    assert [path.stem for path in (made / "page/figures").iterdir()] == [words[0][2]]
-    rest = [w[2] for w in words]
-    assert main([words[0][0], "--figures", *rest, "--output", words[0][4]]) == 0
+    assert main(arguments[0]) == 0
+    assert [path.stem for path in (made / "page/figures").iterdir()] == [arguments[0][2]]
+    rest = [each[2] for each in arguments]
+    assert main([arguments[0][0], "--figures", *rest, "--output", arguments[0][4]]) == 0
     after = {name: (made / f"page/figures/{name}.png").read_bytes() for name in names}
     assert before == after
 
@@ -246,7 +275,7 @@ def test_report_json_holds_no_place_on_disk(made):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["{made}/dense/none"], "does not exist"),
         (["{made}/page/figures"], "holds no run, which is a folder with `config.yaml`"),
@@ -263,9 +292,9 @@ def test_report_json_holds_no_place_on_disk(made):
         (["{made}/page/report.json", "--theory", "{made}"], "theory.json"),
     ],
 )
-def test_errors(made, tmp_path, capsys, words, message):
-    words = [word.format(made=made) for word in words]
-    assert main([*words, "--output", str(tmp_path / "page")]) == 2
+def test_errors(made, tmp_path, capsys, arguments, message):
+    arguments = [each.format(made=made) for each in arguments]
+    assert main([*arguments, "--output", str(tmp_path / "page")]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "page").exists()
 
@@ -309,5 +338,6 @@ def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
     drawn = path.read_bytes()
     path.unlink()
     command = re.search(r"megapoly report (\S+ --figures theory_lemma_2 --output \S+)", found.code)
+    monkeypatch.chdir(tmp_path / "page")
     assert main(shlex.split(command[1])) == 0
     assert path.read_bytes() == drawn

@@ -5,6 +5,7 @@ import statistics
 import pytest
 from made_runs import write_run
 
+from megapoly.study.figure_style import MUTED
 from megapoly.study.report import results
 from megapoly.study.report.answer import answer
 from megapoly.study.report.content import read
@@ -13,7 +14,6 @@ from megapoly.study.report.grouping import group_runs
 from megapoly.study.report.loss_figures import Curves, curves
 from megapoly.study.report.run_tables import learning_rates
 from megapoly.study.report.runs import read_run
-from megapoly.study.report.style import MUTED
 from megapoly.study.report.tables import domains, losses, tokens_to_reach
 
 # Validation loss of domains a and b halfway and at the end, by activation and seed.

@@ -12,13 +12,14 @@
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", label);
   label();
-  if (!navigator.clipboard) return;  // only where the page is served securely
+  if (!navigator.clipboard) return;  // available only if the page is served securely
   for (const button of document.querySelectorAll("button.copy")) {
+    const name = button.ariaLabel;
     button.hidden = false;
     button.addEventListener("click", async () => {
       await navigator.clipboard.writeText(button.previousElementSibling.textContent);
-      button.textContent = "copied";
-      setTimeout(() => { button.textContent = "copy"; }, 1200);
+      button.textContent = button.ariaLabel = "copied";
+      setTimeout(() => { button.textContent = "copy"; button.ariaLabel = name; }, 1200);
     });
   }
 })();
