@@ -1,4 +1,4 @@
-"""The built-in text: books of Melville, Shakespeare and Milton, see the README beside this file."""
+"""The built-in text: Melville, Shakespeare and Milton; see docs/reference/builtin_text.md."""
 
 from __future__ import annotations
 
