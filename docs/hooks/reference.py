@@ -11,6 +11,8 @@ import inspect
 import itertools
 import re
 import textwrap
+from collections.abc import Iterable
+from dataclasses import MISSING
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
 
-# What a command's table leaves out.
+# What the options of a command's own parser leave out.
 NOTES = {
     "train": "Also every field of the [configuration](configuration.md), `--section.field value`.",
     "launch": "The options are those of torchrun.",
@@ -42,8 +44,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(html: str, page: object, config: MkDocsConfig, files: Files) -> str:
+    """Leave out the roles that docstrings put before names, such as ``:func:``."""
+    return re.sub(r":\w+:(?=<code>)", "", html)
+
+
 def configuration_page() -> str:
-    """Return a page with a table for each section of the schema, a row for each option."""
+    """Return a page with the options of each section of the schema."""
     page = [
         "# Configuration",
         "",
@@ -53,8 +60,8 @@ def configuration_page() -> str:
         "prints the resolved configuration.",
     ]
     for section, title in {"": "The run", **SECTIONS}.items():
-        heading = f"`{section}`: {title.rstrip('.')}" if section else title
-        page += ["", f"## {heading}", "", *_options_table(section)]
+        heading = f"`{section}`: {title.partition(';')[0].rstrip('.')}" if section else title
+        page += ["", f"## {heading}", *_described(_options(section))]
         for option in _options(section):
             if option.entry is not None:
                 page += ["", *_entry(option, option.entry)]
@@ -65,14 +72,14 @@ def _options(section: str) -> list[Option]:
     return [option for key, option in OPTIONS.items() if key.rpartition(".")[0] == section]
 
 
-def _options_table(section: str) -> list[str]:
-    rows = ["| option | default | value | meaning |", "|---|---|---|---|"]
-    for option in _options(section):
-        # An attribute list gives the row's name an anchor: a link leads to one option.
+def _described(options: Iterable[Option]) -> list[str]:
+    """Return a definition list: names with anchors, defaults, kinds of value, meanings."""
+    page = []
+    for option in options:
         name = f"`{option.key}`{{ #{option.key} }}"
-        cells = (name, f"`{_plain(option.default)}`", _kind(option), _prose(option.description))
-        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
-    return rows
+        default = "" if option.default is MISSING else f" = `{_plain(option.default)}`"
+        page += ["", f"{name}{default}, {_kind(option)}", f":   {_prose(option.description)}"]
+    return page
 
 
 def _kind(option: Option) -> str:
@@ -83,25 +90,13 @@ def _kind(option: Option) -> str:
 def _entry(option: Option, entry: type) -> list[str]:
     """Return the description of the mappings that an option may hold."""
     text = (inspect.getdoc(entry) or "").partition("\nArgs:")[0].strip()
-    fields = options_of(entry, "").values()
-    rows = [
-        f"| `{each.key}` | {_cell(_kind(each))} | {_cell(_prose(each.description))} |"
-        for each in fields
-    ]
-    heading = f"### An entry of `{option.key}`"
     paragraphs = (["", *_paragraph(each)] for each in re.split(r"\n\n+", text))
-    return [
-        heading,
-        *itertools.chain(*paragraphs),
-        "",
-        "| key | value | meaning |",
-        "|---|---|---|",
-        *rows,
-    ]
+    fields = options_of(entry, f"{option.key}.").values()
+    return [f"### An entry of `{option.key}`", *itertools.chain(*paragraphs), *_described(fields)]
 
 
 def commands_page() -> str:
-    """Return a page with every command: what it does, and a table of its options."""
+    """Return a page with every command: what it does, and its options."""
     page = [
         "# Commands",
         "",
@@ -139,7 +134,7 @@ def _section(
     page = ["", f"{'#' * level} megapoly {name} {{ #{anchor} }}"]
     for paragraph in re.split(r"\n\n+", inspect.getdoc(module) or ""):
         page += ["", *_paragraph(paragraph.strip("\n"))]
-    return page if parser is None else [*page, "", *_arguments_table(parser)]
+    return page if parser is None else [*page, *_arguments(parser)]
 
 
 def _paragraph(text: str) -> list[str]:
@@ -152,14 +147,14 @@ def _paragraph(text: str) -> list[str]:
     return [_prose(text)]
 
 
-def _arguments_table(parser: argparse.ArgumentParser) -> list[str]:
-    rows = []
+def _arguments(parser: argparse.ArgumentParser) -> list[str]:
+    page = []
     for group in parser._action_groups:
         own = [_argument(parser, action) for action in group._group_actions if _is_own(action)]
         if own and group.title not in ("positional arguments", "options"):
-            own.insert(0, f"| *{_cell(_prose(group.title or ''))}* | |")
-        rows += own
-    return ["| option | meaning |", "|---|---|", *rows] if rows else []
+            page += ["", f"**{_prose(group.title or '')}**"]
+        page += itertools.chain(*own)
+    return page
 
 
 def _is_own(action: argparse.Action) -> bool:
@@ -168,10 +163,10 @@ def _is_own(action: argparse.Action) -> bool:
     return not hidden and action.dest not in OPTIONS
 
 
-def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
+def _argument(parser: argparse.ArgumentParser, action: argparse.Action) -> list[str]:
     text = (action.help or "") % {"default": action.default, "prog": parser.prog}
     remark = " (required)" if action.required and action.option_strings else ""
-    return f"| {_cell(f'`{_invocation(action)}`')} | {_cell(_prose(text) + remark)} |"
+    return ["", f"`{_invocation(action)}`{remark}", f":   {_prose(text)}"]
 
 
 def _invocation(action: argparse.Action) -> str:
@@ -199,7 +194,3 @@ def _prose(text: str) -> str:
 def _plain(value: object) -> str:
     """Return a default as YAML has it."""
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|")

@@ -63,13 +63,18 @@ def test_the_notebook_prints_what_it_shows():
 
 def test_configuration_page_has_every_option(reference):
     page = reference.configuration_page()
-    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    lines = page.splitlines()
+    terms = {line.split("`")[1]: i for i, line in enumerate(lines) if line.startswith("`")}
     for key, option in OPTIONS.items():
-        assert option.description.split()[0].strip("`:;,") in rows[key]
-    assert "| `0.01` | a finite number |" in rows["model.moe_aux_loss_coeff"]
-    assert "| `1` | a whole number |" in rows["parallel.tensor_model_parallel_size"]
-    assert "| `false` | true or false |" in rows["training.bf16"]
-    assert "one of all_gather" in rows["parallel.cp_comm_type"].replace("p2p, ", "")
+        assert option.description.split()[0].strip("`:;,") in lines[terms[key] + 1]
+    for key, shown in {
+        "model.moe_aux_loss_coeff": "= `0.01`, a finite number",
+        "parallel.tensor_model_parallel_size": "= `1`, a whole number",
+        "training.bf16": "= `false`, true or false",
+        "parallel.recompute_modules": "= `[core_attn]`, a list of core_attn, mlp, moe",
+        "data.blend.tokens": "= `null`, a whole number, or null",
+    }.items():
+        assert lines[terms[key]].endswith(shown)
 
 
 def test_commands_page_has_every_option(reference):
