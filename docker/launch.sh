@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start training in a container: on this machine, or as one of the nodes of a job.
-# What it takes is in usage(), below; docker/README.md has examples.
+# What it takes is in usage(), below; docs/how-to/containers.md has examples.
 # For the bash of macOS, 3.2, too: there an empty array counts as unset, so not -u, and the pattern
 # behind =~ may have parentheses only if it is a variable.
 set -eo pipefail

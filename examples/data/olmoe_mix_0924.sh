@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tokenize OLMoE-mix-0924 and the paper's validation sets for the mixture of experts; see README.md for the folders.
+# Tokenize OLMoE-mix-0924 and the paper's validation sets for the mixture of experts; see docs/how-to/paper_data.md for the folders.
 #
 #     RAW=/data/raw TOKENS=data bash examples/data/olmoe_mix_0924.sh [options of megapoly preprocess]
 set -euo pipefail

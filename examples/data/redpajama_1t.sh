@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tokenize RedPajama-1T and the paper's validation sets for the dense model; see README.md for the folders.
+# Tokenize RedPajama-1T and the paper's validation sets for the dense model; see docs/how-to/paper_data.md for the folders.
 #
 #     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of megapoly preprocess]
 set -euo pipefail

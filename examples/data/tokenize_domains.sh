@@ -21,7 +21,7 @@ for domain in "${domains[@]}"; do
     [ -d "$source_folder/$domain" ] || missing+=("$source_folder/$domain")
 done
 if [ ${#missing[@]} -gt 0 ]; then
-    echo "Every domain must have its folder; missing: ${missing[*]}. See examples/data/README.md." >&2
+    echo "Every domain must have its folder; missing: ${missing[*]}. See docs/how-to/paper_data.md." >&2
     exit 2
 fi
 for domain in "${domains[@]}"; do

@@ -19,7 +19,7 @@ activations   each layer's learned curve, share of each power, saturation and ou
 similarity and activations run the model in this process on the run's validation sets, or on those
 of --data.validation; other options of the configuration, `--section.field value`, are read as
 megapoly evaluate reads them. Written are analysis.json and PNGs, by default to RUN/analysis.
-Formulas and methods: megapoly/study/analysis/README.md.
+Formulas and methods: docs/reference/analysis.md.
 
 The exit status is 0, or 2 with the reason.
 """

@@ -9,7 +9,7 @@ the same run the later one counts. Written are index.html, which needs nothing b
 report.json, which holds all that it shows, and figures/*.png. With --figures these PNGs alone.
 
 Runs that were not trained alike (data, tokens, batch, size) stand in groups of their own; those
-that have not finished are named and left out. See megapoly/study/report/README.md.
+that have not finished are named and left out. See docs/reference/report.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     megapoly theory --output theory
 
 Written are theory.json and a PNG for each statement. What is built and what was found is in
-megapoly/study/theory/README.md.
+docs/explanation/theory.md.
 """
 
 from __future__ import annotations

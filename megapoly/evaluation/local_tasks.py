@@ -2,7 +2,7 @@
 
 A task file includes the harness's own, with its prompt, choices and metrics, and replaces only the
 source of the data: a file in ``--task-data`` with one JSON object per line. Nothing is downloaded.
-``megapoly export-benchmarks`` writes such a folder.
+``megapoly export-benchmarks`` writes such a folder; docs/how-to/evaluate.md lists its files.
 
 Few-shot examples come from the file of questions itself (the harness leaves out the current
 question), except for MMLU, which has a file of examples for each subject.

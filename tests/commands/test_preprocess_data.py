@@ -266,22 +266,23 @@ print(_start_method())
     assert lines[0] == "[]" and lines[-1] == "fork"
 
 
-def readme_commands(path: str) -> list[list[str]]:
-    """Arguments after `megapoly preprocess` in the lines of a README that run it."""
+def documented_commands(path: str) -> list[list[str]]:
+    """Arguments after `megapoly preprocess` in the lines of a page that run it."""
     text = (TOOL.parents[1] / path).read_text().replace("\\\n", " ")
     return [
         shlex.split(m, comments=True)
-        for m in re.findall(r"^ +megapoly preprocess(.*)$", text, re.M)
+        for m in re.findall(r"^ *megapoly preprocess(.*)$", text, re.M)
     ]
 
 
-def test_commands_of_the_readmes_run(corpus, tmp_path):
+def test_documented_commands_run(corpus, tmp_path):
     """In the order of the page, on files of the names that it uses."""
     (tmp_path / "raw" / "more").mkdir(parents=True)
     shutil.copy(corpus / "a.jsonl", tmp_path / "raw" / "a.jsonl")
     shutil.copy(corpus / "b.jsonl", tmp_path / "raw" / "more" / "b.jsonl")
     shutil.copy(BUILTIN_TOKENIZER, tmp_path / "tokenizer.json")
-    commands = readme_commands("README.md") + readme_commands("megapoly/data/preprocess/README.md")
+    commands = documented_commands("README.md")
+    commands += documented_commands("docs/how-to/preprocess.md")
     assert len(commands) >= 6
     for args in commands:
         if args[0] == "merge":

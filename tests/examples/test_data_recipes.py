@@ -70,7 +70,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 
 def test_the_dense_recipe_trains_on_substitutes(tmp_path):
-    """From raw text to the losses of Table 2, in the layout of the README, in a small model."""
+    """From raw text to the losses of Table 2, in the documented layout, in a small model."""
     write_substitutes(tmp_path / "raw", "redpajama_1t.sh")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         target = tmp_path / "data" / "tokenizers" / "llama" / name

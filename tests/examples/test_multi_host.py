@@ -16,7 +16,7 @@ from megapoly.testing import run_job
 from megapoly.testing.jobs import shared_cache
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorials" / "laptop_to_cluster.md").read_text()
 ADDRESSES = {"first": "198.51.100.1", "second": "198.51.100.2"}
 CABLE = "cable0"  # name of the interface on either host
 TIMEOUT_S = 240
@@ -158,11 +158,11 @@ def results(run_dir):
 
 
 def start(hosts, launcher, run_dir, options, *, caches=None, **of_host):
-    """Start the README's line for a cluster on every host, for 2 of them with one process each.
+    """Start the tutorial's line for a cluster on every host, for 2 of them with one process each.
 
     With `caches`, a folder, each host has a cache of its own in it, as on disks of their own.
     """
-    line = re.search(r"^ *torchrun (--nnodes 8 .*)\\$", README, re.MULTILINE).group(1)
+    line = re.search(r"^ *torchrun (--nnodes 8 .*)\\$", TUTORIAL, re.MULTILINE).group(1)
     line = line.replace("--nnodes 8", "--nnodes 2").replace("node 8", "node 1")
     words = line.replace("$FIRST_NODE", hosts[0].name).split()
     for host in hosts:

@@ -96,9 +96,9 @@ def test_variables_are_the_options(docker: Programs) -> None:
 
 
 def test_commands_of_the_documentation(docker: Programs) -> None:
-    """Each line of docker/README.md, with its absolute folders below this test's."""
-    text = (ROOT / "docker/README.md").read_text().replace("\\\n", " ")
-    lines = re.findall(r"^ {4}docker/launch.sh (.+)$", text, re.MULTILINE)
+    """Each line of the page about containers, with its absolute folders below this test's."""
+    text = (ROOT / "docs/how-to/containers.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^docker/launch.sh (.+)$", text, re.MULTILINE)
     assert len(lines) == 4
     for name in ("scratch/tokens", "shared/runs", "shared/data"):
         (docker.folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The built-in text: books by Melville, Shakespeare and Milton; see the README in this folder."""
+"""The built-in text: Melville, Shakespeare and Milton; see docs/reference/builtin_text.md."""
 
 from __future__ import annotations
 

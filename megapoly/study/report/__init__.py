@@ -1,1 +1,1 @@
-"""Tables, figures and one page from any set of runs; see README.md in this folder."""
+"""Tables, figures and one page from any set of runs; see docs/reference/report.md."""
