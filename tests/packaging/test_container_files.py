@@ -1,20 +1,18 @@
-"""The images cannot be built here: what can be known of their files without an engine."""
+"""The images' files, as far as they can be checked without building an image."""
 
 from __future__ import annotations
 
 import fnmatch
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from sources import ROOT, needs_git, needs_make, requirements, source_files, values_of_make
 
 DOCKERFILES = ["docker/Dockerfile", "docker/Dockerfile.cpu"]
 # docker/Dockerfile says where from.
@@ -48,17 +46,6 @@ def is_ignored(path: str) -> bool:
     return False
 
 
-def requirements() -> dict[str, list[Requirement]]:
-    """What setup.py asks for by extra; "" stands for every installation."""
-    given: dict = {}
-    source = (ROOT / "setup.py").read_text().replace("from setuptools import", "# from")
-    scope = {"setup": given.update, "find_packages": lambda **options: []}
-    source = source.replace("\nsetup(", "\nsetup(dict(").rstrip().removesuffix(")") + "))"
-    exec(source, scope | {"__file__": str(ROOT / "setup.py")})
-    lists = {"": given["install_requires"], **given["extras_require"]}
-    return {extra: [Requirement(line) for line in lines] for extra, lines in lists.items()}
-
-
 def pins() -> dict[str, Version]:
     lines = (ROOT / "docker/constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if not line.startswith("#")]
@@ -74,9 +61,8 @@ def test_what_is_copied_exists_and_reaches_the_builder(dockerfile: str) -> None:
         assert (ROOT / source).exists() and not is_ignored(source), source
 
 
+@needs_git
 def test_context_is_the_tracked_files() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -168,17 +154,6 @@ def test_pins_leave_out_what_the_image_brings(tmp_path: Path) -> None:
     assert printed == "not-to-be-found==1.0\n"
 
 
-def values_of_make(*names: str) -> dict[str, str]:
-    """What variables of the Makefile stand for."""
-    shown = "shown:;@" + ";".join(f"echo '$({name})'" for name in names)
-    make = ["make", "--no-print-directory", "-f", "Makefile", "-f", "-", "shown"]
-    found = subprocess.run(make, cwd=ROOT, input=shown, check=True, capture_output=True, text=True)
-    return dict(zip(names, found.stdout.splitlines(), strict=True))
-
-
-needs_make = pytest.mark.skipif(not shutil.which("make"), reason="there is no command `make`")
-
-
 @needs_make
 def test_cpu_image_has_what_tests_open_beside() -> None:
     (install,) = [rest for _, rest in instructions("docker/Dockerfile.cpu") if "[test]" in rest]
@@ -186,22 +161,18 @@ def test_cpu_image_has_what_tests_open_beside() -> None:
         assert packages in " ".join(install.split())
 
 
+@needs_git
 @needs_make
 def test_linters_take_every_file() -> None:
     """What `make check` passes to hadolint and shellcheck is every file of that kind."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a checkout")
     assigned = values_of_make("DOCKERFILES", "SHELL_SCRIPTS", "SHELL_AND_PYTHON")
     found = [path.name for path in (ROOT / "docker").glob("Dockerfile*")]
     assert sorted(f"docker/{name}" for name in found) == sorted(assigned["DOCKERFILES"].split())
-    command = ["git", "ls-files", "-co", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     scripts = []
-    for path in listed.stdout.splitlines():
+    for path in source_files():
         file = ROOT / path
-        if file.is_file() and file.stat().st_size < 1_000_000:
-            if file.read_bytes().startswith(b"#!/usr/bin/env bash"):
-                scripts.append(path)
+        if file.stat().st_size < 1_000_000 and file.read_bytes().startswith(b"#!/usr/bin/env bash"):
+            scripts.append(path)
     both = [path for path in scripts if path.startswith("examples/pretrain_")]
     assert sorted(set(scripts) - set(both)) == sorted(assigned["SHELL_SCRIPTS"].split())
     assert sorted(both) == sorted(assigned["SHELL_AND_PYTHON"].split())
