@@ -16,7 +16,6 @@ from megapoly.commands import COMMANDS, benchmark, module_of, preprocess
 from megapoly.config.command_line import Parser
 from megapoly.config.options import OPTIONS, Option, members_of
 from megapoly.config.recipes import recipe_names
-from megapoly.data.preprocess import subcommands
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -51,7 +50,7 @@ def whole_parser() -> argparse.ArgumentParser:
         if command.takes_overrides:
             _add_fields(parser)
         if name == "preprocess":
-            _add_commands(parser, {each: _preprocess(each) for each in subcommands.COMMANDS})
+            _add_commands(parser, {each: _preprocess(each) for each in preprocess.SUBCOMMANDS})
     return whole
 
 

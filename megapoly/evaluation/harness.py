@@ -200,7 +200,8 @@ def _load(manager: TaskManager, name: str, task: EvalTask, is_local: bool) -> Ma
         return manager.load([name])
     except Exception as error:  # from a task's own code, datasets or the hub's client
         remedy = (
-            "the files must have one JSON object per line, with the fields in docs/how-to/evaluate.md"
+            "the files must have one JSON object per line, with the fields that "
+            "docs/how-to/evaluate.md lists"
             if is_local
             else "without a connection, give a folder of questions with `--task-data`"
         )

@@ -13,12 +13,11 @@ from torch.distributed.run import get_args_parser
 
 from megapoly.commands import COMMANDS, module_of
 from megapoly.commands.benchmark import BENCHMARKS
-from megapoly.commands.preprocess import subcommand_parser
+from megapoly.commands.preprocess import SUBCOMMANDS, subcommand_parser
 from megapoly.config import Config
 from megapoly.config.command_line import parse_with_overrides
 from megapoly.config.parsing import override, parse
 from megapoly.config.recipes import recipe_path
-from megapoly.data.preprocess import subcommands
 
 # Of other projects. What they start of ours is parsed below.
 OTHERS = {"cd", "git", "kubectl", "mkdir", "scancel", "tensorboard"}
@@ -56,7 +55,7 @@ def check_megapoly(words):
         importlib.import_module(f"megapoly.benchmarks.{rest[0]}").build_parser().parse_args(
             rest[1:]
         )
-    elif command == "preprocess" and rest[0] in subcommands.COMMANDS:
+    elif command == "preprocess" and rest[0] in SUBCOMMANDS:
         subcommand_parser(rest[0]).parse_args(rest[1:])
     elif rest != ["--help"]:
         check_options(command, rest)

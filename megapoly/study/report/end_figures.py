@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -61,7 +62,7 @@ def final_losses(group: RunGroup) -> Figure:
     found.sort(key=lambda item: item[0])
     figure, axes = _rows(len(found))
     for row, (middle, entry, losses) in enumerate(found):
-        style = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
+        style: dict[str, Any] = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
         axes.plot(losses, [row] * len(losses), markersize=5, alpha=0.65, **style)
         if math.isfinite(middle):
             axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
@@ -199,7 +200,7 @@ def domains_figure(group: RunGroup) -> Figure:
     points = []
     for index, entry in enumerate(others):
         label: str | None = entry.label
-        style = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
+        style: dict[str, Any] = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
         for row, domain in enumerate(names):
             read = validation_loss(domain)
             found = difference(entry, reference, read)
