@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 
-from megapoly.ops.arguments import ORDERS
 from megapoly.ops.triton.tile_sizes import (
     RowTiles,
-    next_power_of_two,
     blocked_row_tiles,
+    next_power_of_two,
     whole_row_tiles,
 )
+from megapoly.polynomial import ORDERS
 
 KEPT_VALUES = (1, 2, 3)
 FORWARD = {"num_values": 1, "order": 3}

@@ -1,4 +1,4 @@
-"""The functions of :mod:`megapoly.ops.polynorm_reference`, run by Triton kernels."""
+"""Launch of PolyNorm's kernels: the functions of :mod:`megapoly.ops.polynorm_reference`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The functions of :mod:`megapoly.ops.polyrelu_reference`, run by Triton kernels."""
+"""Launch of PolyReLU's kernels: the functions of :mod:`megapoly.ops.polyrelu_reference`."""
 
 from __future__ import annotations
 
