@@ -1,4 +1,4 @@
-"""Exceptions that a user, a configuration or a file can cause."""
+"""Exceptions that users, configurations or files can cause."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 class MegapolyError(Exception):
-    """Base of all that megapoly raises on purpose; the command line prints only the text."""
+    """Base class of megapoly's errors; the command line prints only their text."""
 
 
 class ConfigError(MegapolyError):
     """The configuration breaks one or more rules.
 
     Args:
-        problems: one message for each broken rule: the rule, the values, the remedy.
+        problems: one message per broken rule, with the rule, the values and the remedy.
     """
 
     def __init__(self, problems: Sequence[str]):
@@ -36,15 +36,15 @@ class DivergenceError(MegapolyError):
 
 
 class PeerError(MegapolyError):
-    """Another process of the job failed, or did not come in time."""
+    """Another process of the job failed or did not respond in time."""
 
 
 class ShapeError(MegapolyError, ValueError):
-    """A tensor has a shape that the operator cannot take."""
+    """A tensor has a shape that the operator does not support."""
 
 
 class UnavailableError(MegapolyError):
-    """Something was asked for that this machine or installation does not have."""
+    """A requested feature is not available on this machine or installation."""
 
 
 class EvaluationError(MegapolyError):

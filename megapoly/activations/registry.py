@@ -1,11 +1,11 @@
-"""Every FFN activation by name. A new activation is one entry in :data:`ACTIVATIONS`.
+"""FFN activations by name. To add one, add an entry to :data:`ACTIVATIONS`.
 
-| name | formula (x: first half of FC1's output, u: second half, only where gated) |
+| name | formula (x: first half of FC1's output, u: second half, only if gated) |
 |---|---|
 | swiglu, geglu | silu(x) u, gelu(x) u |
 | gelu, silu, relu, squared_relu | of x, no coefficients |
 | polyrelu | a0 + a1 h + .. + ar h^r, h = relu(x) |
-| polyprelu | the same with h = prelu(x), learned slope |
+| polyprelu | the same with h = prelu(x) and a learned slope |
 | polynorm | a0 + a1 n(x) + .. + ar n(x^r), n over the whole FFN width |
 | polyrelunorm | polynorm of relu(x) |
 | gated_polynorm | polynorm(x) u |

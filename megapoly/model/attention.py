@@ -23,21 +23,21 @@ from megapoly.model.context_parallel import (
 
 
 class ScaledDotProductAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v with a causal mask, never materialising the [s, s] matrix.
+    """Causal attention, softmax(q k^T / sqrt(d)) v, that never materialises the [s, s] matrix.
 
-    Source: takes the place of ``DotProductAttention`` (transformer/dot_product_attention.py) in the
-    local layer spec, with the same interface.
+    Source: replaces ``DotProductAttention`` (transformer/dot_product_attention.py) in the local
+    layer spec, with the same interface.
 
     Args:
         config: the engine's configuration; its ``attention_dropout`` applies in training.
         layer_number: 1-based; not used.
-        attn_mask_type: only causal.
+        attn_mask_type: must be causal.
         attention_type: not used.
-        attention_dropout: overrides the configuration's.
-        softmax_scale: overrides 1 / sqrt(d).
-        cp_comm_type: how ranks that share a sequence attend to all of it: ``all_gather`` (each
+        attention_dropout: replaces the configuration's; None: the configuration's.
+        softmax_scale: replaces 1 / sqrt(d); None: 1 / sqrt(d).
+        cp_comm_type: communication between the ranks that share a sequence: ``all_gather`` (each
             gathers all keys and values) or ``a2a`` (each gets whole sequences of some heads).
-        pg_collection: its context-parallel group is used; heads are independent of each other.
+        pg_collection: process groups, of which the context-parallel one is used.
     """
 
     def __init__(
@@ -53,13 +53,11 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if attn_mask_type is not AttnMaskType.causal:
-            raise ValueError(f"only a causal mask is supported, got {attn_mask_type}")
+            raise ValueError(f"`attn_mask_type` must be causal, got {attn_mask_type}")
         self.cp_group = None
         if config.context_parallel_size > 1:
             if cp_comm_type not in ("all_gather", "a2a"):
-                raise ValueError(
-                    f"context parallelism is all_gather or a2a here, not {cp_comm_type}"
-                )
+                raise ValueError(f"`cp_comm_type` must be all_gather or a2a, got {cp_comm_type}")
             self.cp_group = pg_collection.cp
         self.cp_comm_type = cp_comm_type
         self.softmax_scale = softmax_scale
@@ -77,8 +75,8 @@ class ScaledDotProductAttention(MegatronModule):
     ) -> Tensor:
         """Attend: query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
 
-        The mask is causal whatever ``attention_mask`` holds. With context parallelism s is what
-        this rank holds of the sequence, see :mod:`megapoly.model.context_parallel`.
+        ``attention_mask`` has no effect: the mask is causal. With context parallelism s is the part
+        of the sequence on this rank, see :mod:`megapoly.model.context_parallel`.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences are not supported")
@@ -98,7 +96,7 @@ class ScaledDotProductAttention(MegatronModule):
         return output.flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[q, b, heads, d] over [k, b, groups, d], the last query at the place of the last key."""
+        """Attend [q, b, heads, d] to [k, b, groups, d], aligned at their last elements."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [b, heads, s, d]
         square = query.shape[2] == key.shape[2]
         dropout = self.dropout if self.training else 0.0
@@ -116,14 +114,14 @@ class ScaledDotProductAttention(MegatronModule):
         return output.permute(2, 0, 1, 3)
 
     def _random_state(self, dropout: float) -> Any:
-        """Heads differ between tensor-parallel ranks, so their dropout does too.
+        """Fork the generator: tensor-parallel ranks have other heads and need other dropout.
 
-        With sequence parallelism the engine has forked the generator for the whole layer already.
+        With sequence parallelism the engine has already forked it for the whole layer.
         """
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return get_cuda_rng_tracker().fork()
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """There is nothing to save."""
+        """Return nothing: there are no parameters."""
         return {}

@@ -23,14 +23,14 @@ from megapoly.platform.device import Platform
 def gpt_model(
     config: Config, engine: TransformerConfig, *, vp_stage: int | None = None
 ) -> GPTModel:
-    """The engine's GPT model of this pipeline stage, its weights not yet set.
+    """Build the engine's GPT model of this pipeline stage, with weights not yet set.
 
     Under ``torch.device("meta")`` and an ``engine`` made with ``on_cpu=True`` it takes no memory.
 
     Args:
         config: resolved.
-        engine: its translation for the engine.
-        vp_stage: which chunk of an interleaved stage; None without interleaving.
+        engine: the same, translated to the engine's ``TransformerConfig``.
+        vp_stage: chunk of an interleaved stage; None without interleaving.
     """
     model = config.model
     assert model.vocab_size is not None
@@ -53,11 +53,11 @@ def gpt_model(
 
 
 def build_model(config: Config, platform: Platform) -> list[DistributedDataParallel]:
-    """The model of this rank on its device, with initial weights, wrapped for data parallelism.
+    """Build this rank's model on its device, with initial weights, wrapped for data parallelism.
 
     Args:
         config: resolved; the engine's process groups must exist.
-        platform: where to put it.
+        platform: device of the model.
 
     Returns:
         The chunks of an interleaved pipeline stage in the order of their layers; one otherwise.
@@ -79,16 +79,16 @@ def build_model(config: Config, platform: Platform) -> list[DistributedDataParal
 
 
 def build_chunks(config: Config, platform: Platform) -> list[MegatronModule]:
-    """The model of this rank on its device, in its precision, its weights not yet set.
+    """Build this rank's model on its device, in its precision, with weights not yet set.
 
     Args:
         config: resolved; the engine's process groups must exist.
-        platform: where to put it.
+        platform: device of the model.
 
     Returns:
-        As of :func:`build_model`, without a wrapper for data parallelism.
+        Chunks as in :func:`build_model`, without the wrapper for data parallelism.
     """
-    # Transformer Engine's would be made on the CPU itself, not on torch's default device.
+    # On CPU, Transformer Engine's modules would ignore torch's default device.
     on_cpu = not (platform.is_cuda or config.model.transformer_engine)
     engine = transformer_config(config, on_cpu=on_cpu)
     num_chunks = config.parallel.virtual_pipeline_model_parallel_size
@@ -104,12 +104,12 @@ def _data_parallel_config(config: Config) -> DistributedDataParallelConfig:
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # train_step looks at the loss and the gradient norm
+        check_for_nan_in_grad=False,  # train_step checks the loss and the gradient norm
     )
 
 
 def checkpoint_metadata() -> dict[str, Any]:
-    """What the engine's ``sharded_state_dict`` needs to know of the layout.
+    """Return the metadata of the layout for the engine's ``sharded_state_dict``.
 
     ``fully_reshardable`` is the form of the distributed optimizer's state that loads at any layout.
     """
@@ -128,7 +128,7 @@ def decoder_layers(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:
 
 
 def unwrap(chunk: torch.nn.Module) -> GPTModel:
-    """The engine's GPT model inside its wrappers."""
+    """Return the engine's GPT model inside its wrappers."""
     inner: Any = chunk
     while not isinstance(inner, GPTModel):
         inner = inner.module

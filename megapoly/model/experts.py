@@ -1,4 +1,4 @@
-"""The routed experts of a layer, with an activation that knows experts and probabilities.
+"""Routed experts of a layer, whose activation gets the expert and the probability of each row.
 
 Both forms have the same weights, initial values and checkpoints: ``linear_fc1.weight`` and
 ``linear_fc2.weight`` with a leading expert axis, and the activation's coefficients.
@@ -50,9 +50,9 @@ class GroupedExperts(_RoutedExperts, TEGroupedMLP):
     """FC1, activation times router probability, FC2, on rows sorted by expert.
 
     Source: the engine's ``TEGroupedMLP`` (transformer/moe/experts.py:512), whose linear maps come
-    from the spec, Transformer Engine's or :mod:`megapoly.model.grouped_linear`'s. Its activation
-    gets neither the router probability nor the number of tokens of each expert, and cannot have
-    coefficients for each expert, hence the forward here.
+    from the spec: Transformer Engine's or those of :mod:`megapoly.model.grouped_linear`. This class
+    replaces its forward, in which the activation gets neither the router probability nor the number
+    of tokens of each expert and cannot have coefficients per expert.
     """
 
     def forward(
@@ -61,11 +61,11 @@ class GroupedExperts(_RoutedExperts, TEGroupedMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """[rows, h] -> [rows, h], for rows sorted by expert.
+        """Apply the experts to rows sorted by expert: [rows, h] -> [rows, h].
 
-        For FP8 the rows of each expert are filled up to a multiple with rows of zeros, of
-        probability 0. The activation makes them zeros again, and their gradients are zeros: they
-        add nothing to that of a weight or a coefficient.
+        For FP8 the rows of each expert are padded to a multiple with rows of zeros and probability
+        0. The activation makes them zero again, and their gradients are zero: they add nothing to
+        the gradient of a weight or a coefficient.
 
         Args:
             permuted_local_hidden_states: [rows, h].
@@ -92,8 +92,8 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
     """FC1, activation times router probability, FC2, one expert after another.
 
     Source: the engine's ``SequentialMLP`` (transformer/moe/experts.py:820), which has an ``MLP``
-    for each expert. Only their linear maps are used: an ``MLP`` has an activation of its own, but
-    all experts of a layer may share one coefficient set, and it multiplies by the router
+    per expert. Only their linear maps are used: each ``MLP`` would have its own activation, while
+    all experts of a layer may share one coefficient set, and would multiply by the router
     probability after the activation, not in it.
     """
 
@@ -103,10 +103,10 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """[rows, h] -> [rows, h], for rows sorted by expert.
+        """Apply the experts to rows sorted by expert: [rows, h] -> [rows, h].
 
-        An expert without rows runs on none: its gradients are zeros, and the ranks that share it
-        stay together in their collectives.
+        An expert without rows also runs: its gradients are zeros, and the ranks that share it
+        call the same collectives.
 
         Args:
             permuted_local_hidden_states: [rows, h].
@@ -129,7 +129,7 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The keys of :class:`GroupedExperts`."""
+        """Return entries with the keys of :class:`GroupedExperts`."""
         weights = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         activation = self.activation_func.sharded_state_dict(
             f"{prefix}activation_func.", sharded_offsets, metadata
@@ -139,12 +139,12 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
 
 
 def _mark_expert_weights(experts: torch.nn.Module) -> None:
-    """Set what the engine reads of a parameter to find its gradient's ranks."""
+    """Set the attributes from which the engine finds the ranks of a parameter's gradient."""
     for weight in experts.parameters():
-        # Expert buffers, optimizer and data-parallel group at every expert-parallel size:
-        # parameter groups, and with them checkpoints, are then the same at all of them.
+        # Expert buffers, optimizer and data-parallel group at every expert-parallel size, so that
+        # parameter groups, and with them checkpoints, are the same at all of them.
         weight.allreduce = False  # type: ignore[attr-defined]
-        # In the gradient norm every rank counts its own: a part of an expert, or other experts.
+        # In the gradient norm every rank counts its own part: of an expert, or other experts.
         weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""The module in the engine's activation slot: coefficients, their groups, their checkpoint form."""
+"""Module of the engine's activation slot: coefficients, their process groups and checkpoints."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class FFNActivation(MegatronModule):
 
     Args:
         config: the engine's configuration.
-        settings: which activation.
-        num_local_experts: routed experts on this rank; None: a dense FFN or shared expert.
+        settings: of the activation.
+        num_local_experts: routed experts on this rank; None for a dense FFN or shared expert.
 
     Note:
-        Parameters are named as in the registry, each [n] or, with one set for each expert,
+        Parameters are named as in the registry, each [n] or, with one set per expert,
         [num_local_experts, n]. A row is shared by the tensor-parallel group (routed experts: the
         expert-tensor-parallel group), and the operators complete the gradients over that group.
-        A set that a layer's experts share is a dense parameter: its gradient is the sum over all
-        ranks' tokens. The ranks of one row have the same sum, so each gives its share of it, and
-        the engine adds the shares over the tensor-parallel group as it does for layer norms
-        (``param.sequence_parallel``), then over the data-parallel one.
+        A set that all experts of a layer share is a dense parameter: its gradient is the sum over
+        the tokens of all ranks. The ranks of one row have the same sum, so each contributes its
+        share, and the engine adds the shares over the tensor-parallel group as it does for layer
+        norms (``param.sequence_parallel``), then over the data-parallel group.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class FFNActivation(MegatronModule):
             if self.is_expert
             else parallel_state.get_tensor_model_parallel_group()
         )
-        # The engine reads `tp_group` to tell the replicas of a parameter apart in a checkpoint.
+        # In a checkpoint the engine distinguishes the replicas of a parameter by `tp_group`.
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.coefficient_names: list[str] = []
         if self.activation.coefficients is not None:
@@ -103,9 +103,9 @@ class FFNActivation(MegatronModule):
 
         Args:
             x: [..., d / tp], or [..., 2 d / tp] for a gated activation: first the activated half.
-            probs: [rows] router probability, multiplied in; routed experts only.
+            probs: [rows] router probabilities, multiplied in; routed experts only.
             tokens_per_expert: [num_local_experts] rows of each expert, for rows sorted by expert.
-            expert: local expert that all rows belong to, instead of ``tokens_per_expert``.
+            expert: local expert of all rows, instead of ``tokens_per_expert``.
 
         Returns:
             [..., d / tp] in the dtype of ``x``.
@@ -152,7 +152,7 @@ class FFNActivation(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One set for each expert is cut along its expert axis; a shared one is replicated."""
+        """Return entries, sharded along the expert axis or, if experts share a set, replicated."""
         if not self.per_expert:
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         expert_axis = len(sharded_offsets)

@@ -1,7 +1,7 @@
 """Initial weights that depend on the seed alone, not on the layout or the device.
 
-A weight is identified by its name in a checkpoint and its layer and expert, which are the same at
-every layout. Each is drawn as a whole from a generator seeded with that identity.
+A weight is identified by its name in a checkpoint, its layer and its expert, which are the same at
+every layout. Each whole weight is drawn from a generator that is seeded with this identity.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def initial_value(
     *,
     num_rows: int | None = None,
 ) -> Tensor:
-    """One whole weight at the start of a run, fp32 on CPU.
+    """Return one whole weight at the start of a run, fp32 on CPU.
 
     Args:
         key: name of the tensor in a checkpoint.
-        index: its layer, or layer and expert; empty: it has none.
+        index: layer, or layer and expert; empty if it has neither.
         shape: of the weight.
         model: distribution and std.
         seed: of the run.
-        num_rows: rows that stand for tokens, of a matrix padded along the vocabulary: the others
-            are zero, and a token's row does not depend on how many follow. None: all.
+        num_rows: rows of tokens in a matrix that is padded along the vocabulary. The other rows are
+            zero, and a token's row does not depend on their number. None: all rows.
 
     Returns:
         Ones for a vector, which is a norm's weight. A matrix is normal with ``init_method_std``
-        (``truncated_normal``: cut at 3 std), divided by sqrt(2 num_layers) where it writes to the
-        residual stream and ``scale_residual_init`` is set.
+        (``truncated_normal``: truncated at 3 std), divided by sqrt(2 num_layers) if it writes to
+        the residual stream and ``scale_residual_init`` is set.
     """
     if len(shape) == 1:
         return torch.ones(shape)
@@ -54,7 +54,7 @@ def initial_value(
 
 
 def _draw(weight: Tensor, std: float, method: str, identity: str) -> None:
-    """Fill a whole weight from a generator of its own."""
+    """Fill a whole weight from its own generator."""
     digest = hashlib.sha256(identity.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     if method == "truncated_normal":

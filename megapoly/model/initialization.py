@@ -12,8 +12,8 @@ from megatron.core.transformer.module import MegatronModule
 from megapoly.config import ModelConfig
 from megapoly.model.initial_values import initial_value
 
-# Set, and marked, where they are made: coefficients by the registry. The experts' are cut over
-# experts, which is no cut over tensor-parallel ranks.
+# Coefficients, which FFNActivation sets and marks. Those of experts are split over expert-parallel
+# ranks, not over tensor-parallel ranks.
 _SET_ELSEWHERE = ".activation_func."
 
 
@@ -21,18 +21,19 @@ _SET_ELSEWHERE = ".activation_func."
 def initialize_weights(
     chunk: MegatronModule, model: ModelConfig, seed: int, metadata: dict[str, Any]
 ) -> None:
-    """Set every parameter of a model chunk, in place, and mark those that are cut over ranks.
+    """Set every parameter of a model chunk, in place, and mark those that are split over ranks.
 
-    Matrices are normal with ``init_method_std`` (``truncated_normal``: cut at 3 std); those that
-    write to the residual stream, with it divided by sqrt(2 num_layers) if ``scale_residual_init``.
-    Norm weights are one, rows that pad the vocabulary zero. Activation coefficients keep the
-    registry's values. On the meta device there is nothing to set, and parameters are marked alone.
+    Matrices are normal with ``init_method_std`` (``truncated_normal``: truncated at 3 std), which
+    is divided by sqrt(2 num_layers) for those that write to the residual stream if
+    ``scale_residual_init`` is set. Norm weights are one and rows that pad the vocabulary are zero.
+    Activation coefficients keep the registry's values. On the meta device parameters are only
+    marked.
 
     Args:
-        chunk: the model, or its part on this pipeline stage.
+        chunk: the model, or the part of it on this pipeline stage.
         model: distribution and std.
         seed: seed of the run.
-        metadata: what ``sharded_state_dict`` needs to know of the layout.
+        metadata: of the layout, for ``sharded_state_dict``.
     """
     missed = {id(p): name for name, p in chunk.named_parameters()}
     sharded = chunk.sharded_state_dict(metadata=metadata)
@@ -50,12 +51,12 @@ def initialize_weights(
                     # (tensor_parallel/layers.py:130); the gradient norm counts unmarked parameters
                     # on the first tensor-parallel rank alone.
                     entry.data.tensor_model_parallel = True
-    # Tied embeddings: the output layer is another name for the input's weight.
+    # With tied embeddings the output layer is another name for the input's weight.
     assert not missed, f"parameters without a place in the checkpoint: {sorted(missed.values())}"
 
 
 def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTensor]:
-    """The entry itself, or the parts that a factory cuts it into (halves of a gated FC1)."""
+    """Yield the entry, or the parts into which a factory splits it (halves of a gated FC1)."""
     if isinstance(entry, ShardedTensor):
         yield entry
         return
@@ -66,7 +67,7 @@ def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTens
 def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:
     axes = shard.prepend_axis_num  # layer and expert
     target = shard.data
-    # The engine marks so what it pads along the vocabulary.
+    # The engine sets this for weights that it pads along the vocabulary.
     rows = model.vocab_size if shard.allow_shape_mismatch else None
     full = initial_value(
         shard.key,

@@ -17,9 +17,9 @@ from megapoly.ops.collectives import sum_over_ranks
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the engine's constructor, right under sequence parallelism.
+    """torch's RMSNorm with the engine's constructor and support for sequence parallelism.
 
-    Source: takes the place of ``WrappedTorchNorm`` (transformer/torch_norm.py:35), which refuses
+    Source: replaces ``WrappedTorchNorm`` (transformer/torch_norm.py:35), which does not support
     sequence parallelism.
 
     Args:
@@ -33,12 +33,12 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # Each rank normalises its own part of the sequence; the engine adds up the gradients.
+        # Each rank normalises its own part of the sequence; the engine sums the gradients.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class ProjectionRMSNorm(MegatronModule):
-    """RMSNorm over a whole query or key projection, before the heads are told apart (OLMoE).
+    """RMSNorm over a whole query or key projection, before it is split into heads (OLMoE).
 
         y = w x / sqrt(mean(x^2) + eps),   the mean over all heads of all tensor-parallel ranks
 
@@ -53,8 +53,8 @@ class ProjectionRMSNorm(MegatronModule):
         **unused: arguments of the engine's other norms.
 
     Note:
-        The weight is cut over the tensor-parallel ranks as the heads are. One all-reduce of one
-        number a token in each direction.
+        The weight is split over the tensor-parallel ranks like the heads. Each direction has one
+        all-reduce of one number per token.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class ProjectionRMSNorm(MegatronModule):
         self.weight.tensor_model_parallel = self.tp_group.size() > 1  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[s, b, heads / tp, d] -> the same shape and dtype; the mean is fp32."""
+        """Normalise [s, b, heads / tp, d] to the same shape and dtype; the mean is fp32."""
         return _NormalizedProjection.apply(x, self.weight, self.tp_group, self.width, self.eps)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """The weight is one tensor, cut over the tensor-parallel ranks."""
+        """Return the weight as one tensor, sharded over the tensor-parallel ranks."""
         name = f"{prefix}weight"
         tensor = make_tp_sharded_tensor_for_checkpoint(
             self.weight,
@@ -94,9 +94,9 @@ class ProjectionRMSNorm(MegatronModule):
 
 
 class _NormalizedProjection(Function):
-    """y = w (x r),  r = 1 / sqrt(mean(x^2) + eps); keeps x itself and r, fp32 [s, b, 1].
+    """y = w (x r),  r = 1 / sqrt(mean(x^2) + eps); saves x and r, fp32 [s, b, 1].
 
-    The product x r is rounded to the dtype of x before its weight, as torch's own RMSNorm has it.
+    The product x r is rounded to the dtype of x before it is weighted, as in torch's RMSNorm.
     With z = x r and g = w dL/dy:  dL/dx = r (g - z mean(g z)),  dL/dw = sum of dL/dy z.
     """
 

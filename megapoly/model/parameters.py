@@ -11,8 +11,8 @@ class ParameterCount(NamedTuple):
     """Parameters of a model.
 
     Args:
-        total: all of them.
-        active: those that one token meets: all but the experts that it is not sent to.
+        total: all parameters.
+        active: parameters that one token uses, all but those of the experts it is not routed to.
     """
 
     total: int
@@ -25,15 +25,15 @@ def count_parameters(model: GPTModel) -> ParameterCount:
         active = total - (E - topk) / E routed
 
     Args:
-        model: not cut over ranks. ``routed`` are the parameters that each of its E experts has for
-            itself: its matrices, and its activation's coefficients where those are not shared.
+        model: not split over ranks. ``routed`` are the parameters that belong to one of its E
+            experts: matrices, and coefficients of the activation if they are not shared.
 
     Note:
-        A weight that embedding and output layer share counts once; padding of the vocabulary
+        A weight that embedding and output layer share counts once. Padding of the vocabulary
         counts.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    # What the engine keeps in expert buffers, see megapoly.model.experts and FFNActivation.
+    # Parameters in the engine's expert buffers, see megapoly.model.experts and FFNActivation.
     routed = sum(p.numel() for p in model.parameters() if not getattr(p, "allreduce", True))
     if not routed:
         return ParameterCount(total, total)

@@ -25,13 +25,13 @@ from megapoly.model.norms import ProjectionRMSNorm, RMSNorm
 def decoder_spec(
     model: ModelConfig, engine: TransformerConfig, *, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers of this pipeline stage.
+    """Return the specs of the layers of this pipeline stage.
 
     Args:
-        model: the resolved configuration of the model; ``transformer_engine`` chooses the family of
+        model: resolved configuration of the model; ``transformer_engine`` selects the family of
             linear, norm and attention modules.
-        engine: its translation for the engine.
-        vp_stage: which chunk of an interleaved stage; None without interleaving.
+        engine: the same, translated to the engine's ``TransformerConfig``.
+        vp_stage: chunk of an interleaved stage; None without interleaving.
     """
     make_layer = _transformer_engine_layer if model.transformer_engine else _local_layer
     layer = make_layer(model)
@@ -53,7 +53,7 @@ def _final_norm(model: ModelConfig) -> type:
 
 
 def _local_layer(model: ModelConfig) -> ModuleSpec:
-    """The engine's own linear layers, torch's scaled-dot-product attention, torch's RMSNorm."""
+    """Use the engine's linear layers, torch's scaled-dot-product attention and torch's RMSNorm."""
     layer = get_gpt_layer_local_spec(
         num_experts=model.num_moe_experts,
         qk_layernorm=model.qk_norm == "head",
@@ -66,8 +66,8 @@ def _local_layer(model: ModelConfig) -> ModuleSpec:
     if model.qk_norm == "head":
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if model.num_moe_experts:
-        # The local spec saves the norm before an MoE layer under the name that it has in a dense
-        # layer's fused FC1 (gpt_layer_specs.py:419), unlike Transformer Engine's spec.
+        # Unlike Transformer Engine's spec, the local spec saves the norm before an MoE layer under
+        # its name in a dense layer's fused FC1 (gpt_layer_specs.py:419).
         parts.sharded_state_dict_keys_map = {
             key: value
             for key, value in parts.sharded_state_dict_keys_map.items()
@@ -81,7 +81,7 @@ def _local_layer(model: ModelConfig) -> ModuleSpec:
 
 
 def _transformer_engine_layer(model: ModelConfig) -> ModuleSpec:
-    """Transformer Engine's fused norm + linear, grouped linear and attention."""
+    """Use Transformer Engine's fused norm + linear, grouped linear and attention."""
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=model.num_moe_experts,
         moe_grouped_gemm=bool(model.num_moe_experts) and model.moe_grouped_gemm,
@@ -90,7 +90,7 @@ def _transformer_engine_layer(model: ModelConfig) -> ModuleSpec:
 
 
 def _set_experts(layer: ModuleSpec, model: ModelConfig) -> None:
-    """Around the linear maps of the spec, which are one for all experts or one for each."""
+    """Set the module around the linear maps of the experts, which are grouped or one per expert."""
     if model.num_moe_experts:
         experts = GroupedExperts if model.moe_grouped_gemm else SequentialExperts
         layer.submodules.mlp.submodules.experts.module = experts
@@ -117,7 +117,7 @@ def _set_activation(layer: ModuleSpec, model: ModelConfig) -> None:
 
 
 def activation_settings(model: ModelConfig) -> ActivationSettings:
-    """The activation's part of the configuration."""
+    """Return the activation's part of the configuration."""
     return ActivationSettings(
         name=model.activation,
         order=model.activation_order,

@@ -1,4 +1,4 @@
-"""Translate the configuration into the engine's ``TransformerConfig``."""
+"""Translation of the configuration to the engine's ``TransformerConfig``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megapoly.config import Config, ffn_width
 
 
 def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
-    """The engine's configuration of model and layout.
+    """Return the engine's configuration of model and layout.
 
     Args:
         config: resolved.
-        on_cpu: parameters are made on torch's default device (CPU, or meta under
+        on_cpu: make parameters on torch's default device (CPU, or meta under
             ``torch.device("meta")``) and not on the current GPU.
     """
     model, parallel = config.model, config.parallel
@@ -35,14 +35,14 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         gated_linear_unit=activations.get(model.activation).gated,
-        # The slot `MLPSubmodules.activation_func` is read only with this flag, which needs no
-        # Transformer Engine in spite of its name (transformer/mlp.py:135). The flag in turn wants
-        # one of the engine's functions here (transformer_config.py:1511); nothing calls it.
+        # The engine reads `MLPSubmodules.activation_func` only with this flag, which in spite of
+        # its name does not need Transformer Engine (transformer/mlp.py:135). The flag requires
+        # one of the engine's functions below (transformer_config.py:1511), which is never called.
         use_te_activation_func=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,  # there are no biases
-        masked_softmax_fusion=False,  # of an attention that is not used
+        masked_softmax_fusion=False,  # the engine's attention is not used
         apply_rope_fusion=bool(model.apply_rope_fusion),
         gradient_accumulation_fusion=bool(config.training.gradient_accumulation_fusion),
         attention_softmax_in_fp32=True,
@@ -64,8 +64,8 @@ def transformer_config(config: Config, *, on_cpu: bool) -> TransformerConfig:
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         recompute_modules=list(parallel.recompute_modules),
-        # Batches of sends and receives are nccl's; gloo sends one by one (p2p_communication.py).
-        # An interleaved schedule without overlap gives a wrong loss on gloo, and no error.
+        # Only nccl batches sends and receives; gloo sends one by one (p2p_communication.py). An
+        # interleaved schedule without overlap gives a wrong loss on gloo, without an error.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not (on_cpu or interleaved),
         **_moe_arguments(config),
@@ -96,7 +96,7 @@ def _moe_arguments(config: Config) -> dict[str, object]:
 
 
 def _fp8_arguments(config: Config) -> dict[str, object]:
-    """Matrix products alone; weights stay in bf16 (`fp8_param`), and so does attention.
+    """Use FP8 for matrix products alone; weights (`fp8_param`) and attention stay in bf16.
 
     Initial weights, the optimizer's master weights and checkpoints are then those of bf16.
     """

@@ -1,7 +1,7 @@
-"""Padding of the vocabulary: rows of embedding and output layer that stand for no token.
+"""Padding of the vocabulary: rows of embedding and output layer that belong to no token.
 
-They are there so that the rows divide, and no part of the model: their weights are zero from the
-start, and with the logits set here their gradients are zero in every step.
+They make the number of rows divisible and are not a part of the model: their weights are zero from
+the start, and with the logits set here their gradients are zero in every step.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def exclude_padding(output_layer: ColumnParallelLinear, vocab_size: int) -> None:
-    """Make every logit of the padding -inf, so that a softmax over all columns leaves it out.
+    """Make every logit of the padding -inf, so that a softmax over all columns excludes it.
 
-    The engine's cross-entropy takes the maximum over all ranks first, so a rank that holds padding
-    only adds exp(-inf) = 0 to the sum and gets zero gradients, no NaN.
+    The engine's cross-entropy first takes the maximum over all ranks, so a rank that holds only
+    padding adds exp(-inf) = 0 to the sum and gets zero gradients, not NaN.
 
     Args:
         output_layer: each of its outputs is changed in place, [s, b, columns of this rank] or
@@ -31,8 +31,8 @@ def exclude_padding(output_layer: ColumnParallelLinear, vocab_size: int) -> None
         logits = output[0]
         width = logits.shape[-1]
         first = 0 if width == layer.output_size else layer.tp_group.rank() * width
-        # Not for autograd to see, which would copy the gradient of all logits to zero that of the
-        # padding: in a softmax it is p = exp(-inf) = 0 already.
+        # Hidden from autograd, which would copy the gradient of all logits to set that of the
+        # padding to zero; in a softmax it already is p = exp(-inf) = 0.
         with torch.no_grad():
             logits[..., max(0, vocab_size - first) :] = -torch.inf
 

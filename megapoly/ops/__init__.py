@@ -1,4 +1,4 @@
-"""The PolyCom operators; they need torch alone.
+"""PolyCom operators and modules, which need torch alone.
 
 ==================================  ===========================================================
 modules.py                          PolyNorm and PolyReLU as ``torch.nn.Module``

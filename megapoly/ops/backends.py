@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# The default of 8 recompilations is fewer than there are combinations of order, dtype and optional
-# arguments. Constants and eps as literals: read from memory they cost a division in inner loops.
+# There are more combinations of order, dtype and optional arguments than the default limit of 8
+# recompilations. Constants and eps are literals: read from memory they cost a division in inner
+# loops.
 _DYNAMO_OPTIONS = {"recompile_limit": 64, "specialize_float": True}
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def resolve_backend(
     if missing:
         raise UnavailableError(
             f"The `{backend}` activation backend cannot run on {device_type}: {missing}; or use "
-            "`--model.activation_backend auto` (of an operator: `backend`)."
+            '`--model.activation_backend auto` (of an operator: `backend="auto"`).'
         )
     return backend
 

@@ -10,22 +10,22 @@ from torch.autograd.function import Function, FunctionCtx
 
 from megapoly.errors import ShapeError
 
-# A deterministic sum adds this many parts of a row in a fixed order, however many ranks hold them.
+# Parts of a row that a deterministic sum adds in a fixed order, for any number of ranks.
 NUM_SEGMENTS = 8
 
 
 def is_split(group: dist.ProcessGroup | None) -> bool:
-    """Whether a row is cut over more than one rank."""
+    """Return whether rows are split over more than one rank."""
     return group is not None and group.size() > 1
 
 
 def name_of(group: dist.ProcessGroup | None) -> str:
-    """How an operator's schema names a group: "" where rows are whole."""
+    """Return the name of a group for an operator's schema; "" if rows are not split."""
     return group.group_name if group is not None and is_split(group) else ""
 
 
 def size_of(group_name: str) -> int:
-    """Ranks of a named group."""
+    """Return the number of ranks of a named group."""
     return _resolve(group_name).size() if group_name else 1
 
 
@@ -36,28 +36,28 @@ def _resolve(group_name: str) -> dist.ProcessGroup:
 
 
 def check_segments(width: int, num_ranks: int) -> None:
-    """Raise :class:`ShapeError` where a row cannot be cut into the segments of a fixed sum."""
+    """Raise :class:`ShapeError` if a row cannot be split into the segments of a fixed sum."""
     if NUM_SEGMENTS % num_ranks or width * num_ranks % NUM_SEGMENTS:
         raise ShapeError(
-            f"A deterministic sum cuts a row into {NUM_SEGMENTS} equal segments: the ranks that "
+            f"A deterministic sum splits a row into {NUM_SEGMENTS} equal segments: the ranks that "
             f"share it ({num_ranks}) must be 1, 2, 4 or 8 and its width ({width * num_ranks}) "
-            f"divisible by {NUM_SEGMENTS}; change these, or do without `deterministic`."
+            f"divisible by {NUM_SEGMENTS}; change them, or disable `deterministic`."
         )
 
 
 def segments(x: Tensor, num_ranks: int) -> tuple[Tensor, ...]:
-    """A rank's part of a row, [rows, d / tp], as its share of the segments."""
+    """Split a rank's columns, [rows, d / tp], into its segments of the row."""
     return x.chunk(NUM_SEGMENTS // num_ranks, dim=-1)
 
 
 class PendingSum:
-    """A sum over ranks that is under way; :meth:`wait` returns it.
+    """Asynchronous sum over ranks; :meth:`wait` returns the result.
 
     Args:
         part: this rank's part; with ``deterministic`` [segments of this rank, ..].
         group_name: see :func:`name_of`.
-        deterministic: add all segments as a fixed binary tree. The bits of the sum then do not
-            depend on the number of ranks: an all-gather in place of an all-reduce.
+        deterministic: add all segments as a fixed binary tree, after an all-gather instead of an
+            all-reduce. The bits of the sum then do not depend on the number of ranks.
     """
 
     def __init__(self, part: Tensor, group_name: str, *, deterministic: bool) -> None:
@@ -77,14 +77,14 @@ class PendingSum:
             self._work = dist.all_reduce(self._result, group=_resolve(group_name), async_op=True)
 
     def wait(self) -> Tensor:
-        """The sum, on every rank."""
+        """Return the sum, the same on every rank."""
         if self._work is not None:
             self._work.wait()
         return tree_sum(self._result) if self.deterministic else self._result
 
 
 def tree_sum(parts: Tensor) -> Tensor:
-    """[2^n, ..] -> [..]: pairs, pairs of pairs, ..; every node is one addition."""
+    """Sum [2^n, ..] to [..] in pairs, pairs of pairs and so on."""
     while len(parts) > 1:
         parts = parts[0::2] + parts[1::2]
     return parts[0]
@@ -102,7 +102,7 @@ class _ScaleGradient(Function):
 
 
 def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of a per-row statistic over the ranks that share the row; not for autograd."""
+    """Sum a per-row statistic over the ranks that share the row; without a gradient."""
     if is_split(group):
         x = x.clone()
         dist.all_reduce(x, group=group)
@@ -110,5 +110,5 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """``x`` itself; its gradient is multiplied by ``factor``."""
+    """Return ``x``; its gradient is multiplied by ``factor``."""
     return _ScaleGradient.apply(x, factor) if factor != 1.0 else x

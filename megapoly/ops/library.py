@@ -1,8 +1,8 @@
 """Registration with ``torch.library``: ``torch.ops.megapoly``.
 
-Registered operators are single nodes to everything that traces: ``torch.compile`` keeps a model
-with them in one graph, selective activation checkpointing can name them, and their collectives and
-kernels are not looked into.
+A registered operator is a single node for everything that traces: ``torch.compile`` keeps a model
+with operators in one graph and does not look into their collectives and kernels, and selective
+activation checkpointing can refer to them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 NAMESPACE = "megapoly"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-# A shape that no result has. Empty: what is never written must not be read, not even to compare.
+# A shape that no result has; empty, so that no uninitialised memory is ever read.
 _ABSENT = (0, 0, 0)
 
 
 def operator(
     schema: str, *, fake: Callable[..., Any]
 ) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Register a function as an operator; the decorated name is then the operator.
+    """Register the decorated function as an operator; the name then refers to the operator.
 
     Args:
         schema: name and types, as in ``torch.library.define``.
-        fake: the same function on tensors without data: shapes and dtypes of the results.
+        fake: the function for tensors without data: returns shapes and dtypes of the results.
     """
     name = schema.partition("(")[0]
 
@@ -46,10 +46,10 @@ def differentiate(
     save: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
-    """Give an operator its gradient.
+    """Register the gradient of an operator.
 
     Args:
-        operator: what :func:`operator` made.
+        operator: from :func:`operator`.
         save: ``save(ctx, inputs, output)`` in the forward pass.
         backward: ``backward(ctx, *grads)``: one gradient or None for each input.
     """
@@ -57,29 +57,30 @@ def differentiate(
 
 
 def refuse_second_derivative(operator: torch._ops.OpOverload) -> None:
-    """Make differentiating a backward operator an error; torch itself would only warn."""
+    """Make it an error to differentiate a backward operator; torch would only warn."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError(
-            f"{operator} has no derivative: PolyCom activations can be differentiated once."
+            f"{operator} has no derivative: PolyCom activations can be differentiated once; "
+            "do not use `create_graph`."
         )
 
     differentiate(operator, save=save, backward=backward)
 
 
 def present(tensor: Tensor) -> Tensor | None:
-    """What an operator returned for a result that may be absent: schemas have no such type."""
+    """Return None for the placeholder of :func:`absent`; schemas have no optional results."""
     return None if tensor.shape == _ABSENT else tensor
 
 
 def absent(like: Tensor) -> Tensor:
-    """Stands for a result that there is not."""
+    """Return a placeholder for an optional result that is absent."""
     return like.new_empty(_ABSENT)
 
 
 def or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """``tensor``, or what stands for None."""
+    """Return ``tensor``, or the placeholder if it is None."""
     return absent(like) if tensor is None else tensor

@@ -1,13 +1,13 @@
-"""PolyNorm on rows in plain PyTorch: the definition of what every backend computes.
+"""PolyNorm on rows in plain PyTorch; every backend computes the same.
 
-Powers overflow: in fp32 x^6 does from |x| = 2.6e6 on, and r_3 underflows in the backward pass far
-earlier. So everything is computed in z = x / m, with a power of two m for each row:
+Powers overflow: in fp32, x^6 overflows from |x| = 2.6e6 on, and r_3 underflows in the backward pass
+far earlier. So everything is computed in z = x / m, with a power of two m for each row:
 
     n(x^k) = z^k t_k,   t_k = (mean(z^2k) + eps / m^2k)^(-1/2) = r_k m^k
 
-m is 1 for a row whose root mean square is below about 16, and brings larger ones down to 8 .. 16.
-Multiplying by a power of two is exact: in the range where nothing overflows it changes no bit.
-m follows from r_1, so the row's reciprocal roots are all that the backward pass needs.
+m is 1 for a row whose root mean square is below about 16, and scales larger ones to 8 .. 16.
+Multiplication by a power of two is exact: where nothing overflows, m does not change a bit.
+m follows from r_1, so the backward pass needs only the row's reciprocal roots.
 
 Shapes: x, gate, grad_output, factor [rows, d / tp]; row values [rows, ..]. Everything per row is
 fp32 (fp64 for fp64) except the sums of squares that ranks exchange, which are fp64.
@@ -20,30 +20,30 @@ from torch import Tensor
 
 from megapoly.ops.arguments import expand_to_rows, expert_of_row, sum_over_rows
 
-# Sums of squares are exchanged as sums of (x 2^-8)^2k in fp64: with order 4 and |x| to 3.4e38 they
-# stay below 2^984, and what eps does not hide anyway stays above the smallest fp64.
+# Ranks exchange sums of (x 2^-8)^2k in fp64: with order 4 and |x| up to 3.4e38 they stay below
+# 2^984, and any sum that eps does not hide stays above the smallest fp64 number.
 SQUARE_SUM_SHIFT = 2.0**-8
 # r_1 is saved times 2^16: 1 / 3.4e38 would not be a normal fp32 number.
 FIRST_ROOT_SHIFT = 2.0**16
-# A row is scaled so that its largest element (statistics) or root mean square (m) is at most 16
-# to 32: z^8 and its sum over the width then stay far from both ends of fp32.
+# A row is scaled so that its largest element (statistics) or root mean square (m) is at most 16 to
+# 32: z^8 and its sum over the width then stay far from both ends of fp32.
 TARGET = 16.0
 
 
 def upcast(x: Tensor) -> Tensor:
-    """``x`` in the dtype that is computed in: fp32, or fp64 for fp64."""
+    """Convert ``x`` to the dtype of computation: fp32, or fp64 for fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The largest power of two that is not above x > 0 (its exponent bits; 0 if x is subnormal)."""
+    """Round x > 0 down to a power of two (its exponent bits; 0 if x is subnormal)."""
     if x.dtype == torch.float64:
         return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def square_sums(x: Tensor, order: int) -> Tensor:
-    """sum_j (x_j 2^-8)^2k for k = 1 .. order: [rows, order] fp64, to be summed over ranks."""
+    """Compute sum_j (x_j 2^-8)^2k for k = 1 .. order: [rows, order] fp64, for a sum over ranks."""
     value = upcast(x)
     largest = value.abs().amax(-1, keepdim=True)
     scale = (power_of_two(largest) / TARGET).clamp(min=1.0)
@@ -59,11 +59,11 @@ def square_sums(x: Tensor, order: int) -> Tensor:
 def rsqrt_of_square_sums(
     square_sums: Tensor, divisor: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The row's reciprocal roots: [r_1 2^16, t_2, .., t_order].
+    """Compute the reciprocal roots of each row: [r_1 2^16, t_2, .., t_order].
 
     Args:
-        square_sums: [rows, order], over all ranks of the row.
-        divisor: the width of the whole row (L2 norm: 1).
+        square_sums: [rows, order], summed over all ranks of the row.
+        divisor: width of the whole row (L2 norm: 1).
         eps: added to a mean square.
         dtype: of the result.
     """
@@ -77,7 +77,7 @@ def rsqrt_of_square_sums(
 
 
 def _powers(x: Tensor, order: int) -> Tensor:
-    """[rows, 1] -> [rows, order]: x, x^2, .., x^order."""
+    """Return x, x^2, .., x^order: [rows, 1] -> [rows, order]."""
     powers = [x]
     for _ in range(order - 1):
         powers.append(powers[-1] * x)
@@ -85,19 +85,19 @@ def _powers(x: Tensor, order: int) -> Tensor:
 
 
 def _inverse_scale(first_root: Tensor) -> Tensor:
-    """1 / m from r_1 2^16."""
+    """Return 1 / m from r_1 2^16."""
     return (power_of_two(first_root) * (TARGET / FIRST_ROOT_SHIFT)).clamp(max=1.0)
 
 
 def _scale_and_roots(rsqrt: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / m [rows, 1] and t_1 .. t_order [rows, order]."""
+    """Return 1 / m [rows, 1] and t_1 .. t_order [rows, order]."""
     first = rsqrt[:, :1]
     inverse = _inverse_scale(first)
     return inverse, torch.cat([first / FIRST_ROOT_SHIFT / inverse, rsqrt[:, 1:]], dim=-1)
 
 
 def horner(x: Tensor, constants: Tensor) -> Tensor:
-    """constants[:, 0] + constants[:, 1] x + .. for each row."""
+    """Evaluate constants[:, 0] + constants[:, 1] x + .. for each row."""
     y = constants[:, -1:]
     for k in range(constants.shape[-1] - 2, -1, -1):
         y = y * x + constants[:, k : k + 1]
@@ -112,14 +112,14 @@ def evaluate(
     factor: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """Output p (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``; 0 in padding rows."""
+    """Compute p (a_0 + a_1 n(x) + ..) factor in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
     a = expand_to_rows(coefficients, expert, rsqrt.dtype)
     inverse, roots = _scale_and_roots(rsqrt)
     constants = torch.cat([a[:, :1].expand(x.shape[0], 1), a[:, 1:] * roots], dim=-1)
     if probs is not None:
         constants = constants * upcast(probs)[:, None]
-    # Joined, so that the compiled loop over a row only loads them.
+    # One table, so that the compiled loop over a row only loads its entries.
     table = torch.cat([inverse, constants], dim=-1)
     y = horner(upcast(x) * table[:, :1], table[:, 1:])
     if factor is not None:
@@ -128,16 +128,16 @@ def evaluate(
 
 
 def zero_padding_rows(x: Tensor, expert: Tensor | None, coefficients: Tensor) -> Tensor:
-    """``x`` with zeros in padding rows, whatever is there: a product with 0 would keep NaN."""
+    """Set padding rows of ``x`` to zero; a product with 0 would keep NaN."""
     if expert is None:
         return x
     return torch.where((expert < coefficients.shape[0])[:, None], x, 0.0)
 
 
 def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | None) -> Tensor:
-    """sum_j g_j u_j z_j^k for k = 0 .. order: [rows, order + 1]."""
+    """Compute sum_j g_j u_j z_j^k for k = 0 .. order: [rows, order + 1]."""
     order = rsqrt.shape[-1]
-    g = gated(grad_output, gate)
+    g = gated_gradient(grad_output, gate)
     z = upcast(x) * _inverse_scale(rsqrt[:, :1])
     sums = [g.sum(-1)]
     for _ in range(order):
@@ -146,8 +146,8 @@ def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | 
     return torch.stack(sums, dim=-1)
 
 
-def gated(grad_output: Tensor, gate: Tensor | None) -> Tensor:
-    """The product g u in the dtype that is computed in."""
+def gated_gradient(grad_output: Tensor, gate: Tensor | None) -> Tensor:
+    """Return the product g u in the dtype of computation."""
     g = upcast(grad_output)
     return g if gate is None else g * upcast(gate)
 
@@ -163,7 +163,7 @@ def gradients(
     offsets: Tensor | None,
     divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, coefficients and probs from the row's ``gradient_sums`` over all ranks.
+    """Compute gradients of x, coefficients and probs from ``gradient_sums`` over all ranks.
 
     T_k = t_k S_k,   A_k = p k a_k t_k,   B_k = A_k t_k T_k / d
     dx = (g (A_1 + A_2 z + ..) - z (B_1 + B_2 z^2 + ..)) / m
@@ -183,7 +183,7 @@ def gradients(
     table = torch.cat([inverse, direct, through_norm], dim=-1)
     inverse, direct, through_norm = table.split([1, order, order], dim=-1)
     z = upcast(x) * inverse
-    grad_x = gated(grad_output, gate) * horner(z, direct) - z * horner(z * z, through_norm)
+    grad_x = gated_gradient(grad_output, gate) * horner(z, direct) - z * horner(z * z, through_norm)
     grad_x = zero_padding_rows(grad_x * inverse, expert, coefficients).to(x.dtype)
 
     terms = zero_padding_rows(terms, expert, coefficients)
@@ -204,7 +204,7 @@ def forward(
     divisor: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and reciprocal roots of rows that one rank holds whole."""
+    """Compute output and reciprocal roots of rows that are not split over ranks."""
     order = coefficients.shape[-1] - 1
     rsqrt = rsqrt_of_square_sums(square_sums(x, order), divisor, eps, upcast(x[:0]).dtype)
     return evaluate(x, rsqrt, coefficients, probs, gate, offsets), rsqrt
@@ -220,7 +220,7 @@ def backward(
     offsets: Tensor | None,
     divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, coefficients, probs and gate of rows that one rank holds whole."""
+    """Compute gradients of x, coefficients, probs and gate of rows that are not split."""
     sums = gradient_sums(x, rsqrt, grad_output, gate)
     grads = gradients(x, rsqrt, sums, grad_output, coefficients, probs, gate, offsets, divisor)
     grad_gate = None

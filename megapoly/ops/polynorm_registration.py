@@ -1,8 +1,8 @@
 """PolyNorm's operators in ``torch.ops.megapoly``: forward, its two halves, backward.
 
-A row that one rank holds whole takes one forward operator. A row that is cut over ranks takes two:
-``polynorm_rsqrt`` holds the collective, ``polynorm_evaluate`` is pointwise, so that recomputing
-activations repeats only the latter (see :func:`megapoly.ops.save_row_statistics`).
+Rows that are not split over ranks take one forward operator. Split rows take two:
+``polynorm_rsqrt`` contains the collective and ``polynorm_evaluate`` is pointwise, so that
+recomputation repeats only the latter (see :func:`megapoly.ops.save_row_statistics`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PolyNormFunctions:
     """One backend; each function is the one of that name in :mod:`.polynorm_reference`.
 
     Args:
-        forward: of rows that one rank holds whole.
+        forward: of rows that are not split over ranks.
         backward: of the same rows.
         square_sums: from a part of each row; ranks add them up.
         rsqrt_of_square_sums: reciprocal roots from the sums over all ranks.
@@ -89,7 +89,7 @@ def polynorm_forward(
     divisor: int,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """Output and reciprocal roots of whole rows."""
+    """Compute output and reciprocal roots of rows that are not split."""
     return functions_for(backend, x).forward(x, coefficients, probs, gate, offsets, divisor, eps)
 
 
@@ -110,7 +110,7 @@ def polynorm_rsqrt(
     deterministic: bool,
     backend: Backend,
 ) -> Tensor:
-    """Reciprocal roots of rows of which this rank holds a part: the forward collective."""
+    """Compute reciprocal roots of rows that are split over ranks, with one collective."""
     functions = functions_for(backend, x)
     if deterministic:
         num_ranks = size_of(group)
@@ -144,7 +144,7 @@ def polynorm_evaluate(
     deterministic: bool,
     backend: Backend,
 ) -> Tensor:
-    """Output from x and its reciprocal roots; layout and divisor are for the backward pass."""
+    """Compute the output from x and its reciprocal roots; the backward pass uses the layout."""
     return functions_for(backend, x).evaluate(x, rsqrt, coefficients, probs, gate, offsets)
 
 
@@ -183,7 +183,7 @@ def polynorm_backward(
     deterministic: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, coefficients, probs and gate: the backward collective."""
+    """Compute gradients of x, coefficients, probs and gate; of split rows with one collective."""
     functions = functions_for(backend, x)
     grad_output = row_major(grad_output)
     given = (coefficients, probs, gate, offsets)
@@ -198,7 +198,7 @@ def polynorm_backward(
             group,
             deterministic=deterministic,
         )
-        if gate is not None:  # needs no sum: it runs while the ranks exchange theirs
+        if gate is not None:  # needs no sum, so it overlaps with the collective
             grad_gate = functions.evaluate(x, rsqrt, coefficients, probs, grad_output, offsets)
         grad_x, grad_coefficients, grad_probs = functions.gradients(
             x, rsqrt, pending.wait(), grad_output, *given, divisor
@@ -250,7 +250,7 @@ def _backward_of_forward(
 
 
 def _backward_of_evaluate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    # The whole gradient of x, its way through the reciprocal roots included.
+    # The gradient of x includes the path through the reciprocal roots.
     grad_x, *others = _gradients(ctx, grad_output)
     return grad_x, None, *others, *(None,) * 5
 

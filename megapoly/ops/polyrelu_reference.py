@@ -1,4 +1,4 @@
-"""PolyReLU on rows in plain PyTorch: the definition of what every backend computes.
+"""PolyReLU on rows in plain PyTorch; every backend computes the same.
 
 Shapes are those of :mod:`megapoly.ops.polynorm_reference`; ``slope`` is [1] or [experts, 1], or
 None for 0.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megapoly.ops.arguments import expand_to_rows, expert_of_row, sum_over_rows
-from megapoly.ops.polynorm_reference import gated, horner, upcast, zero_padding_rows
+from megapoly.ops.polynorm_reference import gated_gradient, horner, upcast, zero_padding_rows
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """Output p (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
+    """Compute p (a_0 + a_1 h + .. + a_r h^r) u in the dtype of ``x``; 0 in padding rows."""
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
     value = upcast(x)
     a = expand_to_rows(coefficients, expert, value.dtype)
@@ -34,7 +34,7 @@ def forward(
 
 
 def _rectified(value: Tensor, slope: Tensor | None, expert: Tensor | None) -> Tensor:
-    """h: max(x, 0) + slope min(x, 0)."""
+    """Return h = max(x, 0) + slope min(x, 0)."""
     if slope is None:
         return value.relu()
     return torch.where(value > 0, value, value * expand_to_rows(slope, expert, value.dtype))
@@ -49,20 +49,20 @@ def backward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, coefficients, slope, probs and gate.
+    """Compute gradients of x, coefficients, slope, probs and gate.
 
         S_k = sum_j g_j u_j h_j^k,   da_k = sum_rows p S_k,   dp = sum_k a_k S_k
         dx = p g u P'(h) (1 where x > 0, else slope)
         dslope = sum_rows p sum_j g u P'(h) min(x, 0)
 
-    Those of coefficients and slope are fp64, those of probs in the dtype computed in; of a part of
-    each row they are partial sums.
+    Gradients of coefficients and slope are fp64, those of probs in the dtype of computation.
+    They are partial sums if ``x`` is a part of each row.
     """
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])
     value = upcast(x)
     a = expand_to_rows(coefficients, expert, value.dtype)
     h = _rectified(value, slope, expert)
-    g = gated(grad_output, gate)
+    g = gated_gradient(grad_output, gate)
     k = torch.arange(1, a.shape[-1], dtype=a.dtype, device=x.device)
     through = g * horner(h, k * a[:, 1:])  # g u P'(h)
     below = 0.0 if slope is None else expand_to_rows(slope, expert, value.dtype)

@@ -64,7 +64,7 @@ def polyrelu_forward(
     deterministic: bool,
     backend: Backend,
 ) -> Tensor:
-    """Output, pointwise; the layout is for the backward pass."""
+    """Compute the output, pointwise; the backward pass uses the layout."""
     return functions_for(backend, x).forward(x, coefficients, slope, probs, gate, offsets)
 
 
@@ -101,9 +101,9 @@ def polyrelu_backward(
     deterministic: bool,
     backend: Backend,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, coefficients, slope, probs and gate.
+    """Compute gradients of x, coefficients, slope, probs and gate.
 
-    Those of coefficients, slope and probs are sums over the row: one all-reduce of all three.
+    Those of coefficients, slope and probs are sums over the row and share one all-reduce.
     """
     num_ranks = size_of(group)
     if deterministic:
@@ -129,20 +129,20 @@ def polyrelu_backward(
     sums = torch.stack(partial_sums) if deterministic else partial_sums[0]
     sums = PendingSum(sums, group, deterministic=deterministic).wait()
     return (
-        _joined(grads_x),
-        *_cut(sums, coefficients, slope, probs, x),
-        absent(x) if gate is None else _joined(grads_gate),
+        _concatenate(grads_x),
+        *_split_sums(sums, coefficients, slope, probs, x),
+        absent(x) if gate is None else _concatenate(grads_gate),
     )
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _cut(
+def _split_sums(
     sums: Tensor, coefficients: Tensor, slope: Tensor | None, probs: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The flat sums as gradients of coefficients, slope and probs."""
+    """Split the flat sums into gradients of coefficients, slope and probs."""
     likes = [tensor for tensor in (coefficients, slope, probs) if tensor is not None]
     parts = iter(sums.split([tensor.numel() for tensor in likes]))
     grads = [

@@ -1,7 +1,7 @@
-"""Recomputing activations without repeating a collective.
+"""Recomputation of activations without repeating a collective.
 
-The statistics of rows that are cut over ranks are r numbers a row. What recomputes activations
-keeps them from the first forward pass, so that the second is pointwise where PolyNorm is concerned.
+The statistics of rows that are split over ranks are r numbers per row. Recomputation keeps them
+from the first forward pass, so that PolyNorm is pointwise in the second.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from megapoly.ops.polynorm_registration import polynorm_rsqrt
 
-# Of the region that runs just now; autograd runs one forward or recomputation at a time.
+# Of the region that is running; autograd runs one forward or recomputation at a time.
 _kept: list[Tensor] | None = None
 _remaining: deque[Tensor] | None = None
 
 
 def save_row_statistics() -> tuple[Any, Any]:
-    """``context_fn`` of ``torch.utils.checkpoint.checkpoint``: keep the rows' reciprocal roots.
+    """Keep PolyNorm's row statistics; a ``context_fn`` of ``torch.utils.checkpoint.checkpoint``.
 
         checkpoint(ffn, x, use_reentrant=False, context_fn=save_row_statistics)
 
-    Everything in ``ffn`` is recomputed but the statistics of PolyNorm on rows that are cut over
-    ranks: r numbers a row are kept, and recomputation has no all-reduce of theirs.
+    Everything in ``ffn`` is recomputed except the statistics of PolyNorm on rows that are split
+    over ranks: r numbers per row are kept, and recomputation does not repeat their all-reduce.
     """
     return create_selective_checkpoint_contexts(_policy)
 
@@ -40,10 +40,10 @@ def _policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 @contextmanager
 def keeping_row_statistics(kept: list[Tensor]) -> Iterator[None]:
-    """First forward pass of a region whose activations are recomputed: fill ``kept``.
+    """Append row statistics to ``kept`` in the first forward pass of a recomputed region.
 
-    For checkpointing that runs a function twice without a ``context_fn``, like the engine's. Not
-    for layers under ``torch.compile``: it would compile again for every number of kept tensors.
+    For checkpointing that runs a function twice without a ``context_fn``, as the engine does. Not
+    for layers under ``torch.compile``: they would compile again for every number of kept tensors.
     """
     with _region(kept, None):
         yield
@@ -51,7 +51,7 @@ def keeping_row_statistics(kept: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def reusing_row_statistics(kept: list[Tensor]) -> Iterator[None]:
-    """Recomputation of the same region: take from ``kept``, in the order of the first pass."""
+    """Take row statistics from ``kept`` in the recomputation, in the order of the first pass."""
     with _region(None, deque(kept)):
         yield
 
@@ -68,7 +68,7 @@ def _region(kept: list[Tensor] | None, remaining: deque[Tensor] | None) -> Itera
 
 
 def row_statistics(compute: Callable[[], Tensor]) -> Tensor:
-    """What ``compute`` returns, or returned in the region's first forward pass."""
+    """Return the result of ``compute``, or the one kept from the first forward pass."""
     if _remaining is not None:
         if not _remaining:
             raise RuntimeError("The recomputation has more PolyNorms than its first forward pass.")

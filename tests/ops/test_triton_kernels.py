@@ -51,7 +51,7 @@ def tiles(request, monkeypatch):
 def cut_into_blocks(monkeypatch, kernels):
     limits = dict.fromkeys(kernels, tile_sizes.Limits(lanes_per_warp=256, max_lanes=0))
     monkeypatch.setattr(tile_sizes, "_LIMITS", tile_sizes._LIMITS | limits)
-    monkeypatch.setattr(tile_sizes, "MAX_BLOCK_OF_PART", 32)
+    monkeypatch.setattr(tile_sizes, "MAX_BLOCK_OF_LOOP", 32)
 
 
 def arguments_of(operator, form, dtype=torch.float32, **options) -> Arguments:
@@ -152,8 +152,8 @@ def test_coefficients_in_half_precision():
 def test_row_that_only_the_backward_pass_cuts_into_blocks(monkeypatch):
     cut_into_blocks(monkeypatch, [key for key in tile_sizes._LIMITS if key[0] > 1])
     arguments = arguments_of("polynorm", "gated", shape=(3, 129))
-    assert tile_sizes.whole_tiles(129, num_values=1, order=3)
-    assert tile_sizes.whole_tiles(129, num_values=3, order=3) is None
+    assert tile_sizes.whole_row_tiles(129, num_values=1, order=3)
+    assert tile_sizes.whole_row_tiles(129, num_values=3, order=3) is None
     assert_precise(run("polynorm", arguments), exact("polynorm", arguments))
 
 

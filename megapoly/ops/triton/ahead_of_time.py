@@ -1,9 +1,9 @@
-"""Compile the kernels without a GPU and report what they take of one.
+"""Compile the kernels without a GPU and report the resources that they need.
 
     python -m megapoly.ops.triton.ahead_of_time --arch 80 90 --json kernels.json
 
-A kernel that needs more registers than there are keeps values in memory ("spills") and loses the
-bandwidth it was written for. Triton brings the assembler and ``cuobjdump``; no CUDA is needed.
+A kernel that needs more registers than are available keeps values in memory ("spills") and loses
+bandwidth. Triton includes the assembler and ``cuobjdump``; CUDA is not needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megapoly.ops.triton.kernels import (
     polyrelu_row,
     row_sums,
 )
-from megapoly.ops.triton.tile_sizes import part_tiles, whole_tiles
+from megapoly.ops.triton.tile_sizes import blocked_row_tiles, whole_row_tiles
 from megapoly.polynomial import DEFAULT_ORDER
 
 WIDTHS = (1032, 1536, 8256, 11008, 16384)
@@ -40,18 +40,18 @@ WIDTHS = (1032, 1536, 8256, 11008, 16384)
 _MULTIPLES_OF_16 = ("width", "x_stride", "gate_stride", "factor_stride", "grad_output_stride")
 _FP32 = ("rsqrt_ptr", "terms_ptr", "slope_terms_ptr", "sums_ptr", "chunks_ptr", "coefficients_ptr")
 _INT32 = ("expert_ptr", "offsets_ptr")
-# Of a thread, at 16 warps or more; with fewer warps there are more for each.
+# Per thread, at 16 warps or more; with fewer warps more are available.
 _MAX_REGISTERS = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of one kernel.
+    """Specialisation of a kernel.
 
     Args:
         name: file and kernel.
         kernel: the function.
-        width: of a row; 0 where it has none.
+        width: of a row; 0 if the kernel has none.
         constants: compile-time arguments.
         num_warps: of a program.
     """
@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a program takes of a multiprocessor, and the widest load of a thread."""
+    """Resources of a program on a multiprocessor, and the widest load of a thread."""
 
     kernel: str
     width: int
@@ -81,7 +81,7 @@ class Resources:
 def cases(
     widths: Sequence[int] = WIDTHS, orders: Sequence[int] = (DEFAULT_ORDER,)
 ) -> Iterator[Case]:
-    """Every kernel at every width, plain and with experts, probabilities and gate."""
+    """Yield every kernel at every width, plain and with experts, probabilities and gate."""
     for order in orders:
         for full in (False, True):
             flags = {name: full for name in ("HAS_GATE", "HAS_FACTOR", "HAS_PROBS", "HAS_EXPERTS")}
@@ -99,11 +99,11 @@ def _row_cases(width: int, constants: dict[str, Any]) -> Iterator[Case]:
         ("forward_kernel", 1),
         ("backward_kernel", 3 if constants["HAS_GATE"] else 2),
     ):
-        tiles = whole_tiles(width, num_values=num_values, order=constants["ORDER"])
+        tiles = whole_row_tiles(width, num_values=num_values, order=constants["ORDER"])
         if tiles is not None:
             whole = constants | {"BLOCK": tiles.block, "TAIL": tiles.tail}
             yield _case(polynorm_whole_row, name, width, whole, tiles.num_warps)
-    tiles = part_tiles(width)
+    tiles = blocked_row_tiles(width)
     num_blocks = {"NUM_BLOCKS": tiles.num_blocks}
     parts = constants | num_blocks | {"BLOCK": tiles.block, "TAIL": tiles.tail}
     for name in (
@@ -153,13 +153,13 @@ def resources(case: Case, arch: int, dtype: str = "bf16") -> Resources:
 
 
 def _widest_load(ptx: str) -> int:
-    """Bytes that one thread loads from global memory at a time: 16 is what the memory likes."""
+    """Return the most bytes that one load of a thread reads from global memory; 16 is best."""
     loads = re.findall(r"ld\.global(?:\.[a-zA-Z_]\w*(?:::\w+)?)*?(?:\.v(\d))?\.b(\d+)", ptx)
     return max((int(n or 1) * int(bits) // 8 for n, bits in loads), default=0)
 
 
 def _kind(name: str, case: Case, dtype: str) -> str:
-    """Triton's type of an argument; an optional one that is not there is a constant None."""
+    """Return Triton's type of an argument; an absent optional one is a constant None."""
     optional = {
         "gate_ptr": "HAS_GATE",
         "grad_gate_ptr": "HAS_GATE",
@@ -186,7 +186,7 @@ def _kind(name: str, case: Case, dtype: str) -> str:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack: there is none unless registers spill."""
+    """Return registers of a thread and bytes of its stack, which only spilled registers use."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -202,13 +202,13 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def exceeds(usage: Resources) -> bool:
-    """Whether it spills, or two programs of up to 16 warps do not fit on one multiprocessor."""
+    """Check whether it spills, or two programs of up to 16 warps exceed a multiprocessor."""
     allowed = _MAX_REGISTERS * max(1, 16 // usage.num_warps)
     return usage.spilled_bytes > 0 or usage.registers > allowed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table; 1 if a kernel spills or takes too many registers."""
+    """Print a table; return 1 if a kernel spills or needs too many registers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The functions of :mod:`megapoly.ops.polynorm_reference`, run by Triton kernels."""
+"""Launch of PolyNorm's kernels: the functions of :mod:`megapoly.ops.polynorm_reference`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from megapoly.ops.triton.host import (
     alignment,
+    blocked_row_options,
     contiguous,
     experts_of,
     gradient_of_sets,
     on_device_of_rows,
-    parts_options,
     row_stride,
-    whole_options,
+    whole_row_options,
 )
 from megapoly.ops.triton.kernels import polynorm_split_row, polynorm_whole_row
-from megapoly.ops.triton.tile_sizes import whole_tiles
+from megapoly.ops.triton.tile_sizes import whole_row_tiles
 
 _RSQRT_ROWS = 128
 
@@ -31,10 +31,10 @@ def forward(
     divisor: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and reciprocal roots of rows that one rank holds whole."""
+    """Compute output and reciprocal roots of rows that are not split over ranks."""
     num_rows, width = x.shape
     order = coefficients.shape[-1] - 1
-    tiles = whole_tiles(width, num_values=1, order=order)
+    tiles = whole_row_tiles(width, num_values=1, order=order)
     if tiles is None:
         rsqrt = rsqrt_of_square_sums(square_sums(x, order), divisor, eps, torch.float32)
         return evaluate(x, rsqrt, coefficients, probs, gate, offsets), rsqrt
@@ -60,7 +60,7 @@ def forward(
             HAS_GATE=gate is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **whole_options(tiles),
+            **whole_row_options(tiles),
         )
     return y, rsqrt
 
@@ -76,11 +76,11 @@ def backward(
     offsets: Tensor | None,
     divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, coefficients, probs and gate of rows that one rank holds whole."""
+    """Compute gradients of x, coefficients, probs and gate of rows that are not split."""
     num_rows, width = x.shape
     order = rsqrt.shape[-1]
-    # x and the gradient, and the gate.
-    tiles = whole_tiles(width, num_values=2 if gate is None else 3, order=order)
+    # The kernel keeps x and the gradient, and the gate.
+    tiles = whole_row_tiles(width, num_values=2 if gate is None else 3, order=order)
     if tiles is None:
         sums = gradient_sums(x, rsqrt, grad_output, gate)
         grads = gradients(x, rsqrt, sums, grad_output, coefficients, probs, gate, offsets, divisor)
@@ -116,14 +116,14 @@ def backward(
             HAS_GATE=gate is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **whole_options(tiles),
+            **whole_row_options(tiles),
         )
     return grad_x, gradient_of_sets(terms, coefficients, offsets), grad_probs, grad_gate
 
 
 @on_device_of_rows
 def square_sums(x: Tensor, order: int) -> Tensor:
-    """[rows, order] fp64: sums over a part of each row of (x_j 2^-8)^2k."""
+    """Sum (x_j 2^-8)^2k over a part of each row: [rows, order] fp64."""
     num_rows, width = x.shape
     result = x.new_empty(num_rows, order, dtype=torch.float64)
     if num_rows:
@@ -134,7 +134,7 @@ def square_sums(x: Tensor, order: int) -> Tensor:
             width,
             ORDER=order,
             ALIGN=alignment(width, x.stride(0)),
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     return result
 
@@ -143,7 +143,7 @@ def square_sums(x: Tensor, order: int) -> Tensor:
 def rsqrt_of_square_sums(
     square_sums: Tensor, divisor: int, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """The row's reciprocal roots [r_1 2^16, t_2, ..]; fp32."""
+    """Compute the reciprocal roots of each row, [r_1 2^16, t_2, ..] in fp32."""
     num_rows, order = square_sums.shape
     result = square_sums.new_empty(num_rows, order, dtype=dtype)
     if num_rows:
@@ -169,7 +169,7 @@ def evaluate(
     factor: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """Output p (a_0 + a_1 n(x) + ..) factor, in the dtype of ``x``."""
+    """Compute p (a_0 + a_1 n(x) + ..) factor in the dtype of ``x``."""
     num_rows, width = x.shape
     y = x.new_empty(x.shape)
     if num_rows:
@@ -190,14 +190,14 @@ def evaluate(
             HAS_FACTOR=factor is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     return y
 
 
 @on_device_of_rows
 def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | None) -> Tensor:
-    """[rows, order + 1]: sums over a part of each row of g_j u_j z_j^k."""
+    """Sum g_j u_j z_j^k over a part of each row: [rows, order + 1]."""
     num_rows, width = x.shape
     order = rsqrt.shape[-1]
     sums = rsqrt.new_empty(num_rows, order + 1)
@@ -215,7 +215,7 @@ def gradient_sums(x: Tensor, rsqrt: Tensor, grad_output: Tensor, gate: Tensor | 
             ORDER=order,
             ALIGN=alignment(width, x.stride(0), grad_output.stride(0), row_stride(gate)),
             HAS_GATE=gate is not None,
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     return sums
 
@@ -232,7 +232,7 @@ def gradients(
     offsets: Tensor | None,
     divisor: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x, coefficients and probs from the whole row's gradient sums."""
+    """Compute gradients of x, coefficients and probs from the gradient sums of whole rows."""
     num_rows, width = x.shape
     order = rsqrt.shape[-1]
     grad_x = x.new_empty(x.shape)
@@ -262,6 +262,6 @@ def gradients(
             HAS_GATE=gate is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     return grad_x, gradient_of_sets(terms, coefficients, offsets), grad_probs

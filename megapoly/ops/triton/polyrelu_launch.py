@@ -1,4 +1,4 @@
-"""The functions of :mod:`megapoly.ops.polyrelu_reference`, run by Triton kernels."""
+"""Launch of PolyReLU's kernels: the functions of :mod:`megapoly.ops.polyrelu_reference`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from megapoly.ops.triton.host import (
     alignment,
+    blocked_row_options,
     contiguous,
     experts_of,
     gradient_of_sets,
     on_device_of_rows,
-    parts_options,
     row_stride,
 )
 from megapoly.ops.triton.kernels import polyrelu_row as kernels
@@ -26,7 +26,7 @@ def forward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> Tensor:
-    """Output p (a_0 + a_1 h + .. + a_r h^r) u, in the dtype of ``x``; 0 in padding rows."""
+    """Compute p (a_0 + a_1 h + .. + a_r h^r) u in the dtype of ``x``; 0 in padding rows."""
     num_rows, width = x.shape
     y = x.new_empty(x.shape)
     if num_rows:
@@ -48,7 +48,7 @@ def forward(
             HAS_SLOPE=slope is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     return y
 
@@ -63,7 +63,7 @@ def backward(
     gate: Tensor | None,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, coefficients, slope, probs and gate; of a part of each row partial sums."""
+    """Compute gradients of x, coefficients, slope, probs and gate; partial sums of partial rows."""
     num_rows, width = x.shape
     order = coefficients.shape[-1] - 1
     grad_x = x.new_empty(x.shape)
@@ -96,7 +96,7 @@ def backward(
             HAS_SLOPE=slope is not None,
             HAS_PROBS=probs is not None,
             HAS_EXPERTS=offsets is not None,
-            **parts_options(width),
+            **blocked_row_options(width),
         )
     grad_coefficients = gradient_of_sets(terms, coefficients, offsets)
     grad_slope = None

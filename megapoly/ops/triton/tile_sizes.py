@@ -1,7 +1,7 @@
-"""How rows are cut into tiles and how many warps work on one: a static table.
+"""Tiles of a row and warps of a program, from a static table.
 
-No autotuning at run time: it would measure on the first step of every rank, differ between ranks
-and change the order of sums from run to run.
+There is no autotuning: it would measure in the first step of every rank, differ between ranks and
+change the order of sums from run to run.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ from typing import NamedTuple
 
 _WARPS = (1, 2, 4, 8, 16, 32)
 MAX_BLOCK = 16384
-MAX_BLOCK_OF_PART = 2048
-_LANES_PER_WARP_OF_PART = 256
+MAX_BLOCK_OF_LOOP = 2048
+_LANES_PER_WARP_OF_LOOP = 256
 
 
 class Limits(NamedTuple):
-    """Of a kernel that holds a row whole.
+    """Limits of a kernel that holds a whole row.
 
     Args:
         lanes_per_warp: elements of a row that one warp holds.
-        max_lanes: elements that a program can hold; longer rows go over memory twice.
+        max_lanes: elements that a program can hold; longer rows are read twice.
     """
 
     lanes_per_warp: int
     max_lanes: int
 
 
-# By the fp32 values that a kernel keeps for each element, x (forward), x and g (backward), x, g and
-# the gate (gated backward), and by order. From the assembler's report for sm_80 and sm_90 with
-# Triton 3.7 (`python -m megapoly.ops.triton.ahead_of_time`): no spills, and at most 64 registers at
-# 16 warps, so that two programs share a multiprocessor. The backward passes of longer rows take 32
-# warps, and with them the multiprocessor alone.
+# By the number of fp32 values that a kernel keeps for each element (x in the forward pass, x and g
+# in the backward pass, x, g and the gate in the gated one), and by order. Chosen from the
+# assembler's report for sm_80 and sm_90 with Triton 3.7
+# (`python -m megapoly.ops.triton.ahead_of_time`): no spills, and at most 64 registers at 16 warps,
+# so that two programs share a multiprocessor. Backward passes of longer rows take 32 warps and a
+# multiprocessor of their own.
 _LIMITS = {
     (1, 2): Limits(512, 16384),
     (1, 3): Limits(512, 16384),
@@ -45,12 +46,12 @@ _LIMITS = {
 
 
 class RowTiles(NamedTuple):
-    """One row as ``num_blocks`` blocks of a power of two and one masked tail.
+    """Row as ``num_blocks`` blocks of a power of two and one masked tail.
 
     Args:
         num_blocks: full blocks.
-        block: lanes of one.
-        tail: lanes of the tail, a power of two; 0: none.
+        block: lanes of a block.
+        tail: lanes of the tail, a power of two; 0: no tail.
         num_warps: of a program.
     """
 
@@ -61,12 +62,12 @@ class RowTiles(NamedTuple):
 
 
 def next_power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n > 0."""
+    """Round n > 0 up to a power of two."""
     return 1 << (n - 1).bit_length()
 
 
-def whole_tiles(width: int, *, num_values: int, order: int) -> RowTiles | None:
-    """Cut a row that one program holds whole; None: it is too long.
+def whole_row_tiles(width: int, *, num_values: int, order: int) -> RowTiles | None:
+    """Tile a row that one program holds whole; return None if it is too long.
 
     Args:
         width: elements of the row.
@@ -75,25 +76,25 @@ def whole_tiles(width: int, *, num_values: int, order: int) -> RowTiles | None:
     """
     limits = _LIMITS[num_values, order]
     num_blocks, block, tail = _cut(width, MAX_BLOCK)
-    lanes = block + tail  # all at the same time
+    lanes = block + tail  # held at the same time
     if num_blocks > 1 or lanes > limits.max_lanes:
         return None
     return RowTiles(num_blocks, block, tail, _num_warps(lanes, limits.lanes_per_warp))
 
 
-def part_tiles(width: int) -> RowTiles:
-    """Cut a row for kernels that go over it in blocks and add up lane by lane."""
-    num_blocks, block, tail = _cut(width, MAX_BLOCK_OF_PART)
-    return RowTiles(num_blocks, block, tail, _num_warps(block, _LANES_PER_WARP_OF_PART))
+def blocked_row_tiles(width: int) -> RowTiles:
+    """Tile a row for kernels that loop over it in blocks and add lane by lane."""
+    num_blocks, block, tail = _cut(width, MAX_BLOCK_OF_LOOP)
+    return RowTiles(num_blocks, block, tail, _num_warps(block, _LANES_PER_WARP_OF_LOOP))
 
 
 def _cut(width: int, max_block: int) -> tuple[int, int, int]:
-    """8256 = 8192 + 64 takes half the lanes of 16384, the next power of two."""
+    """Return blocks, block and tail: 8256 = 8192 + 64 takes half the lanes of 16384."""
     block = min(1 << (width.bit_length() - 1), max_block)
     num_blocks, rest = divmod(width, block)
     return num_blocks, block, next_power_of_two(rest) if rest else 0
 
 
 def _num_warps(lanes: int, lanes_per_warp: int) -> int:
-    """Rounded down to a power of two: a short tail is no reason for twice the warps."""
+    """Round down to a power of two: a short tail does not double the warps."""
     return max(n for n in _WARPS if n <= max(1, lanes // lanes_per_warp))

@@ -1,4 +1,4 @@
-"""What the kernels compute on one tile: powers, polynomials, scales.
+"""Device functions on one tile: powers, polynomials, scales.
 
 Orders are at most 4; the terms above ``ORDER`` are zeros that the compiler removes.
 """
@@ -10,47 +10,47 @@ import triton.language as tl
 
 from megapoly.ops.triton.kernels.tiles import load_of_row
 
-# The constants of megapoly.ops.polynorm_reference, as the kernels' compiler needs them.
+# The constants of megapoly.ops.polynorm_reference as Triton's compiler needs them.
 SQUARE_SUM_SHIFT = tl.constexpr(2.0**-8)
 FIRST_ROOT_SHIFT = tl.constexpr(2.0**16)
 TARGET = tl.constexpr(16.0)
-# Sums of squares below this have not overflowed anywhere: the row needs no scale.
+# If the sums of squares are below this, nothing has overflowed and the row needs no scale.
 SAFE_SUM = tl.constexpr(2.0**100)
 
 
 @triton.jit
 def power_of_two(x):
-    """The largest power of two that is not above x > 0."""
+    """Round x > 0 down to a power of two."""
     return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def inverse_power_of_two(x):
-    """1 / x for a power of two, exactly: a division would be approximate."""
+    """Return 1 / x of a power of two, exactly; a division would be approximate."""
     return (0x7F000000 - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def scale_of_largest(largest):
-    """Power of two that brings a row's largest element below 32; at least 1."""
+    """Return a power of two, at least 1, that scales a row's largest element below 32."""
     return tl.maximum(power_of_two(largest) * (1.0 / TARGET), 1.0)
 
 
 @triton.jit
 def inverse_scale(first_root):
-    """1 / m from r_1 2^16."""
+    """Return 1 / m from r_1 2^16."""
     return tl.minimum(power_of_two(first_root) * (TARGET / FIRST_ROOT_SHIFT), 1.0)
 
 
 @triton.jit
 def first_true_root(first_root, inverse):
-    """t_1 = r_1 m."""
+    """Return t_1 = r_1 m."""
     return first_root * (inverse_power_of_two(inverse) * (1.0 / FIRST_ROOT_SHIFT))
 
 
 @triton.jit
 def load_set(pointer, is_row, ORDER: tl.constexpr, HAS_EXPERTS: tl.constexpr):
-    """c_0 .. c_4 of a row as fp32; 0 above ``ORDER`` and for padding."""
+    """Load c_0 .. c_4 of a row as fp32; 0 above ``ORDER`` and for padding."""
     c0 = load_of_row(pointer, is_row, 0.0, HAS_EXPERTS)
     c1 = load_of_row(pointer + 1, is_row, 0.0, HAS_EXPERTS)
     c2 = load_of_row(pointer + 2, is_row, 0.0, HAS_EXPERTS)
@@ -61,7 +61,7 @@ def load_set(pointer, is_row, ORDER: tl.constexpr, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def load_roots(pointer, is_row, ORDER: tl.constexpr, HAS_EXPERTS: tl.constexpr):
-    """1 / m and t_1 .. t_4 of a row from its saved reciprocal roots; 1 for padding."""
+    """Load 1 / m and t_1 .. t_4 of a row from its saved reciprocal roots; 1 for padding."""
     first = load_of_row(pointer, is_row, 1.0, HAS_EXPERTS)
     r2 = load_of_row(pointer + 1, is_row, 1.0, HAS_EXPERTS)
     r3 = load_of_row(pointer + 2, is_row, 1.0, HAS_EXPERTS) if ORDER >= 3 else 0.0
@@ -72,7 +72,7 @@ def load_roots(pointer, is_row, ORDER: tl.constexpr, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def horner(x, c0, c1, c2, c3, c4, ORDER: tl.constexpr):
-    """c0 + c1 x + .. up to ``ORDER``."""
+    """Evaluate c0 + c1 x + .. up to ``ORDER``."""
     if ORDER == 1:
         return c1 * x + c0
     elif ORDER == 2:
@@ -85,7 +85,7 @@ def horner(x, c0, c1, c2, c3, c4, ORDER: tl.constexpr):
 
 @triton.jit
 def square_sums(x, ORDER: tl.constexpr):
-    """Sums of x^2, x^4, .. over a tile."""
+    """Sum x^2, x^4, .. over a tile."""
     square = x * x
     power = square * square
     q1 = tl.sum(square)
@@ -103,7 +103,7 @@ def square_sums(x, ORDER: tl.constexpr):
 
 @triton.jit
 def weighted_sums(z, g, ORDER: tl.constexpr):
-    """Sums of g, g z, g z^2, .. over a tile."""
+    """Sum g, g z, g z^2, .. over a tile."""
     s0 = tl.sum(g)
     g = g * z
     s1 = tl.sum(g)
@@ -139,7 +139,7 @@ def add_weighted(z, g, s0, s1, s2, s3, s4, ORDER: tl.constexpr):
 
 @triton.jit
 def largest_of(sums_1, sums_2, sums_3, sums_4, ORDER: tl.constexpr):
-    """The sum of the highest power, which overflows first."""
+    """Return the sum of the highest power, which overflows first."""
     if ORDER == 2:
         return sums_2
     elif ORDER == 3:
@@ -150,7 +150,7 @@ def largest_of(sums_1, sums_2, sums_3, sums_4, ORDER: tl.constexpr):
 
 @triton.jit
 def store_set(pointer, v0, v1, v2, v3, v4, ORDER: tl.constexpr):
-    """Write v0 .. v_ORDER side by side."""
+    """Store v0 .. v_ORDER contiguously."""
     tl.store(pointer, v0)
     tl.store(pointer + 1, v1)
     tl.store(pointer + 2, v2)

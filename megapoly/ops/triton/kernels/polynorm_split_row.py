@@ -1,7 +1,8 @@
-"""PolyNorm kernels for a part of each row: rows cut over ranks, or longer than one program holds.
+"""PolyNorm kernels for a part of each row: rows split over ranks, or too long for one program.
 
-Statistics and pointwise work are apart, with the ranks' sum between them. One program is one row,
-in blocks and a masked tail; a lane adds up its own elements, the lanes once at the end.
+Statistics and pointwise work are separate kernels, with the sum over ranks between them. One
+program processes one row in blocks and a masked tail; each lane adds its own elements, and the
+lanes are added once at the end.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def part_square_sums(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Sums of (x inverse)^2, (x inverse)^4, .. over this part of the row."""
+    """Sum (x inverse)^2, (x inverse)^4, .. over this part of the row."""
     columns = tl.arange(0, BLOCK)
     q1 = tl.zeros((BLOCK,), tl.float32)
     q2 = tl.zeros((BLOCK,), tl.float32)
@@ -85,7 +86,7 @@ def part_square_sums(
 def largest_element(
     x_row, width, NUM_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Largest |x| over this part of the row."""
+    """Return the largest |x| of this part of the row."""
     columns = tl.arange(0, BLOCK)
     largest = tl.zeros((BLOCK,), tl.float32)
     for i in range(NUM_BLOCKS):
@@ -109,7 +110,7 @@ def square_sums_kernel(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """[rows, ORDER] fp64: sum_j (x_j 2^-8)^2k."""
+    """Compute sum_j (x_j 2^-8)^2k: [rows, ORDER] fp64."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     width = aligned(width, ALIGN)
@@ -142,7 +143,7 @@ def rsqrt_kernel(
     ORDER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Square sums of whole rows to [r_1 2^16, t_2, ..], in fp64; BLOCK rows a program."""
+    """Compute [r_1 2^16, t_2, ..] from sums over whole rows, in fp64; BLOCK rows per program."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < num_rows
     mean = tl.load(square_sums_ptr + rows * ORDER, mask=mask, other=1.0) / divisor
@@ -184,7 +185,7 @@ def evaluate_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Output p (a_0 + a_1 n(x) + ..) factor."""
+    """Compute p (a_0 + a_1 n(x) + ..) factor."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     factor_stride = aligned(factor_stride, ALIGN)
@@ -235,7 +236,7 @@ def gradient_sums_kernel(
     TAIL: tl.constexpr,
     HAS_GATE: tl.constexpr,
 ):
-    """[rows, ORDER + 1]: sum_j g_j u_j z_j^k over this part of the row."""
+    """Sum g_j u_j z_j^k over this part of the row: [rows, ORDER + 1]."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)
@@ -296,7 +297,7 @@ def gradients_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Gradient of x, and each row's terms of the gradients of coefficients and probability."""
+    """Compute the gradients of x and probs, and each row's terms of that of the coefficients."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

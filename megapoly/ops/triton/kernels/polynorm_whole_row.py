@@ -1,7 +1,7 @@
 """PolyNorm kernels for rows that one program holds whole: every element is read once.
 
-One program is one row: a block of a power of two and a masked tail, in registers. The formulas are
-those of :mod:`megapoly.ops.polynorm_reference`.
+One program holds one row in registers: a block of a power of two and a masked tail. The formulas
+are those of :mod:`megapoly.ops.polynorm_reference`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def forward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Output p (a_0 + a_1 n(x) + ..) u, and the reciprocal roots of the row."""
+    """Compute p (a_0 + a_1 n(x) + ..) u and the reciprocal roots of the row."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)
@@ -75,7 +75,7 @@ def forward_kernel(
         t1, t2, t3, t4 = square_sums(x_tail, ORDER)
         q1, q2, q3, q4 = q1 + t1, q2 + t2, q3 + t3, q4 + t4
 
-    # Sums that overflow, or nearly: again, with the largest element scaled below 32.
+    # Sums that overflow or nearly do are computed again, with the largest element scaled below 32.
     scale = tl.full((), 1.0, tl.float32)
     if not (largest_of(q1, q2, q3, q4, ORDER) < SAFE_SUM):
         largest = tl.max(tl.abs(x))
@@ -87,7 +87,7 @@ def forward_kernel(
             t1, t2, t3, t4 = square_sums(x_tail * inverse_power_of_two(scale), ORDER)
             q1, q2, q3, q4 = q1 + t1, q2 + t2, q3 + t3, q4 + t4
 
-    # r_1, then m from it; between the scale of the sums and m lies a power of two.
+    # r_1, then m from it; the scale of the sums and m differ by a power of two.
     inverse_local = inverse_power_of_two(scale)
     first = tl.rsqrt(q1 * inverse_divisor + eps * inverse_local * inverse_local)
     first = first * (inverse_local * FIRST_ROOT_SHIFT)
@@ -143,7 +143,7 @@ def gradient_constants(
     ORDER: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Of one row: 1 / m, t_k, T_k, A_k, B_k and the gradient of its probability."""
+    """Return 1 / m, t_k, T_k, A_k, B_k and the gradient of the probability of one row."""
     inverse, r1, r2, r3, r4 = load_roots(rsqrt_ptr + row * ORDER, is_row, ORDER, HAS_EXPERTS)
     a0, a1, a2, a3, a4 = load_set(
         coefficients_ptr + expert * (ORDER + 1), is_row, ORDER, HAS_EXPERTS
@@ -163,7 +163,7 @@ def gradient_constants(
 
 @triton.jit
 def input_gradient(z, g, direct, through_norm, inverse, ORDER: tl.constexpr):
-    """(g (A_1 + A_2 z + ..) - z (B_1 + B_2 z^2 + ..)) / m."""
+    """Return (g (A_1 + A_2 z + ..) - z (B_1 + B_2 z^2 + ..)) / m."""
     through = horner(z, direct[0], direct[1], direct[2], direct[3], 0.0, ORDER - 1)
     norm = horner(
         z * z, through_norm[0], through_norm[1], through_norm[2], through_norm[3], 0.0, ORDER - 1
@@ -198,7 +198,7 @@ def backward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Gradients of x, gate and probability, and the row's terms of the coefficients'."""
+    """Compute gradients of x, gate and probs, and the row's terms of that of the coefficients."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

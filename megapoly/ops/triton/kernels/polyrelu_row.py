@@ -1,8 +1,7 @@
-"""PolyReLU kernels: one program is one row, in blocks and a masked tail.
+"""PolyReLU kernels: one program processes one row, in blocks and a masked tail.
 
-The formulas are those of :mod:`megapoly.ops.polyrelu_reference`. Nothing but gradients of
-coefficients, slope and probability is summed over a row, so every element is read once at any
-width.
+The formulas are those of :mod:`megapoly.ops.polyrelu_reference`. Only the gradients of
+coefficients, slope and probs are sums over a row, so every element is read once at any width.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from megapoly.ops.triton.kernels.tiles import (
 
 @triton.jit
 def rectified(x, slope, HAS_SLOPE: tl.constexpr):
-    """h: max(x, 0) + slope min(x, 0)."""
+    """Return h = max(x, 0) + slope min(x, 0)."""
     if HAS_SLOPE:
         return tl.where(x > 0, x, slope * x)
     else:
@@ -61,7 +60,7 @@ def forward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Output p (a_0 + a_1 h + ..) u."""
+    """Compute p (a_0 + a_1 h + ..) u."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)
@@ -97,7 +96,7 @@ def forward_kernel(
 
 @triton.jit
 def pointwise_gradients(x, g, p, a, slope, ORDER: tl.constexpr, HAS_SLOPE: tl.constexpr):
-    """Of one tile: h, the gradient of x, and g P'(h) min(x, 0)."""
+    """Return h, the gradient of x, and g P'(h) min(x, 0) of one tile."""
     h = rectified(x, slope, HAS_SLOPE)
     through = g * horner(h, a[1], 2.0 * a[2], 3.0 * a[3], 4.0 * a[4], 0.0, ORDER - 1)
     return h, p * through * tl.where(x > 0, 1.0, slope), through * tl.minimum(x, 0.0)
@@ -132,7 +131,7 @@ def backward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Gradients of x, gate and probability, and the row's terms of coefficients and slope."""
+    """Compute gradients of x, gate and probs, and the row's terms of coefficients and slope."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

@@ -1,8 +1,8 @@
 """Sums over the rows of each expert, in a fixed order and without atomics.
 
-The rows of an expert are cut into chunks of a fixed size, counted from its first row; one program
-adds up a chunk, then one program adds up the chunks of an expert. The bits depend on the rows
-alone: not on the device, nor on the experts around them.
+The rows of an expert are split into chunks of a fixed size, counted from its first row. One program
+adds a chunk, then one program adds the chunks of an expert. The bits depend only on the rows: not
+on the device, nor on other experts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHUNK = 256
 
 @triton.jit
 def rows_of_set(offsets_ptr, set_index, num_rows, HAS_EXPERTS: tl.constexpr):
-    """First row of a coefficient set, and the one after its last."""
+    """Return the first row of a coefficient set, and the one after its last."""
     if HAS_EXPERTS:
         end = tl.load(offsets_ptr + set_index + 1)
         return tl.load(offsets_ptr + set_index), tl.minimum(end, num_rows)
@@ -34,7 +34,7 @@ def sum_chunks_kernel(
     CHUNK: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """[rows, NUM_TERMS] -> [sets, max_chunks, NUM_TERMS]; chunks beyond a set stay unwritten."""
+    """Sum [rows, NUM_TERMS] to [sets, max_chunks, NUM_TERMS]; skip chunks beyond a set."""
     set_index = tl.program_id(1)
     chunk = tl.program_id(0)
     begin, end = rows_of_set(offsets_ptr, set_index, num_rows, HAS_EXPERTS)
@@ -59,7 +59,7 @@ def sum_sets_kernel(
     BLOCK: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """[sets, max_chunks, NUM_TERMS] -> [sets, NUM_TERMS]; zeros for a set without rows."""
+    """Sum [sets, max_chunks, NUM_TERMS] to [sets, NUM_TERMS]; zeros for a set without rows."""
     set_index = tl.program_id(0)
     begin, end = rows_of_set(offsets_ptr, set_index, num_rows, HAS_EXPERTS)
     num_chunks = (end - begin + CHUNK - 1) // CHUNK

@@ -1,4 +1,4 @@
-"""Rows in memory: loads and stores of tiles, and which coefficient set a row uses."""
+"""Loads and stores of tiles, and the coefficient set of a row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def set_of_row(expert_ptr, row, num_experts, HAS_EXPERTS: tl.constexpr):
-    """Coefficient set of a row, and whether it is a row at all and not padding."""
+    """Return the coefficient set of a row, and whether it is a row and not padding."""
     if HAS_EXPERTS:
         expert = tl.load(expert_ptr + row)
         return tl.minimum(expert, num_experts - 1), expert < num_experts
@@ -18,13 +18,13 @@ def set_of_row(expert_ptr, row, num_experts, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def aligned(elements, ALIGN: tl.constexpr):
-    """The same number, known to be a multiple of ``ALIGN``: loads may then be of 16 bytes."""
+    """Mark a number as a multiple of ``ALIGN``, which allows loads of 16 bytes."""
     return elements // ALIGN * ALIGN
 
 
 @triton.jit
 def load_block(pointer, columns, is_row, HAS_EXPERTS: tl.constexpr):
-    """A full block as fp32; zeros for padding. fp32 at once: bf16 sums would lose bits."""
+    """Load a full block as fp32, since bf16 sums would lose bits; zeros for padding."""
     if HAS_EXPERTS:
         return tl.load(pointer + columns, mask=is_row & (columns >= 0), other=0.0).to(tl.float32)
     else:
@@ -33,7 +33,7 @@ def load_block(pointer, columns, is_row, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def load_tail(pointer, columns, width, is_row, HAS_EXPERTS: tl.constexpr):
-    """The tail as fp32; zeros beyond the row and for padding."""
+    """Load the tail as fp32; zeros beyond the row and for padding."""
     mask = columns < width
     if HAS_EXPERTS:
         mask = mask & is_row
@@ -42,19 +42,19 @@ def load_tail(pointer, columns, width, is_row, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def store_block(pointer, columns, value):
-    """Write a full block in the dtype of the memory."""
+    """Store a full block in the dtype of the memory."""
     tl.store(pointer + columns, value.to(pointer.dtype.element_ty))
 
 
 @triton.jit
 def store_tail(pointer, columns, width, value):
-    """Write the tail in the dtype of the memory."""
+    """Store the tail in the dtype of the memory."""
     tl.store(pointer + columns, value.to(pointer.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
 def load_of_row(pointer, is_row, other, HAS_EXPERTS: tl.constexpr):
-    """One number as fp32; ``other`` for padding."""
+    """Load one number as fp32; ``other`` for padding."""
     if HAS_EXPERTS:
         return tl.load(pointer, mask=is_row, other=other).to(tl.float32)
     else:
@@ -63,7 +63,7 @@ def load_of_row(pointer, is_row, other, HAS_EXPERTS: tl.constexpr):
 
 @triton.jit
 def load_prob(probs_ptr, row, is_row, HAS_PROBS: tl.constexpr, HAS_EXPERTS: tl.constexpr):
-    """Router probability of a row: 1 where there is none, 0 for padding."""
+    """Load the router probability of a row: 1 without probabilities, 0 for padding."""
     if HAS_PROBS:
         return load_of_row(probs_ptr + row, is_row, 0.0, HAS_EXPERTS)
     elif HAS_EXPERTS:
