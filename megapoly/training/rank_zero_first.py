@@ -30,14 +30,14 @@ _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 _FAREWELL_S = 10.0
 
 
-class Turns:
+class RankZeroFirst:
     """Lets one process for each disk build files before the others open them.
 
-    A context: its body calls :meth:`first` and :meth:`same`, on all ranks in the same order. When
-    the body raises on one rank, the others raise with its text, at once where they wait. The
+    A context: its body calls :meth:`run` and :meth:`check_same`, on all ranks in the same order.
+    When the body raises on one rank, the others raise with its text, at once where they wait. The
     context ends on no rank before it ends on all.
 
-    Within :meth:`first` rank 0 goes first. Then the first process of every other host: where there
+    Within :meth:`run` rank 0 goes first. Then the first process of every other host: where there
     is a common disk it finds the files, otherwise it builds them. Its neighbours come last. A lock
     in ``cache_dir`` keeps hosts that share a disk without rank 0, and other jobs, from building
     there at the same time.
@@ -71,7 +71,7 @@ class Turns:
         self._num_stages = 0
 
     @classmethod
-    def of_job(cls, store: dist.Store, config: Config) -> Turns:
+    def of_job(cls, store: dist.Store, config: Config) -> RankZeroFirst:
         """Build from torchrun's environment and the limits of a resolved configuration."""
         return cls(
             store,
@@ -82,7 +82,7 @@ class Turns:
             timeout_s=60 * config.parallel.distributed_timeout_minutes,
         )
 
-    def __enter__(self) -> Turns:
+    def __enter__(self) -> RankZeroFirst:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -96,7 +96,7 @@ class Turns:
             raise
         self._leave(None)
 
-    def first(self, what: str, build: Callable[[], T]) -> T:
+    def run(self, what: str, build: Callable[[], T]) -> T:
         """Call a function on every rank, on the one that builds before those that find.
 
         Args:
@@ -120,7 +120,7 @@ class Turns:
         self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
         return build()
 
-    def same(self, what: str, value: str) -> None:
+    def check_same(self, what: str, value: str) -> None:
         """Check that a value is rank 0's.
 
         Args:
@@ -129,7 +129,7 @@ class Turns:
 
         Raises:
             DataError: it is another one.
-            PeerError: as :meth:`first`.
+            PeerError: as :meth:`run`.
         """
         key = f"same/{what}"
         if self._rank == 0:
@@ -212,10 +212,8 @@ class Turns:
                 self._tell(error)
             if self._rank != 0:
                 self._store.add("left", 1)
-                return
-            deadline = time.monotonic() + _FAREWELL_S
-            while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
-                time.sleep(_SHORTEST_PAUSE_S)
+            else:
+                wait_for_peers(self._store, "left", self._world_size, timeout_s=_FAREWELL_S)
 
     def _tell(self, error: BaseException) -> None:
         text = str(error) if isinstance(error, MegapolyError) else repr(error)
@@ -243,6 +241,25 @@ class Turns:
                 f"another process that builds in {self._cache_dir}, to {what}",
             )
             yield
+
+
+def wait_for_peers(store: dist.Store, key: str, num_ranks: int, *, timeout_s: float) -> None:
+    """Count this rank at a key of the store and wait until all ranks are counted, but not longer.
+
+    For ranks that are about to end: rank 0 may serve the store, and a launcher ends all processes
+    as soon as one has ended with an error, before the others have reported theirs.
+
+    Args:
+        store: of the job; may be gone.
+        key: counts ranks.
+        num_ranks: to wait for, with this one.
+        timeout_s: longest wait.
+    """
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(dist.DistNetworkError):
+        store.add(key, 1)
+        while store.add(key, 0) < num_ranks and time.monotonic() < deadline:
+            time.sleep(_SHORTEST_PAUSE_S)
 
 
 def _takes_lock(file: int) -> bool:

@@ -13,12 +13,14 @@ import torch.distributed as dist
 from megapoly.config import Config
 from megapoly.errors import DataError, PeerError
 from megapoly.testing import run_on_ranks
-from megapoly.training.rank_zero_first import Turns
+from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 
 BUILD = "build the sample indices of `cc`"
 
 
-def make_turns(*, ranks_per_host: int = 4, folder: str = "/nowhere", **changes) -> Turns:
+def rank_zero_first(
+    *, ranks_per_host: int = 4, folder: str = "/nowhere", **changes
+) -> RankZeroFirst:
     store, rank, world_size = next(
         dist.rendezvous("env://", timeout=datetime.timedelta(seconds=60))
     )
@@ -27,7 +29,7 @@ def make_turns(*, ranks_per_host: int = 4, folder: str = "/nowhere", **changes) 
     while store.add("started", 0) < world_size:
         time.sleep(0.01)
     arguments = {"cache_dir": Path(folder), "timeout_s": 60.0, "log_every_s": 60.0} | changes
-    return Turns(
+    return RankZeroFirst(
         dist.PrefixStore("test", store),
         rank=rank,
         world_size=world_size,
@@ -58,8 +60,8 @@ def logged() -> list[str]:
 def slow(folder: str) -> tuple[str, list[str]]:
     """Rank 0 takes its time: what was built, and what this rank logged."""
     lines = logged()
-    with make_turns(folder=folder, log_every_s=0.4) as turns:
-        built = turns.first(BUILD, lambda: build_once(Path(folder), seconds=1.5))
+    with rank_zero_first(folder=folder, log_every_s=0.4) as order:
+        built = order.run(BUILD, lambda: build_once(Path(folder), seconds=1.5))
     return built, lines
 
 
@@ -85,8 +87,8 @@ def failing(rank_that_fails: int, ranks_per_host: int) -> tuple[str, str, float]
 
     begin = time.monotonic()
     try:
-        with make_turns(ranks_per_host=ranks_per_host) as turns:
-            turns.first(BUILD, build)
+        with rank_zero_first(ranks_per_host=ranks_per_host) as order:
+            order.run(BUILD, build)
     except (DataError, PeerError) as error:
         return type(error).__name__, str(error), time.monotonic() - begin
     raise AssertionError("no error")
@@ -105,8 +107,8 @@ def test_all_get_the_text_of_the_rank_that_failed_at_once(rank, ranks_per_host):
 def late() -> tuple[str, list[str]]:
     lines = logged()
     try:
-        with make_turns(timeout_s=0.6) as turns:
-            turns.first(BUILD, lambda: time.sleep(2.0))
+        with rank_zero_first(timeout_s=0.6) as order:
+            order.run(BUILD, lambda: time.sleep(2.0))
             assert os.environ["RANK"] == "0"
     except PeerError as error:
         return str(error), lines
@@ -127,8 +129,8 @@ def test_a_time_out_says_who_waited_for_what_and_how_long():
 def on_hosts(folders: list[str]) -> str:
     """Two ranks a host, each host with its disk."""
     folder = Path(folders[int(os.environ["RANK"]) // 2])
-    with make_turns(ranks_per_host=2, folder=str(folder)) as turns:
-        return turns.first(BUILD, lambda: build_once(folder, seconds=0.3))
+    with rank_zero_first(ranks_per_host=2, folder=str(folder)) as order:
+        return order.run(BUILD, lambda: build_once(folder, seconds=0.3))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +157,8 @@ def test_one_process_builds_on_each_disk(tmp_path, disks, builders):
 def with_other_files() -> tuple[str, str]:
     rank = int(os.environ["RANK"])
     try:
-        with make_turns() as turns:
-            turns.same("training data", "abc" if rank < 2 else "xyz")
+        with rank_zero_first() as order:
+            order.check_same("training data", "abc" if rank < 2 else "xyz")
     except (DataError, PeerError) as error:
         return type(error).__name__, str(error)
     raise AssertionError("no error")
@@ -180,14 +182,14 @@ def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, bu
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "get_rank", lambda: 5)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    turns = Turns.of_job(dist.HashStore(), Config())
-    assert turns._builder_of_host == builder
-    assert turns._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
-    assert turns._cache_dir == Path("runs/default/cache")
+    order = RankZeroFirst.of_job(dist.HashStore(), Config())
+    assert order._builder_of_host == builder
+    assert order._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
+    assert order._cache_dir == Path("runs/default/cache")
 
 
 def test_a_process_alone_waits_for_nobody(tmp_path):
-    turns = Turns(
+    order = RankZeroFirst(
         dist.HashStore(),
         rank=0,
         world_size=1,
@@ -195,16 +197,16 @@ def test_a_process_alone_waits_for_nobody(tmp_path):
         cache_dir=tmp_path / "cache",
         timeout_s=1.0,
     )
-    with turns:
-        assert turns.first("build", lambda: 7) == 7
-        turns.same("data", "x")
-    with pytest.raises(ZeroDivisionError), turns:
-        turns.first("fail", lambda: 1 // 0)
+    with order:
+        assert order.run("build", lambda: 7) == 7
+        order.check_same("data", "x")
+    with pytest.raises(ZeroDivisionError), order:
+        order.run("fail", lambda: 1 // 0)
 
 
 def test_a_cache_that_cannot_be_locked_is_used_without(tmp_path):
     (tmp_path / "file").touch()
-    turns = Turns(
+    order = RankZeroFirst(
         dist.HashStore(),
         rank=0,
         world_size=1,
@@ -212,5 +214,14 @@ def test_a_cache_that_cannot_be_locked_is_used_without(tmp_path):
         cache_dir=tmp_path / "file" / "cache",
         timeout_s=1.0,
     )
-    with turns:
-        assert turns.first("build", lambda: 7) == 7
+    with order:
+        assert order.run("build", lambda: 7) == 7
+
+
+def test_peers_are_counted_and_not_waited_for_without_end():
+    store = dist.HashStore()
+    store.add("left", 1)
+    wait_for_peers(store, "left", 2, timeout_s=5.0)
+    assert store.add("left", 0) == 2
+    wait_for_peers(store, "gone", 2, timeout_s=0.05)
+    assert store.add("gone", 0) == 1
