@@ -265,8 +265,16 @@ class _Words:
 
 
 _OF_DRY_RUN = ("world-size", "gpu")
-# Options of the command line that are no fields of the configuration.
-FLAGS = ("--config", "--print-config", "--dry-run", "--world-size", "--gpu", "--help")
+# Flags of `megapoly train` that are not fields of the configuration.
+FLAGS = (
+    "--config",
+    "--print-config",
+    "--dry-run",
+    "--world-size",
+    "--gpu",
+    "--nproc-per-node",
+    "--help",
+)
 
 
 def _split(argv: Sequence[str]) -> _Words:
