@@ -1,4 +1,4 @@
-"""The pre-training job, put together: what ``megapoly train`` runs on every process."""
+"""The pre-training job: what ``megapoly train`` runs on every process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
 
     Args:
         argv: arguments after the program's name.
-        default_recipe: name or path of the recipe when ``argv`` has no ``--config``.
+        default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Returns:
@@ -58,18 +58,18 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
 def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> Config:
     """Return the resolved configuration of this job, checked against every rule.
 
-    ``--help``, ``--print-config`` and ``--dry-run`` do what they say instead, and exit; of the last
-    two rank 0 prints the outcome.
+    ``--help``, ``--print-config`` and ``--dry-run`` print something instead, and exit; for the last
+    two only rank 0 prints.
 
     Args:
         argv: see :func:`megapoly.config.parsing.parse`.
-        default_recipe: name or path of the recipe when ``argv`` names none.
+        default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Raises:
-        ConfigError: what cannot be parsed, or else every broken rule.
+        ConfigError: everything that cannot be parsed, or else every broken rule.
         DataError: the tokenizer's file exists and cannot be used.
-        SystemExit: nothing is to be trained; with the exit status.
+        SystemExit: after ``--help``, ``--print-config`` or ``--dry-run``; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
     if arguments.dry_run is not None:
@@ -92,7 +92,7 @@ def pretrain(config: Config) -> bool:
     """Run one job from a resolved configuration.
 
     Returns:
-        Whether the run is complete; False when it was asked to stop before its last step.
+        Whether the run is complete; False if it was requested to stop before its last step.
     """
     from megapoly.platform.device import select_platform
 
@@ -136,7 +136,7 @@ def pretrain(config: Config) -> bool:
 
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
-    """Return what this run does around its steps, in the order in which it is done."""
+    """Return what this run does around its steps, in this order; collective."""
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
@@ -161,7 +161,7 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
 
 
 def _data_lines(config: Config, corpus: Corpus) -> list[str]:
-    """Sources of the run, and what is to be known about their files."""
+    """Return lines about the sources of the run, and notes about their files."""
     assert config.training.train_iters is not None, "resolved"
     run_tokens = config.training.train_iters * tokens_per_step(config)
     return corpus.train.summary(run_tokens) + [f"note: {text}" for text in corpus.warnings]

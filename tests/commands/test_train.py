@@ -63,7 +63,7 @@ def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     stopped_at = steps(tmp_path / "run")[-1]
     assert checkpoint.name == f"iter_{stopped_at:07d}"
-    assert f"asked to stop after step {stopped_at}" in output
+    assert f"stop requested: ending after step {stopped_at}" in output
 
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     more = ["--training.train_iters", str(stopped_at + 2), "--optimizer.lr_decay_iters", "400"]

@@ -71,7 +71,7 @@ def test_stops_on_request_and_resumes(tmp_path):
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     stopped_at = int(checkpoint.name.removeprefix("iter_"))
     assert max(losses(run_dir)) == stopped_at
-    assert f"asked to stop after step {stopped_at}" in output
+    assert f"stop requested: ending after step {stopped_at}" in output
 
     end = str(stopped_at + 2)
     decay = "--optimizer.lr_decay_iters=400"

@@ -1,4 +1,4 @@
-"""A job that is asked to stop while it evaluates tasks."""
+"""A job that is requested to stop while it evaluates tasks."""
 
 import os
 import signal

@@ -121,7 +121,7 @@ def test_a_time_out_says_who_waited_for_what_and_how_long():
     assert of_rank_1 == (
         f"rank 1 waited 1 s for rank 0 to {BUILD}, longer than "
         f"`parallel.distributed_timeout_minutes` (0.01) allows; rank 0 was last to {BUILD}. If it "
-        "is still at work, raise the option; what is built until then is kept."
+        "is still working, raise the option; what is built until then is kept."
     )
     assert of_rank_0 == f"rank 1: {of_rank_1}"
 
