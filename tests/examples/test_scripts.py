@@ -128,8 +128,8 @@ def test_unknown_option_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("end, expected", [(STOPPED, 75), (COMPLETE, 0), (None, 0)])
-def test_launcher_tells_a_stopped_run_from_a_complete_one(monkeypatch, end, expected):
-    """On hosts where torchrun ends by itself, too: another host's launcher got the signal."""
+def test_launcher_distinguishes_a_stopped_run_from_a_complete_one(monkeypatch, end, expected):
+    """Also on hosts where torchrun ends by itself: another host's launcher got the signal."""
 
     def run(arguments):
         if end is not None:

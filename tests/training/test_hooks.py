@@ -1,4 +1,4 @@
-"""The loop and its hooks: when each method is called, what a hook can do, and what it must not."""
+"""The loop and its hooks: when methods are called, what they can do, and that no loss changes."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Ranks that wait for one that builds: on a real store, on several hosts (by their numbers)."""
+"""Ranks that wait for one that builds: with a real store, on several hosts (by their numbers)."""
 
 import datetime
 import logging
@@ -24,7 +24,7 @@ def rank_zero_first(
     store, rank, world_size = next(
         dist.rendezvous("env://", timeout=datetime.timedelta(seconds=60))
     )
-    # The ranks of a test start one after the other: begin together.
+    # The ranks of a test start one after the other: wait for all.
     store.add("started", 1)
     while store.add("started", 0) < world_size:
         time.sleep(0.01)
@@ -39,7 +39,7 @@ def rank_zero_first(
 
 
 def build_once(folder: Path, *, seconds: float = 0.0) -> str:
-    """Who built the file that is there now; builds are counted by what they leave behind."""
+    """Return which rank built the file; each build leaves a file, by which builds are counted."""
     file = folder / "built"
     if not file.exists():
         (folder / f"attempt-{os.environ['RANK']}").touch()
@@ -49,7 +49,7 @@ def build_once(folder: Path, *, seconds: float = 0.0) -> str:
 
 
 def logged() -> list[str]:
-    """Lines of the log from now on."""
+    """Return a list to which lines of the log are added from now on."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -58,7 +58,7 @@ def logged() -> list[str]:
 
 
 def slow(folder: str) -> tuple[str, list[str]]:
-    """Rank 0 takes its time: what was built, and what this rank logged."""
+    """Build slowly on rank 0; return what was built and what this rank logged."""
     lines = logged()
     with rank_zero_first(folder=folder, log_every_s=0.4) as order:
         built = order.run(BUILD, lambda: build_once(Path(folder), seconds=1.5))
@@ -127,7 +127,7 @@ def test_a_time_out_says_who_waited_for_what_and_how_long():
 
 
 def on_hosts(folders: list[str]) -> str:
-    """Two ranks a host, each host with its disk."""
+    """Build with two ranks a host, each host with its disk."""
     folder = Path(folders[int(os.environ["RANK"]) // 2])
     with rank_zero_first(ranks_per_host=2, folder=str(folder)) as order:
         return order.run(BUILD, lambda: build_once(folder, seconds=0.3))
@@ -176,7 +176,7 @@ def test_a_rank_with_other_files_ends_the_job():
     [({}, 5), ({"LOCAL_RANK": "2"}, 3), ({"LOCAL_RANK": "5"}, 0)],
 )
 def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, builder):
-    """Rank 5 of 8; without torchrun's variable it builds for itself, behind the lock."""
+    """Rank 5 of 8; without torchrun's variable it builds itself, holding the lock."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
