@@ -1,4 +1,4 @@
-"""The pre-training job, put together: what ``megapoly train`` runs on every process."""
+"""The pre-training job: what ``megapoly train`` runs on every process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from megapoly.config.resolve import tokens_per_step
 from megapoly.config.startup import check_and_resolve
 from megapoly.errors import DivergenceError, MegapolyError
 from megapoly.platform import launcher
-from megapoly.platform.launcher import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
 from megapoly.platform.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -24,19 +23,21 @@ if TYPE_CHECKING:
     from megapoly.training.state import TrainState
     from megapoly.training.stop import StopRequest
 
+DEFAULT_RECIPE = "moe_tiny"
 
-def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> int:
-    """Train what the command line asks for.
+
+def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, program: str) -> int:
+    """Train as the command line says.
 
     Args:
-        argv: words after the program's name.
-        default_recipe: name or path of the recipe when ``argv`` has no ``--config``.
+        argv: arguments after the program's name.
+        default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Returns:
-        Exit status: 0 when the run is complete or was asked to stop, 2 when the configuration, the
-        data or a checkpoint cannot be used, :data:`DIVERGED` when the loss is not finite (one
-        process of each host says why).
+        Exit status: 0 when the run is complete or was requested to stop, 2 when the configuration,
+        the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
+        the loss is not finite (one process of each host says why).
     """
     is_first_of_host = launcher.local_rank() == 0
     configure_logging(is_rank_zero=launcher.rank() == 0)
@@ -47,27 +48,28 @@ def main(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> in
         # Once for each host: a file may be missing on one of them alone.
         if is_first_of_host:
             print(error, file=sys.stderr)
-        return DIVERGED if isinstance(error, DivergenceError) else 2
-    if is_first_of_host and STATUS_FILE in os.environ:
-        Path(os.environ[STATUS_FILE]).write_text(COMPLETE if complete else STOPPED)
+        return launcher.DIVERGED if isinstance(error, DivergenceError) else 2
+    status_file = os.environ.get(launcher.STATUS_FILE)
+    if is_first_of_host and status_file is not None:
+        Path(status_file).write_text(launcher.COMPLETE if complete else launcher.STOPPED)
     return 0
 
 
 def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) -> Config:
     """Return the resolved configuration of this job, checked against every rule.
 
-    ``--help``, ``--print-config`` and ``--dry-run`` do what they say instead, and exit; of the last
-    two rank 0 prints the outcome.
+    ``--help``, ``--print-config`` and ``--dry-run`` print something instead, and exit; for the last
+    two only rank 0 prints.
 
     Args:
         argv: see :func:`megapoly.config.parsing.parse`.
-        default_recipe: name or path of the recipe when ``argv`` names none.
+        default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
     Raises:
-        ConfigError: what cannot be parsed, or else every broken rule.
+        ConfigError: everything that cannot be parsed, or else every broken rule.
         DataError: the tokenizer's file exists and cannot be used.
-        SystemExit: nothing is to be trained; with the exit status.
+        SystemExit: after ``--help``, ``--print-config`` or ``--dry-run``; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
     if arguments.dry_run is not None:
@@ -90,7 +92,7 @@ def pretrain(config: Config) -> bool:
     """Run one job from a resolved configuration.
 
     Returns:
-        Whether the run is complete; False when it was asked to stop before its last step.
+        Whether the run is complete; False if it was requested to stop before its last step.
     """
     from megapoly.platform.device import select_platform
 
@@ -103,16 +105,16 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.checkpoint import restore
     from megapoly.training.distributed import is_rank_zero, model_groups, process_group
     from megapoly.training.loop import train
-    from megapoly.training.rank_zero_first import Turns
+    from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
 
     with process_group(config, platform) as store:
-        with Turns.of_job(store, config) as turns:
+        with RankZeroFirst.of_job(store, config) as rank_zero_first:
             tokenizer = load_tokenizer(config.data.tokenizer)
-            corpus = load_corpus(config, tokenizer=tokenizer, first=turns.first)
-            turns.same("training data", corpus.fingerprint)
+            corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
+            rank_zero_first.check_same("training data", corpus.fingerprint)
         with model_groups(config):
             state = build_state(config, platform, corpus)
             loaded = restore(state)
@@ -134,7 +136,7 @@ def pretrain(config: Config) -> bool:
 
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
-    """Return what this run does around its steps, in the order in which it is done."""
+    """Return what this run does around its steps, in this order; collective."""
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
@@ -159,7 +161,7 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
 
 
 def _data_lines(config: Config, corpus: Corpus) -> list[str]:
-    """Sources of the run, and what is to be known about their files."""
+    """Return lines about the sources of the run, and notes about their files."""
     assert config.training.train_iters is not None, "resolved"
     run_tokens = config.training.train_iters * tokens_per_step(config)
     return corpus.train.summary(run_tokens) + [f"note: {text}" for text in corpus.warnings]
@@ -180,3 +182,7 @@ def _summary(config: Config, device: str, num_processes: int) -> str:
         f"{kind}, {model.num_layers} layers, {model.activation}; {num_processes} x {device}; "
         f"{layout}; {config.run_dir}"
     )
+
+
+if __name__ == "__main__":  # saving a checkpoint starts a process that imports this file again
+    sys.exit(main(sys.argv[1:], program="megapoly.pretrain"))

@@ -18,14 +18,14 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def run(*words: str) -> Config:
-    argv = ["--training.device", "cpu", *words]
+def run(*args: str) -> Config:
+    argv = ["--training.device", "cpu", *args]
     return configure(argv, default_recipe=RECIPE, program="megapoly train")
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     with pytest.raises(SystemExit) as stopped:
-        run("--print_config", *words)
+        run("--print_config", *args)
     assert stopped.value.code == 0
     return capsys.readouterr().out
 
@@ -40,10 +40,10 @@ def test_result_is_resolved_with_the_builtin_tokenizer() -> None:
 def test_printed_configuration_is_the_one_that_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["--model.qk_norm", "head", "--optimizer.lr=3e-3"]
+    args = ["--model.qk_norm", "head", "--optimizer.lr=3e-3"]
     path = tmp_path / "printed.yaml"
-    path.write_text(printed(capsys, *words), encoding="utf-8")
-    assert load_yaml(path) == run(*words) == run("--config", str(path))
+    path.write_text(printed(capsys, *args), encoding="utf-8")
+    assert load_yaml(path) == run(*args) == run("--config", str(path))
     assert printed(capsys, "--config", str(path)) == path.read_text(encoding="utf-8")
 
 
@@ -57,11 +57,11 @@ def test_only_rank_0_prints(
 
 
 def test_size_of_the_job_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--parallel.tensor_model_parallel_size", "2"]
+    args = ["--parallel.tensor_model_parallel_size", "2"]
     with pytest.raises(ConfigError, match=r"number of processes \(1\)"):
-        run(*words)
+        run(*args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(*words).parallel.sequence_parallel is True
+    assert run(*args).parallel.sequence_parallel is True
 
 
 def test_broken_rules_are_not_printed_as_configuration() -> None:

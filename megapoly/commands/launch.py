@@ -1,15 +1,15 @@
-"""torchrun, with the ends of a job reported as this project means them.
+"""Run torchrun, with exit statuses that a script or a scheduler can use.
 
     megapoly launch --nproc-per-node 2 -m megapoly train --config moe_tiny
 
-takes torchrun's arguments. A job that was asked to stop (Ctrl-C, SIGTERM) has saved and ends with
-status 0, where torchrun shows a stack trace and ends with 1. A failed worker's status is this
-program's, without torchrun's report of it: the worker, unless it was killed, has said what was
-wrong.
+The arguments are torchrun's. A job that was requested to stop (Ctrl-C, SIGTERM) has saved and ends
+with status 0, where torchrun prints a stack trace and ends with 1. When a worker fails, its status
+is this command's, without torchrun's report of it: unless it was killed, the worker has printed
+what was wrong.
 
-A scheduler that starts stopped jobs again must tell them from complete ones: a job that stopped
-before its last step ends with the status that ``MEGAPOLY_STOPPED_STATUS`` says (0 unless set), on
-all of its hosts.
+A scheduler that starts stopped jobs again must distinguish them from complete ones: a job that
+stopped before its last step ends with the status in the environment variable
+MEGAPOLY_STOPPED_STATUS (0 if not set), on all of its hosts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import os
 import signal
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as torchrun
 
 from megapoly.platform.launcher import STATUS_FILE, STOPPED
@@ -36,15 +39,16 @@ _SHUTDOWN_TIMEOUT_S = "600"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run torchrun on the arguments; see the module for the status."""
+    """Run torchrun on the arguments; see the module for the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _check(arguments)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(_SHUTDOWN_TIMEOUT, _SHUTDOWN_TIMEOUT_S)
     stopped_status = os.environ.get(STOPPED_STATUS, "0")
     if not (stopped_status.isdecimal() and int(stopped_status) <= 255):
         print(
-            f"`{STOPPED_STATUS}` ({stopped_status}) must be an exit status, 0 to 255; 75 is usual "
-            "for `start me again`",
+            f"`{STOPPED_STATUS}` ({stopped_status}) must be an exit status, 0 to 255; 75 usually "
+            "means `start again`",
             file=sys.stderr,
         )
         return 2
@@ -57,11 +61,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stopped_status) if status == 0 and stopped else status
 
 
-def _let_workers_save(timeout_s: int) -> None:
-    """Torch 2.10, as in docker/Dockerfile, reads no such variable and kills workers after 30 s.
+def build_parser() -> ArgumentParser:
+    """Return torchrun's parser with the description of this command."""
+    parser: ArgumentParser = get_args_parser()
+    parser.prog, parser.description = "megapoly launch", __doc__
+    parser.usage = "%(prog)s [options of torchrun] (SCRIPT | -m MODULE) [arguments]"
+    parser.formatter_class = RawDescriptionHelpFormatter
+    return parser
 
-    (pytorch/pytorch#172596; torch 2.13 reads it.) Without a signal of its own `close` ends the
-    other workers of one that failed, and keeps its time: they may hang.
+
+def _check(arguments: list[str]) -> None:
+    """End the program at ``--help`` and at an unknown option; name the nearest one."""
+    parser = build_parser()
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        (nearest,) = get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.0)
+        parser.error(f"unknown option {flag} (the nearest is {nearest})")
+
+
+def _let_workers_save(timeout_s: int) -> None:
+    """Let workers save for ``timeout_s`` seconds before they are killed.
+
+    Torch 2.10, as in docker/Dockerfile, does not read the variable and kills them after 30 s
+    (pytorch/pytorch#172596; torch 2.13 reads it). Without a signal `close` ends the other workers
+    of one that failed; its time stays, because they may hang.
     """
     close = PContext.close
 
@@ -74,7 +98,7 @@ def _let_workers_save(timeout_s: int) -> None:
 
 
 def _run(status_file: Path, arguments: list[str]) -> int:
-    # torchrun leaves a folder for logs behind, which nobody asked for: it goes with this one's.
+    # torchrun leaves a folder for logs behind: it is deleted with the folder of the status file.
     usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
     try:
         torchrun(arguments)

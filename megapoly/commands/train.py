@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 8 -m megapoly train --config moe_7b_paper
 
 --nproc-per-node starts that many processes on this machine. Under torchrun, `megapoly launch` or
-another launcher this is one of the job's processes, and the option is refused.
+another launcher, which starts the processes itself, the option is refused.
 
-The exit status is 0 when the run is complete or was asked to stop (Ctrl-C and SIGTERM save first),
-2 when the configuration, the data or a checkpoint cannot be used, 3 when the loss is not finite.
+The exit status is 0 when the run is complete or was requested to stop (Ctrl-C and SIGTERM save
+first), 2 when the configuration, the data or a checkpoint cannot be used, 3 when the loss is not
+finite.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from textwrap import fill
 from jsonargparse import ArgumentParser
 
 from megapoly import pretrain
-from megapoly.config.command_line import whole
 from megapoly.config.parsing import option_parser
 from megapoly.platform import launcher
 
-DEFAULT_RECIPE = "moe_tiny"
 _PROCESSES = "--nproc-per-node"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; see the module for the exit status."""
+    """Train, and return the exit status; see the module."""
     try:
         num_processes, rest = _take_processes(argv)
     except ValueError as error:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         print(build_parser().format_help(), end="")
         return 0
     if num_processes is None:
-        return pretrain.main(rest, default_recipe=DEFAULT_RECIPE, program="megapoly train")
+        return pretrain.main(rest, program="megapoly train")
     from megapoly.commands import launch
 
     return launch.main(
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 def build_parser() -> ArgumentParser:
     """Return a parser of all options, for help, completion and documentation."""
-    parser = option_parser("megapoly train", DEFAULT_RECIPE)
+    parser = option_parser("megapoly train", pretrain.DEFAULT_RECIPE)
     parser.formatter_class = RawDescriptionHelpFormatter
     options = fill(parser.description or "", width=100)
     parser.description = f"{__doc__}\n{options}"
@@ -61,7 +60,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _take_processes(argv: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Split off the number of processes to start; None: this process trains."""
+    """Split off the number of processes to start; None if this process trains itself."""
     rest, given = list(argv), None
     for i, argument in enumerate(rest):
         flag, equals, text = argument.partition("=")
@@ -73,10 +72,9 @@ def _take_processes(argv: Sequence[str]) -> tuple[int | None, list[str]]:
         return None, rest
     if launcher.is_launched():
         raise ValueError(
-            f"{_PROCESSES} ({given}) has no effect here: a launcher has started the processes of "
+            f"{_PROCESSES} ({given}) cannot be used here: a launcher has started the processes of "
             "this job; leave it out, or give it to the launcher"
         )
-    try:
-        return whole(1)(given), rest
-    except Exception as error:
-        raise ValueError(f"{_PROCESSES}: {error}") from error
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"{_PROCESSES} ({given}) must be a number of processes, 1 or more")
+    return int(given), rest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,11 @@ from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.evaluation.checkpoint_config import configure_evaluation
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
-
     from megapoly.data.samples import SamplePool
     from megapoly.data.tokenizer import Tokenizer
     from megapoly.training.state import ModelState
 
-_FAREWELL_S, _PAUSE_S = 5.0, 0.01
+_FAREWELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -75,25 +72,27 @@ def loaded_checkpoint(
 
     platform = select_platform(config.training.device)
     # After the platform: these import the engine, which must find it set up.
+    import torch.distributed as dist
+
     from megapoly.data.corpus import load_validation
     from megapoly.data.tokenizer import load_tokenizer
     from megapoly.training.checkpoint import read_position
     from megapoly.training.distributed import model_groups, process_group
     from megapoly.training.model_only import load_model
-    from megapoly.training.rank_zero_first import Turns
+    from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 
     position = read_position(path)
     with process_group(config, platform) as store:
         validation: dict[str, SamplePool] = {}
         warnings: list[str] = []
-        with Turns.of_job(store, config) as turns:
+        with RankZeroFirst.of_job(store, config) as rank_zero_first:
             tokenizer = load_tokenizer(config.data.tokenizer)
             _check_tokenizer(tokenizer, position.get("data"), config, path)
             if check is not None:
                 check()
             if with_validation:
                 validation, warnings = load_validation(
-                    config, tokenizer=tokenizer, first=turns.first
+                    config, tokenizer=tokenizer, first=rank_zero_first.run
                 )
         with model_groups(config):
             model = load_model(config, platform, path)
@@ -102,19 +101,9 @@ def loaded_checkpoint(
                     path, position["iteration"], model, tokenizer, validation, warnings
                 )
             except MegapolyError:
-                _meet(store)
+                # Ranks that fail alike report it before a launcher ends all of them.
+                wait_for_peers(store, "failed", dist.get_world_size(), timeout_s=_FAREWELL_S)
                 raise
-
-
-def _meet(store: dist.Store) -> None:
-    """Wait for ranks that fail alike: a launcher ends all, unheard, as soon as one has ended."""
-    import torch.distributed as dist
-
-    deadline = time.monotonic() + _FAREWELL_S
-    with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
-        store.add("failed", 1)
-        while store.add("failed", 0) < dist.get_world_size() and time.monotonic() < deadline:
-            time.sleep(_PAUSE_S)
 
 
 def _check_tokenizer(

@@ -1,1 +1,1 @@
-"""Devices and hosts: which there are, what they can do, and every work-around for the engine."""
+"""The machine and its launcher, the engine's work-arounds, what is logged."""

@@ -16,8 +16,8 @@ class Adam(torch.optim.Optimizer):
         p <- (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     The step t is kept in the parameter group and the state of a parameter is only ``exp_avg`` and
-    ``exp_avg_sq``, so that checkpoints written with either optimizer are the same. It stands in for
-    the fused one where neither Transformer Engine nor apex is installed.
+    ``exp_avg_sq``, so that checkpoints written with either optimizer are the same. It replaces the
+    fused one if neither Transformer Engine nor apex is installed.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (ICLR 2019).
 
@@ -27,7 +27,7 @@ class Adam(torch.optim.Optimizer):
         bias_correction: divide the moments by 1 - b^t.
         betas: b1 and b2.
         eps: added to the root of the second moment.
-        adam_w_mode: decay the parameters (true) or add the decay to the gradients (false).
+        adam_w_mode: decay the parameters (true), or add the decay to the gradients (false).
         weight_decay: wd.
     """
 

@@ -16,10 +16,10 @@ from megapoly.platform.machine import Machine
 
 @dataclass(frozen=True)
 class Platform:
-    """A device type with everything that differs between the two.
+    """A CPU or a GPU, with everything that differs between them.
 
     Args:
-        device: where parameters and activations live.
+        device: where parameters and activations are.
         backend: ``torch.distributed`` backend of that device.
     """
 
@@ -32,12 +32,12 @@ class Platform:
         return self.device.type == "cuda"
 
     def synchronize(self) -> None:
-        """Wait until the device has finished what was given to it; nothing to wait for on CPU."""
+        """Wait until the device has finished its work; return at once on CPU."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
     def describe(self) -> str:
-        """Name of the device for logs, such as ``NVIDIA H100`` or ``CPU, 2 threads``."""
+        """Return the device's name for logs, such as ``NVIDIA H100`` or ``CPU, 2 threads``."""
         if self.is_cuda:
             return torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
@@ -45,7 +45,7 @@ class Platform:
 
 
 def this_machine() -> Machine:
-    """The machine of this process; packages that need a GPU's libraries are not opened."""
+    """Describe this machine, without importing packages that need a GPU's libraries."""
     cuda = torch.cuda.is_available()
     version = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -61,7 +61,7 @@ def this_machine() -> Machine:
 
 
 def _two_numbers(version: str | None) -> tuple[int, int] | None:
-    """(12, 9) of ``12.9``."""
+    """Return (12, 9) for ``12.9``."""
     if version is None:
         return None
     major, minor = version.split(".")[:2]
@@ -74,14 +74,14 @@ def default_device() -> str:
 
 
 def check_device(name: str, device: str) -> None:
-    """Refuse a device that tensors cannot be made on.
+    """Check that tensors can be made on a device.
 
     Args:
         name: of the option, for the message.
         device: as torch names it.
 
     Raises:
-        UnavailableError: with torch's reason.
+        UnavailableError: they cannot; with torch's reason.
     """
     try:
         torch.empty(1, device=device)
@@ -94,11 +94,11 @@ def select_platform(device: str) -> Platform:
     """Set up the device and make the engine usable on it; call once, before building anything.
 
     Args:
-        device: ``cpu``, ``cuda``, or ``auto`` (CUDA when there is one). On CUDA the GPU is that of
-            ``LOCAL_RANK``.
+        device: ``cpu``, ``cuda``, or ``auto`` (CUDA if available). On CUDA ``LOCAL_RANK`` is the
+            number of the GPU.
 
     Raises:
-        UnavailableError: CUDA was asked for and there is none.
+        UnavailableError: CUDA is requested and not available.
     """
     if device == "auto":
         device = default_device()

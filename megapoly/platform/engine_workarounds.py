@@ -1,12 +1,16 @@
 """Every change that this project makes to Megatron-Core 0.16.1 at run time, and nothing else.
 
-The engine is written for CUDA. :func:`install_on_cpu` lets its training path run on CPU with gloo;
-:func:`install_without_transformer_engine` mends what breaks when Transformer Engine is missing, on
-any device; :func:`install_on_every_device` is about PolyNorm under recomputation, and saving, and
-:func:`install_with_transformer_engine` about the former in FP8. Each function below names the
-places in ``megatron/core/`` that make it necessary. Nothing of ``install_on_cpu`` touches a CUDA
-run. What a dry run replaces, for as long as it lasts, is in
-``megapoly/preflight/planning/fake_job.py`` and ``activations.py`` beside it.
+The engine is written for CUDA.
+
+- :func:`install_on_cpu` lets its training path run on CPU with gloo; it does not affect CUDA runs.
+- :func:`install_without_transformer_engine` repairs what breaks without Transformer Engine, on any
+  device.
+- :func:`install_on_every_device` changes recomputation, for PolyNorm, and saving.
+- :func:`install_with_transformer_engine` changes recomputation in FP8.
+
+Each function below names the places in ``megatron/core/`` that make it necessary. What a dry run
+replaces for its duration is in ``megapoly/preflight/planning``, ``fake_job.py`` and
+``activations.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ _installed: set[str] = set()
 
 
 def install_on_every_device() -> None:
-    """Spare recomputation PolyNorm's collective, and saving a process; once is enough."""
+    """Avoid PolyNorm's collective in recomputation and a process in saving; idempotent."""
     if "every" not in _installed:
         _installed.add("every")
         from megatron.core.tensor_parallel.random import CheckpointFunction
@@ -39,7 +43,7 @@ def install_on_every_device() -> None:
 
 
 def install_on_cpu() -> None:
-    """Make the engine's training path run on CPU with gloo; a second call does nothing."""
+    """Make the engine's training path run on CPU with gloo; idempotent."""
     if "cpu" in _installed:
         return
     _installed.add("cpu")
@@ -50,14 +54,14 @@ def install_on_cpu() -> None:
     _all_gather_takes_uneven_shapes()
     _splits_become_numpy()
     _grouped_gemm_name_is_defined()
-    # On CPU also where Transformer Engine or apex is installed: theirs are CUDA kernels.
+    # Also if Transformer Engine or apex is installed: theirs are CUDA kernels.
     _adam_keeps_the_fused_state_layout()
     _gradients_are_scaled_in_torch()
     _gradient_norm_is_summed_in_fp64()
 
 
 def install_without_transformer_engine() -> None:
-    """Mend what the engine leaves undefined or unusable without Transformer Engine and apex."""
+    """Repair what is undefined or unusable in the engine without Transformer Engine and apex."""
     if "no_te" in _installed:
         return
     _installed.add("no_te")
@@ -74,7 +78,7 @@ def install_without_transformer_engine() -> None:
 
 
 def install_with_transformer_engine() -> None:
-    """Spare recomputation in FP8, which is Transformer Engine's, the same as the engine's own."""
+    """Avoid PolyNorm's collective in recomputation in FP8, which is Transformer Engine's."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if "te" in _installed or not HAVE_TE:
@@ -86,11 +90,11 @@ def install_with_transformer_engine() -> None:
 
 
 def _recomputation_keeps_row_statistics(checkpoint_function: Any) -> None:
-    """Recomputing a layer runs its forward pass again, with PolyNorm's all-reduce.
+    """Keep row statistics: recomputing a layer repeats its forward pass with PolyNorm's all-reduce.
 
     ``CheckpointFunction`` (tensor_parallel/random.py:496) has no hook for what to keep, so the
-    statistics of its region are kept beside what it saves; nor has ``_CheckpointFunction``
-    (transformer_engine/pytorch/distributed.py:319), which the engine takes for FP8.
+    statistics of its region are kept next to what it saves. Neither has ``_CheckpointFunction``
+    (transformer_engine/pytorch/distributed.py:319), which the engine uses for FP8.
     """
     from megapoly.ops.recomputation import keeping_row_statistics, reusing_row_statistics
 
@@ -110,10 +114,10 @@ def _recomputation_keeps_row_statistics(checkpoint_function: Any) -> None:
 
 
 def _saving_starts_no_manager() -> None:
-    """dist_checkpointing/strategies/filesystem_async.py:51 makes a process to hold a queue.
+    """Replace the process that dist_checkpointing/strategies/filesystem_async.py:51 starts.
 
-    It imports torch in every rank's manager, 2.4 s of a first save with 2 ranks on 2 cores. Only a
-    save in the background needs it; here the rank that fills the queue empties it itself.
+    It manages a queue and imports torch on every rank, 2.4 s of a first save with 2 ranks on 2
+    cores. Only saving in the background needs it; here the rank that fills the queue empties it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -121,9 +125,9 @@ def _saving_starts_no_manager() -> None:
 
 
 def _current_device_is_cpu() -> None:
-    """`device=torch.cuda.current_device()` stands in nearly every module.
+    """Replace `torch.cuda.current_device()`, which nearly every module uses.
 
-    First met at distributed/param_and_grad_buffer.py:806.
+    For example distributed/param_and_grad_buffer.py:806.
     """
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
 
@@ -157,9 +161,10 @@ class _NullStream:
 
 
 def _streams_do_nothing() -> None:
-    """Streams, events and synchronisation in DDP, MoE dispatchers, p2p, checkpoints and timers.
+    """Replace streams, events and synchronisation.
 
-    For example transformer/moe/token_dispatcher.py, pipeline_parallel/p2p_communication.py.
+    DDP, MoE dispatchers, p2p, checkpoints and timers use them: for example
+    transformer/moe/token_dispatcher.py, pipeline_parallel/p2p_communication.py.
     """
     stream = _NullStream()
     replacements: dict[str, Any] = {
@@ -175,10 +180,11 @@ def _streams_do_nothing() -> None:
 
 
 def _random_state_of_the_cpu_generator() -> None:
-    """The RNG tracker reads and writes CUDA generators (tensor_parallel/random.py:42-130, :235).
+    """Let the RNG tracker use the CPU generator.
 
-    random.py:422 seeds through `torch.cuda.manual_seed`, which without CUDA only queues a call:
-    seed torch as well (:func:`seed_model_parallel_rng`).
+    tensor_parallel/random.py:42-130 and :235 read and write CUDA generators. :422 seeds with
+    `torch.cuda.manual_seed`, which only queues a call without CUDA: torch must be seeded as well
+    (:func:`seed_model_parallel_rng`).
     """
     from megatron.core.tensor_parallel import random as engine_random
 
@@ -221,7 +227,7 @@ def seed_model_parallel_rng(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# Modules of the training path that spell the device out as "cuda".
+# Modules of the training path that write the device as "cuda".
 _MODULES_WITH_CUDA_LITERALS = (
     "pipeline_parallel.schedules",  # :596, :983, :2138
     "optimizer.optimizer",  # :473, :481, :485, :907
@@ -246,9 +252,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _TorchWithoutCuda(types.ModuleType):
-    """`torch` as one engine module sees it: factories put on the CPU what is meant for CUDA.
+    """`torch` for one engine module: its factories put on the CPU what is meant for CUDA.
 
-    A `TorchFunctionMode` would do the same and cost on every call; this costs only in factories.
+    A `TorchFunctionMode` would do the same at a cost for every call; this costs only in factories.
     """
 
     def __init__(self) -> None:
@@ -273,10 +279,10 @@ class _TorchWithoutCuda(types.ModuleType):
 
 
 def _cuda_literals_mean_cpu() -> None:
-    """Device literals, `Tensor.cuda()` and `Tensor.type() == "torch.cuda.FloatTensor"`.
+    """Replace device literals, `Tensor.cuda()` and `Tensor.type() == "torch.cuda.FloatTensor"`.
 
-    The last in optimizer/optimizer.py:671-690, optimizer/distrib_optimizer.py:361, :420, :582 and
-    optimizer/clip_grads.py:167.
+    The last is in optimizer/optimizer.py:671-690, optimizer/distrib_optimizer.py:361, :420, :582
+    and optimizer/clip_grads.py:167.
     """
     torch_without_cuda = _TorchWithoutCuda()
     for name in _MODULES_WITH_CUDA_LITERALS:
@@ -298,10 +304,10 @@ def _cuda_literals_mean_cpu() -> None:
 
 
 def _all_gather_takes_uneven_shapes() -> None:
-    """Gloo gathers equal shapes only; nccl takes uneven first dimensions.
+    """Let gloo gather uneven first dimensions, as nccl does: pad to the longest and cut again.
 
-    tensor_parallel/mappings.py:150, reached by the all-to-all dispatcher with expert tensor
-    parallelism. Pads to the longest and cuts again.
+    tensor_parallel/mappings.py:150 needs it, for the all-to-all dispatcher with expert tensor
+    parallelism.
     """
     equal_all_gather = dist.all_gather
 
@@ -328,7 +334,7 @@ def _all_gather_takes_uneven_shapes() -> None:
 
 
 def _splits_become_numpy() -> None:
-    """transformer/moe/moe_utils.py:1093 turns splits into numpy only `if tensor.is_cuda`.
+    """Convert splits to numpy; transformer/moe/moe_utils.py:1093 does only `if tensor.is_cuda`.
 
     `all_to_all_single` (tensor_parallel/mappings.py:444) rejects tensors as splits.
     """
@@ -343,9 +349,9 @@ def _splits_become_numpy() -> None:
 
 
 def _grouped_gemm_name_is_defined() -> None:
-    """transformer/moe/moe_utils.py:1192 and :1225 read a name that a failed import never defines.
+    """Define a name of transformer/moe/moe_utils.py:1192 and :1225 that a failed import leaves out.
 
-    Mended in 0.17.
+    Fixed in 0.17.
     """
     from megatron.core.transformer.moe import moe_utils
 
@@ -354,7 +360,7 @@ def _grouped_gemm_name_is_defined() -> None:
 
 
 def _adam_keeps_the_fused_state_layout() -> None:
-    """With torch's AdamW the distributed optimizer cannot load a checkpoint.
+    """Replace torch's AdamW, with which the distributed optimizer cannot load a checkpoint.
 
     optimizer/distrib_optimizer.py:641, :823 and :940 expect `step` in the parameter group, as the
     fused Adam of Transformer Engine and apex has it.
@@ -370,7 +376,7 @@ def _adam_keeps_the_fused_state_layout() -> None:
 
 
 def _gradients_are_scaled_in_torch() -> None:
-    """optimizer/clip_grads.py:11-25 takes the CUDA kernels of an installed package."""
+    """Scale in torch; optimizer/clip_grads.py:11-25 uses CUDA kernels of an installed package."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
@@ -379,9 +385,9 @@ def _gradients_are_scaled_in_torch() -> None:
 
 
 def _gradient_norm_is_summed_in_fp64() -> None:
-    """utils.py:1200 sums squares in fp32, 1e-5 off for a million elements on CPU.
+    """Sum squares in fp64; utils.py:1200 sums in fp32, 1e-5 off for a million elements on CPU.
 
-    The error depends on how a parameter is cut, and where gradients are clipped it goes into every
+    The error depends on how a parameter is sharded, and with gradient clipping it enters every
     update: after 20 steps of moe_tiny the losses at TP 1 and 2 were 2.5e-4 apart, and 1e-6 with
     this norm.
     """

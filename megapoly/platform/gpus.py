@@ -1,20 +1,20 @@
-"""What GPUs and the links between them can do: every hardware constant of this project.
+"""Speed and memory of GPUs and of the links between them: every hardware constant of this project.
 
-Peaks are those of dense matrix products (data sheets print twice these, "with sparsity"), and
-bandwidths of one direction (data sheets print the sum of both). All are the maker's figures: no
-kernel and no collective reaches them, so a time that is computed from them is a lower bound.
+Peaks are for dense matrix products (data sheets print twice as much, "with sparsity"), bandwidths
+for one direction (data sheets print the sum of both). All are the maker's figures: no kernel and no
+collective reaches them, so a time computed from them is a lower bound.
 
 Sources, by the number in ``GPU.source``:
 
 1. NVIDIA A100 Tensor Core GPU data sheet. Node: DGX A100, eight HDR InfiniBand adapters (200 Gb/s)
-   for the computing network of eight GPUs.
+   for the compute network of eight GPUs.
 2. NVIDIA H100 Tensor Core GPU data sheet. Node: DGX H100, eight NDR adapters (400 Gb/s).
 3. NVIDIA H200 Tensor Core GPU data sheet. Node: as 2.
 4. NVIDIA HGX B200 data sheet, figures of the board divided by its eight GPUs. Node: as 2.
 
-PCIe cards have no NVLink between all GPUs of a node: their link is PCIe's, x16, and one network
-adapter for each GPU, as fast as in the DGX of its generation, is assumed. A bridge, which joins two
-or four of them, is not: in groups that it joins a time from this table is no bound.
+PCIe cards have no NVLink between all GPUs of a node: their link is PCIe x16. The table assumes one
+network adapter for each GPU, as fast as in the DGX of its generation, and no bridge between two or
+four GPUs: within groups that a bridge joins, a time from this table is not a bound.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class GPU:
 
     Args:
         name: what options call it, such as ``a100-80g``.
-        device_names: what torch calls it, without the leading ``NVIDIA``, which old drivers leave
-            out; whole names, since one kind's may be part of another's (H200, GH200, H200 NVL).
+        device_names: torch's names of it, without the leading ``NVIDIA``, which old drivers leave
+            out. Names match in full: one may be part of another (H200, GH200, H200 NVL).
         compute_capability: major and minor.
-        memory: bytes that torch sees of it, to a GiB; the driver keeps some of the data sheet's.
+        memory: bytes that torch reports, to a GiB; the driver keeps some of the data sheet's.
         memory_bandwidth: bytes a second.
         bf16_flops: operations a second of dense matrix products in bf16.
         fp8_flops: the same in FP8; None without FP8 units.
@@ -174,10 +174,10 @@ GPUS: dict[str, GPU] = {
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that torch calls so; None for one that is not in the table, and for a slice of one.
+    """Return the GPU with a name of torch's; None if not in the table, or for a slice of a GPU.
 
     Args:
-        device_name: what ``torch.cuda.get_device_name`` returns.
+        device_name: from ``torch.cuda.get_device_name``.
     """
     name = device_name.removeprefix("NVIDIA ")
     return next((gpu for gpu in GPUS.values() if name in gpu.device_names), None)

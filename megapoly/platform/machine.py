@@ -1,4 +1,4 @@
-"""What a job is to run on, as far as its configuration depends on it."""
+"""Properties of a machine that the configuration of a job depends on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of every process of a job: the present one, or one that is planned for.
+    """The machine of every process of a job: this one, or one that a job is planned for.
 
     Args:
-        cuda: whether there is a CUDA device, and a torch built for it.
+        cuda: whether there is a CUDA device and torch is built for it.
         compute_capability: of the CUDA device, such as (8, 0); None: not known.
         transformer_engine: whether Transformer Engine is installed.
         transformer_engine_version: such as ``2.11.0``; None: not known, or not installed.

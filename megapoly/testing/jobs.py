@@ -16,7 +16,7 @@ from megapoly.pretrain import configure, pretrain
 
 @functools.cache
 def shared_cache() -> tempfile.TemporaryDirectory[str]:
-    """Folder for tokenized text and sample indices of all jobs of this process."""
+    """Return the folder for tokenized text and sample indices of all jobs of this process."""
     return tempfile.TemporaryDirectory(prefix="megapoly-test-cache-")
 
 
@@ -27,23 +27,23 @@ def run_job(
 
     Args:
         recipe: name of an installed recipe.
-        run_dir: of the run; one that holds a checkpoint goes on from it.
-        overrides: dotted names and values, as on the command line; without ``training.device`` on
-            CPU, also where there is a GPU.
+        run_dir: of the run; it resumes if the folder has a checkpoint.
+        overrides: dotted names and values, as on the command line. The device is the CPU unless
+            ``training.device`` is set, also on a machine with a GPU.
         num_ranks: processes, one thread each.
 
     Raises:
-        RuntimeError: the job failed; with the traceback of a rank.
+        RuntimeError: the job failed; with one rank's traceback.
     """
     fixed = {"run_dir": run_dir, "data.cache_dir": shared_cache().name, "training.device": "cpu"}
     options = fixed | dict(overrides)
-    words = [f"--{name}={value}" for name, value in options.items()]
+    argv = [f"--{name}={value}" for name, value in options.items()]
     device = str(options["training.device"])
-    run_on_ranks(_job, num_ranks, words, str(RECIPES / f"{recipe}.yaml"), device=device)
+    run_on_ranks(_job, num_ranks, argv, str(RECIPES / f"{recipe}.yaml"), device=device)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
-def _job(words: list[str], recipe: str) -> None:
-    """What ``megapoly.pretrain.main`` does, but errors reach the caller."""
-    pretrain(configure(words, default_recipe=Path(recipe), program="pretrain"))
+def _job(argv: list[str], recipe: str) -> None:
+    """Do what ``megapoly.pretrain.main`` does, but raise errors."""
+    pretrain(configure(argv, default_recipe=Path(recipe), program="pretrain"))

@@ -1,9 +1,9 @@
 """Transformer Engine's Python code without its compiled part, which needs CUDA's libraries.
 
-The wheel ``transformer-engine`` of the package index holds all of its Python and none of its
-kernels. With a stand-in for the compiled extension it can be imported where there is no GPU, so
-that the real modules are built: their signatures, parameters and checkpoint entries are Transformer
-Engine's own. What would compute raises :class:`NotImplementedError`.
+The wheel ``transformer-engine`` on the package index has all of its Python code and none of its
+kernels. With a stand-in for the compiled extension it can be imported without a GPU, so that the
+real modules are built, with Transformer Engine's own signatures, parameters and checkpoint entries.
+Functions that would compute raise :class:`NotImplementedError`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 _EXTENSION = "transformer_engine_torch"
-_CUDNN = 91301  # 9.13.1: decides which attention kernels would be taken
-# Export to ONNX, which brings two large packages that nothing here uses.
+_CUDNN = 91301  # 9.13.1: decides which attention kernels would be used
+# Export to ONNX, which needs two large packages that are not used here.
 _LEFT_OUT = "transformer_engine.pytorch.onnx_extensions"
 
 
 class _Names(type):
-    """An enumeration, or a class to derive from, of which any member can be asked for."""
+    """An enumeration, or a class to derive from, that has every member."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -39,7 +39,7 @@ class _Names(type):
 
 
 class _StandIn(types.ModuleType):
-    """A module of which any name can be imported: classes in capitals, else functions."""
+    """A module that has every name: a class if it begins with a capital, else a function."""
 
     __all__: list[str]
 
@@ -51,18 +51,18 @@ class _StandIn(types.ModuleType):
         return found
 
 
-def asked_by_transformer_engine(depth: int = 0) -> bool:
-    """Whether the caller of the function that asks this is Transformer Engine's.
+def called_by_transformer_engine(depth: int = 0) -> bool:
+    """Return whether the function that calls this was called by Transformer Engine.
 
     Args:
-        depth: functions between the two.
+        depth: number of functions between the two.
     """
     module = sys._getframe(depth + 2).f_globals.get("__name__", "")
     return module.startswith("transformer_engine")
 
 
 def _functions_used(folder: Path) -> list[str]:
-    """Names that the package's modules ask of the extension."""
+    """Return the names that the package's modules use of the extension."""
     sources = (folder / "transformer_engine" / "pytorch").rglob("*.py")
     used = (re.findall(r"\b(?:tex|ext)\.([a-z]\w+)", source.read_text()) for source in sources)
     return sorted({name for names in used for name in names})
@@ -78,14 +78,14 @@ def _function(name: str) -> Any:
 def import_without_kernels(
     folder: Path, kernels: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 ) -> types.ModuleType:
-    """Import ``transformer_engine`` from a folder; once in a process of its own.
+    """Import ``transformer_engine`` from a folder; once, in a process of its own.
 
-    Comes before the engine is imported and the platform chosen. To Transformer
-    Engine the process then seems to have a Hopper GPU.
+    Call it before the engine is imported and the platform is selected. Transformer Engine then
+    finds a Hopper GPU in this process.
 
     Args:
-        folder: where ``pip install --no-deps --target`` put the wheel.
-        kernels: functions of the compiled part, by their names; all others only raise.
+        folder: target of ``pip install --no-deps --target`` for the wheel.
+        kernels: functions of the compiled part, by name; all others only raise.
 
     Returns:
         The package.
@@ -111,6 +111,6 @@ def import_without_kernels(
     importlib.import_module("transformer_engine.pytorch")  # its own import hides what goes wrong
     # Modules ask for a device when they are made (pytorch/module/base.py:606, pytorch/utils.py).
     is_available = torch.cuda.is_available
-    torch.cuda.is_available = lambda: is_available() or asked_by_transformer_engine()
+    torch.cuda.is_available = lambda: is_available() or called_by_transformer_engine()
     torch.cuda.get_device_properties = lambda *args: types.SimpleNamespace(major=9, minor=0)  # type: ignore[assignment]
     return package

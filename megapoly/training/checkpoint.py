@@ -1,7 +1,7 @@
-"""Checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, complete or not there at all.
+"""Checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, either complete or not there at all.
 
-Tensors are in the engine's ``torch_dist`` form, which loads at another layout. Beside them are
-``config.yaml`` (resolved) and ``run.json`` (position, data, version).
+Tensors are in the engine's ``torch_dist`` format, which can be loaded at another layout. Next to
+them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"iter_(\d{7})")
 
-# Fields of the model that may change between a checkpoint and the run that loads it: they change
-# how it is computed or trained, not what its weights mean.
+# Fields of the model that may differ between a checkpoint and the run that loads it: they change
+# how the model is computed or trained, not what its weights mean.
 _MAY_CHANGE = {
     "activation_backend",
     "activation_deterministic",
@@ -56,21 +56,21 @@ _MAY_CHANGE = {
 
 
 def checkpoints_folder(config: Config) -> Path:
-    """Folder of a run's checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return Path(config.run_dir) / "checkpoints"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints of a folder, oldest first."""
     found = [path.parent for path in folder.glob("iter_*/run.json")]
     return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
 def save_checkpoint(state: TrainState) -> Path:
-    """Write everything that the run needs to go on; collective.
+    """Write everything that the run needs to resume; collective.
 
-    It is written to a hidden folder and renamed when complete, so that a folder named ``iter_*`` is
-    always whole. Then all but the newest ``checkpoint.keep`` are deleted.
+    The checkpoint is written to a hidden folder, which is renamed when complete: a folder named
+    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted.
 
     Returns:
         The checkpoint's folder.
@@ -79,7 +79,7 @@ def save_checkpoint(state: TrainState) -> Path:
     final = folder / f"iter_{state.iteration:07d}"
     partial = folder / f".{final.name}.partial"
     if final in complete_checkpoints(folder):
-        return final  # the run was resumed from it, and nothing has been trained since
+        return final  # the run resumed from it, and nothing has been trained since
     dist.barrier()
     if is_rank_zero():
         for unfinished in folder.glob(".iter_*.partial"):
@@ -99,13 +99,14 @@ def save_checkpoint(state: TrainState) -> Path:
 
 
 def restore(state: TrainState) -> Path | None:
-    """Go on from the newest checkpoint of the run, or start from ``checkpoint.load``; collective.
+    """Resume from the newest checkpoint of the run, or start from ``checkpoint.load``; collective.
 
     Returns:
-        What was loaded, or None for a run from the beginning.
+        The checkpoint that was loaded, or None if the run starts from the beginning.
 
     Raises:
-        CheckpointError: there is something to go on from and it must not be, or it does not fit.
+        CheckpointError: the run has a checkpoint and ``checkpoint.resume`` is false, or a
+            checkpoint does not fit.
     """
     settings = state.config.checkpoint
     folder = checkpoints_folder(state.config)
@@ -125,21 +126,21 @@ def restore(state: TrainState) -> Path | None:
 
 
 def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False) -> None:
-    """Load a checkpoint of any layout into this one; collective.
+    """Load a checkpoint, saved at any layout, into this run; collective.
 
     Args:
         state: changed in place.
         path: an ``iter_*`` folder.
-        weights_only: leave optimizer, schedule, random state and position as they are; so it is for
-            an imported checkpoint, which has none of these.
+        weights_only: leave optimizer, schedule, random state and position unchanged. This is always
+            so for an imported checkpoint, which has none of them.
 
     Raises:
-        CheckpointError: it is not complete, of another model, or of other data.
+        CheckpointError: the checkpoint is not complete, of another model, or of other data.
     """
     position = read_position(path)
-    imported = holds_weights_alone(position)
+    imported = position.get("weights_only", False)
     if imported:
-        logger.info("%s holds weights alone: optimizer and schedule begin anew", path)
+        logger.info("%s has only weights: optimizer and schedule start from the beginning", path)
     if weights_only or imported:
         load_weights(state, path)
         state.optimizer.reload_model_params()
@@ -152,30 +153,30 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         if same_ranks:
             expected["random_state"] = _random_state_entry(state)
         loaded = dist_checkpointing.load(expected, str(path))
-        # Not there where the optimizer brings all that the model has.
+        # "model" is absent if the optimizer's state has all parameters.
         _load_model_state(state, loaded.get("model", {}))
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
     if same_ranks:
         set_random_state(loaded["random_state"], state.platform)
     else:
-        logger.info("another layout than the checkpoint's: random state (dropout) starts anew")
+        logger.info("the layout differs from the checkpoint's: random state (dropout) starts again")
     state.iteration = position["iteration"]
 
 
 def load_weights(state: ModelState, path: Path) -> None:
-    """Load the weights of a checkpoint of any layout into a model of this one; collective.
+    """Load the weights of a checkpoint, saved at any layout, into a model; collective.
 
-    Those of a checkpoint in bf16 are the weights that the model computed with, in bf16.
+    From a checkpoint in bf16 these are the weights that the model computed with, in bf16.
 
     Args:
-        state: whose model is changed in place.
+        state: its model is changed in place.
         path: an ``iter_*`` folder.
 
     Raises:
-        CheckpointError: it is not complete, or of another model.
+        CheckpointError: the checkpoint is not complete, or of another model.
     """
-    read_position(path)  # which only a complete checkpoint has
+    read_position(path)  # only a complete checkpoint has it
     _check_model(state.config, path)
     expected = _model_state(state, with_scales=False)
     loaded = dist_checkpointing.load({"model": expected}, str(path))
@@ -194,10 +195,10 @@ def _state_to_save(state: TrainState) -> dict[str, Any]:
 
 
 def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
-    """Parameters are read with the optimizer's state, in fp32."""
+    """Return what to load; parameters are read with the optimizer's state, in fp32."""
     with_scales = _scales_have_history(state.config)
     if with_scales and not _scales_have_history(saved):
-        logger.info("scaling factors of FP8 begin anew: the checkpoint has none")
+        logger.info("scaling factors of FP8 start again: the checkpoint has none")
         with_scales = False
     model = _model_state(state, with_scales=with_scales)
     return {
@@ -213,14 +214,15 @@ def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
 
 
 def _model_state(state: ModelState, *, with_scales: bool) -> dict[str, Any]:
-    """Entries of each chunk of an interleaved stage, whose layers are numbered from 0.
+    """Return the entries of each chunk of a stage; each chunk numbers its layers from 0.
 
-    Beside weights the engine's modules have ``_extra_state``, empty but for FP8, and others in each
-    family of layers. Left out, a checkpoint loads with Transformer Engine and without.
+    Besides weights the engine's modules have ``_extra_state``. It is empty except for FP8 and
+    differs between families of layers. Without it, a checkpoint loads with and without
+    Transformer Engine.
 
     Args:
-        state: whose model it is.
-        with_scales: keep it, for the history of FP8's scaling factors.
+        state: a run, or a model alone.
+        with_scales: keep ``_extra_state``, for the history of FP8's scaling factors.
     """
     metadata = checkpoint_metadata()
     entries = {
@@ -238,13 +240,13 @@ def _model_state(state: ModelState, *, with_scales: bool) -> dict[str, Any]:
 
 
 def _scales_have_history(config: Config) -> bool:
-    """Whether FP8 scales by earlier steps; other recipes have nothing to remember."""
+    """Return whether FP8 scales by earlier steps; other recipes have no history."""
     return config.training.fp8 is not None and config.training.fp8_recipe == "delayed"
 
 
 def _load_model_state(state: ModelState, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(state.chunks):
-        # What is not here is a parameter that the optimizer's state brings.
+        # Parameters that are missing here come with the optimizer's state.
         unwrap(chunk).load_state_dict(loaded.get(str(i), {}), strict=False)
 
 
@@ -270,7 +272,7 @@ def _position(state: TrainState) -> dict[str, Any]:
 
 
 def _layout(config: Config) -> dict[str, int]:
-    """What decides which rank holds what; random state is each rank's own."""
+    """Return what decides which rank has which part; each rank has its own random state."""
     parallel = config.parallel
     return {
         "world_size": dist.get_world_size(),
@@ -284,10 +286,10 @@ def _layout(config: Config) -> dict[str, int]:
 
 
 def read_position(path: Path) -> dict[str, Any]:
-    """What a checkpoint's ``run.json`` holds.
+    """Return the content of a checkpoint's ``run.json``.
 
     Raises:
-        CheckpointError: it is not complete.
+        CheckpointError: the checkpoint is not complete.
     """
     try:
         return json.loads((path / "run.json").read_text())
@@ -295,15 +297,6 @@ def read_position(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder."
         ) from error
-
-
-def holds_weights_alone(position: dict[str, Any]) -> bool:
-    """Whether a checkpoint was imported: no optimizer, schedule, random state and data.
-
-    Args:
-        position: content of its ``run.json``.
-    """
-    return position.get("weights_only", False)
 
 
 def _check_model(config: Config, path: Path) -> None:
@@ -326,18 +319,18 @@ def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None
     batch = state.config.training.global_batch_size
     if position["data_fingerprint"] != state.corpus.fingerprint:
         saved = position.get("data")
-        found = "it does not say which"
+        found = "the checkpoint does not say which"
         if saved is not None:
             found = "; ".join(differences(saved, state.corpus.description))
         if not state.config.checkpoint.accept_other_data:
             raise CheckpointError(
-                f"{path} was trained on other data: {found}. To go on at its step with this data, "
+                f"{path} was trained on other data: {found}. To resume at its step with this data, "
                 "add `--checkpoint.accept_other_data true`; to train its weights from step 0, use "
                 f"another `run_dir` with `--checkpoint.load {path} "
                 "--checkpoint.load_weights_only true`."
             )
         logger.info(
-            "other data than the checkpoint's from step %d on: %s", position["iteration"], found
+            "the data differs from the checkpoint's after step %d: %s", position["iteration"], found
         )
     if position["consumed_samples"] != position["iteration"] * batch:
         raise CheckpointError(
@@ -349,5 +342,5 @@ def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None
 
 def _delete_old(folder: Path, keep: int) -> None:
     for path in complete_checkpoints(folder)[:-keep] if keep else []:
-        # Renamed first: a folder named `iter_*` is whole even while it is being deleted.
+        # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
         shutil.rmtree(path.rename(folder / f".{path.name}.partial"))

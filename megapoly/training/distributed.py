@@ -20,13 +20,13 @@ from megapoly.platform.engine_workarounds import seed_model_parallel_rng
 def process_group(
     config: Config, platform: Platform, *, alone: bool = False
 ) -> Iterator[dist.Store]:
-    """Create torch's own process group; destroy it after. Yields the job's key-value store.
+    """Create torch's process group, and destroy it at the end; yields the job's key-value store.
 
     Rank and size come from torchrun's environment; without it the job is one process.
 
     Args:
-        config: how long a collective may wait.
-        platform: its backend.
+        config: sets the timeout of collectives.
+        platform: sets the backend.
         alone: one process, whatever the environment says.
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
@@ -49,7 +49,7 @@ def process_group(
 
 @contextlib.contextmanager
 def model_groups(config: Config) -> Iterator[None]:
-    """Create the engine's process groups and seed the generators; destroy the groups after."""
+    """Create the engine's process groups and seed the generators; destroy the groups at the end."""
     parallel = config.parallel
     try:
         parallel_state.initialize_model_parallel(
@@ -71,20 +71,21 @@ def model_groups(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_groups(config: Config, platform: Platform, *, alone: bool = False) -> Iterator[None]:
-    """Both of :func:`process_group` and :func:`model_groups`, where nothing comes between."""
+    """Create the groups of :func:`process_group` and :func:`model_groups`."""
     with process_group(config, platform, alone=alone), model_groups(config):
         yield
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process that reports and writes."""
+    """Return whether this is the process that reports and writes."""
     return dist.get_rank() == 0
 
 
 def owns_loss() -> bool:
-    """Whether this rank's losses count: the last pipeline stage, one rank of those that share it.
+    """Return whether this rank's losses count, so that each sample counts once.
 
-    Ranks of tensor and context parallelism know the loss of the same whole samples.
+    Only the last pipeline stage has losses. Its ranks of one tensor- and context-parallel group all
+    have the losses of the same samples.
     """
     return (
         parallel_state.is_pipeline_last_stage()

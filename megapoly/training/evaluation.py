@@ -20,7 +20,7 @@ class Evaluation:
 
     Args:
         loss: mean cross-entropy of its tokens, nats.
-        num_tokens: tokens that counted.
+        num_tokens: number of tokens in the mean.
     """
 
     loss: float
@@ -28,7 +28,7 @@ class Evaluation:
 
     @property
     def ppl(self) -> float:
-        """Perplexity, exp(loss); infinite where that overflows."""
+        """Perplexity, exp(loss); infinite if that overflows."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -38,15 +38,15 @@ class Evaluation:
 def evaluate_validation_sets(
     state: ModelState, validation: Mapping[str, SamplePool]
 ) -> dict[str, Evaluation]:
-    """Evaluate every validation set, each on the same samples every time; collective.
+    """Evaluate every validation set, always on the same samples; collective.
 
     Args:
         state: a run in training, or a model alone.
-        validation: samples of the sets that ``state.config.data`` names; of each
-            ``training.eval_iters`` global batches count.
+        validation: samples of the sets that ``state.config.data`` names;
+            ``training.eval_iters`` global batches of each are used.
 
     Returns:
-        Results by name; of several sets also their ``mean``, which comes last.
+        Results by name; with several sets also their ``mean``, which comes last.
     """
     with evaluation_mode(state):
         results = {name: _evaluate(state, pool) for name, pool in validation.items()}
@@ -74,7 +74,7 @@ def _evaluate(state: ModelState, pool: SamplePool) -> Evaluation:
 def weighted_mean(
     results: Mapping[str, Evaluation], weights: Mapping[str, float | None]
 ) -> Evaluation:
-    """The mean of several sets.
+    """Return the mean over several sets.
 
         loss = sum_i w_i loss_i / sum_i w_i
 
@@ -82,7 +82,7 @@ def weighted_mean(
 
     Args:
         results: by name.
-        weights: w_i by name; null: the number of tokens that counted.
+        weights: w_i by name; None: the number of tokens in the result.
     """
     used = {name: _weight(result, weights[name]) for name, result in results.items()}
     total = sum(used[name] * result.loss for name, result in results.items())

@@ -1,22 +1,23 @@
-"""Floating-point operations of a model, and the peak of a device: what TFLOP/s and MFU are made of.
+"""Floating-point operations of a model and the peak of a device, for TFLOP/s and MFU.
 
-Model FLOPs are what the model needs, whatever a run does besides: matrix products alone, two
-operations a multiply-add, forward once and backward twice that. So they have
+Model FLOPs are the operations that the model needs, whatever else a run computes: only matrix
+products, two operations for each multiply-add, the forward pass once and the backward pass twice
+that. They count
 
-- the ``vocab_size`` rows of the output layer, not the rows that pad it, which are no part of the
-  model;
-- of experts those that a token goes to;
-- of attention's two [s, s] products the causal half, s/2 keys a token ((s + 1)/2 would be exact).
-  So does Megatron-LM, which counted all of them before, and a flash-attention kernel computes no
-  more; PaLM (Appendix B: 12 L h s a token), nanoGPT and torchtitan count all s keys. Half is the
-  stricter choice: otherwise a kernel that skips the upper half is credited with it, and MFU grows
-  with s by itself. For figures of that kind count ``attention_scores`` twice;
-- no recomputation (:func:`recomputed_flops_per_token`), which is hardware FLOPs.
+- the ``vocab_size`` rows of the output layer, without the rows that pad it, which are not part of
+  the model;
+- only the experts that a token is routed to;
+- the causal half of attention's two [s, s] products, s/2 keys a token ((s + 1)/2 would be exact).
+  Megatron-LM also counts half (it counted all of them before), and a flash-attention kernel
+  computes no more; PaLM (Appendix B: 12 L h s a token), nanoGPT and torchtitan count all s keys.
+  Half is the stricter choice: otherwise a kernel that skips the upper half is credited with it, and
+  MFU grows with s by itself. For figures of that kind count ``attention_scores`` twice;
+- no recomputation (:func:`recomputed_flops_per_token`), which belongs to hardware FLOPs.
 
-Left out is what is no matrix product: norms, softmax, rotary embedding, optimizer, activations.
-PolyNorm of order 3 has about 14 operations forward for each element of the FFN width (2 for the
-powers, 6 for their mean squares, 6 for the sum), where the matrices around it have 4 h: below 0.2 %
-of the FFN from h = 2048 on.
+They do not count norms, softmax, rotary embedding, optimizer and activations.
+In the forward pass PolyNorm of order 3 has about 14 operations for each element of the FFN width
+(2 for the powers, 6 for their mean squares, 6 for the sum). The matrices around it have 4 h: it is
+below 0.2 % of the FFN from h = 2048 on.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from megapoly.platform.gpus import gpu_of_device
 
 Precision = Literal["bf16", "fp8"]
 
-# Backward has two products for each of forward: gradients of the input and of the weight, or of
-# both factors.
+# The backward pass has two products for each of the forward pass: the gradients of the input and of
+# the weight, or of both factors.
 _PASSES = 3
 
 
@@ -44,9 +45,9 @@ class ForwardFlops:
         attention_projections: queries, keys, values, output.
         attention_scores: q k^T and its product with the values, the causal half.
         ffn: of a dense model.
-        experts: the ``moe_router_topk`` that a token goes to.
+        experts: the ``moe_router_topk`` that a token is routed to.
         router: scores of all experts.
-        shared_expert: which every token goes to.
+        shared_expert: the one that every token goes through.
         output_layer: logits of ``vocab_size`` tokens.
     """
 
@@ -71,11 +72,11 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class Peak:
-    """What MFU is a fraction of.
+    """Peak speed of a device, of which MFU is a fraction.
 
     Args:
         flops: operations a second of one device.
-        source: where the figure is from, to be shown behind it.
+        source: where the figure is from; shown after it.
     """
 
     flops: float
@@ -83,7 +84,7 @@ class Peak:
 
 
 def forward_flops_per_token(config: Config) -> ForwardFlops:
-    """Operations of one token's forward pass, by part.
+    """Return the operations of one token's forward pass, by part.
 
         attention_projections = 2 L h d (2 a + 2 g)
         attention_scores      = 2 L (2 a d) s / 2
@@ -122,7 +123,7 @@ def forward_flops_per_token(config: Config) -> ForwardFlops:
 
 
 def training_flops_per_token(config: Config) -> int:
-    """Model FLOPs to train on one token: 3 times those of the forward pass.
+    """Return the model FLOPs to train on one token: 3 times those of the forward pass.
 
     Args:
         config: as of :func:`forward_flops_per_token`.
@@ -131,10 +132,10 @@ def training_flops_per_token(config: Config) -> int:
 
 
 def recomputed_flops_per_token(config: Config) -> int:
-    """Operations of the forward pass that ``parallel.recompute_*`` makes twice.
+    """Return the operations of the forward pass that ``parallel.recompute_*`` repeats.
 
-    Model FLOPs plus these are hardware FLOPs. What a kernel recomputes inside itself (flash
-    attention, in its backward pass) is not among them.
+    Model FLOPs plus these are hardware FLOPs. What a kernel recomputes internally (flash attention
+    in its backward pass) is not included.
 
     Args:
         config: as of :func:`forward_flops_per_token`.
@@ -146,8 +147,8 @@ def recomputed_flops_per_token(config: Config) -> int:
         num_layers = config.model.num_layers
         if parallel.recompute_method == "uniform":
             return forward.layers
-        assert parallel.recompute_num_layers is not None, "a rule asks for it"
-        # So many of each chunk of each stage.
+        assert parallel.recompute_num_layers is not None, "a rule requires it"
+        # This number of layers in each chunk of each stage.
         chunks = parallel.pipeline_model_parallel_size * (
             parallel.virtual_pipeline_model_parallel_size or 1
         )
@@ -162,15 +163,15 @@ def recomputed_flops_per_token(config: Config) -> int:
 
 
 def device_peak(config: Config, device_name: str, *, precision: Precision = "bf16") -> Peak | None:
-    """The peak of one device: ``logging.peak_tflops``, else of its data sheet, else None.
+    """Return the peak of one device: ``logging.peak_tflops``, else the data sheet's, else None.
 
-    MFU is a fraction of the bf16 peak at every precision of a run. In FP8 only the linear layers
-    are faster, and with one denominator MFUs of a run in bf16 and one in FP8 compare as their
-    speeds do; it may then exceed 1.
+    MFU is a fraction of the bf16 peak whatever the precision of the run. In FP8 only the linear
+    layers are faster; with one denominator the MFUs of a run in bf16 and one in FP8 compare as
+    their speeds do. MFU may then exceed 1.
 
     Args:
         config: of the run.
-        device_name: as ``torch.cuda.get_device_name`` gives it, or of something that is no GPU.
+        device_name: from ``torch.cuda.get_device_name``, or the name of a CPU.
         precision: of the data sheet's peak.
     """
     if config.logging.peak_tflops is not None:

@@ -39,7 +39,7 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
             for hook in hooks:
                 hook.after_record(step)
             if step.stop:
-                reporter.message(f"asked to stop after step {state.iteration}")
+                reporter.message(f"stop requested: ending after step {state.iteration}")
                 break
         for hook in hooks:
             hook.at_end()

@@ -14,12 +14,12 @@ from megapoly.training.state import ModelState, batch_layout
 def load_model(config: Config, platform: Platform, path: Path) -> ModelState:
     """Build this rank's part of a model and load its weights; collective.
 
-    Takes the memory of the weights alone: no gradient buffers, no optimizer state.
+    Needs memory for the weights only: no gradient buffers, no optimizer state.
 
     Args:
-        config: resolved; its ``parallel`` may be another layout than the checkpoint's. The engine's
-            process groups must exist.
-        platform: where to put it.
+        config: resolved; its layout may differ from the checkpoint's. The engine's process groups
+            must exist.
+        platform: the device of the model.
         path: an ``iter_*`` folder.
 
     Returns:

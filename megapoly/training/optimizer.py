@@ -18,7 +18,7 @@ from megapoly.config import Config
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """AdamW over the parameters of this rank; vectors and activation coefficients do not decay."""
+    """Build AdamW over this rank's parameters; vectors and activation coefficients do not decay."""
     optimizer = config.optimizer
     engine = OptimizerConfig(
         optimizer="adam",
@@ -46,9 +46,9 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
 def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
     """Tell the optimizers of experts which ranks hold the same parameter.
 
-    The gradient norm counts a parameter that is not cut on the first rank of ``tp_group`` alone
-    (tensor_parallel/layers.py:89). For experts that is the expert-tensor-parallel group, but
-    optimizer/__init__.py:469 sets the tensor-parallel one, whose ranks may hold other experts.
+    The gradient norm counts a parameter that is not sharded only on the first rank of ``tp_group``
+    (tensor_parallel/layers.py:89). For experts that must be the expert-tensor-parallel group, but
+    optimizer/__init__.py:469 sets the tensor-parallel one, whose ranks may have other experts.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if any(group["is_expert_parallel"] for group in part.param_groups):
@@ -56,7 +56,7 @@ def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Learning rate over steps: linear warm-up from 0, then ``lr_decay_style``."""
+    """Build the learning-rate schedule: linear warm-up from 0, then ``lr_decay_style``."""
     settings = config.optimizer
     assert settings.lr_warmup_iters is not None and settings.lr_decay_iters is not None
     return OptimizerParamScheduler(

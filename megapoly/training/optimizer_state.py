@@ -1,11 +1,11 @@
-"""Optimizer state in checkpoints: one form for every optimizer, precision and layout.
+"""Optimizer state in checkpoints: one format for every optimizer, precision and layout.
 
-A parameter NAME of the model, which is a checkpoint's tensor NAME, has beside it
+Next to a parameter of the model, the checkpoint's tensor NAME, there are
 
     optimizer.state.exp_avg.NAME, optimizer.state.exp_avg_sq.NAME    moments, fp32
     optimizer.state.fp32_param.NAME                                  master weight, of bf16 models
 
-of the same shape and cut the same way; Adam's step is one number. The engine's own forms differ
+with the same shape and sharding; Adam's step is one number. The engine's own formats differ
 between its three optimizers (optimizer/optimizer.py, optimizer/distrib_optimizer.py).
 """
 
@@ -31,19 +31,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "fp32_param"
 
 Entry: TypeAlias = ShardedTensor | ShardedTensorFactory
-# Of each parameter, in the order of its optimizer: the tensors above by their short names.
+# The tensors above of each parameter, by their short names, in the order of its optimizer.
 ParameterStates = list[dict[str, Any]]
 
 
 def state_to_save(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the optimizer; collective.
+    """Return the optimizer state that a checkpoint has; collective.
 
     Args:
         optimizer: of the engine, after a step.
         model_state: sharded state of the model, whose entries hold the parameters themselves.
-        metadata: what the engine needs to know of the layout.
+        metadata: what the engine needs to know about the layout.
     """
     parts = list(_parts(optimizer))
     return {
@@ -55,18 +55,18 @@ def state_to_save(
 def state_to_load(
     optimizer: MegatronOptimizer, model_state: dict[str, Any], *, saved_in_bf16: bool
 ) -> dict[str, Any]:
-    """Places in a checkpoint of the moments and of every parameter's fp32 value.
+    """Return the entries of a checkpoint to load: moments and every parameter's fp32 value.
 
     Args:
         optimizer: of the engine.
         model_state: sharded state of the model, whose entries hold the parameters themselves.
-        saved_in_bf16: the checkpoint has master weights; otherwise its weights are fp32 themselves.
+        saved_in_bf16: the checkpoint has master weights; otherwise its weights are fp32.
     """
     entries = _entries(model_state)
 
     def place(parameter: Tensor, prefix: str) -> Entry:
-        # Rows that pad the vocabulary further than the checkpoint's are not read, and stay zero. On
-        # CPU: a rank may use a shard only of what it reads.
+        # Rows that pad the vocabulary beyond the checkpoint's are not read and stay zero. On CPU: a
+        # rank may use only a shard of what it reads.
         zeros = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
         entry = make_sharded_optimizer_tensor(entries[id(parameter)], zeros, prefix)
         if not prefix:
@@ -88,7 +88,7 @@ def state_to_load(
 
 @torch.no_grad()
 def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Put a checkpoint's :func:`state_to_load` into the optimizer and the model's parameters."""
+    """Copy a loaded :func:`state_to_load` into the optimizer and the model's parameters."""
     for part, states in zip(_parts(optimizer), loaded["parameters"], strict=True):
         for parameter, state in zip(_parameters(part), states, strict=True):
             parameter.copy_(state[_MASTER])
@@ -106,7 +106,7 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
 
 
 def without_parameters(model_state: dict[str, Any], optimizer: MegatronOptimizer) -> dict[str, Any]:
-    """The entries of a model chunk's sharded state that :func:`state_to_load` does not read."""
+    """Return the entries of a chunk's sharded state that :func:`state_to_load` does not read."""
     loaded = {id(p) for part in _parts(optimizer) for p in _parameters(part)}
     return {
         name: entry
@@ -116,7 +116,7 @@ def without_parameters(model_state: dict[str, Any], optimizer: MegatronOptimizer
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
-    """The optimizers that hold parameters: dense ones and experts."""
+    """Yield the optimizers that have parameters: of dense layers and of experts."""
     chained = isinstance(optimizer, ChainedOptimizer)
     for part in optimizer.chained_optimizers if chained else [optimizer]:
         if not part.is_stub_optimizer:
@@ -124,7 +124,7 @@ def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
 
 
 def _parameters(part: MegatronOptimizer) -> list[Tensor]:
-    """The model's parameters of one optimizer, in the order of its states."""
+    """Return the model's parameters of one optimizer, in the order of its states."""
     if isinstance(part, DistributedOptimizer):
         return [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
     if isinstance(part, Float16OptimizerWithFloat16Params):
@@ -134,7 +134,7 @@ def _parameters(part: MegatronOptimizer) -> list[Tensor]:
 
 
 def _masters(part: MegatronOptimizer) -> list[Tensor]:
-    """The fp32 tensors that Adam updates, in the order of :func:`_parameters`."""
+    """Return the fp32 tensors that Adam updates, in the order of :func:`_parameters`."""
     if isinstance(part, Float16OptimizerWithFloat16Params):
         groups = zip(part.fp32_from_float16_groups, part.fp32_from_fp32_groups, strict=True)
         return [master for pair in groups for group in pair for master in group]
@@ -166,7 +166,7 @@ def _states_of_part(
 
 
 def _renamed(states: dict[str, Entry], bf16: bool) -> dict[str, Entry]:
-    """The distributed optimizer's states, which call the master weight ``param``."""
+    """Rename the distributed optimizer's ``param`` to the name of the master weight."""
     master = states.pop("param")
     if bf16:
         master.key = master.key.replace(f"{_PREFIX}.param.", f"{_PREFIX}.{_MASTER}.", 1)
@@ -175,7 +175,7 @@ def _renamed(states: dict[str, Entry], bf16: bool) -> dict[str, Entry]:
 
 
 def _entries(model_state: dict[str, Any]) -> dict[int, Entry]:
-    """Entries of a model's sharded state by the identity of their parameters."""
+    """Return the entries of a model's sharded state by the ``id`` of their parameters."""
     return {
         id(entry.data): entry
         for entry in nested_values(model_state)

@@ -1,4 +1,4 @@
-"""A trace of chosen steps on chosen ranks, by torch's profiler."""
+"""A trace of selected steps on selected ranks, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megapoly.config import Config
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.state import TrainState
 
-# Operators in the table beside the trace.
+# Rows of the table of operators next to the trace.
 _TABLE_ROWS = 25
 
 
 def disturbed_steps(config: Config) -> range:
-    """Steps whose time says nothing about the run: those of the trace, and the one before.
+    """Return the steps whose time does not count: those of the trace and the one before.
 
-    Before the first one the profiler starts, which takes seconds on a GPU.
+    The profiler starts in the step before the trace, which takes seconds on a GPU.
     """
     logging = config.logging
     if not logging.profile:
@@ -31,15 +31,15 @@ def disturbed_steps(config: Config) -> range:
 class ProfileHook(Hook):
     """Writes ``RUN_DIR/profile/rank_R.steps_A-B.json.gz`` and a table of operators, ``.txt``.
 
-    The trace opens in Perfetto, ``chrome://tracing`` and TensorBoard. In it are the steps as
-    ``ProfilerStep#N``, N as in the log, and in each the ranges ``gradients`` and ``update``, with
-    the engine's own timers inside: ``forward-compute`` and ``backward-compute`` of each
-    micro-batch, ``all-grads-sync``, sends and receives, the parts of the optimizer.
+    The trace opens in Perfetto, ``chrome://tracing`` and TensorBoard. It has the steps as
+    ``ProfilerStep#N``, N as in the log, and in each the ranges ``gradients`` and ``update``. Inside
+    these are the engine's timers: ``forward-compute`` and ``backward-compute`` of each micro-batch,
+    ``all-grads-sync``, sends and receives, the parts of the optimizer.
 
-    An evaluation or checkpoint among the steps is in the step that follows it.
+    An evaluation or checkpoint between the steps is in the step that follows it.
 
-    A run that starts behind the first of the steps traces the rest of them; one that ends among
-    them writes what there is.
+    A run that starts after the first of the steps traces the rest of them. One that ends before the
+    last of them writes what it has.
 
     Args:
         state: the run, restored.
@@ -53,7 +53,7 @@ class ProfileHook(Hook):
         self._last = logging.profile_step_end
         self._is_due = self._first <= self._last
         self._is_mine = self._is_due and dist.get_rank() in logging.profile_ranks
-        # The step before is a warm-up, where this process makes it.
+        # The step before is a warm-up, if it is a step of this process.
         self._begin = max(self._first - 1, state.iteration + 1)
         self._profile: profile | None = None
         show(self._describe())
@@ -97,7 +97,7 @@ class ProfileHook(Hook):
             self._profile.step()
         if self._is_due and self._state.iteration == self._last:
             self.close()
-            # Writing takes seconds, which else would be in the others' next step.
+            # Writing takes seconds, which would otherwise be in the next step of other ranks.
             dist.barrier()
 
     def _action(self, step: int) -> ProfilerAction:
@@ -109,7 +109,7 @@ class ProfileHook(Hook):
         return ProfilerAction.RECORD_AND_SAVE if step == self._last else ProfilerAction.NONE
 
     def _write(self, trace: profile) -> None:
-        """Called by torch while the trace stops."""
+        """Write the files; torch calls it when the trace stops."""
         self._folder.mkdir(parents=True, exist_ok=True)
         last = min(self._last, self._state.iteration)
         stem = self._folder / f"rank_{dist.get_rank()}.steps_{self._first}-{last}"
@@ -131,7 +131,7 @@ class ProfileHook(Hook):
 
 
 class _EngineRanges:
-    """In the place of the engine's timers (core/timers.py): what they would time are ranges."""
+    """Replaces the engine's timers (core/timers.py): what they would time becomes a range."""
 
     def __init__(self) -> None:
         self._ranges: dict[str, _EngineRange] = {}

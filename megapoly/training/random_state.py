@@ -1,4 +1,4 @@
-"""State of every random generator that training draws from, on one rank."""
+"""State of all random generators that training draws from, on one rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megapoly.platform.device import Platform
 
 
 def random_state(platform: Platform) -> dict[str, Any]:
-    """The state that :func:`set_random_state` goes on from."""
+    """Return the current state, for :func:`set_random_state`."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -28,7 +28,7 @@ def random_state(platform: Platform) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], platform: Platform) -> None:
-    """Go on from a state; that of a GPU is left out where there is none."""
+    """Restore a state; a GPU's part of it has no effect without a GPU."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -39,7 +39,7 @@ def set_random_state(state: dict[str, Any], platform: Platform) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state(platform: Platform) -> Iterator[None]:
-    """What its body draws or seeds leaves no trace in what comes after."""
+    """Restore the state at the end, whatever the body drew or seeded."""
     state = random_state(platform)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Who builds files and who waits for them at the start of a job.
+"""At the start of a job: one process builds files, the others wait for them.
 
-Ranks wait on the job's key-value store and not in a collective: a store can say what is waited for,
-how long it may take and why it failed.
+Ranks wait on the job's key-value store and not in a collective: with a store they can say what they
+wait for, for how long, and why it failed.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from megapoly.platform import launcher
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Questions to the store: soon after the beginning often, later once a second, which a thousand
-# ranks can do. Store.wait would print two lines of C++ for every slice that passes (torch 2.13).
+# Time between two checks of the store: short at first, later a second, which works for a thousand
+# ranks. Store.wait would print two lines of C++ for each slice of the wait (torch 2.13).
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
-# Rank 0 often serves the store; it stays so long for others to read why it failed.
+# Rank 0 often serves the store: it stays this long for other ranks to read why it failed.
 _FAREWELL_S = 10.0
 
 
-class Turns:
+class RankZeroFirst:
     """Lets one process for each disk build files before the others open them.
 
-    A context: its body calls :meth:`first` and :meth:`same`, on all ranks in the same order. When
-    the body raises on one rank, the others raise with its text, at once where they wait. The
-    context ends on no rank before it ends on all.
+    A context manager. Its body calls :meth:`run` and :meth:`check_same` on all ranks in the same
+    order. When the body raises on one rank, the others raise with its message; ranks that wait
+    raise at once. The context ends on all ranks together.
 
-    Within :meth:`first` rank 0 goes first. Then the first process of every other host: where there
-    is a common disk it finds the files, otherwise it builds them. Its neighbours come last. A lock
-    in ``cache_dir`` keeps hosts that share a disk without rank 0, and other jobs, from building
-    there at the same time.
+    In :meth:`run` rank 0 is first. The first process of every other host follows: on a shared disk
+    it finds the files, otherwise it builds them. The other processes of a host are last. A lock in
+    ``cache_dir`` keeps two processes from building there at the same time: of hosts that share a
+    disk which rank 0 does not have, or of other jobs.
 
     Args:
         store: of the job.
         rank: of this process.
         world_size: processes of the job.
-        local_rank: number of this process on its host, whose ranks follow each other.
+        local_rank: number of this process on its host; the ranks of a host are consecutive.
         cache_dir: where files are built.
-        timeout_s: how long to wait for one thing.
-        log_every_s: time between lines on what is waited for; one process of each host writes them.
+        timeout_s: longest wait for one thing.
+        log_every_s: time between lines that say what a rank waits for; one process of each host
+            logs them.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Turns:
         self._num_stages = 0
 
     @classmethod
-    def of_job(cls, store: dist.Store, config: Config) -> Turns:
+    def of_job(cls, store: dist.Store, config: Config) -> RankZeroFirst:
         """Build from torchrun's environment and the limits of a resolved configuration."""
         return cls(
             store,
@@ -82,7 +83,7 @@ class Turns:
             timeout_s=60 * config.parallel.distributed_timeout_minutes,
         )
 
-    def __enter__(self) -> Turns:
+    def __enter__(self) -> RankZeroFirst:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -96,15 +97,15 @@ class Turns:
             raise
         self._leave(None)
 
-    def first(self, what: str, build: Callable[[], T]) -> T:
-        """Call a function on every rank, on the one that builds before those that find.
+    def run(self, what: str, build: Callable[[], T]) -> T:
+        """Call a function on every rank: first on those that build, then on the others.
 
         Args:
-            what: what it does, after "waits for rank 0 to".
-            build: builds files that are not there, and opens them.
+            what: what the function does, as in "waits for rank 0 to WHAT".
+            build: builds the files if they do not exist, and opens them.
 
         Raises:
-            PeerError: another rank failed, or did not come in time.
+            PeerError: another rank failed, or was not ready in time.
         """
         stage, self._num_stages = self._num_stages, self._num_stages + 1
         if self._rank == 0:
@@ -120,16 +121,16 @@ class Turns:
         self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
         return build()
 
-    def same(self, what: str, value: str) -> None:
-        """Check that a value is rank 0's.
+    def check_same(self, what: str, value: str) -> None:
+        """Check that a value is the same as on rank 0.
 
         Args:
-            what: what the value is of.
-            value: short.
+            what: what the value describes.
+            value: a short text.
 
         Raises:
-            DataError: it is another one.
-            PeerError: as :meth:`first`.
+            DataError: it differs from rank 0's.
+            PeerError: see :meth:`run`.
         """
         key = f"same/{what}"
         if self._rank == 0:
@@ -160,19 +161,19 @@ class Turns:
         except dist.DistNetworkError as error:
             raise PeerError(
                 f"rank {self._rank} waited for {for_what}, and the process that serves the job's "
-                "store ended; its own message says why."
+                "store ended; see that process's own message for the reason."
             ) from error
 
     def _timeout_message(self, waited: float, for_what: str) -> str:
         return (
             f"rank {self._rank} waited {waited:.0f} s for {for_what}, longer than "
             f"`parallel.distributed_timeout_minutes` ({self._timeout_s / 60:g}) allows; rank 0 was "
-            f"last to {self._now()}. If it is still at work, raise the option; what is built until "
+            f"last to {self._now()}. If it is still working, raise the option; what is built until "
             "then is kept."
         )
 
     def _log(self, waited: float, for_what: str) -> None:
-        # On the host of rank 0, which builds, the next one speaks.
+        # On the host of rank 0, which does not wait, rank 1 logs.
         if self._rank in (self._builder_of_host, 1):
             logger.warning(
                 "rank %d waits for %s: %.0f s so far, at most %.0f s (rank 0 is to %s)",
@@ -184,14 +185,14 @@ class Turns:
             )
 
     def _now(self) -> str:
-        """What rank 0 began last."""
+        """Return what rank 0 began last."""
         return self._store.get("now").decode() if self._is_set("now") else "begin"
 
     def _is_set(self, key: str) -> bool:
         return bool(self._store.check([key]))
 
     def _wait_for_all(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank is here."""
         self._store.set(f"ready/{self._rank}", "")
         self._store.add("ready", 1)
         if self._rank == 0:
@@ -206,30 +207,28 @@ class Turns:
             raise PeerError(self._store.get("failure").decode())
 
     def _leave(self, error: BaseException | None) -> None:
-        """Tell the others what went wrong, if anything; on rank 0 wait until they have read it."""
+        """Tell the other ranks about an error, if any; on rank 0 wait until they have read it."""
         with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
             if error is not None and not self._is_set("failure"):
                 self._tell(error)
             if self._rank != 0:
                 self._store.add("left", 1)
-                return
-            deadline = time.monotonic() + _FAREWELL_S
-            while self._store.add("left", 0) < self._world_size - 1 and time.monotonic() < deadline:
-                time.sleep(_SHORTEST_PAUSE_S)
+            else:
+                wait_for_peers(self._store, "left", self._world_size, timeout_s=_FAREWELL_S)
 
     def _tell(self, error: BaseException) -> None:
         text = str(error) if isinstance(error, MegapolyError) else repr(error)
         if self._store.add("failures", 1) == 1:
             self._store.set("failure", f"rank {self._rank}: {text}")
-            # The first process of a host says why it ends, but it may hang and never hear of this.
+            # The first process of a host reports errors, but it may hang and never read this one.
             if self._rank != self._builder_of_host:
                 logger.error("rank %d: %s", self._rank, text)
 
     @contextlib.contextmanager
     def _lock(self, what: str) -> Iterator[None]:
-        """Hold the lock of ``cache_dir``; the kernel opens it when its holder ends.
+        """Hold the lock of ``cache_dir``; the kernel releases it when its holder ends.
 
-        A disk without locks, or one that is only read, goes without: files are whole or not there.
+        A disk that has no locks or is read-only is used without: files are complete or not there.
         """
         try:
             self._cache_dir.mkdir(parents=True, exist_ok=True)
@@ -243,6 +242,25 @@ class Turns:
                 f"another process that builds in {self._cache_dir}, to {what}",
             )
             yield
+
+
+def wait_for_peers(store: dist.Store, key: str, num_ranks: int, *, timeout_s: float) -> None:
+    """Count this rank in the store, and wait until ``num_ranks`` ranks are counted.
+
+    For ranks that are about to end: rank 0 may serve the store, and a launcher ends all processes
+    as soon as one has ended with an error, before the others have reported theirs.
+
+    Args:
+        store: of the job; it may be gone.
+        key: of the counter.
+        num_ranks: ranks to wait for, including this one.
+        timeout_s: longest wait.
+    """
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(dist.DistNetworkError):
+        store.add(key, 1)
+        while store.add(key, 0) < num_ranks and time.monotonic() < deadline:
+            time.sleep(_SHORTEST_PAUSE_S)
 
 
 def _takes_lock(file: int) -> bool:

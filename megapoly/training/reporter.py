@@ -19,8 +19,9 @@ from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
 from megapoly.training.throughput import Throughput, shown
 
-# Validation sets whose losses stand in the line of a step; of more it shows the mean alone, and the
-# line of an evaluation is followed by one with all. Of tasks, which have no mean, so many or none.
+# Number of validation sets whose losses a step's line shows. With more sets it shows only the mean,
+# and after an evaluation a second line shows all. Tasks have no mean: more tasks are only in the
+# second line.
 _INLINE_SETS = 3
 
 
@@ -28,9 +29,9 @@ class Reporter:
     """Shows and records a run.
 
     Args:
-        state: the run, restored: lines of ``metrics.jsonl`` after its position are dropped.
+        state: the run, restored; lines of ``metrics.jsonl`` after its position are deleted.
         num_devices: processes of the job.
-        enabled: false on every rank but 0.
+        enabled: true on rank 0 only.
     """
 
     def __init__(self, state: TrainState, *, num_devices: int, enabled: bool) -> None:
@@ -78,11 +79,11 @@ class Reporter:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def begin(self) -> None:
-        """Say what TFLOP/s and MFU are made of."""
+        """Show how TFLOP/s and MFU are computed."""
         self.message(self._throughput.describe())
 
     def end(self) -> None:
-        """Say how fast the steps were."""
+        """Show how fast the steps were."""
         if (mean := self._throughput.mean()) is not None:
             self.message(mean)
 
@@ -172,7 +173,7 @@ def _scores(tasks: Mapping[str, float]) -> list[str]:
 
 
 def _drop_after(path: Path, iteration: int) -> None:
-    """Keep the lines of a metrics file up to a step; a half-written last line goes too."""
+    """Delete the lines of a metrics file after a step, and a last line that is incomplete."""
     if not path.exists():
         return
     kept = []

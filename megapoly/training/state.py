@@ -1,4 +1,4 @@
-"""What runs on one rank: a model, or a whole training run."""
+"""State on one rank: a model, or a whole training run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelState:
         config: resolved.
         platform: device of this rank.
         chunks: this rank's part of the model: one chunk, or several in an interleaved pipeline.
-        layout: how a global batch is cut.
+        layout: how a global batch is split.
     """
 
     config: Config
@@ -46,12 +46,12 @@ class TrainState(ModelState):
     Args:
         config: resolved.
         platform: device of this rank.
-        chunks: as of :class:`ModelState`, wrapped for data parallelism.
-        layout: how a global batch is cut.
+        chunks: see :class:`ModelState`; wrapped for data parallelism.
+        layout: how a global batch is split.
         corpus: training and validation samples.
         optimizer: of the engine.
         scheduler: of the engine; counts steps.
-        iteration: steps done.
+        iteration: number of finished steps.
     """
 
     chunks: list[DistributedDataParallel]
@@ -69,12 +69,12 @@ class TrainState(ModelState):
 
     @property
     def consumed_samples(self) -> int:
-        """Samples that all ranks together have trained on."""
+        """Samples that the run has trained on, all ranks together."""
         return self.iteration * self.config.training.global_batch_size
 
     @property
     def consumed_tokens(self) -> int:
-        """Tokens that all ranks together have trained on."""
+        """Tokens that the run has trained on, all ranks together."""
         return self.consumed_samples * self.config.training.seq_length
 
     @property
@@ -83,7 +83,7 @@ class TrainState(ModelState):
         return float(self.optimizer.param_groups[0]["lr"])
 
     def training_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches from the current position on, without end."""
+        """Return this rank's micro-batches from the current position on, without end."""
         return training_batches(
             self.corpus.train,
             self.corpus.train.order(self.config.data.seed),
@@ -96,10 +96,10 @@ class TrainState(ModelState):
 
 @contextlib.contextmanager
 def gathered_parameters(state: ModelState) -> Iterator[None]:
-    """Within its context every parameter has its newest value.
+    """Give every parameter its newest value for the duration of a context.
 
-    With ``overlap_param_gather`` those of the last step are otherwise gathered by the next forward
-    pass of training.
+    With ``overlap_param_gather`` the values of the last step are otherwise gathered by the next
+    forward pass of training.
     """
     overlaps = state.config.parallel.overlap_param_gather
     for chunk in state.chunks if overlaps else []:
@@ -113,7 +113,7 @@ def gathered_parameters(state: ModelState) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluation_mode(state: ModelState) -> Iterator[None]:
-    """Within its context: newest parameters, no dropout, no gradients."""
+    """Use the newest parameters, no dropout and no gradients for the duration of a context."""
     modes = [chunk.training for chunk in state.chunks]
     with gathered_parameters(state), torch.no_grad():
         for chunk in state.chunks:
@@ -142,7 +142,7 @@ def build_state(config: Config, platform: Platform, corpus: Corpus) -> TrainStat
 
 
 def batch_layout(config: Config) -> BatchLayout:
-    """How a global batch is cut at this rank; process groups must exist."""
+    """Return how a global batch is split for this rank; process groups must exist."""
     return BatchLayout(
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,

@@ -29,8 +29,8 @@ from megapoly.training.state import ModelState, TrainState
 
 Losses = dict[str, Tensor]
 T = TypeVar("T")
-# Takes the next micro-batch; returns the model's output and what turns that of the last stage into
-# this rank's share of the loss and something to collect.
+# Takes the next micro-batch. Returns the model's output and a function that turns the last stage's
+# output into this rank's share of the loss and something to collect.
 ForwardStep = Callable[
     [Iterator[Batch], torch.nn.Module], tuple[Tensor, Callable[[Tensor], tuple[Tensor, T]]]
 ]
@@ -38,14 +38,14 @@ ForwardStep = Callable[
 
 @dataclass
 class StepResult:
-    """What one step gave.
+    """Result of one step.
 
     Args:
         lm_loss: mean over micro-batches of the mean cross-entropy of their tokens, nats.
         grad_norm: global norm before clipping.
-        learning_rate: that the step was made with.
-        stop_requested: some process was asked to stop.
-        aux_losses: mean over layers and micro-batches, unweighted, by the engine's name.
+        learning_rate: the one that the step used.
+        stop_requested: some process was requested to stop.
+        aux_losses: means over layers and micro-batches, unweighted, by the engine's names.
     """
 
     lm_loss: float
@@ -61,9 +61,9 @@ def train_step(
     """Accumulate the gradient of one global batch and update the parameters.
 
     Args:
-        state: changed in place, its position too.
+        state: changed in place, including its position.
         batches: this rank's micro-batches.
-        stop_requested: whether this process was asked to stop.
+        stop_requested: whether this process was requested to stop.
 
     Raises:
         DivergenceError: loss or gradient norm is not finite.
@@ -94,7 +94,7 @@ def update_parameters(
     if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
         raise DivergenceError(
             f"Step {state.iteration}: loss {lm_loss}, gradient norm {grad_norm}; both must be "
-            "finite. Nothing of this step is saved: go on from the newest checkpoint with a lower "
+            "finite. Nothing of this step is saved: resume from the newest checkpoint with a lower "
             "`optimizer.lr` or a longer warm-up."
         )
     return StepResult(lm_loss, float(grad_norm), learning_rate, stop, _aux_losses(state))
@@ -103,7 +103,7 @@ def update_parameters(
 def run_microbatches(
     state: ModelState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
 ) -> list[Losses]:
-    """Cross-entropy of micro-batches of samples: of the last stage, empty elsewhere."""
+    """Return the cross-entropy of each micro-batch on the last stage; an empty list elsewhere."""
     training = state.config.training
     return run_schedule(
         state,
@@ -129,16 +129,17 @@ def run_schedule(
     """Run micro-batches of one shape through the engine's pipeline schedule.
 
     Args:
-        state: whose model runs.
-        forward_step: called for each micro-batch, in an interleaved pipeline on each chunk.
+        state: has the model.
+        forward_step: called for each micro-batch, in an interleaved pipeline for each chunk.
         batches: this rank's micro-batches.
-        num_microbatches: how many; in an interleaved pipeline a multiple of the stages.
+        num_microbatches: number of them; in an interleaved pipeline a multiple of the stages.
         micro_batch_size: sequences in each.
         seq_length: tokens in each sequence.
-        forward_only: without gradients.
+        forward_only: compute no gradients.
 
     Returns:
-        What ``forward_step`` collects, by micro-batch, on the last stage; empty elsewhere.
+        On the last stage what ``forward_step`` collects for each micro-batch; elsewhere an empty
+        list.
     """
     num_chunks = len(state.chunks)
     model: Any = state.chunks if num_chunks > 1 else state.chunks[0]
@@ -157,7 +158,7 @@ def run_schedule(
 def _forward_step(
     device: torch.device, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Losses]]]:
-    """What the engine's schedules call for each micro-batch."""
+    """Run the model on a micro-batch; the engine's schedules call it."""
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
     batch = get_batch_on_this_cp_rank(batch)
     token_losses = model(
@@ -167,11 +168,11 @@ def _forward_step(
 
 
 def _masked_mean(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Losses]:
-    """Mean of [b, s / cp] losses over the tokens that count, of the whole sequences.
+    """Return the mean of [b, s / cp] losses over the unmasked tokens of whole sequences.
 
-    The returned loss is this rank's share of the mean: the engine multiplies it by the
+    The first result is this rank's share of the mean: the engine multiplies it by the
     context-parallel size, divides it by the number of micro-batches and averages the gradients over
-    the ranks (pipeline_parallel/schedules.py:268). What is logged is the whole mean.
+    the ranks (pipeline_parallel/schedules.py:268). The whole mean is what is logged.
     """
     loss_sum = (token_losses.float() * loss_mask).sum()
     sums = torch.stack([loss_sum.detach(), loss_mask.sum()])
@@ -183,7 +184,7 @@ def _masked_mean(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Losse
 
 
 def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) -> tuple[float, bool]:
-    """Mean over all micro-batches of the step, and whether any process was asked to stop."""
+    """Return the mean over all micro-batches and whether any process was requested to stop."""
     means = [loss["mean"] for loss in losses] if owns_loss() else []
     local_sum = torch.stack(means).sum().item() if means else 0.0
     total, count, stop = sum_over_all(
@@ -193,13 +194,13 @@ def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) ->
 
 
 def _aux_losses(state: TrainState) -> dict[str, float]:
-    """Load-balancing and z-loss: mean over layers and micro-batches of all ranks."""
+    """Return the auxiliary losses: means over layers and micro-batches of all ranks."""
     if not state.config.model.num_moe_experts:
         return {}
     tracker = get_moe_layer_wise_logging_tracker()
     for entry in tracker.values():
         if entry["reduce_group"] is None:
-            # The engine reports a rank's own z-loss (moe/router.py:505).
+            # The engine reports each rank's own z-loss (moe/router.py:505).
             entry["avg_group"] = parallel_state.get_tensor_and_data_parallel_group(
                 with_context_parallel=True
             )

@@ -1,4 +1,4 @@
-"""Stop when asked to: Ctrl-C, SIGTERM, a closed terminal."""
+"""Requests to stop a run: Ctrl-C, SIGTERM, a closed terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """Within its context SIGINT, SIGTERM and SIGHUP set a flag instead of ending the process.
+    """Context in which SIGINT, SIGTERM and SIGHUP set a flag instead of ending the process.
 
-    A repeated signal changes nothing: torchrun passes the signals that it gets on to its workers,
-    and a terminal sends Ctrl-C to all of them, so one wish to stop may arrive twice.
+    A second signal has no effect: torchrun forwards the signals that it receives to its workers,
+    and a terminal sends Ctrl-C to all of them, so that one request may arrive twice.
     """
 
     def __init__(self) -> None:

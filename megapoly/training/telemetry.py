@@ -1,4 +1,4 @@
-"""What the model does inside: load of the experts, coefficients of the activations."""
+"""Scalars from inside the model: load of the experts, coefficients of the activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ExpertLoad:
     """Counts the tokens that each expert of each layer gets in training.
 
     Args:
-        state: the run; dense models have nothing to count.
+        state: the run; it counts nothing in a dense model.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -37,7 +37,7 @@ class ExpertLoad:
             self._counts[router.layer_number - 1] += routing_map.sum(0)
 
     def collect(self) -> dict[str, float]:
-        """Scalars since the last call, on every rank; collective.
+        """Return scalars since the last call, on every rank; collective.
 
         Returns:
             For each layer ``expert_load/layer_00/max_over_mean`` (1: balanced) and
@@ -57,12 +57,12 @@ class ExpertLoad:
 
 
 def activation_coefficients(state: TrainState) -> dict[str, float]:
-    """Every learned number of every activation, on rank 0 (elsewhere nothing); collective.
+    """Return the learned coefficients of all activations on rank 0, nothing elsewhere; collective.
 
     Returns:
-        ``activation/layer_00/ffn/a0`` and so on; ``experts`` or ``shared_experts`` instead of
-        ``ffn`` in MoE layers, and ``experts/expert_03`` with one set for each expert. The slope of
-        a PolyPReLU is ``slope``.
+        ``activation/layer_00/ffn/a0`` and so on. MoE layers have ``experts`` or
+        ``shared_experts`` instead of ``ffn``, and ``experts/expert_03`` if each expert has its own
+        coefficients. The slope of a PolyPReLU is ``slope``.
     """
     local: dict[str, float] = {}
     with gathered_parameters(state):
@@ -96,7 +96,7 @@ def _coefficients(layer_tag: str, name: str, module: FFNActivation) -> dict[str,
 
 
 def kind_of_ffn(name: str, module: FFNActivation) -> str:
-    """Whose activation it is: of an ``ffn``, of ``experts`` or of ``shared_experts``.
+    """Return whose activation it is: ``ffn``, ``experts`` or ``shared_experts``.
 
     Args:
         name: of the module within its layer.

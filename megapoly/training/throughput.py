@@ -1,4 +1,4 @@
-"""Tokens, TFLOP/s and MFU of steps, from the one formula of :mod:`megapoly.training.flops`."""
+"""Tokens, TFLOP/s and MFU of steps, by the formula of :mod:`megapoly.training.flops`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megapoly.config import Config
 from megapoly.config.resolve import tokens_per_step
 from megapoly.training.flops import device_peak, training_flops_per_token
 
-# Steps of a process that compile, tune and allocate: in no average.
+# First steps of a process, which compile, tune and allocate: no mean includes them.
 WARM_UP_STEPS = 2
 # Weight of the newest step in the smoothed time.
 _SMOOTHING = 0.1
@@ -29,8 +29,8 @@ class Throughput:
         self._flops_per_token = training_flops_per_token(config)
         self._peak = device_peak(config, device_name)
         self._num_warm_up_steps = 0
-        self._num_steps = 0  # that are in the mean
-        self._measured_s = 0.0  # which these took
+        self._num_steps = 0  # in the mean
+        self._measured_s = 0.0  # time of these steps
         self._smoothed_s = 0.0
 
     def add_step(self, step_time_s: float, *, is_disturbed: bool = False) -> dict[str, float]:
@@ -38,10 +38,10 @@ class Throughput:
 
         Args:
             step_time_s: seconds from its start to its end, with nothing else in them.
-            is_disturbed: by a profiler: in no average.
+            is_disturbed: by a profiler; no mean includes the step.
 
         Returns:
-            Its ``tokens_per_second``, ``tflops_per_device`` (model TFLOP/s) and, where the peak is
+            Its ``tokens_per_second``, ``tflops_per_device`` (model TFLOP/s) and, if the peak is
             known, ``mfu`` and ``peak_tflops``.
         """
         if self._num_warm_up_steps < WARM_UP_STEPS:
@@ -56,11 +56,11 @@ class Throughput:
 
     @property
     def seconds_per_step(self) -> float:
-        """Smoothed time of a step, from which the rest of the run is estimated."""
+        """Smoothed time of a step, to estimate the rest of the run."""
         return self._smoothed_s
 
     def describe(self) -> str:
-        """What TFLOP/s and MFU are made of."""
+        """Return how TFLOP/s and MFU are computed."""
         mfu = (
             f"no MFU: the peak of {self._device_name} is not known; `--logging.peak_tflops` sets it"
             if self._peak is None
@@ -69,7 +69,7 @@ class Throughput:
         return f"{_with_prefix(self._flops_per_token)}FLOPs a token; {mfu}"
 
     def mean(self) -> str | None:
-        """Mean of the undisturbed steps after the first ones; None if there are none."""
+        """Return the mean of the undisturbed steps after the first ones; None if there are none."""
         if self._num_steps == 0:
             return None
         mean = self._of_tokens(self._num_steps * self._tokens_per_step / self._measured_s)
@@ -85,7 +85,7 @@ class Throughput:
 
 
 def shown(speed: Mapping[str, float]) -> list[str]:
-    """Parts of a progress line; where there is no peak, as on CPU, tokens alone."""
+    """Return the parts of a progress line; only tokens if the peak is not known, as on CPU."""
     parts = [f"{speed['tokens_per_second']:,.0f} tokens/s"]
     if "mfu" in speed:
         parts += [f"{speed['tflops_per_device']:.4g} TFLOP/s a device", f"MFU {speed['mfu']:.1%}"]
@@ -93,7 +93,7 @@ def shown(speed: Mapping[str, float]) -> list[str]:
 
 
 def _with_prefix(number: float) -> str:
-    """Three digits and the prefix of a unit: 8.93 G."""
+    """Return a number with three digits and the prefix of a unit: 8.93 G."""
     prefixes = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
     factor, prefix = next((pair for pair in prefixes if number >= pair[0]), (1e3, "k"))
     return f"{number / factor:.3g} {prefix}"

@@ -1,4 +1,4 @@
-"""Benchmarks during training: when they are due, what is written, and that training goes on."""
+"""Benchmarks during training: when they are due, what is written, and that training continues."""
 
 import json
 
@@ -31,7 +31,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory):
-    """Folder with questions in the form of SciQ's."""
+    """Return a folder with questions in SciQ's format."""
     folder = tmp_path_factory.mktemp("benchmarks")
     lines = [
         {
@@ -94,11 +94,11 @@ def test_what_is_wrong_with_a_task_is_known_before_the_first_step(tmp_path, task
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_job_that_is_asked_to_stop_in_a_task_saves_and_stops(tmp_path, tasks):
+def test_a_stop_request_during_a_task_saves_and_stops(tmp_path, tasks):
     options = OVERRIDES | tasks | {"checkpoint.save": True, "run_dir": tmp_path}
     options["data.cache_dir"] = shared_cache().name
-    words = [f"--{name}={value}" for name, value in options.items()]
-    run_on_ranks(job_stopped_in_tasks, 2, words, str(RECIPES / "dense_tiny.yaml"))
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    run_on_ranks(job_stopped_in_tasks, 2, argv, str(RECIPES / "dense_tiny.yaml"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2]
     assert not any("task/sciq" in line for line in lines)

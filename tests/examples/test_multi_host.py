@@ -54,8 +54,8 @@ class Host:
         self.log = folder / f"{name}.log"
         self.process = None
 
-    def start(self, words, *, own_address=None, variables=None):
-        """Start a program; `own_address` is what the host's own name leads to on this host."""
+    def start(self, args, *, own_address=None, variables=None):
+        """Start a program; `own_address` is the address of the host's own name on this host."""
         book = {"localhost": "127.0.0.1"} | ADDRESSES
         book[self.name] = own_address or ADDRESSES[self.name]
         hosts_file = self.folder / f"{self.name}.hosts"
@@ -64,7 +64,7 @@ class Host:
         shell = [*self.own_view, "sh", "-c", enter, "sh", str(hosts_file), self.name]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, *shell, *words],
+                ["ip", "netns", "exec", self.namespace, *shell, *args],
                 cwd=ROOT,
                 env=environment() | (variables or {}),
                 stdout=log,
@@ -92,19 +92,19 @@ class Host:
 
 
 def environment():
-    """The interpreter's scripts, `ip` (not every PATH has sbin), and no choice of interface."""
+    """Return variables: PATH with this interpreter's scripts and sbin, no network interface."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
     inherited = {name: os.environ[name] for name in os.environ.keys() - {"GLOO_SOCKET_IFNAME"}}
     return inherited | {"PATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def run(*words):
-    done = subprocess.run(words, env=environment(), check=True, capture_output=True, text=True)
+def run(*args):
+    done = subprocess.run(args, env=environment(), check=True, capture_output=True, text=True)
     return done.stdout
 
 
 def create(first, second):
-    """Create the namespaces and the cable, or skip with what the machine answers."""
+    """Create the namespaces and the cable, or skip with the machine's error message."""
     try:
         for host in (first, second):
             run("ip", "netns", "add", host.namespace)
@@ -150,7 +150,7 @@ def one_host(tmp_path_factory, network):
 
 
 def results(run_dir):
-    """What the job computed in each step, without what it measured."""
+    """Return what the job computed in each step, without what it measured."""
     names = ("iteration", "lm_loss", "grad_norm", "load_balancing_loss")
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
@@ -164,12 +164,12 @@ def start(hosts, launcher, run_dir, options, *, caches=None, **of_host):
     """
     line = re.search(r"^ *torchrun (--nnodes 8 .*)\\$", TUTORIAL, re.MULTILINE).group(1)
     line = line.replace("--nnodes 8", "--nnodes 2").replace("node 8", "node 1")
-    words = line.replace("$FIRST_NODE", hosts[0].name).split()
+    args = line.replace("$FIRST_NODE", hosts[0].name).split()
     for host in hosts:
         cache = caches / host.name if caches else shared_cache().name
         settings = options | {"run_dir": run_dir, "data.cache_dir": cache}
         script = ["examples/pretrain_moe.sh", *(f"--{key}={settings[key]}" for key in settings)]
-        host.start([launcher, *words, *script], **of_host)
+        host.start([launcher, *args, *script], **of_host)
 
 
 def wait_until(condition, hosts):
@@ -188,7 +188,7 @@ def wait_for_the_end(hosts):
 
 
 def least_bytes_of_attention():
-    """What a rank sends so that attention can be cut by heads and the rest by tokens.
+    """Return the bytes that a rank sends to shard attention by heads and the rest by tokens.
 
     Its half of a sequence's hidden states (fp32) in the all-gather before attention, as much in the
     reduce-scatter after it, and both again backward. The rest of the model comes on top: 1.15 MB
@@ -224,7 +224,7 @@ def test_two_hosts_compute_what_one_does(tmp_path, hosts, one_host):
 
 
 def test_two_hosts_stop_together(tmp_path, hosts, one_host):
-    """Their own names lead to loopback, as Debian installs it: gloo must be told the interface."""
+    """Their own names resolve to loopback, as on Debian: gloo needs the name of the interface."""
     run_dir = tmp_path / "run"
     options = OPTIONS | LAYOUT | {"training.train_iters": 400}
     interface = {"GLOO_SOCKET_IFNAME": CABLE}

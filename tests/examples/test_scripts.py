@@ -56,23 +56,22 @@ def wait_for_steps(run_dir, process, steps, timeout_s=120):
     raise AssertionError(f"no {steps} steps: {process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_stops_on_request_and_goes_on(tmp_path, signal_number):
-    """bash starts it, a signal stops it (saved, status 0), torchrun goes on to the end."""
+def test_stops_on_request_and_resumes(tmp_path):
+    """bash starts it, SIGTERM stops it (saved, status 0), torchrun resumes it to the end.
+
+    Ctrl-C: tests/commands/test_train.py.
+    """
     run_dir = tmp_path / "run"
     options = [*TINY, "--training.train_iters", "400", "--run_dir", str(run_dir)]
     process = start(["bash", str(EXAMPLES / "pretrain_moe.sh"), *options])
     wait_for_steps(run_dir, process, 3)
-    if signal_number == signal.SIGINT:
-        os.killpg(process.pid, signal_number)  # Ctrl-C reaches every process of the terminal
-    else:
-        process.send_signal(signal_number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     stopped_at = int(checkpoint.name.removeprefix("iter_"))
     assert max(losses(run_dir)) == stopped_at
-    assert f"asked to stop after step {stopped_at}" in output
+    assert f"stop requested: ending after step {stopped_at}" in output
 
     end = str(stopped_at + 2)
     decay = "--optimizer.lr_decay_iters=400"
@@ -129,25 +128,25 @@ def test_unknown_option_names_the_nearest(tmp_path):
 
 
 @pytest.mark.parametrize("end, expected", [(STOPPED, 75), (COMPLETE, 0), (None, 0)])
-def test_launcher_tells_a_stopped_run_from_a_complete_one(monkeypatch, end, expected):
-    """On hosts where torchrun ends by itself, too: another host's launcher got the signal."""
+def test_launcher_distinguishes_a_stopped_run_from_a_complete_one(monkeypatch, end, expected):
+    """Also on hosts where torchrun ends by itself: another host's launcher got the signal."""
 
-    def run(words):
+    def run(arguments):
         if end is not None:
             Path(os.environ[STATUS_FILE]).write_text(end)
 
     monkeypatch.setattr(launch, "torchrun", run)
     monkeypatch.setenv(STATUS_FILE, "restored after the test")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-    assert launch.main() == 0
+    assert launch.main(["job.py"]) == 0
     monkeypatch.setenv("MEGAPOLY_STOPPED_STATUS", "75")
-    assert launch.main() == expected
+    assert launch.main(["job.py"]) == expected
 
 
 def test_launcher_refuses_what_is_no_status(monkeypatch, capsys):
-    monkeypatch.setattr(launch, "torchrun", lambda words: pytest.fail("nothing must start"))
+    monkeypatch.setattr(launch, "torchrun", lambda arguments: pytest.fail("nothing must start"))
     monkeypatch.setenv("MEGAPOLY_STOPPED_STATUS", "256")
-    assert launch.main() == 2
+    assert launch.main(["job.py"]) == 2
     assert "`MEGAPOLY_STOPPED_STATUS` (256)" in capsys.readouterr().err
 
 
@@ -155,7 +154,7 @@ def test_launcher_refuses_what_is_no_status(monkeypatch, capsys):
 def test_launcher_says_whether_a_stopped_job_ended_as_it_should(
     tmp_path, monkeypatch, capsys, ended
 ):
-    def stop(words):
+    def stop(arguments):
         raise SignalException("signal 15", sigval=signal.SIGTERM)
 
     monkeypatch.setattr(launch, "torchrun", stop)

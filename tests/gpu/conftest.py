@@ -1,10 +1,10 @@
-"""What holds for all tests on a GPU."""
+"""Settings of all tests on a GPU."""
 
 import os
 
 import pytest
 
-# Assertions of the shared checks say what they compared.
+# Failed assertions of the shared checks show the values.
 pytest.register_assert_rewrite("gpu_jobs")
 
 # NVIDIA's images let fp32 be multiplied in TF32, which is 2^-11 off. Read when torch and cuBLAS are

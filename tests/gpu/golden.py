@@ -1,9 +1,9 @@
-"""Losses of small models on CPU in fp32, for other devices and precisions to be compared with.
+"""Losses of small models on CPU in fp32, the reference for other devices and precisions.
 
     python tests/gpu/golden.py
 
-computes them again and writes ``golden_losses.json``. They change where the model, its initial
-weights, the order of the data or the optimizer does, and only then.
+computes them again and writes ``golden_losses.json``. They change if the model, its initial
+weights, the order of the data or the optimizer changes, and only then.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KEYS = ("lm_loss", "grad_norm")
 def train(
     recipe: str, run_dir: Path, *, device: str, num_steps: int, options: Mapping[str, Any]
 ) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl`` of a job.
+    """Train, and return the lines of ``metrics.jsonl``.
 
     Args:
         recipe: one of ``RECIPES``.
@@ -57,12 +57,12 @@ def train(
 
 
 def golden(recipe: str) -> dict[str, list[float]]:
-    """By key of ``KEYS``, the values of every step."""
+    """Return the values of every step, by key of ``KEYS``."""
     return json.loads(FILE.read_text())["recipes"][recipe]
 
 
 def largest_difference(metrics: list[dict[str, float]], recipe: str, key: str) -> float:
-    """Of the steps of a job from the golden ones, relative."""
+    """Return the largest relative difference of a job's steps from the golden ones."""
     expected = golden(recipe)[key]
     return max(
         abs(line[key] - expected[int(line["iteration"]) - 1]) / expected[int(line["iteration"]) - 1]
@@ -75,7 +75,7 @@ def main() -> None:
     recipes = {}
     for recipe in RECIPES:
         with tempfile.TemporaryDirectory() as folder:
-            # Plain torch code, of which there is one version.
+            # Plain torch code, which is the same on every device.
             options = {"model.activation_backend": "reference"}
             lines = train(recipe, Path(folder), device="cpu", num_steps=STEPS, options=options)
         recipes[recipe] = {key: [line[key] for line in lines] for key in KEYS}

@@ -1,4 +1,4 @@
-"""What is tested on a GPU, as functions of the device, so that they run on CPU, too."""
+"""Checks for a GPU as functions of the device, so that they also run on CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BF16_LOSS = 2e-3
 
 
 def check_fp32(recipe: str, folder: Path, *, device: str, num_steps: int) -> None:
-    """Losses and gradient norms are the golden ones."""
+    """Check that losses and gradient norms are the golden ones."""
     lines = train(recipe, folder, device=device, num_steps=num_steps, options={})
     assert len(lines) == num_steps
     assert largest_difference(lines, recipe, "lm_loss") < FP32_LOSS
@@ -27,7 +27,7 @@ def check_fp32(recipe: str, folder: Path, *, device: str, num_steps: int) -> Non
 
 
 def check_bf16(recipe: str, folder: Path, *, device: str, num_steps: int) -> None:
-    """Losses are the golden ones but for the rounding of bf16, which is seen."""
+    """Check that losses are the golden ones except for the rounding of bf16, which is visible."""
     options = {"training.bf16": True}
     lines = train(recipe, folder, device=device, num_steps=num_steps, options=options)
     assert len(lines) == num_steps
@@ -35,7 +35,7 @@ def check_bf16(recipe: str, folder: Path, *, device: str, num_steps: int) -> Non
 
 
 def check_checkpoint(recipe: str, folder: Path, *, first: str, second: str, num_steps: int) -> None:
-    """A run that one device began goes on on another along the golden losses."""
+    """Check that a run of one device resumes on another with the golden losses."""
     options = {"checkpoint.save": True}
     train(recipe, folder, device=first, num_steps=num_steps // 2, options=options)
     lines = train(recipe, folder, device=second, num_steps=num_steps, options=options)
@@ -44,7 +44,7 @@ def check_checkpoint(recipe: str, folder: Path, *, first: str, second: str, num_
 
 
 def check_metrics_and_trace(folder: Path, *, device: str, device_name: str) -> None:
-    """Speed is reported against the device's peak, and a trace has the device's work in it."""
+    """Check that speed is reported against the device's peak and a trace has the device's work."""
     options = {
         "logging.profile": True,
         "logging.profile_step_start": 3,

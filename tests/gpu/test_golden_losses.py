@@ -1,4 +1,4 @@
-"""The golden losses are those of this code, and what is tested on a GPU runs and can fail."""
+"""The golden losses are this code's, and the checks for a GPU run and can fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_jobs import check_bf16, check_checkpoint, check_fp32, check_metrics_and
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch):
-    """As the golden losses were computed, and without compiling."""
+    """Use the backend of the golden losses, without compiling."""
     monkeypatch.setitem(golden.OVERRIDES, "model.activation_backend", "reference")
 
 
@@ -23,7 +23,7 @@ def test_first_steps_on_cpu(recipe, tmp_path):
     for key in KEYS:
         assert len(expected[key]) == STEPS
         assert largest_difference(lines, recipe, key) < 1e-5
-    # The model has learned something: it began where nothing is known.
+    # The model has learned: an untrained one has the loss ln 4096.
     assert abs(expected["lm_loss"][0] - math.log(4096)) < 0.1
     assert expected["lm_loss"][-1] < 7.5
 

@@ -1,4 +1,4 @@
-"""What is said of a learned activation on a GPU is what is said on the CPU."""
+"""The analysis of a learned activation is the same on a GPU as on the CPU."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_bf16_is_close_to_fp32(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("devices", [("cuda", "cpu"), ("cpu", "cuda")], ids="-to-".join)
-def test_checkpoints_go_on_on_the_other_device(devices, tmp_path):
+def test_checkpoints_resume_on_the_other_device(devices, tmp_path):
     first, second = devices
     check_checkpoint("moe_tiny", tmp_path, first=first, second=second, num_steps=8)
 

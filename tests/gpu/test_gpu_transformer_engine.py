@@ -42,9 +42,9 @@ GRADIENTS, NORMS, LOSSES, FP8_LOSSES = 0.2, 0.03, 0.05, 0.1
 
 @pytest.fixture(scope="module")
 def platform(request):
-    """The GPU with the engine's process groups of one process."""
+    """Select the GPU, with the engine's process groups of one process."""
     if "gpu" not in request.config.option.markexpr:
-        # The engine is made fit for one kind of device in a process, here or by tests of CPU.
+        # A process sets up the engine for one kind of device: here CUDA, in other tests CPU.
         pytest.skip("tests on a GPU have a process of their own: pytest -m gpu")
     platform = select_platform("cuda")
     with process_groups(config_of(MODELS["dense"], platform), platform, alone=True):
@@ -118,7 +118,7 @@ def test_checkpoints_keep_the_history_of_delayed_scaling(platform, tmp_path):
 
 
 def test_a_norm_and_a_product_are_those_of_torch(platform):
-    """Of the fused layer that stands before the activation, in bf16."""
+    """The fused layer before the activation, in bf16."""
     from megapoly.model.builder import gpt_model
     from megapoly.model.transformer_config import transformer_config
 

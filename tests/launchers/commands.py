@@ -1,4 +1,4 @@
-"""Programs of a cluster that stand on the PATH in tests and note how they were called."""
+"""Stand-ins for a cluster's programs, on the PATH in tests; they record how they are called."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TINY = """
 
 
 class Programs:
-    """Programs in a folder, each a few lines of Python that see their arguments as ``words``.
+    """Programs in a folder, each a few lines of Python that see their arguments as ``args``.
 
     Args:
-        folder: where they and their notes are kept.
+        folder: of the programs and their records.
     """
 
     def __init__(self, folder: Path):
@@ -34,35 +34,35 @@ class Programs:
         self.started: list[subprocess.Popen[str]] = []
 
     def add(self, name: str, body: str = "") -> None:
-        """Write a program that notes its words, then does what ``body`` says."""
+        """Write a program that records its arguments and then runs ``body``."""
         program = self.path / name
         program.write_text(
             f"#!{sys.executable}\n"
             "import json, os, pathlib, signal, subprocess, sys, time\n"
-            f"folder, words = pathlib.Path({str(self.folder)!r}), sys.argv[1:]\n"
+            f"folder, args = pathlib.Path({str(self.folder)!r}), sys.argv[1:]\n"
             f"with (folder / '{name}.jsonl').open('a') as notes:\n"
-            "    print(json.dumps(words), file=notes, flush=True)\n" + body
+            "    print(json.dumps(args), file=notes, flush=True)\n" + body
         )
         program.chmod(0o755)
 
     def calls(self, name: str) -> list[list[str]]:
-        """Words of every call so far."""
+        """Return the arguments of every call so far."""
         notes = self.folder / f"{name}.jsonl"
         return (
             [json.loads(line) for line in notes.read_text().splitlines()] if notes.exists() else []
         )
 
     def start(
-        self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
+        self, args: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> subprocess.Popen[str]:
-        """Start a command that finds these programs first, and no settings of this machine's."""
+        """Start a command that finds these programs first, without the settings of this machine."""
         foreign = ("SLURM", "PET_", "NCCL_", "TORCH_", "UCX_", "NVTE_", "GLOO_", "OMP_", "HF_")
         foreign += ("PYTORCH_", "MEGAPOLY_")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         scripts = str(Path(sys.executable).parent)  # megapoly-launch
         path = os.pathsep.join([str(self.path), scripts, os.environ["PATH"]])
         process = subprocess.Popen(
-            words,
+            args,
             cwd=cwd,
             env=inherited | {"PATH": path} | dict(variables or {}),
             stdout=subprocess.PIPE,
@@ -73,7 +73,7 @@ class Programs:
         return process
 
     def stop(self) -> None:
-        """End what still runs; launchers end their workers on SIGTERM."""
+        """End the commands that still run; launchers end their workers on SIGTERM."""
         running = [process for process in self.started if process.poll() is None]
         for process in running:
             process.terminate()
@@ -81,16 +81,16 @@ class Programs:
             process.communicate(timeout=180)
 
     def run(
-        self, words: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
+        self, args: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> tuple[int, str]:
-        """Status and output of a command; see :meth:`start`."""
-        process = self.start(words, variables, cwd)
+        """Return the status and output of a command; see :meth:`start`."""
+        process = self.start(args, variables, cwd)
         output, _ = process.communicate(timeout=120)
         return process.returncode, output
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Return when a condition holds; fail with the output when the process ends before."""
+    """Wait until a condition holds; fail with the output if the process ends before."""
     deadline = time.monotonic() + 120
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -100,7 +100,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 
 def steps(run_dir: Path) -> list[int]:
-    """Steps of which the run's log tells."""
+    """Return the number of steps in the run's log."""
     log = run_dir / "metrics.jsonl"
     return (
         [json.loads(line)["iteration"] for line in log.read_text().splitlines()]

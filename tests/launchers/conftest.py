@@ -9,7 +9,7 @@ from commands import Programs
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Iterator[Programs]:
-    """Programs on the PATH of the commands that a test starts, which all end with the test."""
+    """Give programs for the PATH of the commands that a test starts; all end with the test."""
     programs = Programs(tmp_path)
     yield programs
     programs.stop()

@@ -1,4 +1,4 @@
-"""docker/launch.sh: its line for docker, what docker's client makes of that, and its refusals."""
+"""docker/launch.sh: its command line for docker, the request of docker's client, its errors."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def docker(programs: Programs) -> Programs:
     return programs
 
 
-def dry(docker: Programs, *words: str, **variables: str) -> list[str]:
-    line = ["bash", LAUNCH, "--dry-run", *words]
+def dry(docker: Programs, *args: str, **variables: str) -> list[str]:
+    line = ["bash", LAUNCH, "--dry-run", *args]
     status, output = docker.run(line, variables, cwd=docker.folder)
     assert status == 0, output
     assert docker.calls("docker") == []
@@ -61,10 +61,10 @@ def test_one_of_many_nodes(docker: Programs) -> None:
 
 @needs_no_fabric
 def test_one_node_without_gpus(docker: Programs) -> None:
-    words = ["--gpus", "none", "--shm-size", "4g", "--name", "a b", "--env", "A=it's; $HOME"]
+    args = ["--gpus", "none", "--shm-size", "4g", "--name", "a b", "--env", "A=it's; $HOME"]
     mount = f"{docker.folder}/scratch:/scratch:ro"
     script = [SCRIPT[0], "--config=/scratch/a b.yaml"]
-    assert dry(docker, *words, "--mount", mount, "--", *script) == [
+    assert dry(docker, *args, "--mount", mount, "--", *script) == [
         *["docker", "run", "--rm", "--init", "--name", "a b", "--user", USER],
         *["--workdir", "/opt/megapoly", "--stop-timeout", "600", "--no-healthcheck"],
         *["--shm-size", "4g", "--ulimit", "memlock=-1", "--ulimit", "stack=67108864"],
@@ -77,9 +77,9 @@ def test_one_node_without_gpus(docker: Programs) -> None:
 
 def test_variables_are_the_options(docker: Programs) -> None:
     here = str(docker.folder)
-    words = ["--nproc-per-node", "2", "--gpus", "0,1", "--image", "x:1", "--runs", "fabric"]
-    words += ["--data", "scratch", "--shm-size", "1g", "--infiniband", f"{here}/fabric"]
-    as_options = dry(docker, *MANY, *words, *SCRIPT)
+    args = ["--nproc-per-node", "2", "--gpus", "0,1", "--image", "x:1", "--runs", "fabric"]
+    args += ["--data", "scratch", "--shm-size", "1g", "--infiniband", f"{here}/fabric"]
+    as_options = dry(docker, *MANY, *args, *SCRIPT)
     variables = {"NNODES": "8", "NODE_RANK": "3", "RDZV_ENDPOINT": "gpu01:29500"}
     variables |= {"NPROC_PER_NODE": "2", "GPUS": "0,1", "IMAGE": "x:1", "RUNS": "fabric"}
     variables |= {"DATA": "scratch", "SHM_SIZE": "1g", "INFINIBAND": f"{here}/fabric"}
@@ -104,11 +104,11 @@ def test_commands_of_the_documentation(docker: Programs) -> None:
         (docker.folder / name).mkdir(parents=True)
     for line in lines:
         line = re.sub("/(scratch|shared)/", rf"{docker.folder}/\1/", line)
-        words = shlex.split(line, comments=True)
-        command = dry(docker, *words)
-        script = next(i for i, word in enumerate(words) if word.endswith(".sh"))
-        assert (ROOT / words[script]).is_file()
-        assert command[-len(words[script:]) :] == words[script:]
+        args = shlex.split(line, comments=True)
+        command = dry(docker, *args)
+        script = next(i for i, word in enumerate(args) if word.endswith(".sh"))
+        assert (ROOT / args[script]).is_file()
+        assert command[-len(args[script:]) :] == args[script:]
 
 
 def test_help_names_every_option_and_variable(docker: Programs) -> None:
@@ -135,7 +135,7 @@ def test_exported_variables_that_help_names_are_passed_on(docker: Programs) -> N
 
 
 def test_sigterm_is_dockers(docker: Programs) -> None:
-    """As a service or a scheduler sends it, to one process; docker's client passes it on."""
+    """As a service or a scheduler sends it, to one process; docker's client forwards it."""
     wait = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
     wait += "(folder / 'ready').touch()\ntime.sleep(60)\n"
     docker.add("docker", wait)
@@ -182,9 +182,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("words, expected", REFUSALS.values(), ids=REFUSALS)
-def test_refuses(docker: Programs, words: list[str], expected: list[str]) -> None:
-    status, output = docker.run(["bash", LAUNCH, *words], cwd=docker.folder)
+@pytest.mark.parametrize("args, expected", REFUSALS.values(), ids=REFUSALS)
+def test_refuses(docker: Programs, args: list[str], expected: list[str]) -> None:
+    status, output = docker.run(["bash", LAUNCH, *args], cwd=docker.folder)
     assert status == 2
     assert len(output.splitlines()) == 1 and output.startswith("docker/launch.sh: ")
     assert [word for word in expected if word not in output] == []
@@ -193,8 +193,8 @@ def test_refuses(docker: Programs, words: list[str], expected: list[str]) -> Non
 
 def test_status_is_passed_on_and_results_get_a_folder(docker: Programs) -> None:
     shutil.rmtree(docker.folder / "runs")
-    words = ["bash", LAUNCH, "--runs", "deep/runs", *SCRIPT]
-    status, output = docker.run(words, cwd=docker.folder)
+    args = ["bash", LAUNCH, "--runs", "deep/runs", *SCRIPT]
+    status, output = docker.run(args, cwd=docker.folder)
     assert status == 3, output
     (call,) = docker.calls("docker")
     assert f"{docker.folder}/deep/runs:/opt/megapoly/runs" in call
@@ -205,13 +205,13 @@ def test_folders_are_those_of_this_folder(docker: Programs) -> None:
     """Whatever the user's shell has for `cd`; and a run may be where another folder is mounted."""
     elsewhere = docker.folder / "elsewhere"
     (elsewhere / "data").mkdir(parents=True)
-    words = ["--data", "data", "--mount", "scratch:/scratch", "s", "--run_dir", "/scratch"]
-    command = dry(docker, *words, CDPATH=str(elsewhere))
+    args = ["--data", "data", "--mount", "scratch:/scratch", "s", "--run_dir", "/scratch"]
+    command = dry(docker, *args, CDPATH=str(elsewhere))
     assert f"{docker.folder}/data:/opt/megapoly/data:ro" in command
     assert f"{docker.folder}/scratch:/scratch" in command
     # The checkout in place of the image's.
-    words = ["--mount", ".:/opt/megapoly", "s", "--run_dir=out/a"]
-    assert dry(docker, *words)[-1] == "--run_dir=out/a"
+    args = ["--mount", ".:/opt/megapoly", "s", "--run_dir=out/a"]
+    assert dry(docker, *args)[-1] == "--run_dir=out/a"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             else:
                 self.answer(500, {"message": "no container is started here"})
 
-        def log_message(self, *words: object) -> None:
+        def log_message(self, *args: object) -> None:
             pass
 
 
@@ -302,9 +302,9 @@ def test_docker_reads_the_line_as_it_is_meant(tmp_path: Path, programs: Programs
     socket = tmp_path / "engine.sock"
     with Engine(str(socket), Engine.RequestHandlerClass) as engine:
         threading.Thread(target=engine.serve_forever, daemon=True).start()
-        words = [*MANY, "--gpus", "0,1", "--infiniband", "fabric", "--mount", ".:/scratch:ro"]
+        args = [*MANY, "--gpus", "0,1", "--infiniband", "fabric", "--mount", ".:/scratch:ro"]
         variables = {"DOCKER_HOST": f"unix://{socket}", "NCCL_IB_HCA": "mlx5"}
-        line = ["bash", LAUNCH, *words, "--env", "A=b c", *SCRIPT]
+        line = ["bash", LAUNCH, *args, "--env", "A=b c", *SCRIPT]
         status, output = programs.run(line, variables, cwd=tmp_path)
         engine.shutdown()
     assert status and "received 500" in output, output

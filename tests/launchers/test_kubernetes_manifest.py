@@ -115,6 +115,6 @@ def test_its_command_runs_on_two_pods_and_says_that_it_was_stopped(
         pod.terminate()
     outputs = [pod.communicate(timeout=180)[0] for pod in pods]
     assert [pod.returncode for pod in pods] == [143, 143], outputs
-    assert "2 x CPU" in outputs[0] and "asked to stop after step" in outputs[0]
+    assert "2 x CPU" in outputs[0] and "stop requested: ending after step" in outputs[0]
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     assert checkpoint.name == f"iter_{steps(run_dir)[-1]:07d}"

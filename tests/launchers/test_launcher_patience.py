@@ -1,4 +1,4 @@
-"""megapoly-launch gives workers time to save, by whichever torch it runs."""
+"""megapoly-launch gives workers time to save, with any version of torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from commands import Programs, wait_until
 
-# torchrun as torch 2.10 has it: it reads no variable. Its 30 seconds are one.
+# torchrun as in torch 2.10, which does not read the variable. Its 30 seconds are one here.
 OLD_TORCHRUN = """
 import signal, sys
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -41,11 +41,11 @@ def test_workers_have_time_to_save_by_an_older_torchrun(tmp_path: Path, programs
     (tmp_path / "old.py").write_text(OLD_TORCHRUN)
     (tmp_path / "worker.py").write_text(WORKER)
     began = tmp_path / "began"
-    words = [sys.executable, str(tmp_path / "old.py"), "--standalone", "--nproc-per-node", "1"]
+    args = [sys.executable, str(tmp_path / "old.py"), "--standalone", "--nproc-per-node", "1"]
     (tmp_path / "tmp").mkdir()
     variables = {"MEGAPOLY_STOPPED_STATUS": "75", "OMP_NUM_THREADS": "1"}
     variables["TMPDIR"] = str(tmp_path / "tmp")
-    process = programs.start([*words, str(tmp_path / "worker.py"), str(began)], variables)
+    process = programs.start([*args, str(tmp_path / "worker.py"), str(began)], variables)
     wait_until(began.exists, process)
     process.terminate()
     output, _ = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""examples/slurm/pretrain.sbatch: what it asks of Slurm, and what becomes of a job at each end."""
+"""examples/slurm/pretrain.sbatch: its options for Slurm, and what each end of a job leads to."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ JOB = {
     "SLURM_CPUS_ON_NODE": "128",
     "SLURM_GPUS_ON_NODE": "8",
 }
-# As Slurm's programs, as far as the script can tell. `srun` starts a task for each node on this
-# machine, with the same words, and passes the signals of `scancel` on; its status is the highest.
-SCONTROL = "if words[0] == 'show': print('gpu07\\ngpu08')\n"
+# Stand-ins for Slurm's programs. `srun` starts a task for each node on this machine, with the same
+# arguments, and forwards the signals of `scancel`; its status is the highest.
+SCONTROL = "if args[0] == 'show': print('gpu07\\ngpu08')\n"
 SRUN_ENDS = "sys.exit(int(os.environ['SRUN_STATUS']))\n"
 SRUN_WAITS = """
 while not (folder / 'scancel.jsonl').exists():
@@ -36,8 +36,8 @@ while not (folder / 'scancel.jsonl').exists():
 sys.exit(75)
 """
 SRUN_RUNS = """
-count = int(words[words.index('--ntasks') + 1])
-task = words[words.index('sh'):]
+count = int(args[args.index('--ntasks') + 1])
+task = args[args.index('sh'):]
 tasks = [
     subprocess.Popen(task, env=os.environ | {'SLURM_NODEID': str(node)}) for node in range(count)
 ]
@@ -105,7 +105,7 @@ def test_complete_and_failed_jobs_stay_so(slurm: Programs, status: int) -> None:
 
 
 def test_preempted_job_is_requeued_but_not_for_ever(slurm: Programs) -> None:
-    """Slurm signals the launchers alone: only their status tells that the run is not complete."""
+    """Slurm signals only the launchers: only their status says that the run is not complete."""
     variables = JOB | {"SRUN_STATUS": "75", "MAX_REQUEUES": "3"}
     status, output = slurm.run(
         ["bash", str(SBATCH), *MOE], variables | {"SLURM_RESTART_COUNT": "3"}
@@ -118,7 +118,7 @@ def test_preempted_job_is_requeued_but_not_for_ever(slurm: Programs) -> None:
 
 
 def test_task_of_an_array_is_requeued_alone(slurm: Programs) -> None:
-    """The first task's number is the array's: Slurm would take it for all of them."""
+    """The first task has the array's number, which means all tasks to Slurm."""
     slurm.add("srun", SRUN_WAITS)
     variables = JOB | {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "1"}
     process = slurm.start(["bash", str(SBATCH), *MOE], variables)
@@ -143,7 +143,7 @@ def test_less_time_than_the_signal_has_is_no_loop(slurm: Programs) -> None:
 
 @pytest.mark.parametrize("known", [True, False], ids=["batch", "plain"])
 def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
-    """Where only the shell was signalled, and where Slurm signals all and forgets the job."""
+    """Slurm signals only the shell, or signals all processes and forgets the job."""
     slurm.add("srun", SRUN_WAITS)
     slurm.add("scancel", "" if known else "sys.exit('Invalid job id specified')")
     process = slurm.start(["bash", str(SBATCH), *MOE], JOB)
@@ -156,7 +156,7 @@ def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "words, variables, expected",
+    "args, variables, expected",
     [
         ([], {}, ["(not named)", "examples/pretrain_moe.sh"]),
         (["pretrain.sh"], {}, ["(pretrain.sh)", "checkout"]),
@@ -167,9 +167,9 @@ def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
     ],
 )
 def test_slurm_script_refuses(
-    slurm: Programs, words: list[str], variables: dict[str, str], expected: list[str]
+    slurm: Programs, args: list[str], variables: dict[str, str], expected: list[str]
 ) -> None:
-    status, output = slurm.run(["bash", str(SBATCH), *words], JOB | variables)
+    status, output = slurm.run(["bash", str(SBATCH), *args], JOB | variables)
     assert status == 2 and len(output.splitlines()) == 1, output
     assert [word for word in expected if word not in output] == []
     assert slurm.calls("srun") == []
@@ -182,15 +182,15 @@ def test_no_launcher_starts_where_the_first_node_is_not_known(slurm: Programs) -
 
 
 def test_the_papers_jobs_fit_their_nodes() -> None:
-    """The lines at the head of the file, with the GPUs of a node that it asks for."""
+    """Check the commands at the head of the file against the GPUs that it requests for a node."""
     text = SBATCH.read_text()
     head = text[: text.index("#SBATCH")].replace("# ", "").replace("\\\n", " ")
     (gpus,) = re.findall(r"^#SBATCH --gpus-per-node=(\d+)$", text, re.MULTILINE)
     jobs = {}
     for line in re.findall(r"^ +sbatch (.+)$", head, re.MULTILINE):
-        words = shlex.split(line)
-        assert words[2] == "examples/slurm/pretrain.sbatch" and (ROOT / words[3]).is_file()
-        jobs[words[words.index("--config") + 1]] = int(words[1]) * int(gpus)
+        args = shlex.split(line)
+        assert args[2] == "examples/slurm/pretrain.sbatch" and (ROOT / args[3]).is_file()
+        jobs[args[args.index("--config") + 1]] = int(args[1]) * int(gpus)
     assert jobs == {
         "dense_1b_paper": 32,
         "moe_7b_paper": 64,
@@ -210,8 +210,8 @@ def test_options_reach_sbatch_before_the_first_command() -> None:
     assert "#SBATCH --ntasks-per-node=1" in options
 
 
-def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Programs) -> None:
-    """Two nodes, USR1, the queue; then docker/launch.sh ends the run, by a `docker` of no walls."""
+def test_saves_and_resumes_in_a_container(tmp_path: Path, slurm: Programs) -> None:
+    """Two nodes, USR1, the queue; docker/launch.sh, with a stand-in for docker, ends the run."""
     slurm.add("scontrol", "print('localhost')\n")
     slurm.add("scancel", SCANCEL_SIGNALS)
     slurm.add("srun", SRUN_RUNS)
@@ -219,8 +219,8 @@ def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Prog
     options = [*TINY, "--run_dir", str(run_dir), "--data.cache_dir", str(tmp_path / "cache")]
     script = ["examples/pretrain_dense.sh", *options]
     variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    words = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]
-    process = slurm.start(words, variables)
+    args = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]
+    process = slurm.start(args, variables)
     wait_until(lambda: len(steps(run_dir)) >= 2, process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=180)
@@ -232,7 +232,7 @@ def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Prog
     assert checkpoint.name == f"iter_{stopped_at:07d}" and stopped_at < 400
     assert "2 processes" not in output and "2 x CPU" in output
 
-    slurm.add("docker", "command = words[words.index('megapoly:cpu') + 1:]\n" + EXEC)
+    slurm.add("docker", "command = args[args.index('megapoly:cpu') + 1:]\n" + EXEC)
     launch = ["bash", str(ROOT / "docker/launch.sh"), "--gpus", "none", "--nproc-per-node", "1"]
     launch += ["--runs", str(tmp_path), "--mount", f"{tmp_path}/runs:{tmp_path}/runs", *script]
     last = str(stopped_at + 1)
@@ -242,5 +242,5 @@ def test_saves_comes_back_and_goes_on_in_a_container(tmp_path: Path, slurm: Prog
     assert f"at step {stopped_at}" in output and steps(run_dir)[-1] == stopped_at + 1
 
 
-# A container without walls.
+# Not isolated as a real container is.
 EXEC = "os.execvp(command[0], command)\n"

@@ -14,7 +14,7 @@ import os
 import torch
 
 from megapoly.platform.engine_workarounds import _TorchWithoutCuda
-from megapoly.testing.transformer_engine import asked_by_transformer_engine
+from megapoly.testing.transformer_engine import called_by_transformer_engine
 
 FLOAT8 = {"kFloat8E4M3": torch.float8_e4m3fn, "kFloat8E5M2": torch.float8_e5m2}
 MODULES_WITH_CUDA_LITERALS = (
@@ -37,7 +37,7 @@ def install():
     torch.cuda.is_current_stream_capturing = lambda: False
     on_gpu = torch.Tensor.is_cuda
     torch.Tensor.is_cuda = property(
-        lambda self: on_gpu.__get__(self) or asked_by_transformer_engine()
+        lambda self: on_gpu.__get__(self) or called_by_transformer_engine()
     )
     gemm = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
     gemm.get_cublas_workspace = lambda device, ub, grouped: (

@@ -1,4 +1,4 @@
-"""Our Adam takes the steps of torch's, in the state layout of the fused optimizers."""
+"""Our Adam makes the same steps as torch's, with the state layout of the fused optimizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parameters():
 
 
 def trained(make_optimizer, *, steps=7):
-    """Parameters after some steps on a quartic bowl, matrices decayed and vectors not."""
+    """Return parameters after some steps on a quartic bowl; matrices decay, vectors do not."""
     matrix, vector = (tensor.clone().requires_grad_() for tensor in parameters())
     optimizer = make_optimizer(
         [{"params": [matrix], "weight_decay": 0.1}, {"params": [vector], "weight_decay": 0.0}]

@@ -1,4 +1,4 @@
-"""What stands in for CUDA and nccl behaves as they do."""
+"""The replacements of CUDA and nccl behave as they do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megapoly.training.distributed import process_groups
 
 
 def gather(lengths):
-    """Gather rows from all ranks; rank r gives rows that hold r + 1."""
+    """Gather rows from all ranks; the rows of rank r hold r + 1."""
     select_platform("cpu")
     dist.init_process_group("gloo")
     try:
@@ -41,7 +41,7 @@ def test_all_gather_takes_uneven_first_dimensions(lengths):
 
 
 def recompute_polynorm():
-    """The engine's checkpoint of a PolyNorm on rows that two ranks share, and without it."""
+    """Run PolyNorm on rows that two ranks share, with the engine's recomputation and without."""
     platform = select_platform("cpu")
     config = Config()
     config.training.train_iters = 1
@@ -126,7 +126,7 @@ def test_fork_restores_the_state_and_goes_on_where_it_was():
 
 
 def draw():
-    """Numbers that a rank draws by default and from the tensor-parallel stream."""
+    """Return numbers that a rank draws by default and from the tensor-parallel stream."""
     config = Config()
     config.parallel.tensor_model_parallel_size = 2
     config.training.train_iters = 1

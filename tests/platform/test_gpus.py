@@ -21,7 +21,7 @@ SEEN = {
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
-# Slices, other kinds whose names have one of ours in them, and what is no GPU.
+# Slices, other kinds whose names contain one of ours, and devices that are not GPUs.
 UNKNOWN = [
     "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
     "NVIDIA H100 80GB HBM3 MIG 3g.40gb",

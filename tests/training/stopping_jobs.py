@@ -1,4 +1,4 @@
-"""A job that is asked to stop while it evaluates tasks."""
+"""A job that is requested to stop while it evaluates tasks."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 from megapoly.pretrain import configure, pretrain
 
 
-def job_stopped_in_tasks(words: list[str], recipe: str) -> None:
+def job_stopped_in_tasks(argv: list[str], recipe: str) -> None:
     from megapoly.evaluation.engine_lm import EngineLM
 
     run, num_calls = EngineLM._run, 0
@@ -21,4 +21,4 @@ def job_stopped_in_tasks(words: list[str], recipe: str) -> None:
         return run(self, *args)
 
     EngineLM._run = run_and_signal
-    pretrain(configure(words, default_recipe=Path(recipe), program="pretrain"))
+    pretrain(configure(argv, default_recipe=Path(recipe), program="pretrain"))

@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 def jobs():
-    """(name, recipe, overrides) of every job."""
+    """Yield (name, recipe, overrides) of every job."""
     for name, entry in activations.ACTIVATIONS.items():
         backend = REFERENCE if entry.normalized else {}
         for recipe in ("dense_tiny", "moe_tiny"):
@@ -52,14 +52,14 @@ def jobs():
 
 
 def train_each(folder, cache_dir):
-    """Rank r trains every second job by itself."""
+    """Train every second job alone, from this rank's number on."""
     rank = int(os.environ["RANK"])
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + rank)
     for name, recipe, overrides in list(jobs())[rank::2]:
         settings = SMALL | overrides | {"run_dir": f"{folder}/{name}", "data.cache_dir": cache_dir}
-        words = [f"--{key}={value}" for key, value in settings.items()]
-        assert main(words, default_recipe=RECIPES / f"{recipe}.yaml", program="test") == 0
+        argv = [f"--{key}={value}" for key, value in settings.items()]
+        assert main(argv, default_recipe=RECIPES / f"{recipe}.yaml", program="test") == 0
 
 
 @pytest.fixture(scope="module")

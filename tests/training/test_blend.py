@@ -1,4 +1,4 @@
-"""Runs on several sources: the same after an interruption, refused on other data, means by hand."""
+"""Runs on several sources: resumed to the same bits, refused on other data, means by hand."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_other_data_is_refused_until_it_is_accepted(interrupted, overrides, text
     }
     with pytest.raises(RuntimeError) as refused:
         run_job("dense_tiny", interrupted, other)
-    for words in (
+    for part in (
         "trained on other data",
         f"source `d` ({texts}/d) was added",
         f"source `bee` ({texts}/b) was removed",
@@ -119,7 +119,7 @@ def test_other_data_is_refused_until_it_is_accepted(interrupted, overrides, text
         "`data.seed` is 7 here and 1234 in the checkpoint",
         "--checkpoint.accept_other_data true",
     ):
-        assert words in str(refused.value)
+        assert part in str(refused.value)
     accepted = other | {"checkpoint.accept_other_data": True}
     metrics = results(run_job("dense_tiny", interrupted, accepted))
     assert [line["iteration"] for line in metrics] == [1, 2, 3, 4, 5, 6]
@@ -127,7 +127,7 @@ def test_other_data_is_refused_until_it_is_accepted(interrupted, overrides, text
     assert metrics[3]["lm_loss"] != whole[1][3]["lm_loss"]
     position = json.loads((interrupted / "checkpoints/iter_0000006/run.json").read_text())
     assert [source["name"] for source in position["data"]["sources"]] == ["a", "d"]
-    # Now these are the checkpoint's own: nothing has to be accepted.
+    # Now these are the checkpoint's own data: nothing must be accepted.
     run_job("dense_tiny", interrupted, other)
 
 
@@ -140,7 +140,7 @@ def test_moved_files_are_the_same_data(interrupted, overrides, texts, tmp_path, 
 
 
 def test_samples_come_from_the_sources_in_their_shares(overrides, texts):
-    """The order that the run above had: 1024 samples, 796 and 228 of them (1024 * 7/9 = 796.4)."""
+    """In the order of the run above: 1024 samples, 796 and 228 of them (1024 * 7/9 = 796.4)."""
     sizes = [(open_token_file(texts / name).num_tokens - 1) // 32 for name in ("a", "b")]
     order = BlendOrder(sizes, [Fraction(7, 9), Fraction(2, 9)], 1234)
     sources = [order[i][0] for i in range(1024)]

@@ -86,7 +86,7 @@ def configuration(model, parallel=None, **logging):
 
 
 def counted_flops_per_token(configs):
-    """Matrix products of one micro-batch of each, those of attention apart, all [s, s] of them."""
+    """Count the matrix products of one micro-batch, separately those of attention, all [s, s]."""
     return [count(config) for config in configs]
 
 

@@ -1,4 +1,4 @@
-"""The loop and its hooks: when each method is called, what a hook can do, and what it must not."""
+"""The loop and its hooks: when methods are called, what they can do, and that no loss changes."""
 
 import json
 from types import SimpleNamespace
@@ -93,7 +93,7 @@ def test_a_run_that_is_to_stop_ends_after_its_step(monkeypatch, by_hook):
     requested_at = None if by_hook else 1
     state = trained(monkeypatch, hooks, calls, train_iters=5, requested_at=requested_at)
     assert state.iteration == 1
-    assert calls[2:] == ["step 1", *STEP, "asked to stop after step 1", *END]
+    assert calls[2:] == ["step 1", *STEP, "stop requested: ending after step 1", *END]
 
 
 def test_after_an_error_hooks_are_closed_and_nothing_else(monkeypatch):

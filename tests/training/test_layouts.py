@@ -4,7 +4,7 @@ import pytest
 
 from megapoly.testing import run_job
 
-# The recipe's own width. Gradient accumulation: 2 micro-batches a step at least.
+# The recipe's own width. Gradient accumulation: at least 2 micro-batches a step.
 SMALL = {
     "model.num_layers": 2,
     "training.train_iters": 20,

@@ -1,4 +1,4 @@
-"""What a run writes: metrics.jsonl, TensorBoard, configuration, progress lines."""
+"""Output of a run: metrics.jsonl, TensorBoard, configuration, progress lines."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_tensorboard_has_the_same(run, scalars):
 
 
 def test_tensorboard_shows_the_losses_first(scalars):
-    """It sorts tags by character code; a group is what stands before the first slash."""
+    """It sorts tags by character code; the group is the part before the first slash."""
     tags = sorted(scalars)
     assert tags[:3] == ["Train/loss", "Val/books/loss", "Val/books/ppl"]
     groups = list(dict.fromkeys(tag.partition("/")[0] for tag in tags))
@@ -150,7 +150,7 @@ def test_mean_over_sets_by_hand():
 
 
 def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[str]:
-    """What a step without and one with an evaluation shows."""
+    """Return the lines of a step with an evaluation and of one without."""
     metrics = {f"val/s{i}/loss": float(i) for i in range(num_sets)}
     if num_sets > 1:
         metrics["val/mean/loss"] = 9.0

@@ -91,7 +91,7 @@ def test_table_has_the_operators(of_second_rank):
     assert "aten::mm" in of_second_rank[1].read_text()
 
 
-def test_a_run_that_goes_on_traces_what_is_left(tmp_path):
+def test_a_resumed_run_traces_what_is_left(tmp_path):
     """Its first step is the first of the trace: there is no warm-up."""
     options = {"checkpoint.save": True, "optimizer.lr_decay_iters": 5}
     first = {"training.train_iters": 2, "logging.profile": False}

@@ -1,4 +1,4 @@
-"""Ranks that wait for one that builds: on a real store, on several hosts (by their numbers)."""
+"""Ranks that wait for one that builds: with a real store, on several hosts (by their numbers)."""
 
 import datetime
 import logging
@@ -13,21 +13,23 @@ import torch.distributed as dist
 from megapoly.config import Config
 from megapoly.errors import DataError, PeerError
 from megapoly.testing import run_on_ranks
-from megapoly.training.rank_zero_first import Turns
+from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 
 BUILD = "build the sample indices of `cc`"
 
 
-def make_turns(*, ranks_per_host: int = 4, folder: str = "/nowhere", **changes) -> Turns:
+def rank_zero_first(
+    *, ranks_per_host: int = 4, folder: str = "/nowhere", **changes
+) -> RankZeroFirst:
     store, rank, world_size = next(
         dist.rendezvous("env://", timeout=datetime.timedelta(seconds=60))
     )
-    # The ranks of a test start one after the other: begin together.
+    # The ranks of a test start one after the other: wait for all.
     store.add("started", 1)
     while store.add("started", 0) < world_size:
         time.sleep(0.01)
     arguments = {"cache_dir": Path(folder), "timeout_s": 60.0, "log_every_s": 60.0} | changes
-    return Turns(
+    return RankZeroFirst(
         dist.PrefixStore("test", store),
         rank=rank,
         world_size=world_size,
@@ -37,7 +39,7 @@ def make_turns(*, ranks_per_host: int = 4, folder: str = "/nowhere", **changes) 
 
 
 def build_once(folder: Path, *, seconds: float = 0.0) -> str:
-    """Who built the file that is there now; builds are counted by what they leave behind."""
+    """Return which rank built the file; each build leaves a file, by which builds are counted."""
     file = folder / "built"
     if not file.exists():
         (folder / f"attempt-{os.environ['RANK']}").touch()
@@ -47,7 +49,7 @@ def build_once(folder: Path, *, seconds: float = 0.0) -> str:
 
 
 def logged() -> list[str]:
-    """Lines of the log from now on."""
+    """Return a list to which lines of the log are added from now on."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -56,10 +58,10 @@ def logged() -> list[str]:
 
 
 def slow(folder: str) -> tuple[str, list[str]]:
-    """Rank 0 takes its time: what was built, and what this rank logged."""
+    """Build slowly on rank 0; return what was built and what this rank logged."""
     lines = logged()
-    with make_turns(folder=folder, log_every_s=0.4) as turns:
-        built = turns.first(BUILD, lambda: build_once(Path(folder), seconds=1.5))
+    with rank_zero_first(folder=folder, log_every_s=0.4) as order:
+        built = order.run(BUILD, lambda: build_once(Path(folder), seconds=1.5))
     return built, lines
 
 
@@ -85,8 +87,8 @@ def failing(rank_that_fails: int, ranks_per_host: int) -> tuple[str, str, float]
 
     begin = time.monotonic()
     try:
-        with make_turns(ranks_per_host=ranks_per_host) as turns:
-            turns.first(BUILD, build)
+        with rank_zero_first(ranks_per_host=ranks_per_host) as order:
+            order.run(BUILD, build)
     except (DataError, PeerError) as error:
         return type(error).__name__, str(error), time.monotonic() - begin
     raise AssertionError("no error")
@@ -105,8 +107,8 @@ def test_all_get_the_text_of_the_rank_that_failed_at_once(rank, ranks_per_host):
 def late() -> tuple[str, list[str]]:
     lines = logged()
     try:
-        with make_turns(timeout_s=0.6) as turns:
-            turns.first(BUILD, lambda: time.sleep(2.0))
+        with rank_zero_first(timeout_s=0.6) as order:
+            order.run(BUILD, lambda: time.sleep(2.0))
             assert os.environ["RANK"] == "0"
     except PeerError as error:
         return str(error), lines
@@ -119,16 +121,16 @@ def test_a_time_out_says_who_waited_for_what_and_how_long():
     assert of_rank_1 == (
         f"rank 1 waited 1 s for rank 0 to {BUILD}, longer than "
         f"`parallel.distributed_timeout_minutes` (0.01) allows; rank 0 was last to {BUILD}. If it "
-        "is still at work, raise the option; what is built until then is kept."
+        "is still working, raise the option; what is built until then is kept."
     )
     assert of_rank_0 == f"rank 1: {of_rank_1}"
 
 
 def on_hosts(folders: list[str]) -> str:
-    """Two ranks a host, each host with its disk."""
+    """Build with two ranks a host, each host with its disk."""
     folder = Path(folders[int(os.environ["RANK"]) // 2])
-    with make_turns(ranks_per_host=2, folder=str(folder)) as turns:
-        return turns.first(BUILD, lambda: build_once(folder, seconds=0.3))
+    with rank_zero_first(ranks_per_host=2, folder=str(folder)) as order:
+        return order.run(BUILD, lambda: build_once(folder, seconds=0.3))
 
 
 @pytest.mark.parametrize(
@@ -155,8 +157,8 @@ def test_one_process_builds_on_each_disk(tmp_path, disks, builders):
 def with_other_files() -> tuple[str, str]:
     rank = int(os.environ["RANK"])
     try:
-        with make_turns() as turns:
-            turns.same("training data", "abc" if rank < 2 else "xyz")
+        with rank_zero_first() as order:
+            order.check_same("training data", "abc" if rank < 2 else "xyz")
     except (DataError, PeerError) as error:
         return type(error).__name__, str(error)
     raise AssertionError("no error")
@@ -174,20 +176,20 @@ def test_a_rank_with_other_files_ends_the_job():
     [({}, 5), ({"LOCAL_RANK": "2"}, 3), ({"LOCAL_RANK": "5"}, 0)],
 )
 def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, builder):
-    """Rank 5 of 8; without torchrun's variable it builds for itself, behind the lock."""
+    """Rank 5 of 8; without torchrun's variable it builds itself, holding the lock."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "get_rank", lambda: 5)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    turns = Turns.of_job(dist.HashStore(), Config())
-    assert turns._builder_of_host == builder
-    assert turns._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
-    assert turns._cache_dir == Path("runs/default/cache")
+    order = RankZeroFirst.of_job(dist.HashStore(), Config())
+    assert order._builder_of_host == builder
+    assert order._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
+    assert order._cache_dir == Path("runs/default/cache")
 
 
 def test_a_process_alone_waits_for_nobody(tmp_path):
-    turns = Turns(
+    order = RankZeroFirst(
         dist.HashStore(),
         rank=0,
         world_size=1,
@@ -195,16 +197,16 @@ def test_a_process_alone_waits_for_nobody(tmp_path):
         cache_dir=tmp_path / "cache",
         timeout_s=1.0,
     )
-    with turns:
-        assert turns.first("build", lambda: 7) == 7
-        turns.same("data", "x")
-    with pytest.raises(ZeroDivisionError), turns:
-        turns.first("fail", lambda: 1 // 0)
+    with order:
+        assert order.run("build", lambda: 7) == 7
+        order.check_same("data", "x")
+    with pytest.raises(ZeroDivisionError), order:
+        order.run("fail", lambda: 1 // 0)
 
 
 def test_a_cache_that_cannot_be_locked_is_used_without(tmp_path):
     (tmp_path / "file").touch()
-    turns = Turns(
+    order = RankZeroFirst(
         dist.HashStore(),
         rank=0,
         world_size=1,
@@ -212,5 +214,14 @@ def test_a_cache_that_cannot_be_locked_is_used_without(tmp_path):
         cache_dir=tmp_path / "file" / "cache",
         timeout_s=1.0,
     )
-    with turns:
-        assert turns.first("build", lambda: 7) == 7
+    with order:
+        assert order.run("build", lambda: 7) == 7
+
+
+def test_peers_are_counted_and_not_waited_for_without_end():
+    store = dist.HashStore()
+    store.add("left", 1)
+    wait_for_peers(store, "left", 2, timeout_s=5.0)
+    assert store.add("left", 0) == 2
+    wait_for_peers(store, "gone", 2, timeout_s=0.05)
+    assert store.add("gone", 0) == 1

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other: weights, optimizer state, losses.
+"""A checkpoint of any layout resumes at any other: weights, optimizer state, losses.
 
 One run moves from layout to layout, two steps at each, and must have the losses of a run on one
 process that is never interrupted.
@@ -73,7 +73,7 @@ LONG_CHAINS = {
 
 
 def options_of(name):
-    """Options of the command line that make a layout, and its processes."""
+    """Return the command-line options of a layout, and its number of processes."""
     layout = parse(name)
     return layout.options, layout.world_size
 

@@ -1,4 +1,4 @@
-"""Checkpoints: stopping and going on changes nothing."""
+"""Checkpoints: stopping and resuming changes nothing."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megapoly.testing import run_job
 
-# Dropout: the random state has to be right too.
+# Dropout: the random state must also be right.
 TINY = {
     "model.num_layers": 2,
     "model.hidden_size": 64,
@@ -73,7 +73,7 @@ TIED = {"model.untie_embeddings_and_output_weights": False}
     [SHARDED_OPTIMIZER, pytest.param(TIED, marks=pytest.mark.parallel)],
     ids=["distributed-optimizer", "tied"],
 )
-def test_another_padding_goes_on_with_the_same_losses(tmp_path, options):
+def test_another_padding_resumes_with_the_same_losses(tmp_path, options):
     """4099 rows on one process, 4100 on two, 4224 on one again."""
     overrides = DENSE | NO_DROPOUT | PRIME | options | {"training.train_iters": 9}
     overrides |= {"checkpoint.save_interval": 3, "checkpoint.keep": 0}
@@ -97,7 +97,7 @@ def test_another_padding_goes_on_with_the_same_losses(tmp_path, options):
 
 
 def vocabulary_tensors(checkpoint):
-    """What it holds of embedding and output layer: weights and optimizer state."""
+    """Return the tensors of embedding and output layer: weights and optimizer state."""
     reader = FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     names = [name for name in entries if "word_embeddings" in name or "output_layer" in name]

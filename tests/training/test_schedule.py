@@ -10,7 +10,7 @@ from megapoly.training.optimizer import build_scheduler
 
 
 class Optimizer:
-    """As much of an optimizer as the engine's scheduler touches."""
+    """The part of an optimizer that the engine's scheduler uses."""
 
     def __init__(self):
         self.param_groups = [{"lr": 0.0, "weight_decay": 0.0}]

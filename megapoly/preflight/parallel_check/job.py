@@ -23,7 +23,7 @@ from megapoly.preflight.parallel_check.whole_model import (
     without_padding,
 )
 from megapoly.training.distributed import model_groups, process_group
-from megapoly.training.rank_zero_first import Turns
+from megapoly.training.rank_zero_first import RankZeroFirst
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, update_parameters
 
@@ -83,8 +83,8 @@ def steps_of_rank(config: Config) -> list[_RankStep]:
     warnings.filterwarnings("ignore")  # the engine's, on optional packages and names of torch
     platform = select_platform("cpu")
     with process_group(config, platform) as store:
-        with Turns.of_job(store, config) as turns:
-            corpus = load_corpus(config, tokenizer=load_tokenizer(None), first=turns.first)
+        with RankZeroFirst.of_job(store, config) as rank_zero_first:
+            corpus = load_corpus(config, tokenizer=load_tokenizer(None), first=rank_zero_first.run)
         with model_groups(config):
             return _steps(build_state(config, platform, corpus))
 

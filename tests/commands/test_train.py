@@ -1,0 +1,140 @@
+"""``megapoly train`` and ``megapoly launch`` as their users call them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megapoly.commands import launch, train
+
+ROOT = Path(__file__).parents[2]
+TINY = """
+    --config moe_tiny
+    --model.num_layers 2 --model.hidden_size 64 --model.activation_backend reference
+    --training.seq_length 32 --training.micro_batch_size 1 --training.global_batch_size 4
+    --training.train_iters 400 --training.eval_interval 0 --training.device cpu
+    --optimizer.lr_warmup_iters 2 --logging.tensorboard false
+    --parallel.tensor_model_parallel_size 2 --parallel.expert_model_parallel_size 2
+    --parallel.expert_tensor_parallel_size 1 --run_dir run
+""".split()
+PYTHON = [sys.executable, "-m"]
+
+
+def start(folder, *arguments):
+    inherited = {name: os.environ[name] for name in os.environ.keys() - {"RANK", "WORLD_SIZE"}}
+    return subprocess.Popen(
+        [*PYTHON, *arguments],
+        cwd=folder,
+        env=inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, output + errors
+    return output
+
+
+def lines_of(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().splitlines() if metrics.exists() else []
+
+
+def steps(run_dir):
+    return [json.loads(line)["iteration"] for line in lines_of(run_dir)]
+
+
+def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
+    """In an empty folder: the recipe is found by its name."""
+    process = start(tmp_path, "megapoly", "train", "--nproc-per-node", "2", *TINY)
+    while len(lines_of(tmp_path / "run")) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
+    output = finish(process)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    stopped_at = steps(tmp_path / "run")[-1]
+    assert checkpoint.name == f"iter_{stopped_at:07d}"
+    assert f"stop requested: ending after step {stopped_at}" in output
+
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    more = ["--training.train_iters", str(stopped_at + 2), "--optimizer.lr_decay_iters", "400"]
+    output = finish(start(tmp_path, *torchrun, "-m", "megapoly", "train", *TINY, *more))
+    assert f"at step {stopped_at}" in output
+    assert steps(tmp_path / "run") == list(range(1, stopped_at + 3))
+
+
+def test_dry_run_of_a_larger_job(tmp_path):
+    options = ["--dry-run", "--world-size", "64", "--training.global_batch_size", "256"]
+    output = finish(start(tmp_path, "megapoly", "train", *TINY, *options))
+    assert "of 64 ranks, which stand for all" in output
+    assert "all adds up: weights, gradient buffers, optimizer shards" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_module_is_the_same_program(tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    arguments = ["--print-config", "--training.device", "cpu", "--training.train_iters", "7"]
+    with pytest.raises(SystemExit) as ended:
+        train.main(arguments)
+    assert ended.value.code == 0
+    expected = capsys.readouterr().out
+    assert "train_iters: 7\n" in expected
+    assert finish(start(tmp_path, "megapoly.pretrain", *arguments)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc-per-nod", "2"], "`nproc-per-nod`; the nearest is `--nproc-per-node`"),
+        (["--dry-run", "--world-siz", "4"], "`world-siz`; the nearest is `--world-size`"),
+        (["--conifg", "moe_tiny"], "`conifg`; the nearest is `--config`"),
+        (["--nproc-per-node", "0"], "--nproc-per-node (0) must be a number"),
+        (["--nproc-per-node"], "--nproc-per-node () must be a number"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_nearest_flag(capsys, arguments, message):
+    assert train.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_processes_are_not_started_under_a_launcher(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(launch, "torchrun", lambda arguments: pytest.fail("nothing must start"))
+    assert train.main(["--nproc_per_node=2"]) == 2
+    assert "--nproc-per-node (2) cannot be used here: a launcher" in capsys.readouterr().err
+
+
+def test_help_of_launch_describes_it_and_then_the_options_of_torchrun(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: megapoly launch [options of torchrun]")
+    assert 0 < text.index("MEGAPOLY_STOPPED_STATUS") < text.index("--nproc-per-node NPROC_PER_NODE")
+
+
+def test_launch_names_the_nearest_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--nprocs-per-node", "2", "job.py"])
+    assert ended.value.code == 2
+    message = "unknown option --nprocs-per-node (the nearest is --nproc-per-node)"
+    assert message in capsys.readouterr().err
+
+
+def test_help_of_the_script_is_left_to_the_script(monkeypatch):
+    given = []
+    monkeypatch.setattr(launch, "torchrun", given.extend)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    monkeypatch.setenv(launch.STATUS_FILE, "restored after the test")
+    assert launch.main(["-m", "megapoly", "train", "--help"]) == 0
+    assert given == ["-m", "megapoly", "train", "--help"]
