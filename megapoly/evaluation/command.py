@@ -12,7 +12,12 @@ from rich.console import Console
 
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
 from megapoly.errors import EvaluationError
-from megapoly.evaluation.harness import available_tasks, check_task_names, evaluate_tasks
+from megapoly.evaluation.harness import (
+    available_tasks,
+    check_task_names,
+    evaluate_tasks,
+    import_harness,
+)
 from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
@@ -151,6 +156,7 @@ def _check_inputs(request: EvaluationRequest) -> None:
                 f"`--output` ({request.output}) cannot be written: {error.strerror}"
             ) from error
     if request.tasks:
+        import_harness()
         selection = select(request.tasks)
         available_tasks(selection, request.task_data, request.skip_missing)
         check_task_names(selection)

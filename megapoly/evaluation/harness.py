@@ -68,7 +68,7 @@ def evaluate_tasks(
             (``lm.refuses_generation`` is the reason).
     """
     _check_numbers(limit, num_fewshot)
-    lm_eval = _import_harness()
+    lm_eval = import_harness()
     started, date = time.monotonic(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     tasks, skipped = available_tasks(selection, task_data, skip_missing)
     with (
@@ -124,7 +124,12 @@ def _check_numbers(limit: int | None, num_fewshot: int | None) -> None:
         raise EvaluationError(f"`num_fewshot` ({num_fewshot}) must not be negative")
 
 
-def _import_harness() -> Any:
+def import_harness() -> Any:
+    """Import the harness.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
     try:
         import lm_eval
     except ImportError as error:
@@ -172,7 +177,7 @@ def check_task_names(selection: Selection) -> None:
         EvaluationError: a task is unknown.
         UnavailableError: the harness is not installed.
     """
-    _import_harness()
+    import_harness()
     others = [task for task in selection.tasks if task.name not in TASKS]
     if not others:
         return

@@ -1,5 +1,9 @@
 """The command that continues a text, from a run, a checkpoint and a folder."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,8 +37,8 @@ def folder(tmp_path_factory):
 
 
 def test_the_most_likely_text(folder, capsys):
-    words = ["--model", str(folder), "--prompt", PROMPT, "--temperature", "0"]
-    assert generate([*words, "--max-new-tokens", "6"]) == 0
+    args = ["--model", str(folder), "--prompt", PROMPT, "--temperature", "0"]
+    assert generate([*args, "--max-new-tokens", "6"]) == 0
     model = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -44,20 +48,31 @@ def test_the_most_likely_text(folder, capsys):
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(ids[0]).rstrip("\n")
 
 
+def test_the_tool_generates_as_the_command_does(folder, capsys, monkeypatch):
+    arguments = ["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6"]
+    assert generate(arguments) == 0
+    text = capsys.readouterr().out
+    monkeypatch.setattr("megapoly.commands.end_on_signals", lambda work: work())
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(Path(__file__).parents[2] / "tools/generate.py"), run_name="__main__")
+    assert (stop.value.code, capsys.readouterr().out) == (0, text)
+
+
 def test_draws_depend_on_the_seed(folder, capsys):
     texts = []
     for seed in ("1", "1", "2"):
-        words = ["--model", str(folder), "--prompt", PROMPT, "--seed", seed]
-        assert generate([*words, "--temperature", "1.5", "--max-new-tokens", "8"]) == 0
+        args = ["--model", str(folder), "--prompt", PROMPT, "--seed", seed]
+        assert generate([*args, "--temperature", "1.5", "--max-new-tokens", "8"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_small_top_p_leaves_the_most_likely(folder, capsys):
-    words = ["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6"]
-    assert generate([*words, "--temperature", "0"]) == 0
+    args = ["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6"]
+    assert generate([*args, "--temperature", "0"]) == 0
     greedy = capsys.readouterr().out
-    assert generate([*words, "--temperature", "1.5", "--top-p", "1e-6"]) == 0
+    assert generate([*args, "--temperature", "1.5", "--top-p", "1e-6"]) == 0
     assert capsys.readouterr().out == greedy
 
 
@@ -67,15 +82,15 @@ def test_what_is_no_model_is_refused(tmp_path, capsys):
 
 
 def test_nothing_is_continued_from_the_beginning_of_a_document(folder, capsys):
-    words = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "3", "--prompt"]
-    assert generate([*words, ""]) == 0
+    args = ["--model", str(folder), "--temperature", "0", "--max-new-tokens", "3", "--prompt"]
+    assert generate([*args, ""]) == 0
     empty = capsys.readouterr().out
-    assert generate([*words, "<|endoftext|>"]) == 0
+    assert generate([*args, "<|endoftext|>"]) == 0
     assert capsys.readouterr().out == empty
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
         (["--temperature", "-1"], "at least 0"),
         (["--temperature", "nan"], "at least 0"),
@@ -84,9 +99,9 @@ def test_nothing_is_continued_from_the_beginning_of_a_document(folder, capsys):
         (["--max-new-tokens", "0"], "1 or more"),
     ],
 )
-def test_numbers_out_of_range_are_refused(folder, capsys, words, message):
+def test_numbers_out_of_range_are_refused(folder, capsys, args, message):
     with pytest.raises(SystemExit):
-        generate(["--model", str(folder), *words])
+        generate(["--model", str(folder), *args])
     assert message in capsys.readouterr().err
 
 

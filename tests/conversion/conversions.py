@@ -1,4 +1,4 @@
-"""What the tests of conversions run on a process of its own, which the engine needs."""
+"""Functions that tests of conversions run in a process of their own, which the engine needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def quiet():
 
 
 def export_and_compare(pairs):
-    """For each checkpoint and output: the parity, and what both models continue a text with."""
+    """Return for each checkpoint and output the parity, and how both models continue a text."""
     quiet()
     results = []
     for checkpoint, output in pairs:
@@ -48,7 +48,7 @@ def export_and_compare(pairs):
 
 
 def export_of_rank(checkpoint, folder):
-    """In a shell of a job script, whose variables name other processes."""
+    """Export in the environment of a job script, whose variables name other processes."""
     quiet()
     options = ExportOptions(checkpoint, folder / os.environ["RANK"])
     return export_model(options, QUIET).passed
@@ -83,7 +83,7 @@ def continue_greedily(model, tokens):
 
 
 def compare_broken(checkpoint, folder, breaks, work):
-    """By the name of a break: whether the comparison passed, and the module that it named."""
+    """Return by the name of a break whether the comparison passed, and the module it named."""
     quiet()
     results = {}
     for name, change in breaks.items():
@@ -135,7 +135,7 @@ def import_only(folder, checkpoint, options=()):
 
 
 def parity_with_layers_on_disk(checkpoint, folder):
-    """As for a model that memory has no room for."""
+    """Return the parity as for a model that does not fit in memory."""
     quiet()
     parity_check.MEMORY_SHARE = 0.0
     return parity_check.check_export_parity(
@@ -144,7 +144,7 @@ def parity_with_layers_on_disk(checkpoint, folder):
 
 
 def open_in_memory(checkpoint, folder, tokens):
-    """Logits of the model that is made of a checkpoint in memory, and of its export."""
+    """Return logits of a checkpoint that is converted in memory, and of its export."""
     quiet()
     ids = torch.tensor([tokens])
     with torch.no_grad():

@@ -14,8 +14,8 @@ from megapoly.conversion.parity import ParityError
 ROOT = Path(__file__).parents[2]
 
 
-def run(*words):
-    command = [sys.executable, *map(str, words)]
+def run(*args):
+    command = [sys.executable, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -44,8 +44,8 @@ def test_status_of_a_model_that_differs(monkeypatch, tmp_path, capsys):
         raise ParityError("the first module that differs is `lm_head`")
 
     monkeypatch.setattr(export_model, "export_model", differs)
-    words = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "hf")]
-    assert export.main(words) == 1
+    args = ["--checkpoint", str(tmp_path), "--output", str(tmp_path / "hf")]
+    assert export.main(args) == 1
     assert "lm_head" in capsys.readouterr().err
 
 
@@ -58,22 +58,22 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["much", "0", "0.1"])
 def test_a_size_that_is_none(capsys, text):
-    words = ["--checkpoint", "a", "--output", "b", "--max-shard-size", text]
+    args = ["--checkpoint", "a", "--output", "b", "--max-shard-size", text]
     with pytest.raises(SystemExit):
-        export.main(words)
+        export.main(args)
     assert "500MB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tolerance", ["nan", "-1", "0", "inf"])
 def test_tolerances_out_of_range_are_refused(capsys, tolerance):
-    words = ["--checkpoint", "a", "--output", "b", f"--tolerance={tolerance}"]
+    args = ["--checkpoint", "a", "--output", "b", f"--tolerance={tolerance}"]
     with pytest.raises(SystemExit):
-        export.main(words)
+        export.main(args)
     assert "above 0" in capsys.readouterr().err
 
 
 def test_options_of_an_activation_that_is_not_given(tmp_path, capsys):
-    words = ["--model", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert import_.main([*words, "--ffn-hidden-size", "8", "--seed", "1"]) == 2
+    args = ["--model", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert import_.main([*args, "--ffn-hidden-size", "8", "--seed", "1"]) == 2
     message = capsys.readouterr().err
     assert "--ffn-hidden-size, --seed: no effect without --activation" in message

@@ -1,8 +1,11 @@
 """Without the extra `hf` the remedy is named."""
 
+import sys
+
 import pytest
 from conversions import QUIET
 
+from megapoly.commands import export, generate, import_
 from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.conversion.transformers_model import load_transformers_model
@@ -18,4 +21,16 @@ def test_missing_libraries_are_named(monkeypatch, tmp_path):
     ):
         with pytest.raises(UnavailableError, match=r"accelerate is not installed.*megapoly\[hf\]"):
             use()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [export, import_, generate])
+def test_commands_say_it_in_one_sentence(monkeypatch, tmp_path, capsys, command):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    output = [] if command is generate else ["--output", str(tmp_path / "out")]
+    assert command.main(["--model", str(tmp_path), *output]) == 2
+    assert capsys.readouterr().err == (
+        "Hugging Face models need accelerate, safetensors, transformers, but transformers is not "
+        "installed: pip install 'megapoly[hf]'\n"
+    )
     assert list(tmp_path.iterdir()) == []

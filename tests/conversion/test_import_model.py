@@ -1,4 +1,4 @@
-"""Llama, OLMoE, exports and PolyCom releases become checkpoints that training goes on from."""
+"""Llama, OLMoE, exports and PolyCom releases become checkpoints that training continues from."""
 
 import json
 
@@ -270,7 +270,7 @@ def test_other_tensors_are_refused(tmp_path):
     change_tensors(folder, lambda found: found.update({"model.layers.0.mlp.bias": torch.ones(3)}))
     refused(folder, tmp_path, "`model.layers.0.mlp.bias` is unknown")
     change_tensors(folder, lambda found: found.pop("model.layers.0.mlp.bias"))
-    # What old releases of transformers saved with a model is no weight.
+    # Constants that old releases of transformers saved with a model are not weights.
     change_tensors(
         folder,
         lambda found: found.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),

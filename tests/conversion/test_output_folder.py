@@ -1,4 +1,4 @@
-"""What a conversion may replace, and what it leaves behind when it fails."""
+"""What a conversion may replace, and what remains if it fails."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_other_errors_leave_nothing(tmp_path, source):
         assert names(tmp_path) == ["source"]
 
 
-def test_another_conversion_was_faster(tmp_path, source):
+def test_another_conversion_finished_first(tmp_path, source):
     with pytest.raises(CheckpointError, match="--overwrite"):
         with output_folder(tmp_path / "out", source=source, overwrite=False) as folder:
             (folder / "slow").touch()

@@ -1,4 +1,4 @@
-"""Text and memory of a comparison."""
+"""Text and memory of a parity check."""
 
 import psutil
 import pytest

@@ -24,12 +24,12 @@ OLDER = Path(sys.prefix) / "transformers-4"
 MODELS = ["moe", "per_expert", "polyrelu"]
 
 
-def run(words, older, launcher=()):
+def run(args, older, launcher=()):
     assert OLDER.is_dir(), f"`make {OLDER}` installs transformers 4.57 for this test"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(OLDER) if older else ""
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), *map(str, words)],
+        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), *map(str, args)],
         capture_output=True,
         text=True,
         env=environment,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEXT = "Call me Ishmael. Some years ago"
 
 
-def opened(folder, **options):
+def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32, **options
     )
@@ -70,10 +70,10 @@ def uses(folder, work):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     inputs = tokenizer(TEXT, return_tensors="pt")
     ids = inputs["input_ids"]
-    model = opened(folder)
+    model = load(folder)
     with torch.no_grad():
         logits = model(**inputs).logits
-        eager = opened(folder, attn_implementation="eager")(
+        eager = load(folder, attn_implementation="eager")(
             **inputs, output_attentions=True, output_hidden_states=True
         )
         last = model(**inputs, logits_to_keep=1).logits
@@ -92,7 +92,7 @@ def uses(folder, work):
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
     places |= dict.fromkeys([f"model.layers.{i}" for i in (1, 2, 3)], "disk")
     places |= {"model.norm": "cpu", "lm_head": "disk"}
-    offloaded = opened(folder, device_map=places, offload_folder=work / "offload")
+    offloaded = load(folder, device_map=places, offload_folder=work / "offload")
     with torch.no_grad():
         of_offloaded = offloaded(**inputs).logits
         model.save_pretrained(work / "saved")
@@ -137,10 +137,10 @@ def tensor_parallel(folder):
 
     warnings.filterwarnings("ignore")
     ids = torch.arange(40).view(2, 20) * 37 % 4000
-    model = opened(folder, tp_plan="auto")
+    model = load(folder, tp_plan="auto")
     with torch.no_grad():
         logits = model(ids).logits
-        alone = opened(folder)(ids).logits
+        alone = load(folder)(ids).logits
     if hasattr(logits, "full_tensor"):
         logits = logits.full_tensor()
     weights = dict(model.named_parameters())
@@ -161,7 +161,7 @@ def tensor_parallel(folder):
 
 def main():
     torch.set_num_threads(1)
-    work, folders = Path(sys.argv[1]), [Path(word) for word in sys.argv[2:]]
+    work, folders = Path(sys.argv[1]), [Path(arg) for arg in sys.argv[2:]]
     if "RANK" not in os.environ:
         figures = {folder.name: uses(folder, work) for folder in folders}
     else:

@@ -1,4 +1,4 @@
-"""Small trained models and what any layout says of them; made-up questions; a random Llama."""
+"""Small trained models and their results at any layout; made-up questions; a random Llama."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ metric_list: [{{metric: acc}}]
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """Folder of two validation sets, of different sizes, that fill no whole number of batches."""
+    """Folder of two validation sets of different sizes, which do not fill whole batches."""
     folder = tmp_path_factory.mktemp("texts")
     for i, name in enumerate(("a", "b")):
         documents = [document.text[: 300 + 400 * i] for document in builtin_documents()[i::160]]
@@ -100,15 +100,15 @@ def trained(tmp_path_factory, texts):
 
 @pytest.fixture(scope="session")
 def evaluated(trained, task_folder):
-    """By the names of a model and a layout: results of all ranks; of one process by hand, too."""
+    """By the names of a model and a layout: results of all ranks; for one process also by hand."""
 
     @functools.cache
     def evaluate(model, name):
         checkpoint, _ = trained(model)
         layout = parse(name)
-        words = [f"--{key}={value}" for key, value in layout.options.items()]
+        overrides = [f"--{key}={value}" for key, value in layout.options.items()]
         greedy = None if name == "1" else evaluate(model, "1")[0].greedy_requests
-        arguments = checkpoint, words, task_folder, greedy, (model, name) in WITH_HARNESS
+        arguments = checkpoint, overrides, task_folder, greedy, (model, name) in WITH_HARNESS
         return run_on_ranks(evaluate_everything, layout.world_size, *arguments)
 
     return evaluate

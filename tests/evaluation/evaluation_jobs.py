@@ -1,4 +1,4 @@
-"""What the processes of a test do with a checkpoint."""
+"""Functions that the processes of a test run on a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = [
 
 @dataclasses.dataclass
 class Outcome:
-    """Of one rank; by hand is what one process computes one sequence after another."""
+    """Results of one rank; by hand are those that one process computes sequence by sequence."""
 
     validation: dict[str, tuple[float, float, int]]
     scores: list[tuple[float, bool]]
@@ -47,14 +47,14 @@ class Outcome:
 
 def evaluate_everything(
     checkpoint: Path,
-    words: list[str],
+    overrides: list[str],
     task_folder: Path,
     greedy: list[tuple[list[int], list[int]]] | None,
     with_harness: bool,
 ) -> Outcome:
     """Validation sets and requests at a layout; ``greedy`` None: also all by hand."""
     warnings.filterwarnings("ignore")
-    with loaded_checkpoint(checkpoint, words, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as loaded:
         from lm_eval.api.instance import Instance
 
         from megapoly.evaluation.engine_lm import EngineLM
@@ -62,15 +62,15 @@ def evaluate_everything(
 
         progress: list[tuple[int, int]] = []
         lm = EngineLM(
-            opened.model,
-            opened.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             batch_size=2,
             on_progress=lambda *numbers: progress.append(numbers),
         )
-        by_hand = _ByHand(opened) if greedy is None else None
+        by_hand = _ByHand(loaded) if greedy is None else None
         if by_hand is not None:
             greedy = by_hand.greedy_requests()
-        results = evaluate_validation_sets(opened.model, opened.validation)
+        results = evaluate_validation_sets(loaded.model, loaded.validation)
         scores = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in TEXTS])
         outcome = Outcome(
             validation={name: (r.loss, r.ppl, r.num_tokens) for name, r in results.items()},
@@ -102,10 +102,10 @@ def _harness(lm, task_folder: Path) -> dict[str, float] | None:
 class _ByHand:
     """Log-likelihoods from logits of one process, a sequence at a time, in fp64."""
 
-    def __init__(self, opened):
-        (self.model,) = opened.model.chunks
-        self.encode, self.eod = opened.tokenizer.encode, opened.tokenizer.eod
-        self.window = opened.model.config.training.seq_length
+    def __init__(self, loaded):
+        (self.model,) = loaded.model.chunks
+        self.encode, self.eod = loaded.tokenizer.encode, loaded.tokenizer.eod
+        self.window = loaded.model.config.training.seq_length
 
     @torch.no_grad()
     def log_probabilities(self, tokens: list[int]) -> torch.Tensor:
@@ -115,15 +115,15 @@ class _ByHand:
 
     def score_ids(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         room = max(1, self.window + 1 - len(continuation))
-        whole = context[-room:] + continuation
-        rows = self.log_probabilities(whole[:-1])[-len(continuation) :]
+        tokens = context[-room:] + continuation
+        rows = self.log_probabilities(tokens[:-1])[-len(continuation) :]
         total = sum(row[token].item() for row, token in zip(rows, continuation, strict=True))
         return total, rows.argmax(dim=-1).tolist() == continuation
 
     def score(self, context: str, continuation: str) -> tuple[float, bool]:
-        whole = self.encode(context + continuation)
+        tokens = self.encode(context + continuation)
         length = len(self.encode(context.rstrip()))
-        return self.score_ids(whole[:length] or [self.eod], whole[length:])
+        return self.score_ids(tokens[:length] or [self.eod], tokens[length:])
 
     def rolling(self, text: str) -> float:
         tokens, total = self.encode(text), 0.0
@@ -137,13 +137,13 @@ class _ByHand:
     def accuracy(self, questions: Path) -> float:
         right = []
         for line in questions.read_text().splitlines():
-            asked = json.loads(line)
-            scores = [self.score(asked["question"], f" {c}")[0] for c in asked["choices"]]
-            right.append(scores.index(max(scores)) == asked["gold"])
+            question = json.loads(line)
+            scores = [self.score(question["question"], f" {c}")[0] for c in question["choices"]]
+            right.append(scores.index(max(scores)) == question["gold"])
         return sum(right) / len(right)
 
     def greedy_requests(self) -> list[tuple[list[int], list[int]]]:
-        """Continuations that are the likeliest to the last token, and to all but the last."""
+        """Return continuations of most likely tokens, each also with another last token."""
         requests = []
         for text in ("The whale", "Call me", TALE):
             context = self.encode(text)[: self.window - 2]
@@ -156,18 +156,18 @@ class _ByHand:
         return requests
 
 
-def evaluate_command(words: list[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and error of ``megapoly evaluate`` on this rank."""
+def evaluate_command(args: list[str]) -> tuple[int, str, str]:
+    """Return exit status, standard output and error of ``megapoly evaluate`` on this rank."""
     from megapoly.commands import evaluate
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = evaluate.main(words)
+        status = evaluate.main(args)
     return status, out.getvalue(), err.getvalue()
 
 
 def encoded_by_engine_lm(folder: Path, texts: list[str], add_bos: bool) -> list[list[int]]:
-    """Ids of texts, and in the end what comes before a text without context."""
+    """Return ids of texts, and at the end the id before a text without context."""
     warnings.filterwarnings("ignore")
     from megapoly.data.tokenizer import load_tokenizer
     from megapoly.evaluation.engine_lm import EngineLM

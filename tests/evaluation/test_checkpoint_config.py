@@ -1,4 +1,4 @@
-"""What of a checkpoint's configuration an evaluation takes, and which options it lets be set."""
+"""What an evaluation takes from a checkpoint's configuration, and which options may be set."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def checkpoint(tmp_path: Path, saved: Config) -> Path:
     return path
 
 
-def problems(checkpoint: Path, *words: str, needs_validation: bool = False) -> list[str]:
+def problems(checkpoint: Path, *args: str, needs_validation: bool = False) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        configure_evaluation(checkpoint, words, needs_validation=needs_validation)
+        configure_evaluation(checkpoint, args, needs_validation=needs_validation)
     return caught.value.problems
 
 
@@ -67,15 +67,15 @@ def test_options_go_before_the_checkpoint(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    words = ["--parallel.tensor_model_parallel_size", "2", "--training.eval_iters=null"]
-    config = configure_evaluation(checkpoint, words)
+    args = ["--parallel.tensor_model_parallel_size", "2", "--training.eval_iters=null"]
+    config = configure_evaluation(checkpoint, args)
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel
     assert config.training.eval_iters is None
 
 
 def test_wrong_options_are_reported_together(checkpoint: Path) -> None:
-    words = ["--optimizer.lr", "1", "--parallel.tensor_model_parallel_size", "3"]
-    unread, *broken = problems(checkpoint, *words)
+    args = ["--optimizer.lr", "1", "--parallel.tensor_model_parallel_size", "3"]
+    unread, *broken = problems(checkpoint, *args)
     assert unread == ("`optimizer.lr` has no effect when a checkpoint is evaluated; leave it out")
     assert any("`parallel.tensor_model_parallel_size`" in problem for problem in broken)
     (unknown,) = problems(checkpoint, "--training.eval_iter", "3")
@@ -97,8 +97,8 @@ def test_validation_sets_must_be_there_where_they_are_read(
     assert "--data.validation '{wiki:" in none
     for ending in (".bin", ".idx"):
         (tmp_path / f"mine{ending}").touch()
-    words = ["--data.validation", f"{{mine: {tmp_path}/mine}}"]
-    config = configure_evaluation(checkpoint, words, needs_validation=True)
+    args = ["--data.validation", f"{{mine: {tmp_path}/mine}}"]
+    config = configure_evaluation(checkpoint, args, needs_validation=True)
     assert config.data.validation == {"mine": f"{tmp_path}/mine"}
 
 

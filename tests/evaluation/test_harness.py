@@ -1,4 +1,4 @@
-"""Scores against log-likelihoods that are summed by hand, and what is refused."""
+"""Scores compared with log-likelihoods summed by hand, and refusals."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def made_up(name, generator):
 
 
 def log_likelihood(model, tokenizer, prompt, answer):
-    """Sum log p(token | all before) over the tokens of an answer, in fp64, by itself."""
+    """Sum log p(token | all before) over the tokens of an answer, in fp64, one answer at a time."""
     start = len(tokenizer(prompt).input_ids)
     ids = torch.tensor([tokenizer(f"{prompt} {answer}").input_ids])
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_progress_counts_answers(task_data):
     assert lm.cache_hook is hook
 
 
-def test_one_bar_in_the_place_of_the_models_own(export, task_data, capfd):
+def test_one_bar_replaces_the_models_own(export, task_data, capfd):
     lm, seen = load_lm(export, dtype="float32", device="cpu", batch_size=2), []
     method = lm.loglikelihood
     evaluate_tasks(

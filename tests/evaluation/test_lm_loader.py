@@ -1,4 +1,4 @@
-"""Opening a folder, and what it says of those that hold no model."""
+"""Loading a model from a folder or a checkpoint, and errors for others."""
 
 import json
 import shutil

@@ -72,8 +72,8 @@ def test_every_set_is_covered():
 def test_prompts_and_score(plain, name):
     lm, results = plain
     prompt, answers, accuracy = EXPECTED[name]
-    asked = [answer for context, answer in lm.scored if context == prompt]
-    assert asked[: len(answers)] == answers
+    answered = [answer for context, answer in lm.scored if context == prompt]
+    assert answered[: len(answers)] == answers
     result = results.find(name)
     assert result.metrics["acc"].value == pytest.approx(accuracy)
     count = len(BY_FILE[QUESTION_FILES[name].file])
@@ -102,7 +102,7 @@ def test_mmlu_prompts(mmlu):
     }
     two, red = f"Two and two?\n{_CHOICES[0]} A\n\n", f"Red and blue?\n{_CHOICES[1]} B\n\n"
     assert context == head + two + red + two + red + two + f"Red and blue?\n{_CHOICES[1]}"
-    assert [answer for asked, answer in lm.scored if asked == context] == [" A", " B", " C", " D"]
+    assert [answer for prompt, answer in lm.scored if prompt == context] == [" A", " B", " C", " D"]
     first, second = results.tasks
     assert (first.num_questions, first.num_fewshot, first.split) == (114, 5, "test")
     # All letters are of one length, and the first is taken: right in one of two questions.
@@ -141,8 +141,8 @@ def test_a_field_is_missing(task_data, tmp_path):
     (tmp_path / file).write_text('{"goal": "Dry a shirt", "sol1": "Hang it up.", "label": 0}\n')
     with pytest.raises(EvaluationError, match=rf"line 1 of `.*{file}` lacks sol2; each line must"):
         missing_files(TASKS["piqa"], tmp_path)
-    whole = '{"goal": "Dry a shirt", "sol1": "Hang it.", "sol2": "Eat it.", "label": 0}\n'
-    (tmp_path / file).write_text(2 * whole + whole.replace('"Eat it."', "null"))
+    line = '{"goal": "Dry a shirt", "sol1": "Hang it.", "sol2": "Eat it.", "label": 0}\n'
+    (tmp_path / file).write_text(2 * line + line.replace('"Eat it."', "null"))
     with pytest.raises(EvaluationError, match=rf"line 3 of `.*{file}` lacks sol2"):
         missing_files(TASKS["piqa"], tmp_path)
     (tmp_path / file).write_text("\n")

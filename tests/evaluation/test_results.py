@@ -1,4 +1,4 @@
-"""What the JSON holds, and the averages."""
+"""Content of the JSON, and averages."""
 
 import json
 from importlib.metadata import version

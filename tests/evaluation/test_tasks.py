@@ -1,4 +1,4 @@
-"""The groups, and what of their assumptions the paper's own figures show."""
+"""Groups of tasks, and assumptions about them that the paper's own figures confirm."""
 
 import pytest
 
@@ -13,7 +13,7 @@ ARC_SIZES = {  # Clark et al., 2018, Table 1: questions of the validation and of
 
 
 def is_a_count(percent, size):
-    """Whether some number of ``size`` questions is this percentage, to two decimals."""
+    """Check whether some number of ``size`` questions is this percentage, to two decimals."""
     return any(f"{100 * right / size:.2f}" == f"{percent:.2f}" for right in range(size + 1))
 
 
