@@ -78,7 +78,7 @@ class Row:
 
     Args:
         tokenizer: name of the tokenizer.
-        method: ``usual`` or ``megapoly preprocess``.
+        method: ``usual`` or ``megapoly``.
         workers: number of processes that tokenize.
         documents: number of documents.
         run: median run by CPU time.
@@ -195,7 +195,7 @@ def _speed(
         run = _median(found)
         yield Row(
             name,
-            "megapoly preprocess" if count else "usual",
+            "megapoly" if count else "usual",
             max(1, count),
             documents,
             run,
@@ -310,7 +310,7 @@ def _speed_table(rows: Sequence[Row], size_bytes: int) -> Table:
         )
     usual, ours = (
         sum(row.run.cpu_seconds for row in rows if row.method == method and row.workers == 1)
-        for method in ("usual", "megapoly preprocess")
+        for method in ("usual", "megapoly")
     )
     if ours:
         table.caption = (
