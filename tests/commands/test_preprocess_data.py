@@ -1,4 +1,4 @@
-"""The command, called as its users call it: workers, kills, full disks, Ctrl-C."""
+"""The command, run as users run it: workers, kills, full disks, Ctrl-C."""
 
 import hashlib
 import json
@@ -276,7 +276,7 @@ def readme_commands(path: str) -> list[list[str]]:
 
 
 def test_commands_of_the_readmes_run(corpus, tmp_path):
-    """In the order of the page, on files of the names that it uses."""
+    """In the order of the page, on files with the names that it uses."""
     (tmp_path / "raw" / "more").mkdir(parents=True)
     shutil.copy(corpus / "a.jsonl", tmp_path / "raw" / "a.jsonl")
     shutil.copy(corpus / "b.jsonl", tmp_path / "raw" / "more" / "b.jsonl")
