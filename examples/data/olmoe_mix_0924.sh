@@ -4,7 +4,7 @@
 #     RAW=/data/raw TOKENS=data bash examples/data/olmoe_mix_0924.sh [options of megapoly preprocess]
 set -euo pipefail
 here="$(dirname "$0")"
-raw=${RAW:?the folder with olmoe-mix and validation} tokens=${TOKENS:-data}
+raw=${RAW:?must be the folder with olmoe-mix and validation} tokens=${TOKENS:-data}
 tokenizer="$tokens/tokenizers/olmo"
 
 bash "$here/tokenize_domains.sh" "$raw/olmoe-mix" "$tokens/olmoe-mix" "$tokenizer" \

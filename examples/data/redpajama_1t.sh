@@ -4,7 +4,7 @@
 #     RAW=/data/raw TOKENS=data bash examples/data/redpajama_1t.sh [options of megapoly preprocess]
 set -euo pipefail
 here="$(dirname "$0")"
-raw=${RAW:?the folder with redpajama and validation} tokens=${TOKENS:-data}
+raw=${RAW:?must be the folder with redpajama and validation} tokens=${TOKENS:-data}
 tokenizer="$tokens/tokenizers/llama"
 
 bash "$here/tokenize_domains.sh" "$raw/redpajama" "$tokens/redpajama" "$tokenizer" \

@@ -78,7 +78,7 @@ class Row:
 
     Args:
         tokenizer: name of the tokenizer.
-        method: ``usual`` or ``megapoly preprocess``.
+        method: ``usual`` or ``megapoly``.
         workers: number of processes that tokenize.
         documents: number of documents.
         run: median run by CPU time.
@@ -97,7 +97,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the JSON file and return 0."""
-    options = _parse(argv)
+    options = build_parser().parse_args(argv)
     console = Console()
     with tempfile.TemporaryDirectory(prefix="benchmark-preprocess-") as name:
         folder = Path(name)
@@ -129,11 +129,7 @@ def build_parser() -> Parser:
         help=".jsonl files with `text` (built-in text)",
     )
     add(
-        "--tokenizer",
-        nargs="+",
-        default=[None],
-        metavar="PATH",
-        help="tokenizer.json or its folder (built-in)",
+        "--tokenizer", nargs="+", default=[None], metavar="PATH", help="as in preprocess (built-in)"
     )
     add(
         "--workers",
@@ -143,20 +139,17 @@ def build_parser() -> Parser:
         metavar="N",
         help="numbers of processes (1, and one per core)",
     )
-    add("--copies", type=int, default=1, help="read the input this often in one run (1)")
-    add("--rounds", type=int, default=3, help="runs of each method (3)")
     add(
-        "--hostile-mb",
+        "--copies",
         type=int,
-        default=1000,
-        help="size of the text of words that do not repeat (1000)",
+        default=1,
+        metavar="N",
+        help="read the input this often in one run (1)",
     )
+    add("--rounds", type=int, default=3, metavar="N", help="runs of each method (3)")
+    add("--hostile-mb", type=int, default=1000, metavar="N", help="MB of unrepeated words (1000)")
     add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     return parser
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
 
 
 def _inputs(options: argparse.Namespace, folder: Path) -> list[Path]:
@@ -202,7 +195,7 @@ def _speed(
         run = _median(found)
         yield Row(
             name,
-            "megapoly preprocess" if count else "usual",
+            "megapoly" if count else "usual",
             max(1, count),
             documents,
             run,
@@ -317,7 +310,7 @@ def _speed_table(rows: Sequence[Row], size_bytes: int) -> Table:
         )
     usual, ours = (
         sum(row.run.cpu_seconds for row in rows if row.method == method and row.workers == 1)
-        for method in ("usual", "megapoly preprocess")
+        for method in ("usual", "megapoly")
     )
     if ours:
         table.caption = (

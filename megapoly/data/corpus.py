@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class BuildCoordinator(Protocol):
-    """Calls a function that builds files on one process first, and then on those that find them."""
+    """Calls a function that builds files, on one process before the others, which find them."""
 
     def __call__(self, what: str, build: Callable[[], T]) -> T:
         """Return the result of the function on this process.
@@ -89,21 +89,19 @@ def load_corpus(
         DataError: a file is missing, damaged, too short or differs from its manifest, a token id is
             outside the vocabulary, or a list of files is empty.
     """
-    cache_dir = _cache_dir(config)
-    sources, validation = _named_files(config, cache_dir, tokenizer, first)
-    files = _named(sources, Split.train) + _named(validation, Split.valid)
+    opener = _Opener(config, tokenizer, first)
+    sources, validation = opener.named_files()
+    groups = _groups_of_sources(sources) + _groups_of_sets(validation)
     # Check all files before the first index is built, which may take minutes.
-    checked = [_checked(entry, config, cache_dir, tokenizer, first) for entry in files]
-    num_tokens = [sum(f.num_tokens for f in found) for found, _ in checked[: len(sources)]]
-    exact = _exact_shares(sources, num_tokens)
-    pools = [
-        _pool(entry, found, config, cache_dir, tokenizer, first)
-        for entry, (found, _) in zip(files, checked, strict=True)
-    ]
+    files, warnings = opener.check(groups)
+    exact = _exact_shares(
+        sources, [sum(f.num_tokens for f in found) for found in files[: len(sources)]]
+    )
+    pools = opener.pools(groups, files)
     blend = Blend(
         [
             TrainingSource(str(source.name), source.path, share, pool)
-            for source, share, pool in zip(sources, exact, pools[: len(sources)], strict=True)
+            for source, share, pool in zip(sources, exact, pools, strict=False)
         ]
     )
     sets = dict(zip(validation, pools[len(sources) :], strict=True))
@@ -113,7 +111,7 @@ def load_corpus(
         seq_length=config.training.seq_length,
         seed=config.data.seed,
     )
-    return Corpus(blend, sets, tokenizer, description, _warnings(checked))
+    return Corpus(blend, sets, tokenizer, description, warnings)
 
 
 def load_validation(
@@ -124,42 +122,11 @@ def load_validation(
     Returns:
         Samples by the name of their set, and messages for the user about the files.
     """
-    cache_dir = _cache_dir(config)
-    _, validation = _named_files(config, cache_dir, tokenizer, first)
-    files = _named(validation, Split.valid)
-    checked = [_checked(entry, config, cache_dir, tokenizer, first) for entry in files]
-    pools = [
-        _pool(entry, found, config, cache_dir, tokenizer, first)
-        for entry, (found, _) in zip(files, checked, strict=True)
-    ]
-    return dict(zip(validation, pools, strict=True)), _warnings(checked)
-
-
-def _cache_dir(config: Config) -> Path:
-    return Path(config.data.cache_dir or Path(config.run_dir) / "cache")
-
-
-def _warnings(checked: list[tuple[list[TokenFile], list[str]]]) -> list[str]:
-    """Return the warnings about the files, each once: a file may be in several sets."""
-    return list(dict.fromkeys(warning for _, warnings in checked for warning in warnings))
-
-
-def _named_files(
-    config: Config, cache_dir: Path, tokenizer: Tokenizer, first: BuildCoordinator
-) -> tuple[list[BlendSource], dict[str, ValidationSet]]:
-    """Return sources and validation sets; the built-in text if the configuration names none."""
-    sources, validation = blend_sources(config.data), validation_sets(config.data)
-    if sources is None:
-        builtin = first(
-            "tokenize the built-in text", lambda: prepare_builtin_text(cache_dir, tokenizer)
-        )
-        name = BUILTIN_VALIDATION_SET
-        sources = [BlendSource(str(builtin["train"]), epochs=1.0, name=name)]
-        if config.data.validation is None:
-            validation = {name: ValidationSet([str(builtin["validation"])])}
-    if not sources:
-        raise DataError("`data.blend` must name at least one source; it is an empty list.")
-    return sources, validation
+    opener = _Opener(config, tokenizer, first)
+    _, validation = opener.named_files()
+    groups = _groups_of_sets(validation)
+    files, warnings = opener.check(groups)
+    return dict(zip(validation, opener.pools(groups, files), strict=True)), warnings
 
 
 @dataclass(frozen=True)
@@ -171,61 +138,79 @@ class _FileGroup:
     split: Split
 
 
-def _named(entries: list[BlendSource] | dict[str, ValidationSet], split: Split) -> list[_FileGroup]:
-    if isinstance(entries, dict):
-        return [
-            _FileGroup(f"validation set `{k}`", list(s.path), split) for k, s in entries.items()
-        ]
-    return [_FileGroup(f"`{source.name}`", [source.path], split) for source in entries]
+def _groups_of_sources(sources: list[BlendSource]) -> list[_FileGroup]:
+    return [_FileGroup(f"`{source.name}`", [source.path], Split.train) for source in sources]
 
 
-def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
-    return config.model.vocab_size or tokenizer.vocab_size
+def _groups_of_sets(sets: dict[str, ValidationSet]) -> list[_FileGroup]:
+    return [
+        _FileGroup(f"validation set `{name}`", list(validation.path), Split.valid)
+        for name, validation in sets.items()
+    ]
 
 
-def _checked(
-    files: _FileGroup,
-    config: Config,
-    cache_dir: Path,
-    tokenizer: Tokenizer,
-    first: BuildCoordinator,
-) -> tuple[list[TokenFile], list[str]]:
-    prefixes = [prefix for path in files.paths for prefix in token_file_prefixes(path)]
-    if not prefixes:
-        raise DataError(
-            f"{files.name} must name at least one token file; {files.paths} match none."
+class _Opener:
+    """Checks and opens token files; arguments as in :func:`load_corpus`."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, first: BuildCoordinator):
+        self._config, self._tokenizer, self._first = config, tokenizer, first
+        self._cache_dir = Path(config.data.cache_dir or Path(config.run_dir) / "cache")
+        self._vocab_size = config.model.vocab_size or tokenizer.vocab_size
+
+    def named_files(self) -> tuple[list[BlendSource], dict[str, ValidationSet]]:
+        """Return sources and validation sets; the built-in text if the configuration names none."""
+        data = self._config.data
+        sources, validation = blend_sources(data), validation_sets(data)
+        if sources is None:
+            build = partial(prepare_builtin_text, self._cache_dir, self._tokenizer)
+            builtin = self._first("tokenize the built-in text", build)
+            name = BUILTIN_VALIDATION_SET
+            sources = [BlendSource(str(builtin["train"]), epochs=1.0, name=name)]
+            if data.validation is None:
+                validation = {name: ValidationSet([str(builtin["validation"])])}
+        if not sources:
+            raise DataError("`data.blend` must name at least one source; it is an empty list.")
+        return sources, validation
+
+    def check(self, groups: list[_FileGroup]) -> tuple[list[list[TokenFile]], list[str]]:
+        """Return the files of each group, and warnings, each once: a file may be in several."""
+        checked = [self._check(group) for group in groups]
+        warnings = dict.fromkeys(warning for _, warnings in checked for warning in warnings)
+        return [files for files, _ in checked], list(warnings)
+
+    def _check(self, group: _FileGroup) -> tuple[list[TokenFile], list[str]]:
+        prefixes = [prefix for path in group.paths for prefix in token_file_prefixes(path)]
+        if not prefixes:
+            raise DataError(
+                f"{group.name} must name at least one token file; {group.paths} match none."
+            )
+        check = partial(
+            check_token_files,
+            prefixes,
+            min_tokens=self._config.training.seq_length + 1 if group.split == Split.train else 2,
+            tokenizer=self._tokenizer.fingerprint,
+            vocab_size=self._vocab_size,
+            cache_dir=self._cache_dir,
         )
-    check = partial(
-        check_token_files,
-        prefixes,
-        min_tokens=config.training.seq_length + 1 if files.split == Split.train else 2,
-        tokenizer=tokenizer.fingerprint,
-        vocab_size=_vocab_size(config, tokenizer),
-        cache_dir=cache_dir,
-    )
-    return first(f"check the token files of {files.name}", check)
+        return self._first(f"check the token files of {group.name}", check)
 
+    def pools(self, groups: list[_FileGroup], files: list[list[TokenFile]]) -> list[SamplePool]:
+        """Return the samples of each group; build their indices if they do not exist."""
+        return [self._pool(*each) for each in zip(groups, files, strict=True)]
 
-def _pool(
-    files: _FileGroup,
-    token_files: list[TokenFile],
-    config: Config,
-    cache_dir: Path,
-    tokenizer: Tokenizer,
-    first: BuildCoordinator,
-) -> SamplePool:
-    build = partial(
-        open_pool,
-        token_files,
-        files.split,
-        seq_length=config.training.seq_length,
-        seed=config.data.seed,
-        tokenizer=tokenizer,
-        vocab_size=_vocab_size(config, tokenizer),
-        eod_mask_loss=config.data.eod_mask_loss,
-        cache_dir=cache_dir,
-    )
-    return first(f"build the sample indices of {files.name}", build)
+    def _pool(self, group: _FileGroup, files: list[TokenFile]) -> SamplePool:
+        build = partial(
+            open_pool,
+            files,
+            group.split,
+            seq_length=self._config.training.seq_length,
+            seed=self._config.data.seed,
+            tokenizer=self._tokenizer,
+            vocab_size=self._vocab_size,
+            eod_mask_loss=self._config.data.eod_mask_loss,
+            cache_dir=self._cache_dir,
+        )
+        return self._first(f"build the sample indices of {group.name}", build)
 
 
 def _exact_shares(sources: list[BlendSource], num_tokens: list[int]) -> list[Fraction]:

@@ -79,6 +79,6 @@ def save_arrays(arrays: dict[Path, np.ndarray]) -> None:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Flush the content before the rename: after a power failure the file would be empty."""
+    """Flush the content before the rename; otherwise a power failure may leave an empty file."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())

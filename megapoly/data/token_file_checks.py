@@ -80,7 +80,7 @@ def _highest_id(
     warnings = []
     if manifest.tokenizer is not None:
         warnings = _tokenizer_warnings(token_file, manifest.tokenizer.sha256, tokenizer)
-    return record.highest_token_id, f"(by its manifest {path}) holds", warnings
+    return record.highest_token_id, f"(according to its manifest {path}) holds", warnings
 
 
 def beyond_vocabulary(

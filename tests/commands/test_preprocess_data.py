@@ -1,4 +1,4 @@
-"""The command, called as its users call it: workers, kills, full disks, Ctrl-C."""
+"""The command, run as users run it: workers, kills, full disks, Ctrl-C."""
 
 import hashlib
 import json
@@ -198,7 +198,7 @@ def test_two_runs_with_one_prefix_do_not_mix(corpus, tmp_path, expected):
 def test_dry_run_estimates_and_writes_nothing(corpus, tmp_path):
     status, output, errors = run(command(corpus, tmp_path / "out", "--dry-run"))
     assert status == 0, errors
-    tokens = next(line for line in output.splitlines() if "tokens, about" in line)
+    tokens = next(line for line in output.splitlines() if "estimated tokens" in line)
     estimate = int(tokens.split("│")[2].replace(",", ""))
     run(command(corpus, tmp_path / "out"))
     actual = read_manifest(tmp_path / "out.manifest.json").pairs[0].tokens
@@ -227,8 +227,8 @@ def test_invalid_requests_are_refused_with_the_reason(corpus, tmp_path):
         (["--part-mib", "1e-7"], "--part-mib (1e-07) must be at least 0.004"),
         (["--max-document-mib", "inf"], "above 0"),
         (["--use-gigatoken", "--tokenizer-backend", "tokenizers"], "exclude each other"),
-        (["--json-keys", "a/b"], "a key no `/`"),
-        (["--output-prefix", "."], "must have a last part"),
+        (["--json-keys", "a/b"], "a key must not contain `/`"),
+        (["--output-prefix", "."], "must end with a name"),
         (["--output-prefix", str(corpus / "a.jsonl" / "x")], "Not a directory"),
     ):
         status, _, errors = run([*command(corpus, tmp_path / "out"), *more], cwd=tmp_path)

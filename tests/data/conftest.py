@@ -32,7 +32,7 @@ def prefix(tmp_path_factory, texts, tokenizer) -> Path:
 
 @pytest.fixture
 def make_pool(prefix, tokenizer, tmp_path):
-    """``open_pool`` on the small file, with what a test does not care about filled in."""
+    """Call ``open_pool`` on the small file, with defaults for what a test does not set."""
 
     def make(split: Split = Split.train, **changes) -> SamplePool:
         arguments = {

@@ -110,7 +110,7 @@ def named(prefix, name: str, **amount) -> BlendSource:
 
 @pytest.fixture
 def short(tmp_path, texts, tokenizer):
-    """Another file, of the first text alone."""
+    """Another file, with only the first text."""
     write_token_file(tmp_path / "short", texts[:1], tokenizer)
     return tmp_path / "short"
 
@@ -120,7 +120,7 @@ def test_sources_are_read_for_training_and_sets_for_validation(make_config, toke
     corpus = load_corpus(config, tokenizer=tokenizer)
     tokens = np.fromfile(f"{prefix}.bin", np.uint16)
     labels = len(tokens) - 1
-    assert labels % 32 != 0  # what does not fill a sample is left out, or filled up
+    assert labels % 32 != 0  # an incomplete sample is dropped, or padded
     assert len(corpus.train.sources[0].pool) == labels // 32
     assert len(corpus.validation["v"]) == -(-labels // 32)
     assert corpus.validation["v"][0]["tokens"].tolist() == tokens[:32].tolist()

@@ -154,7 +154,7 @@ def test_evaluation_of_part_of_a_set_is_the_same_at_every_data_parallel_size(siz
         micro_batches(evaluation_batches(Numbers(100), BatchLayout(2, 12), eval_iters=2))
     )
     assert len({sample for batch in seen for sample in batch}) == 24
-    assert max(sample for batch in seen for sample in batch) > 60  # not the beginning alone
+    assert max(sample for batch in seen for sample in batch) > 60  # not only the beginning
 
 
 def test_evaluation_iterations_end_with_the_set():

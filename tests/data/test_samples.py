@@ -10,7 +10,7 @@ from megapoly.errors import DataError
 
 
 def read_documents(prefix, eod: int) -> list[list[int]]:
-    """The documents of a token file, by hand: everything up to and with each end of document."""
+    """Read the documents of a token file by hand: split after each end-of-document token."""
     tokens = np.fromfile(f"{prefix}.bin", np.uint16)
     ends = np.flatnonzero(tokens == eod) + 1
     return [part.tolist() for part in np.split(tokens, ends)[:-1]]
@@ -41,14 +41,14 @@ def test_every_token_but_the_first_is_a_label_once_in_an_epoch(make_pool, prefix
         assert sorted(order) == list(range(len(documents)))
         stream = [token for i in order for token in documents[i]]
         assert stream[1 : 1 + len(visited)] == visited
-        assert len(stream) - 1 - len(visited) < 32  # what does not fill a sample
+        assert len(stream) - 1 - len(visited) < 32  # an incomplete sample is dropped
 
 
 def test_validation_visits_every_label_once_in_the_order_of_the_file(make_pool, prefix):
     stream = np.fromfile(f"{prefix}.bin", np.uint16).tolist()
     pool = make_pool(Split.valid)
     assert (len(stream) - 1) % 32 != 0
-    # From the end: reading the filled-up sample first must not mask the others.
+    # From the end: reading the padded sample first must not mask the others.
     samples = [pool[k] for k in reversed(range(len(pool)))][::-1]
     visited = [s["labels"][s["loss_mask"] == 1].tolist() for s in samples]
     assert [len(labels) for labels in visited[:-1]] == [32] * (len(pool) - 1)

@@ -1,4 +1,4 @@
-"""Token files against manifest and vocabulary. Their sizes: test_token_files.py."""
+"""Token files compared with manifest and vocabulary; test_token_files.py checks sizes."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def check(tmp_path, tokenizer):
 
 @pytest.fixture
 def written(tmp_path, texts, tokenizer):
-    """A pair with its manifest; returns the largest id, by hand."""
+    """Write a pair with its manifest; return the highest id, computed by hand."""
     prefix = tmp_path / NAME
     write_token_file(prefix, texts, tokenizer)
     token_file = open_token_file(prefix)
@@ -62,7 +62,7 @@ def written(tmp_path, texts, tokenizer):
 
 
 def rewrite(tmp_path, **changes):
-    """The manifest, with another record of the pair, or another tokenizer."""
+    """Write the manifest with another record of the pair, or another tokenizer."""
     manifest = read_manifest(manifest_path(tmp_path / "text"))
     sha256 = changes.pop("tokenizer_sha256", manifest.tokenizer.sha256)
     write_manifest(
@@ -78,7 +78,7 @@ def rewrite(tmp_path, **changes):
 def test_a_pair_that_is_what_its_manifest_says(written, check, tmp_path):
     (token_file,), warnings = check()
     assert (token_file.prefix, warnings) == (str(tmp_path / NAME), [])
-    assert not (tmp_path / "cache").exists()  # nothing had to be read for the largest id
+    assert not (tmp_path / "cache").exists()  # nothing had to be read for the highest id
     check(vocab_size=written + 1)
     with pytest.raises(
         DataError, match=rf"vocabulary \({written}\).*text.manifest.*holds {written}"
@@ -109,7 +109,7 @@ def test_a_pair_that_is_not_what_its_manifest_says(written, check, tmp_path, cha
 
 
 def test_another_file_of_the_same_sizes_is_noticed(written, check, tmp_path, texts, tokenizer):
-    """Two documents change places: as many bytes in both files, another index."""
+    """Two documents are swapped: the sizes are the same, the index is not."""
     write_token_file(tmp_path / NAME, texts[::-1], tokenizer)
     with pytest.raises(DataError, match="idx` has SHA-256"):
         check()
@@ -127,7 +127,7 @@ def test_without_a_manifest_ids_are_read(written, check, tmp_path, monkeypatch):
     check(vocab_size=written + 1)
     with pytest.raises(DataError, match=rf"vocabulary \({written}\).*bin` holds {written}\. Set"):
         check(vocab_size=written)
-    # What was read is kept: the file is not read again.
+    # The result is kept: the file is not read again.
     monkeypatch.setattr(token_file_checks, "_highest_id_of_blocks", None)
     check(vocab_size=written + 1)
 

@@ -87,7 +87,7 @@ def prepare_domains(options: DomainOptions, console: Console) -> Path:
     names = _write_builtin(text) if not files else _split_files(files, text, options.held_out)
     tokenizer = options.output / "tokenizer.json"
     trained = train_tokenizer(
-        (t for name in names for t in _beginning(text / f"{name}.{_TRAIN}.jsonl", options)),
+        (t for name in names for t in _first_texts(text / f"{name}.{_TRAIN}.jsonl", options)),
         options.vocab_size,
     )
     trained.save(str(tokenizer))
@@ -170,7 +170,7 @@ def _split_files(files: Sequence[Path], text: Path, held_out: int) -> list[str]:
     """Split the lines of each file in two; return the names of the domains."""
     for path in files:
         counts = [
-            _write_lines(text / f"{path.stem}.{split}.jsonl", _chosen(path, held_out, split))
+            _write_lines(text / f"{path.stem}.{split}.jsonl", _lines_of(path, split, held_out))
             for split in (_TRAIN, _VALIDATION)
         ]
         if 0 in counts:
@@ -181,7 +181,7 @@ def _split_files(files: Sequence[Path], text: Path, held_out: int) -> list[str]:
     return [path.stem for path in files]
 
 
-def _chosen(path: Path, held_out: int, split: str) -> Iterator[str]:
+def _lines_of(path: Path, split: str, held_out: int) -> Iterator[str]:
     for number, line in enumerate(_documents(path)):
         if (number % held_out == min(_OFFSET, held_out - 1)) == (split == _VALIDATION):
             yield line
@@ -214,7 +214,7 @@ def _write_lines(path: Path, lines: Iterable[str]) -> int:
     return count
 
 
-def _beginning(path: Path, options: DomainOptions) -> Iterator[str]:
+def _first_texts(path: Path, options: DomainOptions) -> Iterator[str]:
     """Yield the first ``tokenizer_mb`` million characters of a domain, in whole texts."""
     left = options.tokenizer_mb * 1e6
     with path.open(encoding="utf-8") as lines:

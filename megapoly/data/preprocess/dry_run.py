@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megapoly.data.preprocess.backend_check import choose_backend
 from megapoly.data.preprocess.input_parts import FileRange, num_units, read_file_range
-from megapoly.data.preprocess.input_sample import sample_texts
+from megapoly.data.preprocess.input_sample import sample_texts, spread
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import PreprocessInputs, read_inputs
 from megapoly.data.preprocess.source_files import SourceFile
@@ -55,8 +55,7 @@ def dry_run(options: PreprocessOptions, console: Console) -> None:
     sample = sample_texts(inputs.sources, inputs.rules)
     backend, _ = choose_backend(inputs.settings, options.tokenizer_backend, sample)
     backend.encode(sample)  # warm up, so that the time of the first file has no one-time costs
-    step = max(1, len(inputs.sources) // _MAX_FILES)
-    chosen = range(0, len(inputs.sources), step)[:_MAX_FILES]
+    chosen = spread(len(inputs.sources), _MAX_FILES)
     estimates = {i: _sample(i, inputs, backend, _SAMPLE_BYTES // len(chosen)) for i in chosen}
     total = Estimate()
     for estimate in estimates.values():
@@ -121,13 +120,13 @@ def _table(
         f"{total.documents:,} documents",
         "tokenizer": f"{inputs.settings.path}, {inputs.settings.num_tokens:,} tokens",
         "backend": backend.name,
-        "documents, about": f"{documents:,.0f}",
-        "tokens, about": f"{tokens:,.0f}",
-        ".bin, about": f"{_size(bin_bytes)} ({inputs.settings.dtype.name})",
-        "disk, until done": f"{_size(needed)}; free: {_size(_free(options.output_prefix))}",
-        "time, about": f"{_duration(seconds)} with {options.workers} workers, "
+        "estimated documents": f"{documents:,.0f}",
+        "estimated tokens": f"{tokens:,.0f}",
+        "estimated .bin": f"{_size(bin_bytes)} ({inputs.settings.dtype.name})",
+        "disk space needed": f"{_size(needed)}; free: {_size(_free(options.output_prefix))}",
+        "estimated time": f"{_duration(seconds)} with {options.workers} workers, "
         f"{speed / 1e6:.1f} MB/s each",
-        "rejected in it": ", ".join(f"{n:,} {r}" for r, n in total.reasons.items()) or "0",
+        "rejected in sample": ", ".join(f"{n:,} {r}" for r, n in total.reasons.items()) or "0",
     }
     for name, value in rows.items():
         table.add_row(name, value)

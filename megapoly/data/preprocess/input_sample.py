@@ -26,10 +26,10 @@ def sample_texts(sources: Sequence[SourceFile], rules: RecordRules) -> list[str]
     Raises:
         DataError: a file cannot be read, or a column is missing.
     """
-    step = max(1, len(sources) // _SAMPLED_SOURCES)
-    chosen = range(0, len(sources), step)[:_SAMPLED_SOURCES]
     ranges = [
-        (sources[i], file_range) for i in chosen for file_range in _sampled_ranges(i, sources[i])
+        (sources[i], file_range)
+        for i in spread(len(sources), _SAMPLED_SOURCES)
+        for file_range in _sampled_ranges(i, sources[i])
     ]
     budget = _SAMPLED_CHARS // max(1, len(ranges))
     texts: list[str] = []
@@ -45,6 +45,11 @@ def sample_texts(sources: Sequence[SourceFile], rules: RecordRules) -> list[str]
             if left <= 0 or num_texts <= 0:
                 break
     return texts
+
+
+def spread(count: int, limit: int) -> range:
+    """Return at most ``limit`` of the indices below ``count``, evenly spread."""
+    return range(0, count, max(1, count // limit))[:limit]
 
 
 def _sampled_ranges(number: int, source: SourceFile) -> list[FileRange]:

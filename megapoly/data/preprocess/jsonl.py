@@ -27,7 +27,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class DamagedStream(Exception):
-    """A compressed file ends too early or is corrupt.
+    """A compressed file is truncated or corrupt.
 
     Args:
         reason: reason for counting.

@@ -63,16 +63,6 @@ class LengthStatistics:
         return np.concatenate([lengths, beyond]), np.concatenate([counts, counts_beyond])
 
     @property
-    def min(self) -> int:
-        """Smallest length; 0 if there are no documents."""
-        return self._at_rank(0)
-
-    @property
-    def max(self) -> int:
-        """Largest length; 0 if there are no documents."""
-        return self._at_rank(self.count - 1)
-
-    @property
     def mean(self) -> float:
         """Mean length; 0 if there are no documents."""
         return self.sum / self.count if self.count else 0.0

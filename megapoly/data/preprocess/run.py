@@ -84,8 +84,8 @@ def read_inputs(options: PreprocessOptions) -> PreprocessInputs:
     if any("/" in key for key in options.json_keys) or not options.output_prefix.name:
         raise DataError(
             f"`--output-prefix` ({options.output_prefix}) and `--json-keys` "
-            f"({' '.join(options.json_keys)}) make file names: the prefix must have a last part, "
-            "and a key no `/`."
+            f"({' '.join(options.json_keys)}) make file names: the prefix must end with a name, "
+            "and a key must not contain `/`."
         )
     sources = find_source_files(options.input)
     settings = load_tokenizer_settings(

@@ -147,7 +147,7 @@ def _lines(statistics: PairStatistics, lengths: LengthStatistics) -> list[str]:
         "documents": f"{statistics.documents:,}",
         "sequences": f"{statistics.sequences:,}",
         "tokens": f"{statistics.tokens:,} of {statistics.dtype}, {statistics.bin_bytes:,} bytes",
-        "document": ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items()),
+        "lengths": ", ".join(f"{name} {value:,.0f}" for name, value in quantiles.items()),
         "ids": f"{statistics.distinct_ids:,} occur, unigram entropy "
         f"{statistics.unigram_entropy:.3f} nats",
         "most frequent": ", ".join(map(_named, statistics.most_frequent)),

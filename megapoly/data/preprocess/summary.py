@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megapoly.data.manifest import manifest_path
+from megapoly.data.manifest import SourceRecord, manifest_path
 from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import PreprocessResult
@@ -58,24 +59,22 @@ def _sources_table(result: PreprocessResult) -> Table:
     shown = rows if len(rows) <= _MAX_ROWS else rows[: _MAX_ROWS - 1]
     rest = rows[len(shown) :]
     for source, tokens in shown:
-        table.add_row(
-            escape(os.path.relpath(source.path, folder)),
-            f"{source.size_bytes / 1e6:,.1f}",
-            f"{source.documents:,}",
-            f"{tokens:,}",
-            f"{source.rejected:,}",
-        )
+        name = escape(os.path.relpath(source.path, folder))
+        table.add_row(name, *_cells([(source, tokens)]))
     for name, group in ((f"{len(rest):,} more", rest), ("total", rows)):
         if group and len(rows) > 1:
-            table.add_row(
-                name,
-                f"{sum(source.size_bytes for source, _ in group) / 1e6:,.1f}",
-                f"{sum(source.documents for source, _ in group):,}",
-                f"{sum(tokens for _, tokens in group):,}",
-                f"{sum(source.rejected for source, _ in group):,}",
-                style="bold" if name == "total" else None,
-            )
+            table.add_row(name, *_cells(group), style="bold" if name == "total" else None)
     return table
+
+
+def _cells(rows: Sequence[tuple[SourceRecord, int]]) -> tuple[str, ...]:
+    """Return the sums over some files, in the columns of ``_COUNTS``."""
+    return (
+        f"{sum(source.size_bytes for source, _ in rows) / 1e6:,.1f}",
+        f"{sum(source.documents for source, _ in rows):,}",
+        f"{sum(tokens for _, tokens in rows):,}",
+        f"{sum(source.rejected for source, _ in rows):,}",
+    )
 
 
 def _show_rejected(options: PreprocessOptions, result: PreprocessResult, console: Console) -> None:

@@ -183,6 +183,6 @@ def _texts_of(line: bytes | OversizedLine, rules: RecordRules) -> list[str]:
 
 
 def _json_type(value: object) -> str:
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number"}
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
     names |= {list: "an array", dict: "an object", str: "a string"}
     return names.get(type(value), type(value).__name__)

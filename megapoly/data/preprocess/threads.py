@@ -12,10 +12,10 @@ _SETTINGS = {
 
 
 def use_one_thread() -> None:
-    """Set what numpy, tokenizers and pyarrow read when they are imported.
+    """Set the environment variables that numpy, tokenizers and pyarrow read on import.
 
-    Workers that are forked share the loaded tokenizer. Variables that the user has set are kept.
-    Call it before any of the three is imported.
+    Forked workers share the loaded tokenizer. Variables that the user has set are kept. Call it
+    before any of the three is imported.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)

@@ -100,7 +100,7 @@ class Expectations:
 
 @dataclass
 class PairReport:
-    """PreprocessResult for one pair.
+    """Results for one pair.
 
     Args:
         found: what each check found, as text.

@@ -6,7 +6,7 @@ from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import preprocess
 from megapoly.data.preprocess.text_extraction import RecordRules
 
-# Awkward text between real one: combining marks, scripts, names of special tokens, spaces.
+# Difficult texts between real ones: combining marks, scripts, names of special tokens, spaces.
 HARD = [
     "a\u0301 \u1e9e",
     "日本語 \U0001f468\u200d\U0001f469",
@@ -18,7 +18,7 @@ HARD = [
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Real texts of 7 to 3,000 characters, awkward ones between them."""
+    """Real texts of 7 to 3,000 characters, with difficult ones between them."""
     sizes = [900, 40, 1500, 2100, 7, 1200, 333, 3000, 801]
     real = [d.text[: sizes[i % 9]] for i, d in enumerate(builtin_documents()[::6])]
     return [text for i, part in enumerate(real) for text in (part, *HARD[i::14])]
@@ -31,7 +31,7 @@ def rules() -> RecordRules:
 
 @pytest.fixture
 def run(tmp_path):
-    """Run the preprocessor in this process, quietly; options as of ``PreprocessOptions``."""
+    """Run the preprocessor in this process, without output; options as in ``PreprocessOptions``."""
 
     def run(*inputs, prefix="out", **options):
         defaults = {"append_eod": True, "workers": 1, "part_bytes": 20_000}

@@ -12,7 +12,7 @@ from megapoly.errors import DataError
 
 
 class Wrong(GigatokenBackend):
-    """Gives another id where a text has the word."""
+    """Gives a wrong id for a text that contains the word."""
 
     word = "whale"
 

@@ -20,7 +20,7 @@ COMPRESS = {"jsonl.gz": gzip.compress, "jsonl.zst": zstandard.compress}
 
 @pytest.fixture(autouse=True)
 def small_reads(monkeypatch):
-    """Lines and frames across the borders of what is read at once."""
+    """Make lines and frames cross the boundaries of reads."""
     monkeypatch.setattr(jsonl, "READ_BYTES", 512)
     monkeypatch.setattr(jsonl, "_GZIP_READ_BYTES", 128)
     monkeypatch.setattr(jsonl, "_ZSTD_READ_BYTES", 100)

@@ -28,7 +28,7 @@ def test_everything_is_that_of_the_sorted_lengths(dtype, count, chunk):
     assert quantiles == pytest.approx(by_sorting(lengths), rel=1e-12)
     assert list(quantiles) == ["min", *PERCENTILES, "max", "mean"]
     assert (statistics.count, statistics.sum) == (count, lengths.sum(dtype=np.int64))
-    assert (statistics.min, statistics.max) == (lengths.min(), lengths.max())
+    assert (quantiles["min"], quantiles["max"]) == (lengths.min(), lengths.max())
     assert statistics.mean == pytest.approx(lengths.mean(), rel=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_no_documents_and_a_negative_length():
     statistics = statistics_of(np.zeros(0, np.int64))
     statistics.add(np.zeros(0, np.int32))
     assert set(statistics.quantiles().values()) == {0.0}
-    assert (statistics.count, statistics.min, statistics.max, statistics.mean) == (0, 0, 0, 0.0)
+    assert (statistics.count, statistics.mean) == (0, 0.0)
     with pytest.raises(DataError, match="negative; one is -3.*again"):
         statistics.add(np.array([4, -3]))
     assert statistics.count == 0

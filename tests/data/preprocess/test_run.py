@@ -34,7 +34,7 @@ def expected(tmp_path, texts):
 
 
 def write_inputs(folder, texts, format_):
-    """The texts in three files of a format; a plain and an odd part."""
+    """Write the texts to three files of a format, one of them with a single text."""
     parts = [texts[:50], texts[50:51], texts[51:]]
     for i, part in enumerate(parts):
         path = folder / f"part-{i}.{format_}"
@@ -264,7 +264,7 @@ def test_finished_shards_are_not_made_again(run, tmp_path, texts):
 
 @pytest.mark.parametrize("format_", ["jsonl.gz", "jsonl.zst", "arrow"])
 def test_streams_resume_inside_a_file(run, tmp_path, texts, monkeypatch, format_):
-    """Stopped after every few shards, of which one file gives many."""
+    """Stop after every few shards; one file has many."""
     monkeypatch.setattr(columnar, "_ROWS_AT_ONCE", 3)
     usual_loop(texts * 3, tmp_path / "usual")
     write_inputs(tmp_path, texts * 3, format_)
@@ -308,7 +308,7 @@ def test_lines_of_a_resumed_stream_have_their_numbers(run, tmp_path, texts):
 def test_shards_that_a_finished_run_left_are_no_shards_of_another(
     run, tmp_path, texts, monkeypatch
 ):
-    """Killed while it deleted its folder, of which the plan goes first."""
+    """A run is killed while it deletes its folder, whose plan is deleted first."""
     write_jsonl(tmp_path / "a.jsonl", texts)
     with monkeypatch.context() as patch:
         patch.setattr("megapoly.data.preprocess.work_folder.shutil.rmtree", lambda folder: None)

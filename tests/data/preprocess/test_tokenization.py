@@ -57,8 +57,8 @@ def test_both_backends_give_the_ids_of_the_library(texts, split_special_tokens):
         assert len(backend.encode([]).ids) == len(backend.encode([]).lengths) == 0
 
 
-# Where gigatoken 0.10 and tokenizers 0.23 part: marks that their tables order differently, letters
-# that one of them does not know.
+# Texts on which gigatoken 0.10 and tokenizers 0.23 differ: marks that their tables order
+# differently, letters that one of them does not know.
 OTHER_UNICODE = (
     "\u1ac4\u0301",
     "\u0e81\u0ec8\u0eba",
@@ -86,7 +86,7 @@ def test_texts_of_other_versions_of_unicode_are_left_to_the_reference(tmp_path, 
     is_doubtful = DoubtfulTexts(settings.json)
     assert sum(map(is_doubtful, OTHER_UNICODE)) >= 5
     assert not is_doubtful("caf\u00e9") and is_doubtful("cafe\u0301")
-    assert not DoubtfulTexts(BUILTIN_TOKENIZER.read_text())("cafe\u0301")  # normalises nothing
+    assert not DoubtfulTexts(BUILTIN_TOKENIZER.read_text())("cafe\u0301")  # has no normalizer
 
 
 def test_the_cache_of_a_backend_is_dropped_when_it_grows(texts, monkeypatch):

@@ -32,7 +32,7 @@ def pair(run, tmp_path, texts) -> Path:
 
 
 def problems_of(pair_prefix: Path, **expected) -> list[str]:
-    """Problems without what the hashes find, which is everything."""
+    """Return the problems without those of the hashes, which find every change."""
     (described,) = find_pairs(pair_prefix)
     wanted = Expectations.of(described)
     for name, value in expected.items():
@@ -42,7 +42,7 @@ def problems_of(pair_prefix: Path, **expected) -> list[str]:
 
 
 def change(path: Path, place: int, value: int, dtype) -> None:
-    """Write another number into a file, which keeps its size."""
+    """Overwrite a number in a file without changing its size."""
     content = bytearray(path.read_bytes())
     content[place : place + np.dtype(dtype).itemsize] = np.array(value, dtype).tobytes()
     path.write_bytes(content)
@@ -91,7 +91,7 @@ def test_each_damage_of_the_index_is_named(pair):
         path.write_bytes(intact)
     change(path, HEADER + 4 * 39, 5, np.int32)
     change(path, bounds + 8 * 20, 3, np.int64)
-    other, problem = problems_of(pair)  # all that is wrong, not the first of it
+    other, problem = problems_of(pair)  # all problems, not only the first
     assert "document 19 ends" in other
     assert "as `" in problem and "truncated or belongs to another pair" in problem
     path.write_bytes(intact[:-8])

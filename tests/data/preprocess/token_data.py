@@ -1,4 +1,4 @@
-"""Inputs and outputs of the preprocessor, made and read without it."""
+"""Write inputs and read outputs of the preprocessor without using it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def write_jsonl(path: Path, texts, **more) -> Path:
 
 
 def read_documents(prefix: Path) -> list[list[int]]:
-    """Documents of a pair by the engine's own reader."""
+    """Return the documents of a pair, read by the engine."""
     dataset = IndexedDataset(str(prefix))
     bounds = dataset.document_indices
     return [

@@ -1,0 +1,26 @@
+import pytest
+
+from megapoly.data.files import renamed_when_complete
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_files_get_their_names_when_all_are_complete(tmp_path, in_folder):
+    work = tmp_path / "work"
+    work.mkdir()
+    paths = [tmp_path / "a", tmp_path / "new" / "b"]
+    with renamed_when_complete(*paths, folder=work if in_folder else None) as temporary:
+        for path, content in zip(temporary, "ab", strict=True):
+            path.write_text(content)
+        assert not any(path.exists() for path in paths)
+        assert [path.name for path in work.iterdir()] == [p.name for p in temporary] * in_folder
+    assert [path.read_text() for path in paths] == ["a", "b"]
+    assert not any(path.exists() for path in temporary)
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_nothing_is_left_when_one_file_is_missing(tmp_path, in_folder):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    folder = tmp_path if in_folder else None
+    with pytest.raises(FileNotFoundError), renamed_when_complete(*paths, folder=folder) as (a, _):
+        a.write_text("a")
+    assert list(tmp_path.iterdir()) == []
