@@ -90,9 +90,9 @@ def build_parser() -> Parser:
         help="numbers of processes (1 2 4 8); layouts by name are filled up with data parallelism, "
         "and without this option run on as many processes as they need",
     )
-    add("--steps", type=int, default=3, help="training steps at each layout (3)")
+    add("--steps", type=int, default=3, metavar="N", help="training steps at each layout (3)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the computation (fp32)")
-    add("--timeout-s", type=float, default=600.0, help="seconds for one layout (600)")
+    add("--timeout-s", type=float, default=600.0, metavar="X", help="seconds for one layout (600)")
     add("--json", type=Path, metavar="FILE", help="write a report with every parameter")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+from megapoly.config.options import text_of
 from megapoly.config.resolve import num_microbatches, tokens_per_step
 from megapoly.preflight.planning.memory import HEADROOM
 from megapoly.preflight.planning.parameters import active_parameters, model_parts, total_parameters
@@ -220,15 +222,7 @@ def search_table(found: list[FittingLayout], limit: int) -> Table:
 
 def arguments(options: dict[str, Any]) -> str:
     """Return options as arguments of a command line."""
-    return " ".join(f"--{key} {_text(value)}" for key, value in options.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return f"'[{', '.join(map(str, value))}]'"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    return " ".join(f"--{key} {shlex.quote(text_of(value))}" for key, value in options.items())
 
 
 def _table(*columns: str) -> Table:
