@@ -1,16 +1,16 @@
-"""Prove, on a laptop's CPU, that a configuration trains the same model at every parallel layout.
+"""Check on a CPU that a configuration trains the same model at every parallel layout.
 
     megapoly check-parallel --config moe_7b_paper --world-size 1 2 4 8
 
 Trains a scaled-down copy of the configuration for a few steps as one process, and then at each
-layout from the same initial weights and data. Losses, the gradient norm and the gradient of every
-parameter, put together from all processes, are compared. The exit status is 0 when all differences
-are within rounding, 1 when one is not or a layout fails, 2 when the configuration cannot be used.
+layout from the same initial weights and data. Compares losses, the gradient norm and the gradient
+of every parameter, assembled from all processes. The exit status is 0 when all differences are
+within rounding, 1 when one is not or a layout fails, 2 when the configuration cannot be used.
 
-A layout is written with its sizes above 1, joined by -: tp (tensor), cp (context), pp (pipeline),
-vpp (interleaved chunks), ep (expert), etp (expert tensor, where it differs from tp), dp (data); and
-options: nosp (no sequence parallelism), a2a (context parallelism that exchanges heads), distopt
-(distributed optimizer with overlap). For example tp2-ep4-etp1-dp2-distopt.
+A layout's name has its sizes above 1 and its options, joined by -. Sizes are tp (tensor), cp
+(context), pp (pipeline), vpp (interleaved chunks), ep (expert), etp (expert tensor, if it differs
+from tp) and dp (data). Options are nosp (no sequence parallelism), a2a (context parallelism that
+exchanges heads) and distopt (distributed optimizer with overlap): tp2-ep4-etp1-dp2-distopt.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from megapoly.preflight.layouts import parse as parse_layout
 if TYPE_CHECKING:
     from megapoly.preflight.parallel_check.report import Report
 
-RECIPE = "moe_tiny"
+DEFAULT_RECIPE = "moe_tiny"
 WORLD_SIZES = [1, 2, 4, 8]
 
 
@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     show_errors_only()
     try:
         given = parse_config(
-            ["--config", options.config, *overrides], default_recipe=RECIPE, program="check"
+            ["--config", options.config, *overrides],
+            default_recipe=DEFAULT_RECIPE,
+            program="megapoly check-parallel",
         )
         return _check(options, given.config)
     except MegapolyError as error:
@@ -68,31 +70,36 @@ def build_parser() -> Parser:
         epilog="Options of the configuration, --SECTION.FIELD VALUE, override the recipe's.",
     )
     add = parser.add_argument
-    add("--config", default=RECIPE, metavar="RECIPE", help="name or YAML file (moe_tiny)")
+    add(
+        "--config",
+        default=DEFAULT_RECIPE,
+        metavar="RECIPE",
+        help="by name, or a YAML file (moe_tiny)",
+    )
     add(
         "--layouts",
         nargs="+",
         metavar="NAME",
-        help="layouts by name, or `all` that the configuration's rules let run; by default a few "
-        "that have every two choices together that any has",
+        help="layouts by name, or `all` that the configuration's rules allow (default: a few that "
+        "have together every pair of choices)",
     )
     add(
         "--world-size",
         nargs="+",
         type=int,
         metavar="N",
-        help="numbers of processes (1 2 4 8); layouts by name are filled with data parallelism, or "
-        "without this option take the processes that they need",
+        help="numbers of processes (1 2 4 8); layouts by name are filled up with data parallelism, "
+        "and without this option run on as many processes as they need",
     )
-    add("--steps", type=int, default=3, help="of training at each layout (3)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
-    add("--timeout-s", type=float, default=600.0, help="for one layout, in seconds (600)")
+    add("--steps", type=int, default=3, metavar="N", help="training steps at each layout (3)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the computation (fp32)")
+    add("--timeout-s", type=float, default=600.0, metavar="X", help="seconds for one layout (600)")
     add("--json", type=Path, metavar="FILE", help="write a report with every parameter")
     return parser
 
 
 def _check(options: argparse.Namespace, config: Config) -> int:
-    # Here and not above: --help and a wrong layout answer without waiting for torch.
+    # Here, not above: --help and a wrong option answer without importing torch.
     from megapoly.preflight.parallel_check.comparison import BF16, FP32
     from megapoly.preflight.parallel_check.report import Report
     from megapoly.preflight.parallel_check.scaled import scaled_down
@@ -115,7 +122,7 @@ def _check(options: argparse.Namespace, config: Config) -> int:
 
 
 def _layouts(options: argparse.Namespace, small: Config) -> list[Layout]:
-    """What is asked for; a layout by name that breaks a rule is refused with the rule."""
+    """Return the requested layouts; refuse a layout that breaks a rule, with the rule."""
     sizes = options.world_size
     if options.layouts in (None, ["all"]):
         chosen: list[Layout] = []

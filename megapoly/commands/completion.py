@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Literal, get_args, get_origin
 
 from megapoly.commands import COMMANDS, benchmark, module_of, preprocess
 from megapoly.config.command_line import Parser
-from megapoly.config.options import OPTIONS, Option, members_of
+from megapoly.config.options import OPTIONS
 from megapoly.config.recipes import recipe_names
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -89,14 +88,4 @@ def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser) -> N
 
 def _add_fields(target: argparse.ArgumentParser) -> None:
     for key, option in OPTIONS.items():
-        target.add_argument(f"--{key}", choices=_values(option), help=option.description)
-
-
-def _values(option: Option) -> list[Any] | None:
-    """Return the values of an option that has few of them."""
-    values: list[Any] = ["null"] if option.nullable else []
-    for member in members_of(option.base):
-        if member is not bool and get_origin(member) is not Literal:
-            return None
-        values += ["true", "false"] if member is bool else get_args(member)
-    return values
+        target.add_argument(f"--{key}", choices=option.choices, help=option.description)

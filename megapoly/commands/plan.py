@@ -1,14 +1,14 @@
-"""What a run will take, before any machine is rented: parameters, memory, messages, time.
+"""Estimate what a job takes before any machine is rented: parameters, memory, messages, time.
 
     megapoly plan --config moe_7b_paper --world-size 64 --gpu a100-80g
 
 Prints the model's parameters, the layout's ranks, the memory of a rank, every message of a step
-with the link that it crosses, and a lower bound on the time of a step, so an upper bound on MFU.
-With --search also the layouts that fit, the fastest first, or these alone where the layout of the
-configuration cannot run. Needs neither the data nor a GPU.
+with the link that it crosses, and a lower bound on the time of a step, which is an upper bound on
+MFU. With --search it also prints the layouts that fit, the fastest first, or only these if the
+layout of the configuration cannot run. It needs neither the data nor a GPU.
 
 The exit status is 0 when the configuration can run and fits, 1 when it does not fit, 2 when it
-cannot run, or the plan not be written.
+cannot run or the plan cannot be written.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from megapoly.platform.logs import show_errors_only
 from megapoly.platform.machine import Machine
 
 if TYPE_CHECKING:
-    from megapoly.preflight.planning.search import Found
+    from megapoly.preflight.planning.search import FittingLayout
 
-RECIPE = "moe_7b_paper"
+DEFAULT_RECIPE = "moe_7b_paper"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def plan() -> int:
         given = parse_config(
-            ["--config", options.config, *overrides], default_recipe=RECIPE, program="plan"
+            ["--config", options.config, *overrides],
+            default_recipe=DEFAULT_RECIPE,
+            program="megapoly plan",
         )
         return _plan(options, given.config)
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Console(Console):
-    """One that does not end the program with 1, which means that the plan does not fit."""
+    """A console that does not end the program with 1, which means that the plan does not fit."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -66,9 +68,14 @@ def build_parser() -> Parser:
     parser = Parser("plan", __doc__)
     parser.epilog = "Options of the configuration, --SECTION.FIELD VALUE, override the recipe's."
     add = parser.add_argument
-    add("--config", default=RECIPE, metavar="RECIPE", help="name or YAML file (moe_7b_paper)")
-    add("--world-size", type=whole(1), required=True, metavar="N", help="GPUs")
-    add("--gpu", choices=GPUS, default="a100-80g", help="of every process (a100-80g)")
+    add(
+        "--config",
+        default=DEFAULT_RECIPE,
+        metavar="RECIPE",
+        help="recipe by name, or a YAML file (moe_7b_paper)",
+    )
+    add("--world-size", type=whole(1), required=True, metavar="N", help="number of GPUs")
+    add("--gpu", choices=GPUS, default="a100-80g", help="GPU of every process (a100-80g)")
     add(
         "--local-spec",
         action="store_true",
@@ -80,20 +87,20 @@ def build_parser() -> Parser:
         type=whole(1),
         const=10,
         metavar="N",
-        help="show the N layouts (10) that fit and may be fastest",
+        help="print the N layouts (10) that fit and may be fastest",
     )
     add(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write everything as JSON to FILE, or in place of the tables to the terminal",
+        help="write everything as JSON to FILE, or print it instead of the tables",
     )
     return parser
 
 
 def _plan(options: argparse.Namespace, config: Config) -> int:
-    # Here and not above: --help and a wrong option answer without waiting for torch.
+    # Here, not above: --help and a wrong option answer without importing torch.
     from megapoly.preflight.planning import report
     from megapoly.preflight.planning.plan import Plan
     from megapoly.preflight.planning.planned_config import planned_config
@@ -105,7 +112,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
         cuda=True,
         compute_capability=gpu.compute_capability,
         transformer_engine=not options.local_spec,
-        # The configuration says so where it was resolved on a machine that has it.
+        # A configuration that was resolved on a machine with apex has it enabled.
         apex=bool(config.training.gradient_accumulation_fusion),
     )
     allows = partial(_allows, world_size=world_size, machine=machine)
@@ -136,7 +143,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     console = _Console()
     report.show(plan, console)
     if not plan.fits:
-        console.print("With one of these it would fit:" if changes else report.NOTHING_ALONE)
+        console.print("With one of these changes it fits:" if changes else report.NOTHING_ALONE)
         for line in report.suggestions(changes):
             console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     if options.search:
@@ -144,7 +151,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     return 0 if plan.fits else 1
 
 
-def _found_values(found: list[Found], limit: int) -> list[dict[str, Any]]:
+def _found_values(found: list[FittingLayout], limit: int) -> list[dict[str, Any]]:
     return [
         {
             "options": item.options,
@@ -158,7 +165,7 @@ def _found_values(found: list[Found], limit: int) -> list[dict[str, Any]]:
 
 
 def _writes(options: argparse.Namespace, values: dict[str, Any]) -> bool:
-    """Write JSON to where it is asked for; whether there are tables to show besides."""
+    """Write JSON as requested; return whether tables are to be printed."""
     text = json.dumps(values, indent=2)
     if options.json == "-":
         print(text, flush=True)
@@ -167,24 +174,24 @@ def _writes(options: argparse.Namespace, values: dict[str, Any]) -> bool:
     return bool(options.json != "-")
 
 
-def _show_search(found: list[Found], limit: int) -> None:
+def _show_search(found: list[FittingLayout], limit: int) -> None:
     from megapoly.preflight.planning import report
 
     console = _Console()
     console.print(report.search_table(found, limit))
     if found:
-        best = report.words(found[0].options) or "as configured"
+        best = report.arguments(found[0].options) or "as configured"
         console.print(f"first: {best}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _refuse_cpu(config: Config) -> None:
-    """A plan is of GPUs; the file of a run on CPU says that there is none in several places."""
+    """Refuse a configuration of a run on CPU, which disables GPUs in several options."""
     if config.training.device != "cpu":
         return
     names = ("transformer_engine", "apply_rope_fusion", "moe_permute_fusion")
     off = [f"--model.{name} null" for name in names if getattr(config.model, name) is False]
     change = " ".join(["--training.device auto", *off])
-    raise ConfigError([f"`training.device` (cpu) has no place in a plan of GPUs; add {change}"])
+    raise ConfigError([f"`training.device` (cpu) cannot be planned for GPUs; add {change}"])
 
 
 def _allows(config: Config, *, world_size: int, machine: Machine) -> bool:

@@ -58,12 +58,31 @@ class Option:
         return next((member for member in members if is_dataclass(member)), None)
 
     @property
+    def choices(self) -> list[str] | None:
+        """Valid values, as the command line takes them; None: too many to list."""
+        choices: list[str] = []
+        for member in members_of(self.base):
+            if member is not bool and get_origin(member) is not Literal:
+                return None
+            choices += map(text_of, (True, False) if member is bool else get_args(member))
+        return [*choices, "null"] if self.nullable else choices
+
+    @property
     def expected(self) -> str:
         """Description of valid values, for messages."""
         valid = " or ".join(_expected(member) for member in members_of(self.base))
         if self.entry is not None:
             valid = EXPECTED[self.entry]
         return f"{valid}, or null" if self.nullable else valid
+
+
+def text_of(value: Any) -> str:
+    """Return a value as the command line takes it: ``null``, ``true``, ``[a, b]``."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(text_of, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def members_of(hint: Any) -> tuple[Any, ...]:

@@ -6,16 +6,17 @@ overrides the recipe. All unknown keys and values of the wrong type are reported
 
 from __future__ import annotations
 
-from argparse import SUPPRESS
+from argparse import SUPPRESS, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from textwrap import fill
 from typing import Any, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
 
-from megapoly.config.options import OPTIONS, SECTIONS, Option, nearest, options_of, unknown
+from megapoly.config.options import OPTIONS, SECTIONS, Option, nearest, options_of, text_of, unknown
 from megapoly.config.recipes import recipe_names, recipe_path
 from megapoly.config.schema import Config
 from megapoly.config.typed_values import convert, convert_text, read_yaml
@@ -180,7 +181,7 @@ def to_yaml(config: Config) -> str:
 
 
 def help_text(program: str, default_recipe: str | Path) -> str:
-    """Return the usage and every option with its meaning, type and default."""
+    """Return the usage, and every option with its meaning, choices and default."""
     return str(option_parser(program, default_recipe).format_help())
 
 
@@ -189,8 +190,12 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
     parser = ArgumentParser(
         prog=program,
         usage=f"{program} [--config RECIPE] [--SECTION.FIELD VALUE ...]",
-        description=f"Without --config the recipe is {default_recipe}. Options of the command line "
-        "override the recipe's. Lists are written '[a, b]', no value is written null.",
+        formatter_class=RawDescriptionHelpFormatter,
+        description=fill(
+            f"Without --config the recipe is {default_recipe}. Options of the command line "
+            "override the recipe's. Lists are written '[a, b]', no value is written null.",
+            width=100,
+        ),
     )
     parser.add_argument(
         "--config",
@@ -234,21 +239,22 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
             # jsonargparse would make options of the fields of a dataclass in the type.
             type=option.type if option.entry is None else get_origin(option.base),
             default=option.default,
-            metavar="VALUE",
+            metavar="VALUE" if option.choices is None else f"{{{','.join(option.choices)}}}",
             help=_description(option).replace("``", "`").replace("%", "%%"),
         )
     return parser
 
 
 def _description(option: Option) -> str:
-    """Return what an option means, with the keys of a mapping that it may hold."""
+    """Return what an option means, its default, and the keys of a mapping that it may hold."""
+    description = f"{option.description} Default: {text_of(option.default)}."
     if option.entry is None:
-        return option.description
+        return description
     keys = "; ".join(
         f"``{name}``: {field.description.rstrip('.')}"
         for name, field in options_of(option.entry).items()
     )
-    return f"{option.description} Keys of a mapping are {keys}."
+    return f"{description} Keys of a mapping are {keys}."
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""What can be known before a job is started: installation, layouts, memory, time, exactness."""
+"""Checks before a job is started: installation, layouts, memory, time, exactness."""

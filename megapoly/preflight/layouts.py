@@ -1,4 +1,4 @@
-"""Parallel layouts by name, and those to check at a number of processes."""
+"""Parallel layouts by name, and the layouts to check at a number of processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Layout:
 
     Args:
         data_parallel_size: model replicas.
-        cp_comm_type: read with ``context_parallel_size`` above 1.
+        cp_comm_type: has no effect with a ``context_parallel_size`` of 1.
         distributed_optimizer: shard the optimizer's state, with overlapped reduction and gathering.
     """
 
@@ -49,7 +49,7 @@ class Layout:
 
     @property
     def ranks_of_replica(self) -> int:
-        """Processes that share one copy of the dense parts."""
+        """Number of processes that share one copy of the dense parameters."""
         return (
             self.tensor_model_parallel_size
             * self.context_parallel_size
@@ -58,17 +58,17 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Processes."""
+        """Number of processes."""
         return self.ranks_of_replica * self.data_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
-        """Ranks that share one expert's matrices."""
+        """Number of ranks that share one expert's matrices."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def forms(self) -> frozenset[str]:
-        """What sets it apart from one process, such as ``tp`` or ``distopt``."""
+        """What distinguishes it from one process, such as ``tp`` or ``distopt``."""
         forms = {name for name, field in _SIZES.items() if (getattr(self, field) or 1) > 1}
         forms.discard("etp")
         if self.expert_tensor_size != self.tensor_model_parallel_size:
@@ -84,20 +84,20 @@ class Layout:
     def name(self) -> str:
         """Sizes above 1 and options, such as ``tp2-ep4-etp1-dp2-distopt``; :func:`parse` reads it.
 
-        ``etp`` is named where it is not the tensor-parallel size.
+        ``etp`` is named if it is not the tensor-parallel size.
         """
         sizes = [f"{name}{getattr(self, _SIZES[name])}" for name in _SIZES if name in self.forms]
         return "-".join([*sizes, *(name for name in _FLAGS if name in self.forms)]) or "1"
 
     def at(self, world_size: int) -> Layout | None:
-        """The same with as many replicas as fill the processes; None if that is no whole number."""
+        """Return it with as many replicas as fill the processes; None if these do not divide."""
         if world_size % self.ranks_of_replica:
             return None
         return dataclasses.replace(self, data_parallel_size=world_size // self.ranks_of_replica)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options, by dotted names, that make this layout where none is set."""
+        """The options, by dotted names, that set this layout in a default configuration."""
         default, parallel = Config().parallel, self.applied_to(Config()).parallel
         return {
             f"parallel.{name}": value
@@ -106,7 +106,7 @@ class Layout:
         }
 
     def applied_to(self, config: Config) -> Config:
-        """A copy of a configuration with this layout."""
+        """Return a copy of a configuration with this layout."""
         config = copy.deepcopy(config)
         parallel, chunks = config.parallel, self.virtual_pipeline_model_parallel_size
         parallel.tensor_model_parallel_size = self.tensor_model_parallel_size
@@ -125,7 +125,7 @@ class Layout:
 
 
 def parse(name: str) -> Layout:
-    """Read a name such as ``tp2-pp2-vpp2``; without ``dp``, the fewest replicas that experts need.
+    """Parse a name such as ``tp2-pp2-vpp2``; without ``dp``, the fewest replicas for the experts.
 
     Raises:
         ConfigError: a part of the name is unknown.
@@ -153,12 +153,12 @@ def parse(name: str) -> Layout:
 def all_layouts(
     world_size: int, *, num_experts: int | None, is_allowed: Callable[[Layout], bool]
 ) -> list[Layout]:
-    """Every allowed layout at a number of processes.
+    """Return every allowed layout at a number of processes.
 
     Args:
-        world_size: processes.
-        num_experts: None: a dense model.
-        is_allowed: whether the configuration's rules let it run.
+        world_size: number of processes.
+        num_experts: number of experts; None: a dense model.
+        is_allowed: returns whether the configuration's rules allow a layout.
     """
     layouts = itertools.chain.from_iterable(
         _variants(dense, num_experts) for dense in _dense_layouts(world_size)
@@ -167,7 +167,7 @@ def all_layouts(
 
 
 def divisors(number: int) -> list[int]:
-    """Of a number, ascending."""
+    """Return the divisors of a number, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -187,7 +187,7 @@ def _dense_layouts(world_size: int) -> Iterator[Layout]:
 
 
 def _variants(dense: Layout, num_experts: int | None) -> Iterator[Layout]:
-    """Ways of cutting the experts, and options, on top of a dense layout."""
+    """Yield a dense layout with every way to split the experts, and every option."""
     shared = dense.world_size // dense.pipeline_model_parallel_size
     experts = [(1, dense.tensor_model_parallel_size)]
     if num_experts:
@@ -214,12 +214,12 @@ def _variants(dense: Layout, num_experts: int | None) -> Iterator[Layout]:
 
 
 def covering(layouts: Iterable[Layout], strength: int = 2) -> list[Layout]:
-    """Few of the layouts, with all choices together that some layout has together.
+    """Return few layouts that have together every combination of choices that any layout has.
 
     Args:
-        layouts: to choose from.
-        strength: how many choices at a time. A choice is one of what sets layouts apart: a size of
-            1, or above, of each kind, and options.
+        layouts: layouts to choose from.
+        strength: number of choices in a combination. A choice is, for each kind of parallelism, a
+            size of 1 or a size above 1, and each option enabled or disabled.
     """
     candidates = sorted(layouts, key=lambda layout: (len(layout.forms), layout.name))
     tuples = {layout: _choices(layout, strength) for layout in candidates}

@@ -1,6 +1,6 @@
-"""Several processes from one that has imported torch and the engine already.
+"""Run a function on several processes of this host, as a job.
 
-Importing both takes seconds; a fork server does it once for a whole test session.
+Importing torch and the engine takes seconds; a fork server does it once for a whole test session.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megapoly.preflight.local_ranks_preload"])
-# The fork server has made the engine one for CPU, in every process that it starts.
+# The fork server has set the engine up for CPU, in every process that it starts.
 _CONTEXT_OF_GPUS = multiprocessing.get_context("spawn")
 
 
@@ -27,22 +27,22 @@ def run_on_ranks(
     timeout_s: float = 300.0,
     device: str = "cpu",
 ) -> list[Any]:
-    """Call ``function(*args)`` on every rank of a new job, with torchrun's environment set.
+    """Call ``function(*args)`` on every rank of a job, with torchrun's environment set.
 
     Args:
-        function: importable from a module; it makes its own process groups.
-        num_ranks: processes, one thread each.
-        *args: for every rank the same; picklable.
-        timeout_s: for all of them together.
-        device: ``cpu`` or ``cuda``: what ``function`` works on. For ``cuda`` nothing of the engine
-            is imported or changed before.
+        function: importable from a module; it creates its own process groups.
+        num_ranks: number of processes, one thread each.
+        *args: the same for every rank; picklable.
+        timeout_s: seconds for all of them together.
+        device: ``cpu`` or ``cuda``: what ``function`` runs on. For ``cuda`` the engine is neither
+            imported nor changed before.
 
     Returns:
-        What each rank returned.
+        The result of each rank.
 
     Raises:
         RuntimeError: a rank failed; with its traceback.
-        TimeoutError: some rank did not end.
+        TimeoutError: a rank did not end in time.
     """
     port = _free_port()
     context = _CONTEXT_OF_GPUS if device == "cuda" else _CONTEXT
@@ -97,12 +97,12 @@ def _worker(
         message: tuple[str | None, Any] = (None, function(*args))
     except BaseException:
         message = (traceback.format_exc(), None)
-    # Not `send`: that shares a tensor's memory with this process, which ends before it is read.
+    # Not `send`, which shares a tensor's memory with this process: it ends before that is read.
     sender.send_bytes(pickle.dumps(message))
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """Return the environment variables that torchrun sets."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -1,10 +1,10 @@
-"""Imported once by the fork server: everything that a rank needs."""
+"""Everything that a rank needs, imported once by the fork server."""
 
 import contextlib
 import os
 import warnings
 
-# Read when tqdm is imported: the bars of libraries, on every rank, are no output of ours.
+# Read when tqdm is imported: hides the progress bars of libraries on every rank.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 with warnings.catch_warnings():

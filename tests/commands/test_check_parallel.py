@@ -14,9 +14,9 @@ DENSE = ["--config", str(RECIPES / "dense_tiny.yaml"), "--model.num_query_groups
 def wrong_steps_of_rank(config):
     """Steps in which tensor parallelism doubles the gradients of the second layer's FC1."""
     steps = job.steps_of_rank(config)
-    for part in (part for step in steps for part in step.parts):
-        if "linear_fc1.weight" in part.name and part.place[0] == 1:
-            part.data *= config.parallel.tensor_model_parallel_size
+    for shard in (shard for step in steps for shard in step.gradients):
+        if "linear_fc1.weight" in shard.name and shard.place[0] == 1:
+            shard.data *= config.parallel.tensor_model_parallel_size
     return steps
 
 

@@ -299,6 +299,10 @@ def test_help_has_every_option_with_its_description(recipe: Path) -> None:
         for name in options_of(entry):
             assert f"`{name}`:" in words
     assert "--config RECIPE" in text and "--print-config" in text
+    assert "--model.qk_norm {none,head,full}" in text
+    assert "--parallel.sequence_parallel {true,false,null}" in text
+    assert f"Default: {Config().model.ffn_hidden_size}." in words
+    assert "Default: [core_attn]." in words and "Default: null." in words
 
 
 def test_help_exits_and_needs_no_recipe(capsys: pytest.CaptureFixture[str]) -> None:

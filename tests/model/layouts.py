@@ -24,7 +24,12 @@ from megapoly.data.loader import Batch, BatchLayout
 from megapoly.model.builder import unwrap
 from megapoly.platform.device import select_platform
 from megapoly.platform.machine import CPU
-from megapoly.preflight.parallel_check.whole_model import Part, gradient_parts, weight_parts, whole
+from megapoly.preflight.parallel_check.whole_model import (
+    ParameterShard,
+    assemble,
+    gradient_shards,
+    weight_shards,
+)
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import TrainState, build_state
@@ -66,8 +71,8 @@ def small_config(options: dict[str, Any]) -> Config:
 class RankResult:
     """Of one model on one rank."""
 
-    weights: list[Part]
-    gradients: list[Part]
+    weights: list[ParameterShard]
+    gradients: list[ParameterShard]
     losses: list[float]  # of its micro-batches
     grad_norm: float
     decay: dict[str, bool]
@@ -124,12 +129,12 @@ def result_of_model(config: Config, platform: Any) -> RankResult:
         for i, chunk in enumerate(state.chunks)
         for name, parameter in unwrap(chunk).named_parameters()
     }
-    weights = weight_parts(state.chunks)
+    weights = weight_shards(state.chunks)
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     batches = random_batches(config, state.layout)
     losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
-    gradients = gradient_parts(state.chunks)
+    gradients = gradient_shards(state.chunks)
     decay = _decay(state, parameters)
     _, grad_norm, _ = state.optimizer.step()
     means = [loss["mean"].item() for loss in losses]
@@ -155,12 +160,12 @@ def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
 
 def whole_weights(state: TrainState) -> dict[str, Tensor]:
     """Weights of a model on a single rank, by their names in a checkpoint."""
-    return _agreed(weight_parts(state.chunks))
+    return _agreed(weight_shards(state.chunks))
 
 
-def _agreed(parts: Iterable[Part]) -> dict[str, Tensor]:
+def _agreed(parts: Iterable[ParameterShard]) -> dict[str, Tensor]:
     """Tensors of the whole model: no part may be missing, and its holders agree to the bit."""
-    result = whole(parts)
+    result = assemble(parts)
     assert not result.disagreements
     for name, tensor in result.tensors.items():
         assert not tensor.isnan().any(), f"not all of {name} is there"

@@ -19,7 +19,7 @@ from megapoly.model.builder import checkpoint_metadata, gpt_model, unwrap
 from megapoly.model.initialization import _shards
 from megapoly.model.transformer_config import transformer_config
 from megapoly.platform.device import Platform
-from megapoly.preflight.parallel_check.whole_model import weight_parts
+from megapoly.preflight.parallel_check.whole_model import weight_shards
 from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, train_step, update_parameters
@@ -135,7 +135,7 @@ CORPUS = SimpleNamespace(fingerprint="random", description={})
 
 def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
     """Weights of a model on a single rank, by their names in a checkpoint."""
-    parts = weight_parts(state.chunks)
+    parts = weight_shards(state.chunks)
     return _agreed(dataclasses.replace(part, data=part.data.cpu()) for part in parts)
 
 

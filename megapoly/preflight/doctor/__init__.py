@@ -1,1 +1,1 @@
-"""What is installed on this machine, what it is for, and whether it fits together."""
+"""What is installed on this machine, what it is for, and whether it works together."""

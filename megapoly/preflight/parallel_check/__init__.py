@@ -1,5 +1,5 @@
-"""Does a configuration compute the same model at every parallel layout?
+"""Check that a configuration computes the same model at every parallel layout.
 
-Every layout trains the same few steps as one process; losses, gradient norms and all gradients, put
-together from all ranks, are compared. ``megapoly check-parallel`` is the command.
+Every layout trains the same few steps as one process; losses, gradient norms and all gradients,
+assembled from all ranks, are compared. ``megapoly check-parallel`` is the command.
 """

@@ -1,4 +1,4 @@
-"""Relative differences between two trainings of the same model."""
+"""Relative differences between two training runs of the same model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Tolerance:
     """Largest relative differences that rounding explains.
 
     Args:
-        loss: of cross-entropy and router losses.
-        grad_norm: of the global gradient norm.
-        gradient: of each parameter's gradient, |g - g'| / |g| in the L2 norm.
+        loss: for cross-entropy and router losses.
+        grad_norm: for the global gradient norm.
+        gradient: for each parameter's gradient, |g - g'| / |g| in the L2 norm.
     """
 
     loss: float
@@ -40,7 +40,7 @@ class Comparison:
         loss: of any loss.
         grad_norm: of the gradient norm.
         gradients: of each layer's parameters and the embeddings, from the input to the output.
-        disagreements: how much ranks differ that should hold the same gradient to the bit.
+        disagreements: how much ranks differ that must hold the same gradient to the bit.
     """
 
     loss: float
@@ -50,17 +50,17 @@ class Comparison:
 
     @property
     def worst_gradient(self) -> float:
-        """Largest difference of any parameter; not a number if any is not."""
+        """Largest difference of any parameter; NaN if any is NaN."""
         return _largest(self.gradients.values())
 
     def first_beyond(self, tolerance: Tolerance) -> str | None:
-        """The first parameter, in the model's order, whose gradient is beyond tolerance."""
+        """Return the first parameter, in the model's order, whose gradient is beyond tolerance."""
         limit = tolerance.gradient
         beyond = (name for name, value in self.gradients.items() if not value <= limit)
         return next(beyond, None)
 
     def is_within(self, tolerance: Tolerance) -> bool:
-        """Whether every difference is, and ranks agree to the bit."""
+        """Return whether every difference is within tolerance, and ranks agree to the bit."""
         return (
             not self.disagreements
             and self.loss <= tolerance.loss
@@ -91,7 +91,7 @@ def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Comparison:
 
 
 def _by_layer(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each layer's parameters by themselves: in a checkpoint those of all layers are one tensor."""
+    """Split the parameters by layer: in a checkpoint those of all layers are one tensor."""
     stacked = {name: g for name, g in gradients.items() if name.startswith(_LAYERS)}
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def _difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def _largest(values: Iterable[float]) -> float:
-    """As `max`, but not a number if any is not."""
+    """Return the largest value; NaN if any is NaN."""
     values = list(values)
     return math.nan if any(math.isnan(value) for value in values) else max(values)
 

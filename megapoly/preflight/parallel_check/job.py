@@ -1,4 +1,4 @@
-"""Train a few steps at a layout and keep everything that must not depend on it."""
+"""Train a few steps at a layout and return everything that must not depend on it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megapoly.platform.device import select_platform
 from megapoly.preflight.layouts import Layout
 from megapoly.preflight.local_ranks import run_on_ranks
 from megapoly.preflight.parallel_check.whole_model import (
-    Part,
-    gradient_parts,
-    whole,
+    ParameterShard,
+    assemble,
+    gradient_shards,
     without_padding,
 )
 from megapoly.training.distributed import model_groups, process_group
@@ -36,7 +36,7 @@ class Step:
         losses: cross-entropy (``lm_loss``) and the router's losses.
         grad_norm: global norm before clipping.
         gradients: of the whole model, by the parameters' names in a checkpoint; fp32.
-        disagreements: how much ranks differ that should hold the same gradient, by the same names.
+        disagreements: how much ranks differ that should hold the same gradient, by these names.
     """
 
     losses: dict[str, float]
@@ -49,21 +49,21 @@ class Step:
 class _RankStep:
     losses: dict[str, float]
     grad_norm: float
-    parts: list[Part]
+    gradients: list[ParameterShard]
 
 
 def train(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) -> list[Step]:
     """Train on CPU processes, one thread each, with gloo.
 
     Args:
-        config: resolved, of one process.
-        layout: to train it at.
-        cache_dir: for the tokenized text.
-        timeout_s: for the whole job.
+        config: resolved, for one process.
+        layout: layout to train at.
+        cache_dir: folder for the tokenized text.
+        timeout_s: seconds for the whole job.
 
     Raises:
         RuntimeError: a rank failed; with its traceback.
-        TimeoutError: some rank did not end.
+        TimeoutError: a rank did not end in time.
     """
     config = layout.applied_to(config)
     config.data.cache_dir = str(cache_dir)
@@ -73,14 +73,14 @@ def train(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) 
 
 
 def _whole_step(ranks: Sequence[_RankStep], vocab_size: int) -> Step:
-    gradients = whole(part for rank in ranks for part in rank.parts)
+    gradients = assemble(shard for rank in ranks for shard in rank.gradients)
     tensors = without_padding(gradients.tensors, vocab_size)
     return Step(ranks[0].losses, ranks[0].grad_norm, tensors, gradients.disagreements)
 
 
 def steps_of_rank(config: Config) -> list[_RankStep]:
-    """What every process does."""
-    warnings.filterwarnings("ignore")  # the engine's, on optional packages and names of torch
+    """Train on this rank; every process of the job calls this."""
+    warnings.filterwarnings("ignore")  # the engine's, about optional packages and names of torch
     platform = select_platform("cpu")
     with process_group(config, platform) as store:
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
@@ -94,9 +94,9 @@ def _steps(state: TrainState) -> list[_RankStep]:
     steps = []
     for _ in itertools.repeat(None, state.config.training.train_iters or 0):
         losses = compute_gradients(state, batches)
-        parts = gradient_parts(state.chunks)
+        gradients = gradient_shards(state.chunks)
         result = update_parameters(state, losses)
         steps.append(
-            _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, parts)
+            _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, gradients)
         )
     return steps

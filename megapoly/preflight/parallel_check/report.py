@@ -21,10 +21,10 @@ class Row:
     """One layout.
 
     Args:
-        layout: that was trained.
-        seconds: for the whole job.
+        layout: the layout that was trained.
+        seconds: time of the whole job.
         comparison: with one process; None if the job failed.
-        failure: why.
+        failure: why the job failed.
     """
 
     layout: Layout
@@ -33,17 +33,17 @@ class Row:
     failure: str | None = None
 
     def is_right(self, tolerance: Tolerance) -> bool:
-        """Whether the layout trains the model that one process trains."""
+        """Return whether the layout trains the same model as one process."""
         return self.comparison is not None and self.comparison.is_within(tolerance)
 
 
 @dataclasses.dataclass
 class Report:
-    """A whole check.
+    """All layouts of a check.
 
     Args:
-        config: as trained, on one process.
-        tolerance: of every layout.
+        config: the configuration of one process.
+        tolerance: for every layout.
         rows: layouts in the order of the check.
     """
 
@@ -53,11 +53,11 @@ class Report:
 
     @property
     def is_right(self) -> bool:
-        """Whether all layouts are."""
+        """Whether all layouts train the same model as one process."""
         return all(row.is_right(self.tolerance) for row in self.rows)
 
     def table(self) -> Table:
-        """Largest relative differences of each layout from one process, over all steps."""
+        """Return a table of each layout's largest relative differences from one process."""
         table = Table(box=None, pad_edge=False)
         table.add_column("layout", no_wrap=True)
         for name in ("processes", "loss", "grad norm", "gradients"):
@@ -67,7 +67,7 @@ class Report:
         return table
 
     def findings(self) -> list[str]:
-        """What is wrong with each layout that is not right, then one sentence on all of them."""
+        """Return one sentence on each layout that differs, then one on all layouts."""
         wrong = [row for row in self.rows if not row.is_right(self.tolerance)]
         limits = (
             f"loss {self.tolerance.loss:.0e}, gradient norm {self.tolerance.grad_norm:.0e}, "
@@ -84,7 +84,7 @@ class Report:
         return [*(_finding(row, self.tolerance) for row in wrong), f"{verdict} {limits}"]
 
     def write_json(self, path: Path) -> None:
-        """Write everything: configuration, versions, every parameter of every layout."""
+        """Write configuration, versions, and every parameter of every layout."""
         packages = {name: version(name) for name in ("megapoly", "megatron-core", "torch")}
         content = {
             "is_right": self.is_right,
@@ -106,7 +106,7 @@ def _cells(row: Row, tolerance: Tolerance) -> list[str]:
         (found.grad_norm, tolerance.grad_norm),
         (found.worst_gradient, tolerance.gradient),
     )
-    # `not <=`: also what is not a number is beyond.
+    # `not <=`: NaN is beyond as well.
     return layout + [f"[red]{v:.1e}[/]" if not v <= limit else f"{v:.1e}" for v, limit in values]
 
 

@@ -1,4 +1,4 @@
-"""A copy of a configuration that a laptop's CPU can train at every layout."""
+"""A small copy of a configuration that a laptop's CPU can train at every layout."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from megapoly.data.tokenizer import load_tokenizer
 from megapoly.platform.machine import CPU
 
 _HEAD_WIDTH = 8
-# A wrong update changes the next gradients by 1e-3 or so. Where a gradient is next to nothing, Adam
-# makes as large a step of its rounding errors: at 2e-3 that alone was 2e-5 after 3 steps.
+# A wrong update changes the next gradients by about 1e-3. Where a gradient is almost zero, Adam
+# turns its rounding errors into full steps: at a rate of 2e-3 this alone was 2e-5 after 3 steps.
 _LEARNING_RATE = 1e-4
 SEQ_LENGTH = 64
 GLOBAL_BATCH_SIZE = 8
 
 
 def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
-    """The same kind of model on one process and the built-in text, small.
+    """Return a small model of the same kind, for one process and the built-in text.
 
     Activation, norms, attention, router, losses, optimizer and recomputation are the
-    configuration's. Sizes are the smallest that divide by what its own divide by: layers by powers
-    of two up to 4, heads, experts and vocabulary up to 8, FFN widths up to 8 and 3. Initial weights
-    grow as the width shrinks, so that activations keep their size. The learning rate is 1e-4 from
-    the first step on. There is no dropout, whose random numbers differ between layouts, and no
-    compilation of activations.
+    configuration's. Sizes are the smallest with the same divisors: for layers powers of two up to
+    4, for heads, experts and vocabulary up to 8, for FFN widths up to 8 and 3. Initial weights grow
+    as the width shrinks, so that activations keep their size. The learning rate is 1e-4 from the
+    first step on. Dropout is disabled, since its random numbers differ between layouts, and
+    activations are not compiled.
 
     Args:
-        config: resolved or not; left as it is.
-        steps: of training.
+        config: resolved or not; not changed.
+        steps: number of training steps.
         bf16: compute in bfloat16; false: fp32.
 
     Returns:
-        Resolved, its layout one process.
+        The resolved configuration, for one process.
     """
     small = copy.deepcopy(config)
     vocab_size = load_tokenizer(None).vocab_size
@@ -65,7 +65,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
 
 
 def _like(size: int, smallest: int, divisor: int) -> int:
-    """The least number from ``smallest`` on with the remainder of ``size``, or that itself."""
+    """Return the least number from ``smallest`` on with the remainder of ``size``, or ``size``."""
     return min(size, smallest + (size - smallest) % divisor)
 
 
@@ -80,7 +80,7 @@ def _scale_model(model: ModelConfig, builtin_vocab_size: int) -> None:
     model.kv_channels = _HEAD_WIDTH
     model.hidden_size = _HEAD_WIDTH * model.num_attention_heads
     model.init_method_std *= (width / model.hidden_size) ** 0.5
-    if model.moe_ffn_hidden_size is None:  # which goes before it
+    if model.moe_ffn_hidden_size is None:  # otherwise that is the width of the experts
         model.ffn_hidden_size = _like(model.ffn_hidden_size, 48, 24)
     model.vocab_size = _like(model.vocab_size or builtin_vocab_size, builtin_vocab_size, 8)
     if model.num_moe_experts is not None:
@@ -95,12 +95,12 @@ def _scale_model(model: ModelConfig, builtin_vocab_size: int) -> None:
 
 
 def _one_process(config: Config) -> None:
-    """No layout; recomputation as it was, of as many layers as there are."""
+    """Set the layout of one process; keep recomputation, of as many layers as there are."""
     given = config.parallel
     config.parallel = type(given)(
         recompute_granularity=given.recompute_granularity,
         recompute_method=given.recompute_method,
-        # Of a stage of one layer, the shortest that a layout makes.
+        # The shortest stage of any layout has one layer.
         recompute_num_layers=None if given.recompute_num_layers is None else 1,
         recompute_modules=given.recompute_modules,
         distributed_timeout_minutes=given.distributed_timeout_minutes,

@@ -1,1 +1,1 @@
-"""What a job needs of machines that are not at hand: computed, and built without them."""
+"""What a job needs of machines that are not available: computed, and built without them."""

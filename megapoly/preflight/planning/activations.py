@@ -1,4 +1,4 @@
-"""Memory of activations: one micro-batch, forward and backward, on the meta device."""
+"""Measure the memory of activations: one micro-batch on the meta device, forward and backward."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from megapoly.preflight.planning.fake_job import current_device, replaced
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """What passes of one micro-batch need.
+    """Bytes that passes of one micro-batch need.
 
     Args:
-        kept: by model chunk of the rank: from a forward pass until its backward pass.
-        passing: the most that is held beside ``kept`` of all chunks at one time, while a pass runs.
+        kept: from a forward pass until its backward pass, by model chunk of the rank.
+        passing: the maximum beside ``kept`` of all chunks at one time, while a pass runs.
     """
 
     kept: tuple[int, ...]
@@ -45,7 +45,7 @@ class ActivationBytes:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the meta device that are alive, each storage once."""
+    """A mode that counts the live bytes of the meta device, each storage once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Never count what lies under these."""
+        """Do not count the storages of these tensors."""
         self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
 def measure_activations(
     config: Config, chunks: Sequence[DistributedDataParallel]
 ) -> ActivationBytes:
-    """Run one micro-batch through the present rank's model.
+    """Run one micro-batch through the current rank's model and return what it needs.
 
     Attention is torch's flash kernel, as on CUDA. In a mixture of experts all experts get the same
     number of tokens, within one.
@@ -88,7 +88,7 @@ def measure_activations(
         chunks: on the meta device, wrapped for data parallelism.
 
     Raises:
-        NotImplementedError: some operator needs data.
+        NotImplementedError: an operator needs data.
     """
     if config.parallel.overlap_param_gather:
         for chunk in chunks:
@@ -115,7 +115,7 @@ def measure_activations(
 
 
 def _engine_buffers(config: Config, chunks: Sequence[DistributedDataParallel]) -> list[Tensor]:
-    """Memory that the engine makes in a first pass and keeps, for what ranks gather."""
+    """Return buffers that the engine makes in a first pass and keeps, for what ranks gather."""
     if not config.parallel.sequence_parallel:
         return []
     with _as_in_training():
@@ -125,7 +125,7 @@ def _engine_buffers(config: Config, chunks: Sequence[DistributedDataParallel]) -
 
 
 def _forward(config: Config, chunk: DistributedDataParallel) -> Tensor:
-    """What a chunk gives to the next one, or the loss."""
+    """Return a chunk's output for the next chunk, or the loss."""
     training, parallel = config.training, config.parallel
     model = unwrap(chunk)
     length = training.seq_length // parallel.context_parallel_size
@@ -145,15 +145,15 @@ def _forward(config: Config, chunk: DistributedDataParallel) -> Tensor:
 
 
 def kept_by_schedule(config: Config, kept: Sequence[int], num_microbatches: int) -> int:
-    """The most bytes that forward passes of the present rank keep at one time.
+    """Return the maximum of bytes that the current rank's forward passes keep at one time.
 
-    The engine's schedule runs some forward passes first, then one forward and one backward pass in
-    turns.
+    The engine's schedule runs some forward passes first, then alternates one forward and one
+    backward pass.
 
     Args:
         config: resolved; the engine's process groups must exist.
-        kept: of one micro-batch, by model chunk.
-        num_microbatches: of one step.
+        kept: bytes of one micro-batch, by model chunk.
+        num_microbatches: micro-batches of one step.
     """
     stages = config.parallel.pipeline_model_parallel_size
     chunks = len(kept)
@@ -170,15 +170,15 @@ def kept_by_schedule(config: Config, kept: Sequence[int], num_microbatches: int)
 
 @contextlib.contextmanager
 def _as_in_training() -> Iterator[None]:
-    """What passes of a model without data need."""
-    # By default on the CPU, as in training: the engine reads some tensors that it makes there.
+    """Replace what passes without data cannot run."""
+    # Tensors are made on the CPU by default, as in training: the engine reads some of them.
     with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"):
         yield
 
 
 @contextlib.contextmanager
 def _shapes_of_cuda() -> Iterator[None]:
-    """Operators as CUDA runs them, which keep other tensors than the meta device's do."""
+    """Run operators as CUDA does, where they keep other tensors than on the meta device."""
     with (
         replaced(F, "scaled_dot_product_attention", _flash_attention),
         replaced(attention, "causal_lower_right", lambda *sizes: None),
@@ -198,7 +198,7 @@ def _flash_attention(
     scale: float | None,
     **mask: Any,
 ) -> Tensor:
-    """A causal mask, the only one here, takes no memory of the kernel."""
+    """Run the kernel with a causal mask, the only one here, which takes no memory."""
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout_p, True, scale=scale
     )[0]
@@ -211,12 +211,12 @@ def _fused_rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor
 def _fused_dropout(
     x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """CUDA's kernel, which keeps a byte of each number."""
+    """Run CUDA's kernel, which keeps one byte for each number."""
     return torch.native_dropout(x, p, training)[0] if p and training else x
 
 
 class _FusedRMSNorm(Function):
-    """CUDA's kernel, which keeps one fp32 number of each row."""
+    """CUDA's kernel, which keeps one fp32 number for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def _routed_places(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class _RoutedPlaces(Function):
-    """``masked_select`` by the routing map, of which a row of [experts, tokens] has topk True."""
+    """``masked_select`` by the routing map [experts, tokens], in which each token has topk True."""
 
     topk = 0
 
@@ -252,10 +252,10 @@ class _RoutedPlaces(Function):
 
 @contextlib.contextmanager
 def _even_routing() -> Iterator[None]:
-    """Let the all-to-all dispatcher count tokens of a routing that has no data.
+    """Give the all-to-all dispatcher an even routing instead of one without data.
 
-    How many tokens go where decides shapes. Every rank routes its tokens alike: token t to the
-    experts from t topk on, round and round.
+    Shapes depend on how many tokens each expert gets. Every rank routes its tokens in the same way:
+    token t to the topk experts from t topk on, modulo the number of experts.
     """
     preprocess = MoEAlltoAllTokenDispatcher.preprocess
 
@@ -275,7 +275,7 @@ def _even_routing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_traces() -> Iterator[None]:
-    """Forget the router losses, which the engine collects in globals."""
+    """Discard the router losses, which the engine collects in globals."""
     with (
         replaced(moe_utils, "_MOE_LAYER_WISE_LOGGING_TRACKER", {}),
         replaced(MoEAuxLossAutoScaler, "main_loss_backward_scale", None),

@@ -1,34 +1,30 @@
-"""Build one rank's part of a model on the meta device and measure what was made."""
+"""Build one rank's part of a model on the meta device and measure it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedTensor,
-    ShardedTensorFactory,
-    is_main_replica,
-)
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megapoly.config import Config
-from megapoly.model.builder import build_model, checkpoint_metadata, unwrap
+from megapoly.model.builder import build_model
 from megapoly.platform.device import Platform
+from megapoly.preflight.parameter_shards import parameter_shards
 from megapoly.training.optimizer import build_optimizer
 
 
 @dataclass(frozen=True)
-class Part:
-    """The place of a rank's part in a whole weight.
+class ShardPlace:
+    """The place of a shard in a weight.
 
     Args:
         key: name of the weight in a checkpoint.
-        offset: where the part begins in it, layer and expert first.
+        offset: where the shard begins in it, layer and expert first.
     """
 
     key: str
@@ -37,22 +33,22 @@ class Part:
 
 @dataclass
 class BuiltRank:
-    """What the engine made for one rank.
+    """What the engine built for one rank.
 
     Args:
-        dense_parameters: numbers that it holds of attention, norms, embeddings, routers, dense FFNs
-            and shared experts; their gradients are summed over the data-parallel ranks.
-        expert_parameters: numbers that it holds of its experts.
+        dense_parameters: parameters of attention, norms, embeddings, routers, dense FFNs and shared
+            experts; their gradients are summed over the data-parallel ranks.
+        expert_parameters: parameters of its experts.
         weight_bytes: buffers of the parameters, with their padding.
         gradient_bytes: buffers of the gradients, with their padding.
         optimizer_bytes: moments and fp32 copies of the parameters, of this rank.
-        dense_optimizer_numbers: parameters of which the optimizer of each data-parallel rank keeps
-            state, dense ones; from the layout of the buffers.
+        dense_optimizer_numbers: dense parameters for which the optimizer of each data-parallel rank
+            keeps state; from the layout of the buffers.
         expert_optimizer_numbers: the same of experts, for each expert-data-parallel rank.
-        bytes_per_optimizer_number: state of one of them.
-        parts: parameters that this rank would save, by their place: one rank of all that hold a
-            part saves it.
-        global_sizes: numbers in every whole weight of which this rank holds a part.
+        bytes_per_optimizer_number: bytes of state for one parameter.
+        saved: parameters that this rank would save, by their place: of all ranks that hold a shard
+            one saves it.
+        global_sizes: parameters in every weight of which this rank holds a shard.
     """
 
     dense_parameters: int
@@ -63,24 +59,24 @@ class BuiltRank:
     dense_optimizer_numbers: np.ndarray
     expert_optimizer_numbers: np.ndarray
     bytes_per_optimizer_number: int
-    parts: dict[Part, int] = field(repr=False)
+    saved: dict[ShardPlace, int] = field(repr=False)
     global_sizes: dict[str, int] = field(repr=False)
 
 
 def build_rank(
     config: Config, platform: Platform
 ) -> tuple[BuiltRank, list[DistributedDataParallel]]:
-    """Model, gradient buffers and optimizer of the present rank, as in training.
+    """Build model, gradient buffers and optimizer of the current rank, as in training.
 
     Args:
         config: resolved; the engine's process groups must exist.
         platform: the meta device.
 
     Returns:
-        The measures, and the model that was measured.
+        The measurements, and the model.
     """
     chunks = build_model(config, platform)
-    parts, global_sizes = _parts(chunks)
+    saved, global_sizes = _saved(chunks)
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     dense = sum(p.numel() for p in parameters if getattr(p, "allreduce", True))
     total = sum(p.numel() for p in parameters)
@@ -100,20 +96,20 @@ def build_rank(
         dense_optimizer_numbers=counted["buffers"],
         expert_optimizer_numbers=counted["expert_parallel_buffers"],
         bytes_per_optimizer_number=4 * (3 if config.training.bf16 else 2),
-        parts=parts,
+        saved=saved,
         global_sizes=global_sizes,
     )
     return built, chunks
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of what lies under tensors, each once: many are views into one buffer."""
+    """Return the bytes of the tensors' storages, each once: many are views into one buffer."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _optimizer_tensors(config: Config, chunks: list[DistributedDataParallel]) -> list[Tensor]:
-    """State that the first step would make, and the parameters that the optimizer updates."""
+    """Return the state that the first step makes, and the parameters that it updates."""
     optimizer = build_optimizer(config, chunks)
     tensors: list[Tensor] = []
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -129,9 +125,9 @@ def _optimizer_tensors(config: Config, chunks: list[DistributedDataParallel]) ->
 def _optimizer_numbers(
     config: Config, chunks: list[DistributedDataParallel], buffers: str
 ) -> np.ndarray:
-    """[data-parallel ranks] parameters that each rank's optimizer updates.
+    """Return the numbers of parameters that each rank's optimizer updates, [data-parallel ranks].
 
-    The distributed optimizer cuts every bucket evenly over the ranks, padding included, and keeps
+    The distributed optimizer splits every bucket evenly over the ranks, padding included, and keeps
     no state of padding (optimizer/distrib_optimizer.py:103).
     """
     found = [buffer for chunk in chunks for buffer in getattr(chunk, buffers)]
@@ -150,29 +146,14 @@ def _optimizer_numbers(
     return numbers
 
 
-def _parts(chunks: list[DistributedDataParallel]) -> tuple[dict[Part, int], dict[str, int]]:
-    """What the rank would save of its parameters, and how large each whole weight is."""
-    parts: dict[Part, int] = {}
+def _saved(chunks: list[DistributedDataParallel]) -> tuple[dict[ShardPlace, int], dict[str, int]]:
+    """Return what the rank would save of its parameters, and how large each whole weight is."""
+    saved: dict[ShardPlace, int] = {}
     global_sizes: dict[str, int] = {}
-    for shard in _shards(chunks):
+    parameters = {id(p): p for chunk in chunks for p in chunk.parameters()}
+    for shard in parameter_shards(chunks, parameters):
         global_sizes[shard.key] = math.prod(shard.global_shape)
         if is_main_replica(shard.replica_id):
-            place = Part(shard.key, tuple(shard.global_offset))
-            parts[place] = parts.get(place, 0) + math.prod(shard.local_shape)
-    return parts, global_sizes
-
-
-def _shards(chunks: list[DistributedDataParallel]) -> Iterator[ShardedTensor]:
-    """Every parameter as the checkpoint sees it; the halves of a gated FC1 by themselves."""
-    for chunk in chunks:
-        model: Any = unwrap(chunk)
-        parameters = {id(p) for p in model.parameters()}
-        for entry in model.sharded_state_dict(metadata=checkpoint_metadata()).values():
-            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
-                continue
-            if entry.data is None or id(entry.data) not in parameters:
-                continue
-            if isinstance(entry, ShardedTensor):
-                yield entry
-            else:
-                yield from entry.build()
+            place = ShardPlace(shard.key, tuple(shard.global_offset))
+            saved[place] = saved.get(place, 0) + math.prod(shard.local_shape)
+    return saved, global_sizes

@@ -1,7 +1,7 @@
-"""Every message of one step: its group, its bytes, how often, and the link that it crosses.
+"""Every message of one step: its group, its bytes, its number of calls, and the link it crosses.
 
-Sizes are those of Megatron-Core 0.16.1 and of the operators here. Left out is what is a few numbers
-a layer or step: router statistics, gradient norm, losses, coefficients of activations.
+Sizes are those of Megatron-Core 0.16.1 and of the operators here. Messages of a few numbers per
+layer or step are left out: router statistics, gradient norm, losses, coefficients of activations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megapoly.ops.collectives import NUM_SEGMENTS
 from megapoly.platform.gpus import GPU
 from megapoly.preflight.planning.memory import element_size, rows_of_experts, tokens_of_rank
 from megapoly.preflight.planning.parameters import counts_of_rank, embedding_part, layer_parts
-from megapoly.preflight.planning.ranks import Grid, Link
+from megapoly.preflight.planning.rank_grid import GroupLink, RankGrid
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 _FP32, _FP64 = 4, 8
@@ -30,13 +30,13 @@ class Collective:
 
     Args:
         name: what is sent.
-        kind: how; an all-reduce counts as a reduce-scatter and an all-gather.
-        axes: axes of the grid that the group spans, see :mod:`megapoly.preflight.planning.ranks`.
+        kind: kind of collective; an all-reduce counts as a reduce-scatter and an all-gather.
+        axes: axes that the group spans, see :mod:`megapoly.preflight.planning.rank_grid`.
         size: bytes of one call: of the whole tensor, or of all that one rank holds before
             (``all-to-all``, ``send``).
-        calls: in one step.
-        link: what the group is joined by.
-        hidden: whether the engine computes meanwhile.
+        calls: number of calls in one step.
+        link: what connects the group.
+        hidden: whether the engine computes at the same time.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Collective:
     axes: tuple[str, ...]
     size: float
     calls: float
-    link: Link
+    link: GroupLink
     hidden: bool = False
 
     @property
@@ -67,11 +67,11 @@ class Collective:
 
 
 class _Counter:
-    """Numbers that several collectives need."""
+    """Sizes, numbers of passes and groups that several collectives need."""
 
     def __init__(self, config: Config, world_size: int, gpu: GPU, stage: int) -> None:
         self.config, self.stage = config, stage
-        self.grid = Grid.of(config, world_size)
+        self.grid = RankGrid.of(config, world_size)
         self.gpu = gpu
         self.item = element_size(config)
         self.tokens: float = tokens_of_rank(config)
@@ -91,14 +91,14 @@ class _Counter:
         *,
         hidden: bool = False,
     ) -> Iterator[Collective]:
-        """The message, unless its group is one rank or it is never sent."""
+        """Yield the message, unless its group is one rank or it is never sent."""
         group = self.grid.group(*axes, rank=self.first_rank)
         if len(group) > 1 and calls and size:
-            link = Link.between(group, self.gpu)
+            link = GroupLink.between(group, self.gpu)
             yield Collective(name, kind, axes, size, calls, link, hidden)
 
     def forwards(self, module: str) -> float:
-        """Forward passes of a part of a layer in a step, those that are made anew included."""
+        """Return the forward passes of a module of a layer in a step, recomputed ones included."""
         parallel, again = self.config.parallel, 0.0
         if parallel.recompute_granularity == "selective":
             again = float(module in parallel.recompute_modules)
@@ -112,12 +112,12 @@ class _Counter:
 
     @property
     def backwards(self) -> int:
-        """Backward passes of a part of a layer in a step."""
+        """Backward passes of a module of a layer in a step."""
         return self.layers * self.batches
 
 
 def collectives(config: Config, world_size: int, gpu: GPU, stage: int) -> list[Collective]:
-    """What each rank of a pipeline stage sends in one step.
+    """Return what each rank of a pipeline stage sends in one step.
 
     Args:
         config: resolved.
@@ -137,7 +137,7 @@ def collectives(config: Config, world_size: int, gpu: GPU, stage: int) -> list[C
 
 
 def _tensor_parallel(counter: _Counter) -> Iterator[Collective]:
-    """Activations around the matrices that tensor parallelism cuts."""
+    """Yield activations around the matrices that tensor parallelism splits."""
     config = counter.config
     hidden = counter.tokens * config.model.hidden_size * counter.item
     model = config.model
@@ -153,7 +153,7 @@ def _tensor_parallel(counter: _Counter) -> Iterator[Collective]:
             "activations, tensor", "all-reduce", axes, hidden, forward + batches * counter.is_first
         )
         calls = backward + ends - batches * counter.is_first
-        # The engine computes the weight's gradient meanwhile (tensor_parallel/layers.py).
+        # The engine computes the weight's gradient at the same time (tensor_parallel/layers.py).
         yield from counter.make("gradients, tensor", "all-reduce", axes, hidden, calls, hidden=True)
     else:
         first, last = batches * counter.is_first, batches * counter.is_last
@@ -173,7 +173,7 @@ def _tensor_parallel(counter: _Counter) -> Iterator[Collective]:
 
 
 def _row_statistics(counter: _Counter) -> Iterator[Collective]:
-    """What rows that are cut over ranks add up: PolyNorm, QK-norm over the projection."""
+    """Yield sums over rows that are split over ranks: PolyNorm, QK-norm over the projection."""
     config = counter.config
     model, tokens = config.model, counter.tokens
     if model.qk_norm == "full":
@@ -203,7 +203,7 @@ def _row_statistics(counter: _Counter) -> Iterator[Collective]:
 
 
 def _expert_parallel(counter: _Counter) -> Iterator[Collective]:
-    """Tokens to their experts and back, forward and backward; routing is taken to be balanced."""
+    """Yield tokens to their experts and back, forward and backward, with balanced routing."""
     config = counter.config
     model, parallel = config.model, config.parallel
     if not model.num_moe_experts:
@@ -212,7 +212,7 @@ def _expert_parallel(counter: _Counter) -> Iterator[Collective]:
     tokens = counter.tokens / cut
     forwards, backwards = counter.forwards("moe"), counter.backwards
     row, score = model.hidden_size * counter.item, _router_item(config)
-    # What experts return is added up over ranks in the router's precision (token_dispatcher.py).
+    # The experts' results are summed over ranks in the router's precision (token_dispatcher.py).
     added = model.hidden_size * score
     if model.moe_token_dispatcher_type == "allgather":
         axes = ("etp", "ep")
@@ -245,13 +245,13 @@ def _expert_parallel(counter: _Counter) -> Iterator[Collective]:
 
 
 def _router_item(config: Config) -> int:
-    """Bytes of a score of the router."""
+    """Return the bytes of a router score."""
     precision = config.model.moe_router_dtype
     return element_size(config) if precision is None else {"fp32": _FP32, "fp64": _FP64}[precision]
 
 
 def _context_parallel(counter: _Counter) -> Iterator[Collective]:
-    """Keys and values, or heads, of ranks that share sequences."""
+    """Yield keys and values, or heads, of ranks that share sequences."""
     config = counter.config
     model, parallel = config.model, config.parallel
     assert model.kv_channels is not None and model.num_query_groups is not None
@@ -275,7 +275,7 @@ def _context_parallel(counter: _Counter) -> Iterator[Collective]:
 
 
 def _pipeline(counter: _Counter) -> Iterator[Collective]:
-    """Hidden states to the next stage, their gradients back."""
+    """Yield hidden states to the next stage, and their gradients back."""
     config = counter.config
     parallel = config.parallel
     stages, chunks = counter.grid.sizes["pp"], parallel.virtual_pipeline_model_parallel_size or 1
@@ -293,10 +293,10 @@ def _pipeline(counter: _Counter) -> Iterator[Collective]:
         ("hidden states, pipeline", forward, to),
         ("gradients, pipeline", backward, back),
     ):
-        # The slowest of them, where stages do not begin with a node; nodes repeat the pattern.
+        # The slowest link, where stages do not begin with a node; nodes repeat the pattern.
         ends = [counter.first_rank, other * per_stage]
         places = range(min(per_stage, counter.gpu.gpus_per_node))
-        links = [Link.between([rank + i for rank in ends], counter.gpu) for i in places]
+        links = [GroupLink.between([rank + i for rank in ends], counter.gpu) for i in places]
         link = max(links, key=lambda link: link.nodes)
         if calls:
             yield Collective(
@@ -305,7 +305,7 @@ def _pipeline(counter: _Counter) -> Iterator[Collective]:
 
 
 def _data_parallel(counter: _Counter) -> Iterator[Collective]:
-    """Gradients, and with the distributed optimizer the updated weights."""
+    """Yield gradients, and with the distributed optimizer the updated weights."""
     config = counter.config
     parallel = config.parallel
     counts = counts_of_rank(config, counter.stage)
@@ -320,8 +320,8 @@ def _data_parallel(counter: _Counter) -> Iterator[Collective]:
             continue
         yield from counter.make(gradients, "reduce-scatter", axes, size, 1, hidden=hidden)
         hidden = parallel.overlap_param_gather
-        # Without overlap each of the two optimizers, of dense parts and of experts, has all weights
-        # gathered (optimizer/distrib_optimizer.py).
+        # Without overlap each of the two optimizers, of dense parameters and of experts, gathers
+        # all weights (optimizer/distrib_optimizer.py).
         calls = 2 if counts.routed and not hidden else 1
         size = number * counter.item
         yield from counter.make(
@@ -334,6 +334,6 @@ def _data_parallel(counter: _Counter) -> Iterator[Collective]:
     if not config.model.untie_embeddings_and_output_weights and (
         counter.is_first != counter.is_last
     ):
-        link = Link.between([0, counter.grid.world_size - 1], counter.gpu)
+        link = GroupLink.between([0, counter.grid.world_size - 1], counter.gpu)
         size = embedding_part(config).on_rank * _FP32
         yield Collective("tied embedding's gradient", "all-reduce", ("pp",), size, 1, link)

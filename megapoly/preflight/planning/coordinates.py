@@ -1,4 +1,8 @@
-"""Where a rank stands in the layout, as the engine counts it."""
+"""A rank's place in the layout, by the engine's own numbering.
+
+The dry run uses these; the plan, which needs no engine, computes the same in ``rank_grid``, and a
+test compares both.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ class Coordinates:
     """A rank's place in every group that it belongs to.
 
     Args:
-        tp: in the ranks that share a matrix of attention or dense FFN.
+        tp: among the ranks that share a matrix of attention or dense FFN.
         pp: pipeline stage.
-        cp: in the ranks that share a sequence.
-        dp: replica of the dense part, among those that share a global batch.
-        ep: in the ranks that share the experts of a layer.
-        etp: in the ranks that share an expert's matrices.
-        edp: replica of its experts.
+        cp: among the ranks that share a sequence.
+        dp: among the replicas of the dense parameters, which share a global batch.
+        ep: among the ranks that share the experts of a layer.
+        etp: among the ranks that share an expert's matrices.
+        edp: among the replicas of its experts.
     """
 
     tp: int
@@ -37,7 +41,7 @@ class Coordinates:
 
 
 def coordinates_of_ranks(config: Config, world_size: int) -> list[Coordinates]:
-    """Coordinates of every rank.
+    """Return the coordinates of every rank.
 
     Args:
         config: resolved, a layout that divides ``world_size``.
@@ -55,7 +59,7 @@ def coordinates_of_ranks(config: Config, world_size: int) -> list[Coordinates]:
         cp=parallel.context_parallel_size,
         order=_ORDER,
     )
-    # Without experts the engine makes these groups too.
+    # The engine makes these groups also without experts.
     expert = RankGenerator(
         tp=etp, ep=ep, dp=world_size // (etp * ep * stages), pp=stages, cp=1, order=_ORDER
     )
@@ -65,7 +69,7 @@ def coordinates_of_ranks(config: Config, world_size: int) -> list[Coordinates]:
 
 
 def _places(generator: RankGenerator, name: str, world_size: int) -> list[int]:
-    """Each rank's place in its group."""
+    """Return each rank's place in its group."""
     places = [0] * world_size
     for group in generator.get_ranks(name):
         for place, rank in enumerate(group):

@@ -24,7 +24,7 @@ from megapoly.model.parameters import ParameterCount, count_parameters
 from megapoly.platform.device import select_platform
 from megapoly.platform.machine import Machine
 from megapoly.preflight.planning.activations import kept_by_schedule, measure_activations
-from megapoly.preflight.planning.built_rank import BuiltRank, Part, build_rank
+from megapoly.preflight.planning.built_rank import BuiltRank, ShardPlace, build_rank
 from megapoly.preflight.planning.coordinates import Coordinates, coordinates_of_ranks
 from megapoly.preflight.planning.fake_job import fake_rank
 from megapoly.preflight.planning.planned_config import planned_config
@@ -32,24 +32,24 @@ from megapoly.preflight.planning.planned_config import planned_config
 
 @dataclass(frozen=True)
 class RankClass:
-    """Ranks of which the engine makes the same model, and what it makes.
+    """Ranks that hold models of the same sizes, and these sizes.
 
     Args:
         coordinates: of the first of these ranks.
         first_rank: the first of these ranks.
-        num_ranks: how many there are.
-        dense_parameters: numbers that each holds of everything but routed experts.
-        expert_parameters: numbers that each holds of routed experts.
+        num_ranks: number of these ranks.
+        dense_parameters: parameters that each holds, without those of routed experts.
+        expert_parameters: parameters that each holds of routed experts.
         weight_bytes: parameters, with the padding of their buffers.
         gradient_bytes: gradient buffers, with their padding.
-        optimizer_bytes: moments and fp32 copies of the parameters; of the rank with most. Shards of
+        optimizer_bytes: moments and fp32 copies of the parameters, of the rank with most. Shards of
             the distributed optimizer differ by the padding that they hold.
-        smallest_optimizer_bytes: of the rank with least.
-        activation_bytes: the most that forward passes keep for their backward passes at one time,
-            with the recomputation and the pipeline schedule of the configuration; None: not built.
+        smallest_optimizer_bytes: the same, of the rank with least.
+        activation_bytes: the maximum that forward passes keep for their backward passes at one
+            time, with the configuration's recomputation and pipeline schedule; None: not built.
         activation_bytes_of_pass: what the forward pass of one micro-batch keeps, by model chunk.
-        passing_bytes: the most that is held beside it while a pass of one micro-batch runs:
-            temporary tensors, recomputed activations, gradients on their way to the buffers.
+        passing_bytes: the maximum beside it while a pass of one micro-batch runs: temporary
+            tensors, recomputed activations, gradients on their way to the buffers.
     """
 
     coordinates: Coordinates
@@ -67,37 +67,37 @@ class RankClass:
 
     @property
     def parameters(self) -> int:
-        """Numbers that each of the ranks holds."""
+        """Parameters that each of the ranks holds."""
         return self.dense_parameters + self.expert_parameters
 
     @property
     def state_bytes(self) -> int:
-        """Weights, gradients and optimizer, of the rank with most."""
+        """Bytes of weights, gradients and optimizer, of the rank with most."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def total_bytes(self) -> int:
-        """All that was built, of the rank with most."""
+        """Bytes of everything that was built, of the rank with most."""
         return self.state_bytes + (self.activation_bytes or 0) + (self.passing_bytes or 0)
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """A job, as its ranks were built.
+    """The result of a dry run.
 
     Args:
         config: resolved for the job.
-        world_size: ranks.
+        world_size: number of ranks.
         classes: distinct ranks.
-        class_of_rank: for each rank its place in ``classes``.
-        optimizer_bytes_of_rank: for each rank.
-        total_parameters: of the model, padding of the vocabulary included.
-        active_parameters: those that one token meets.
-        counted_parameters: of all ranks together, a number that several hold counted once.
-        num_built: ranks that were built one by one.
-        problems: what does not add up; empty if all does.
-        activations_missing: why no activations were built; None: they were.
-        seconds: that it took.
+        class_of_rank: index in ``classes`` of each rank.
+        optimizer_bytes_of_rank: bytes of optimizer state of each rank.
+        total_parameters: parameters of the model, padding of the vocabulary included.
+        active_parameters: parameters that one token uses.
+        counted_parameters: parameters of all ranks together, each counted once.
+        num_built: number of ranks that were built.
+        problems: what does not add up; empty if everything does.
+        activations_missing: why activations were not built; None: they were.
+        seconds: time of the dry run.
     """
 
     config: Config
@@ -115,7 +115,7 @@ class DryRun:
 
 
 def _transformer_engine_is_unusable(config: Config, machine: Machine) -> list[str]:
-    """A message if its layers are asked for and cannot be built here."""
+    """Return a message if its layers are requested and cannot be built here."""
     if not config.model.transformer_engine or machine.transformer_engine:
         return []
     try:
@@ -131,13 +131,13 @@ def _transformer_engine_is_unusable(config: Config, machine: Machine) -> list[st
 
 @dataclass(frozen=True)
 class _Built:
-    """A rank that was built, and the bytes of activations: kept, of a pass, passing."""
+    """A rank that was built, and its bytes of activations: kept, of a pass, passing."""
 
     rank: BuiltRank
     activations: tuple[int, tuple[int, ...], int] | None
 
 
-# A rank's model: pipeline stage and parts of the matrices and experts.
+# What a rank's model depends on: its pipeline stage, and its shards of matrices and experts.
 _Place = tuple[int, int, int, int]
 
 
@@ -146,25 +146,25 @@ def dry_run(
 ) -> DryRun:
     """Build a job's ranks on the meta device and compare them with the whole model.
 
-    Ranks that differ in their data-parallel or context-parallel place only hold the same model; one
-    of them is built. Of the optimizer's state, which does depend on that place, the size of every
-    rank follows from the layout of the buffers.
+    Ranks that differ only in their data-parallel or context-parallel place hold the same model; one
+    of them is built. The optimizer's state does depend on that place; its size on every rank
+    follows from the layout of the buffers.
 
     Args:
         config: resolved or not; not changed.
         world_size: ranks of the job.
-        machine: what every rank is to run on.
-        every_rank: build each rank, to prove that the distinct ones stand for all.
+        machine: what every rank is meant to run on.
+        every_rank: build each rank, to prove that the distinct ones represent all.
 
     Raises:
-        ConfigError: all broken rules, but those on files, which need not be here.
+        ConfigError: all broken rules except those on files, which need not exist here.
         UnavailableError: this process is part of a job.
     """
     start = time.perf_counter()
     select_platform("cpu")
     unusable = _transformer_engine_is_unusable(config, machine)
     if config.training.fp8 is not None and config.model.transformer_engine is None:
-        # The rules of FP8 are those of a machine that has it; the weights are those of bf16.
+        # Check the rules of FP8 as for a machine that supports it; the weights are those of bf16.
         has_it = dataclasses.replace(machine, transformer_engine=True)
         planned_config(config, world_size, has_it, problems=unusable)
         config = copy.deepcopy(config)
@@ -187,7 +187,7 @@ def dry_run(
         problems += _wrong_model(rank, each, built[first_ranks[_place(coordinates[rank])]])
         problems += _wrong_optimizer(rank, each.rank, coordinates[rank], config)
     classes, class_of_rank, optimizer_bytes = _classes(config, coordinates, first_ranks, built)
-    counted = sum(sum(built[r].rank.parts.values()) for r in first_ranks.values())
+    counted = sum(sum(built[r].rank.saved.values()) for r in first_ranks.values())
     return DryRun(
         config=config,
         world_size=world_size,
@@ -205,7 +205,7 @@ def dry_run(
 
 
 def _whole_model(config: Config) -> tuple[ParameterCount, dict[str, int]]:
-    """Parameters of the model on one rank, and how many each weight of a checkpoint has."""
+    """Return the parameters of the model on one rank, and the size of each weight."""
     whole = copy.deepcopy(config)
     # Padded as the job pads it.
     whole.model.make_vocab_size_divisible_by = math.lcm(
@@ -222,7 +222,7 @@ def _place(coordinates: Coordinates) -> _Place:
 
 
 def _first_ranks(coordinates: Sequence[Coordinates]) -> dict[_Place, int]:
-    """For every distinct part of the model the first rank that holds it."""
+    """Return, for every distinct part of the model, the first rank that holds it."""
     first: dict[_Place, int] = {}
     for rank, each in enumerate(coordinates):
         first.setdefault(_place(each), rank)
@@ -247,7 +247,7 @@ def _build(
     *,
     with_activations: bool,
 ) -> _Built:
-    """Build a rank; activations once for all of a stage that hold equally much."""
+    """Build a rank; measure activations once for all ranks of a stage with the same sizes."""
     with fake_rank(config, rank, world_size) as platform:
         built, chunks = build_rank(config, platform)
         key = (stage, *_model_sizes(built))
@@ -271,16 +271,16 @@ def _model_sizes(built: BuiltRank) -> tuple[int, ...]:
 
 
 def _parts_that_do_not_add_up(ranks: Sequence[BuiltRank], sizes: Mapping[str, int]) -> list[str]:
-    """Every number of every whole weight is held, and saved by one rank alone."""
+    """Return problems unless every parameter is held, and saved by exactly one rank."""
     held: Counter[str] = Counter()
-    savers: Counter[Part] = Counter()
+    savers: Counter[ShardPlace] = Counter()
     for rank in ranks:
-        savers.update(rank.parts.keys())
-        for part, size in rank.parts.items():
-            held[part.key] += size
+        savers.update(rank.saved.keys())
+        for place, size in rank.saved.items():
+            held[place.key] += size
     problems = [
-        f"`{part.key}` at {part.offset} is saved by {count} ranks; one must save it"
-        for part, count in savers.items()
+        f"`{place.key}` at {place.offset} is saved by {count} ranks; one must save it"
+        for place, count in savers.items()
         if count > 1
     ]
     return problems + [
@@ -292,7 +292,7 @@ def _parts_that_do_not_add_up(ranks: Sequence[BuiltRank], sizes: Mapping[str, in
 
 
 def _wrong_model(rank: int, built: _Built, first: _Built) -> list[str]:
-    """A rank that is not what the first with its part of the model is."""
+    """Return a problem if a rank differs from the first rank with the same part of the model."""
     sizes, expected = _model_sizes(built.rank), _model_sizes(first.rank)
     if sizes == expected:
         return []
@@ -302,7 +302,7 @@ def _wrong_model(rank: int, built: _Built, first: _Built) -> list[str]:
 def _wrong_optimizer(
     rank: int, built: BuiltRank, coordinates: Coordinates, config: Config
 ) -> list[str]:
-    """State that was made is what the layout says; all ranks together update every parameter."""
+    """Return problems unless the state has the expected size and every parameter is updated."""
     problems = []
     expected = _optimizer_bytes(built, coordinates, config)
     if built.optimizer_bytes != expected:
@@ -325,7 +325,7 @@ def _wrong_optimizer(
 
 
 def _optimizer_bytes(built: BuiltRank, coordinates: Coordinates, config: Config) -> int:
-    """State of a rank that holds the same model as a built one."""
+    """Return the bytes of state of a rank that holds the same model as a built one."""
     # The engine's group of both has context parallelism inside.
     dense = coordinates.cp + config.parallel.context_parallel_size * coordinates.dp
     numbers = built.dense_optimizer_numbers[dense]
@@ -340,7 +340,7 @@ def _classes(
     first_ranks: Mapping[_Place, int],
     built: Mapping[int, _Built],
 ) -> tuple[tuple[RankClass, ...], tuple[int, ...], tuple[int, ...]]:
-    """Distinct ranks, the class of each rank, and the optimizer bytes of each rank."""
+    """Return distinct ranks, the class of each rank, and the optimizer bytes of each rank."""
     members: dict[tuple[int, ...], list[int]] = {}
     optimizer_bytes = []
     for rank, each in enumerate(coordinates):

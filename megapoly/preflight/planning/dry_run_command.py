@@ -1,4 +1,4 @@
-"""``--dry-run``: what :func:`megapoly.preflight.planning.dry_run.dry_run` found, as a table."""
+"""The option ``--dry-run``: make a dry run and print its result as a table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megapoly.platform.machine import Machine
 
 
 def run_command(config: Config, options: DryRunOptions) -> int:
-    """Build a job's ranks and print what they hold; on rank 0 only, if there are several.
+    """Build a job's ranks and print what they hold; of several processes only rank 0 does.
 
     Args:
         config: as parsed.
-        options: of the dry run.
+        options: options of the dry run.
 
     Returns:
-        Exit status: 0 if all adds up, 2 if not.
+        Exit status: 0 if everything adds up, 2 if not.
 
     Raises:
         MegapolyError: the job cannot be built.
@@ -29,7 +29,7 @@ def run_command(config: Config, options: DryRunOptions) -> int:
     if launcher.rank() != 0:
         return 0
     gpu = _gpu(options.gpu)
-    # What a module says as it runs is about this machine, where nothing runs.
+    # Modules log about this machine, and the job is for another one.
     logging.getLogger("megapoly").setLevel(logging.WARNING)
     from megapoly.platform.device import select_platform
 
@@ -54,7 +54,7 @@ def _gpu(name: str) -> GPU:
 
 
 def _world_size(options: DryRunOptions) -> int:
-    """As asked for, or the size of the present job."""
+    """Return the requested size, or the size of the current job."""
     if options.world_size is not None:
         return options.world_size
     return launcher.world_size()

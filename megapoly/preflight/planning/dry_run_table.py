@@ -1,4 +1,4 @@
-"""A dry run for the eye."""
+"""The result of a dry run as a table."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def show(found: DryRun, gpu: GPU, console: Console) -> None:
 
     Args:
         found: the dry run.
-        gpu: that the job is meant for.
-        console: where to.
+        gpu: GPU that the job is meant for.
+        console: where to print.
     """
     title = f"{found.world_size:,} x {gpu.name}: distinct ranks, memory in GiB"
     console.print(title, highlight=False, markup=False, soft_wrap=True)
@@ -65,14 +65,14 @@ def _lines(found: DryRun, gpu: GPU) -> list[str]:
         f"parameters: {found.total_parameters:,}, of which {found.active_parameters:,} active; the "
         f"ranks hold {found.counted_parameters:,}, each counted once",
         f"memory of the largest rank: {largest / _GIB:.1f} of {gpu.memory / _GIB:.0f} GiB, without "
-        "what the allocator loses to fragments and communication to its buffers",
+        "fragments of the allocator and buffers of communication",
     ]
     if found.activations_missing:
         lines.append(f"activations were not built: {found.activations_missing}")
     elif found.config.model.num_moe_experts:
-        lines.append("activations are those of tokens that are spread evenly over the experts")
+        lines.append("activations are for tokens that are distributed evenly over the experts")
     lines.append(
-        f"built {found.num_built} of {found.world_size:,} ranks, which stand for all, in "
+        f"built {found.num_built} of {found.world_size:,} ranks, which represent all, in "
         f"{found.seconds:.1f} s"
     )
     if not found.problems:

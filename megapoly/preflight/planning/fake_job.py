@@ -1,4 +1,4 @@
-"""One rank of a job whose other ranks do not exist, on the meta device."""
+"""One rank of a job without the other ranks, on the meta device."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ META = Platform(torch.device("meta"), "fake")
 
 @contextlib.contextmanager
 def fake_rank(config: Config, rank: int, world_size: int) -> Iterator[Platform]:
-    """Be one rank of a job, with all of the engine's groups, and leave nothing behind.
+    """Make this process one rank of a job, with all of the engine's groups; undo it at the end.
 
-    Within its context a collective takes the shapes that it would take and moves nothing, and the
-    engine makes every tensor without data.
+    Inside, a collective has the shapes that it would have and sends nothing, and the engine makes
+    every tensor without data.
 
     Args:
         config: resolved, a layout that fits ``world_size``.
-        rank: which one.
+        rank: number of the rank.
         world_size: ranks of the job.
 
     Yields:
         The meta device.
 
     Raises:
-        UnavailableError: this process belongs to a job already.
+        UnavailableError: this process is already part of a job.
     """
     # Registers the backend.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise UnavailableError(
-            "a dry run plays one rank after another, and this process is part of a job already; "
+            "a dry run builds one rank after another, and this process is already part of a job; "
             "start it in a process of its own"
         )
     dist.init_process_group(META.backend, store=FakeStore(), rank=rank, world_size=world_size)
@@ -56,7 +56,7 @@ def fake_rank(config: Config, rank: int, world_size: int) -> Iterator[Platform]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within its context an attribute of a module or class is another."""
+    """Replace an attribute of a module or class while the context is active."""
     is_inherited = isinstance(owner, type) and name not in vars(owner)
     original = getattr(owner, name)
     setattr(owner, name, value)
@@ -70,17 +70,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Where the engine makes buffers, for example distributed/param_and_grad_buffer.py:806."""
+    """Set the device of the engine's buffers, such as distributed/param_and_grad_buffer.py:806."""
     return replaced(torch.cuda, "current_device", lambda: device)
 
 
 @contextlib.contextmanager
 def _only_own_groups(rank: int) -> Iterator[None]:
-    """Make the groups that the rank is in, those of gloo as well, as fake ones.
+    """Create only the groups that the rank is in, also those of gloo, as fake groups.
 
-    ``initialize_model_parallel`` asks for every group of the job, since a real backend needs that.
-    Of the others a rank gets a placeholder either way, so they are not made here, again for each
-    rank that is built.
+    ``initialize_model_parallel`` creates every group of the job, since a real backend needs that.
+    For groups of other ranks a rank gets a placeholder either way, so they are not created, which
+    would be done again for each rank that is built.
     """
     make = parallel_state.create_group
 
@@ -100,7 +100,7 @@ _engine_members = parallel_state.generate_masked_orthogonal_rank_groups
 def _members_of_groups(
     world_size: int, parallel_size: list[int], mask: list[bool]
 ) -> list[list[int]]:
-    """The engine's lists, which are the same whichever rank asks."""
+    """Return the engine's lists, which are the same for every rank, from a cache."""
     return _cached_members(world_size, tuple(parallel_size), tuple(mask))
 
 

@@ -1,13 +1,13 @@
-"""Memory of one rank, in bytes: weights, gradients, optimizer state, activations, work space.
+"""Memory of one rank, in bytes: weights, gradients, optimizer, activations, temporary tensors.
 
-Activations are what the modules of this project's local spec keep for the backward pass; the
-entries of :func:`layer_activations` and :func:`head_activations` are tensors that autograd saves,
-and tests compare them with what it does save, and all of this with dry runs. With Transformer
-Engine the same tensors are kept in other modules, in FP8 some of them in a byte instead of two;
-that has not been measured.
+Activations are what the modules of this project's local spec keep for the backward pass: the
+entries of :func:`layer_activations` and :func:`head_activations` are tensors that autograd saves.
+Tests compare them with what it saves, and all figures with dry runs. With Transformer Engine other
+modules keep the same tensors, in FP8 some of them in one byte instead of two; that has not been
+measured.
 
-Not in these figures, and the reason for :data:`HEADROOM`: the CUDA context and libraries, nccl's
-buffers, and what the allocator cannot use.
+:data:`HEADROOM` is for what these figures leave out: the CUDA context and libraries, NCCL's
+buffers, and fragments of the allocator.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from megapoly.activations import registry
 from megapoly.config import Config, ffn_width, padded_vocab_size
 from megapoly.config.resolve import num_microbatches, sequence_parts
 from megapoly.preflight.planning.parameters import counts_of_rank, stage_parts
-from megapoly.preflight.planning.ranks import Grid
+from megapoly.preflight.planning.rank_grid import RankGrid
 
-# Share of the device's memory that a layout has to leave free to count as fitting.
+# Share of the device's memory that a layout must leave free to fit.
 HEADROOM = 0.1
 
 _FP32 = 4
@@ -31,10 +31,10 @@ class Saved(NamedTuple):
     """A tensor that is kept for the backward pass.
 
     Args:
-        name: of the tensor, and of the module that keeps it.
+        name: name of the tensor, and of the module that keeps it.
         size: bytes for each token of the micro-batch on this rank (of seq_length / cp tokens).
-        module: part of the layer: ``attention`` core, ``ffn`` (``mlp`` or ``moe`` of
-            ``parallel.recompute_modules``), or '' for what no option recomputes alone.
+        module: entry of ``parallel.recompute_modules`` that recomputes it (``core_attn``, ``mlp``
+            or ``moe``); '': none does.
     """
 
     name: str
@@ -44,14 +44,14 @@ class Saved(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at the fullest moment of a step.
+    """Bytes of one rank at the peak of a step.
 
     Args:
-        weights: parameters as the model computes with them; with FP8 these copies, too.
+        weights: parameters in the precision of the computation; with FP8 also the FP8 copies.
         gradients: fp32 buffers of all of them.
         optimizer: moments, and fp32 copies of bf16 weights; a share with the distributed optimizer.
-        activations: kept for the backward pass, of all micro-batches that are under way.
-        temporary: the largest tensors that live for a moment.
+        activations: kept for the backward pass, of all micro-batches in flight.
+        temporary: the largest tensors that exist for a short time.
     """
 
     weights: int
@@ -62,12 +62,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """Sum of all five."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
 def memory_of_rank(config: Config, world_size: int, stage: int) -> Memory:
-    """Memory of each rank of a pipeline stage.
+    """Return the memory of each rank of a pipeline stage.
 
     Args:
         config: resolved.
@@ -86,7 +86,7 @@ def memory_of_rank(config: Config, world_size: int, stage: int) -> Memory:
 
 
 def _fp8_copies(config: Config, stage: int) -> int:
-    """The layers' matrices in FP8, by rows and by columns, that Transformer Engine keeps."""
+    """Return the bytes of the FP8 copies, by rows and by columns, of the layers' matrices."""
     if config.training.fp8 is None:
         return 0
     matrices = ("attention", "FFN", "experts", "shared expert")
@@ -94,37 +94,37 @@ def _fp8_copies(config: Config, stage: int) -> int:
 
 
 def element_size(config: Config) -> int:
-    """Bytes of a weight and of an activation."""
+    """Return the bytes of one element of a weight or an activation."""
     return 2 if config.training.bf16 else _FP32
 
 
 def tokens_of_rank(config: Config) -> int:
-    """Tokens of a micro-batch on one rank, before sequence parallelism."""
+    """Return the tokens of a micro-batch on one rank, before sequence parallelism."""
     training = config.training
     samples = training.micro_batch_size * training.seq_length
     return samples // config.parallel.context_parallel_size
 
 
 def optimizer_bytes_per_parameter(config: Config) -> int:
-    """Two fp32 moments and, of bf16 weights, an fp32 copy."""
+    """Return the bytes of two fp32 moments and, for bf16 weights, of an fp32 copy."""
     return (3 if config.training.bf16 else 2) * _FP32
 
 
 def updated_parameters(config: Config, world_size: int, stage: int) -> int:
-    """Parameters that each rank of a pipeline stage updates: all it has, or its share of them."""
+    """Return how many parameters each rank of a pipeline stage updates: all, or its shard."""
     counts = counts_of_rank(config, stage)
     if not config.parallel.use_distributed_optimizer:
         return counts.total
-    sizes = Grid.of(config, world_size).sizes
+    sizes = RankGrid.of(config, world_size).sizes
     dense = -(-counts.dense // (sizes["dp"] * sizes["cp"]))
     return dense + -(-counts.routed // sizes["edp"])
 
 
 def layer_activations(config: Config) -> list[Saved]:
-    """What one layer keeps of one token.
+    """Return what one layer keeps for one token.
 
     Args:
-        config: resolved. Routing is taken to be balanced.
+        config: resolved. Routing is assumed to be balanced.
     """
     model, parallel = config.model, config.parallel
     assert model.kv_channels is not None and model.num_query_groups is not None
@@ -140,8 +140,8 @@ def layer_activations(config: Config) -> list[Saved]:
         Saved("statistic of the attention norm", statistic),
         Saved("input of the QKV projection", hidden),
     ]
-    # Values are a part of it. Ranks of a context that gather keys and values, or exchange heads,
-    # keep what they then have instead; the core's inputs are kept where the core is recomputed.
+    # The values are part of this tensor. Context-parallel ranks that gather keys and values, or
+    # exchange heads, keep the results instead; where the core is recomputed, its inputs are kept.
     exchanged = parallel.cp_comm_type in ("all_gather", "a2a")
     recomputed = parallel.recompute_granularity == "selective"
     recomputed = recomputed and "core_attn" in parallel.recompute_modules
@@ -151,7 +151,7 @@ def layer_activations(config: Config) -> list[Saved]:
         norms = heads + model.num_query_groups / tensor if model.qk_norm == "head" else 2
         saved.append(Saved("statistics of QK-norms", norms * _FP32))
         if model.num_query_groups < model.num_attention_heads:
-            # Heads of a group lie apart in what the projection made.
+            # Heads of a group are not contiguous in the projection's output.
             saved.append(Saved("queries in the order of heads", query * item))
     # Sines and cosines, for queries and for keys, are the same for every sample.
     rotation = 4 * model.kv_channels * item / config.training.micro_batch_size
@@ -181,11 +181,11 @@ def _dense_ffn(config: Config) -> list[Saved]:
 
 
 def _ffn(config: Config, width: float, rows: float, *, is_routed: bool = False) -> list[Saved]:
-    """FC1's output, what the activation adds, FC2's input, for ``rows`` rows of a token."""
+    """Return FC1's output, what the activation keeps, and FC2's input, for rows of a token."""
     activation = registry.get(config.model.activation)
     row = width * element_size(config) * rows
     saved = []
-    if activation.keeps_input:  # others keep their output, which FC2 keeps, too
+    if activation.keeps_input:  # others keep their output, which FC2 keeps as well
         saved.append(Saved("output of FC1", row * (2 if activation.gated else 1)))
     if not activation.has_coefficients:
         if activation.gated:
@@ -218,7 +218,7 @@ def _moe_activations(config: Config, cut: int) -> list[Saved]:
 
 
 def rows_of_experts(config: Config) -> float:
-    """Rows of this rank's experts for each token of the micro-batch, with balanced routing."""
+    """Return the rows of this rank's experts for each token, with balanced routing."""
     parallel = config.parallel
     cut = sequence_parts(parallel)
     assert parallel.expert_tensor_parallel_size is not None, "resolve first"
@@ -226,7 +226,7 @@ def rows_of_experts(config: Config) -> float:
 
 
 def head_activations(config: Config) -> list[Saved]:
-    """What final norm, output layer and loss keep of one token."""
+    """Return what final norm, output layer and loss keep for one token."""
     parallel, hidden = config.parallel, config.model.hidden_size * element_size(config)
     tensor = parallel.tensor_model_parallel_size
     cut = sequence_parts(parallel)
@@ -240,7 +240,7 @@ def head_activations(config: Config) -> list[Saved]:
 
 
 def kept_by_layer(config: Config) -> tuple[float, float]:
-    """Bytes a token that a recomputed layer keeps, and that it makes anew to go backward."""
+    """Return the bytes per token that a layer keeps, and that its backward pass recomputes."""
     saved = layer_activations(config)
     everything = sum(entry.size for entry in saved)
     granularity = config.parallel.recompute_granularity
@@ -255,12 +255,12 @@ def kept_by_layer(config: Config) -> tuple[float, float]:
 
 def _activation_bytes(config: Config, world_size: int, stage: int) -> float:
     is_last = stage == config.parallel.pipeline_model_parallel_size - 1
-    under_way = chunks_under_way(config, world_size, stage)
+    in_flight = chunks_in_flight(config, world_size, stage)
     assert config.model.kv_channels is not None, "resolve first"
     frequencies = config.model.kv_channels * _FP32 / config.training.micro_batch_size
-    kept = under_way * (_kept_by_chunk(config) + frequencies)
-    # What goes to the next chunk is kept, too; the last chunk of all keeps the head's.
-    kept += (under_way - is_last) * layer_activations(config)[0].size
+    kept = in_flight * (_kept_by_chunk(config) + frequencies)
+    # The output for the next chunk is kept as well; the last chunk of all keeps the head's.
+    kept += (in_flight - is_last) * layer_activations(config)[0].size
     if is_last:
         kept += sum(saved.size for saved in head_activations(config))
     return tokens_of_rank(config) * kept
@@ -273,7 +273,7 @@ def _layers_of_chunk(config: Config) -> int:
 
 
 def _kept_by_chunk(config: Config) -> float:
-    """Bytes a token that the layers of a chunk keep."""
+    """Return the bytes per token that the layers of a chunk keep."""
     parallel, layers = config.parallel, _layers_of_chunk(config)
     kept, anew = kept_by_layer(config)
     if parallel.recompute_granularity != "full":
@@ -285,8 +285,8 @@ def _kept_by_chunk(config: Config) -> float:
     return recomputed * kept + (layers - recomputed) * (kept + anew)
 
 
-def _made_anew(config: Config) -> float:
-    """Bytes a token that recomputation holds at once, beyond what was freed before it begins."""
+def _recomputed(config: Config) -> float:
+    """Return the bytes per token that recomputation adds, beyond what was freed before."""
     parallel, layers = config.parallel, _layers_of_chunk(config)
     kept, anew = kept_by_layer(config)
     if parallel.recompute_granularity != "full":
@@ -295,15 +295,16 @@ def _made_anew(config: Config) -> float:
     if parallel.recompute_method == "uniform":
         together = parallel.recompute_num_layers
         return (together - 1) * kept + together * anew
-    # Layers that are not recomputed come last, and go backward first.
+    # Layers that are not recomputed are the last, and run their backward passes first.
     freed = max(0, layers - parallel.recompute_num_layers) * (kept + anew)
     return max(0.0, anew - freed)
 
 
-def chunks_under_way(config: Config, world_size: int, stage: int) -> int:
-    """Forward passes of a stage's chunk that wait for their backward pass, at most.
+def chunks_in_flight(config: Config, world_size: int, stage: int) -> int:
+    """Return the maximum of a stage's forward passes that wait for their backward pass.
 
-    One forward, one backward (pipeline_parallel/schedules.py of Megatron-Core 0.16.1).
+    The schedule is one forward, one backward (pipeline_parallel/schedules.py of Megatron-Core
+    0.16.1).
     """
     parallel = config.parallel
     stages, batches = parallel.pipeline_model_parallel_size, num_microbatches(config, world_size)
@@ -315,7 +316,7 @@ def chunks_under_way(config: Config, world_size: int, stage: int) -> int:
 
 
 def _temporary_bytes(config: Config, stage: int) -> float:
-    """The most that is held for a moment: in the loss, or where a layer goes backward.
+    """Return the bytes of temporary tensors: in the loss, or in the backward pass of a layer.
 
     With sequence parallelism the engine keeps one buffer for the gathered input of a matrix
     (tensor_parallel/layers.py of Megatron-Core 0.16.1).
@@ -329,12 +330,12 @@ def _temporary_bytes(config: Config, stage: int) -> float:
         logits = padded_vocab_size(config) / tensor * item
         head = sum(saved.size for saved in head_activations(config))
     buffer = model.hidden_size * item if parallel.sequence_parallel else 0
-    most = max(logits, gradients - head, _made_anew(config) + gradients - head)
+    most = max(logits, gradients - head, _recomputed(config) + gradients - head)
     return tokens_of_rank(config) * (most + buffer)
 
 
 def _gradients_of_ffn(config: Config) -> float:
-    """Numbers a token of the gradients that are held at once where an FFN goes backward."""
+    """Return the elements per token of the gradients held at once in an FFN's backward pass."""
     model, parallel = config.model, config.parallel
     assert parallel.expert_tensor_parallel_size is not None, "resolve first"
     rows = 1 + registry.get(model.activation).gated, 1  # of FC1's output, FC2's input
@@ -343,6 +344,6 @@ def _gradients_of_ffn(config: Config) -> float:
         return sum(rows) * width
     assert model.moe_ffn_hidden_size is not None
     width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
-    # Or of the experts' tokens, as they are sent, gathered and sorted: seen in dry runs.
+    # Or those of the experts' tokens, which are sent, gathered and sorted: measured in dry runs.
     copies = 4 if parallel.expert_tensor_parallel_size == 1 else 6
     return rows_of_experts(config) * max(sum(rows) * width, copies * model.hidden_size)

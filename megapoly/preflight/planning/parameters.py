@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them one rank holds."""
+"""The number of parameters of a model, and of each rank."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megapoly.config import Config, ffn_width, padded_vocab_size
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Parameters of one kind, of one layer or of an end of the model.
 
     Args:
-        name: for tables.
-        total: in the model.
-        on_rank: on a rank that holds a share of them.
+        name: name in tables.
+        total: number in the model.
+        on_rank: number on a rank that holds a shard of them.
         routed: whether each expert has its own.
     """
 
@@ -28,11 +28,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters by what data parallelism does with them.
+    """Parameters of a rank, by the group that reduces their gradients.
 
     Args:
-        dense: on every rank of the data-parallel group.
-        routed: those of experts, on the ranks of the expert-data-parallel group.
+        dense: reduced over the data-parallel group.
+        routed: parameters of experts, reduced over the expert-data-parallel group.
     """
 
     dense: int
@@ -40,12 +40,12 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Sum of both."""
         return self.dense + self.routed
 
 
-def layer_parts(config: Config) -> list[Part]:
-    """Parameters of one transformer layer.
+def layer_parts(config: Config) -> list[ModelPart]:
+    """Return the parameters of one transformer layer.
 
     Args:
         config: resolved.
@@ -56,25 +56,25 @@ def layer_parts(config: Config) -> list[Part]:
     query = model.num_attention_heads * model.kv_channels
     key = model.num_query_groups * model.kv_channels
 
-    def cut(name: str, size: int) -> Part:
-        return Part(name, size, size // tensor)
+    def split(name: str, size: int) -> ModelPart:
+        return ModelPart(name, size, size // tensor)
 
-    def whole(name: str, size: int) -> Part:
-        return Part(name, size, size)
+    def replicated(name: str, size: int) -> ModelPart:
+        return ModelPart(name, size, size)
 
     parts = [
-        cut("attention", hidden * (2 * query + 2 * key)),
-        whole("norms", 2 * hidden),
+        split("attention", hidden * (2 * query + 2 * key)),
+        replicated("norms", 2 * hidden),
     ]
     if model.qk_norm == "head":
-        parts.append(whole("QK-norm", 2 * model.kv_channels))
+        parts.append(replicated("QK-norm", 2 * model.kv_channels))
     if model.qk_norm == "full":
-        parts.append(cut("QK-norm", query + key))
+        parts.append(split("QK-norm", query + key))
     coefficients = num_coefficients(config)
     if not model.num_moe_experts:
         parts += [
-            cut("FFN", ffn_parameters(config, model.ffn_hidden_size)),
-            whole("activation", coefficients),
+            split("FFN", ffn_parameters(config, model.ffn_hidden_size)),
+            replicated("activation", coefficients),
         ]
         return parts
     assert model.moe_ffn_hidden_size is not None
@@ -86,34 +86,34 @@ def layer_parts(config: Config) -> list[Part]:
     assert parallel.expert_tensor_parallel_size is not None, "resolve first"
     share = expert // parallel.expert_tensor_parallel_size
     parts += [
-        whole("router", hidden * experts),
-        Part("experts", experts * expert, on_rank * share, routed=True),
+        replicated("router", hidden * experts),
+        ModelPart("experts", experts * expert, on_rank * share, routed=True),
     ]
     if model.activation_coefficients == "per_expert":
         parts.append(
-            Part("activation", experts * coefficients, on_rank * coefficients, routed=True)
+            ModelPart("activation", experts * coefficients, on_rank * coefficients, routed=True)
         )
     else:
-        parts.append(whole("activation", coefficients))
+        parts.append(replicated("activation", coefficients))
     if model.moe_shared_expert_intermediate_size:
         shared = ffn_parameters(config, model.moe_shared_expert_intermediate_size)
-        parts += [cut("shared expert", shared), whole("shared activation", coefficients)]
+        parts += [split("shared expert", shared), replicated("shared activation", coefficients)]
     return [part for part in parts if part.total]
 
 
 def ffn_parameters(config: Config, size: int) -> int:
-    """Elements of FC1 and FC2.
+    """Return the number of elements of FC1 and FC2.
 
     Args:
         config: resolved.
-        size: one of the FFN widths of the configuration, before the two thirds of a gate.
+        size: one of the FFN widths of the configuration, before a gate's two thirds.
     """
     matrices = 3 if registry.get(config.model.activation).gated else 2
     return matrices * config.model.hidden_size * ffn_width(config.model, size)
 
 
 def num_coefficients(config: Config) -> int:
-    """Learned numbers of one activation."""
+    """Return the number of coefficients of one activation."""
     activation = registry.get(config.model.activation)
     if activation.coefficients is None:
         return 0
@@ -121,29 +121,29 @@ def num_coefficients(config: Config) -> int:
     return sum(len(values) for values in vectors.values())
 
 
-def embedding_part(config: Config) -> Part:
-    """The input embedding, on the first pipeline stage; padding of the vocabulary counts."""
+def embedding_part(config: Config) -> ModelPart:
+    """Return the input embedding, on the first pipeline stage, with padding of the vocabulary."""
     size = padded_vocab_size(config) * config.model.hidden_size
-    return Part("embedding", size, size // config.parallel.tensor_model_parallel_size)
+    return ModelPart("embedding", size, size // config.parallel.tensor_model_parallel_size)
 
 
-def output_parts(config: Config) -> list[Part]:
-    """Final norm and output layer, on the last pipeline stage.
+def output_parts(config: Config) -> list[ModelPart]:
+    """Return final norm and output layer, on the last pipeline stage.
 
     With tied embeddings the model has no output layer, but a last stage that is not the first has
     a copy of the embedding.
     """
     embedding, hidden = embedding_part(config), config.model.hidden_size
-    norm = Part("final norm", hidden, hidden)
+    norm = ModelPart("final norm", hidden, hidden)
     if config.model.untie_embeddings_and_output_weights:
-        return [norm, Part("output layer", embedding.total, embedding.on_rank)]
+        return [norm, ModelPart("output layer", embedding.total, embedding.on_rank)]
     if config.parallel.pipeline_model_parallel_size > 1:
-        return [norm, Part("copy of the embedding", 0, embedding.on_rank)]
+        return [norm, ModelPart("copy of the embedding", 0, embedding.on_rank)]
     return [norm]
 
 
-def stage_parts(config: Config, stage: int) -> list[Part]:
-    """Every part of a pipeline stage, its layers' once for each layer."""
+def stage_parts(config: Config, stage: int) -> list[ModelPart]:
+    """Return every part of a pipeline stage, those of layers once for each layer."""
     stages = config.parallel.pipeline_model_parallel_size
     parts = layer_parts(config) * (config.model.num_layers // stages)
     if stage == 0:
@@ -154,7 +154,7 @@ def stage_parts(config: Config, stage: int) -> list[Part]:
 
 
 def counts_of_rank(config: Config, stage: int) -> Counts:
-    """Parameters of each rank of a pipeline stage."""
+    """Return the parameters of each rank of a pipeline stage."""
     parts = stage_parts(config, stage)
     return Counts(
         dense=sum(part.on_rank for part in parts if not part.routed),
@@ -162,21 +162,21 @@ def counts_of_rank(config: Config, stage: int) -> Counts:
     )
 
 
-def model_parts(config: Config) -> list[Part]:
-    """Every part of the model, its layers' summed over layers; ``on_rank`` is that of one layer."""
+def model_parts(config: Config) -> list[ModelPart]:
+    """Return every part of the model, summed over layers; ``on_rank`` is for one layer."""
     layers = config.model.num_layers
-    inner = [Part(p.name, p.total * layers, p.on_rank, p.routed) for p in layer_parts(config)]
+    inner = [ModelPart(p.name, p.total * layers, p.on_rank, p.routed) for p in layer_parts(config)]
     parts = [embedding_part(config), *inner, *output_parts(config)]
     return [part for part in parts if part.total]
 
 
 def total_parameters(config: Config) -> int:
-    """Parameters of the model; padding of the vocabulary counts."""
+    """Return the number of parameters of the model, with padding of the vocabulary."""
     return _sum(model_parts(config))
 
 
 def active_parameters(config: Config) -> int:
-    """Parameters that one token meets: all but those of the experts that it is not sent to."""
+    """Return the number of parameters that one token uses: all but those of unused experts."""
     model = config.model
     if not model.num_moe_experts:
         return total_parameters(config)
@@ -185,5 +185,5 @@ def active_parameters(config: Config) -> int:
     return total_parameters(config) - routed // model.num_moe_experts * idle
 
 
-def _sum(parts: Iterable[Part]) -> int:
+def _sum(parts: Iterable[ModelPart]) -> int:
     return sum(part.total for part in parts)

@@ -1,4 +1,4 @@
-"""The plan of a run: everything of this package put together, as numbers and as JSON."""
+"""The plan of a job: all results of this package, as numbers and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from megapoly.preflight.planning.parameters import (
     model_parts,
     total_parameters,
 )
-from megapoly.preflight.planning.ranks import DENSE_AXES, EXPERT_AXES, Grid, Link, num_nodes
+from megapoly.preflight.planning.rank_grid import (
+    DENSE_AXES,
+    EXPERT_AXES,
+    GroupLink,
+    RankGrid,
+    num_nodes,
+)
 from megapoly.preflight.planning.step_time import StepTime, step_time
 from megapoly.training.flops import (
     forward_flops_per_token,
@@ -31,12 +37,12 @@ _SECONDS_A_DAY = 86_400
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration that the rules let run, at a number of processes of a GPU.
+    """A configuration that the rules allow, at a number of processes, each on one GPU.
 
     Args:
         config: resolved.
-        world_size: processes.
-        gpu: of every process.
+        world_size: number of processes.
+        gpu: GPU of every process.
     """
 
     config: Config
@@ -45,13 +51,13 @@ class Plan:
 
     @property
     def num_stages(self) -> int:
-        """Pipeline stages."""
+        """Number of pipeline stages."""
         return self.config.parallel.pipeline_model_parallel_size
 
     @cached_property
-    def grid(self) -> Grid:
-        """Sizes and places of the layout."""
-        return Grid.of(self.config, self.world_size)
+    def grid(self) -> RankGrid:
+        """The ranks of the job as a grid."""
+        return RankGrid.of(self.config, self.world_size)
 
     @cached_property
     def counts(self) -> list[Counts]:
@@ -76,12 +82,12 @@ class Plan:
 
     @property
     def usable_memory(self) -> int:
-        """Bytes that a layout may need: the device's, without what has to stay free."""
+        """Bytes that a rank may need: the device's memory without what must stay free."""
         return int(self.gpu.memory * (1.0 - HEADROOM))
 
     @property
     def fits(self) -> bool:
-        """Whether every rank's memory does."""
+        """Whether every rank fits into the device's memory."""
         return self.needed_memory <= self.usable_memory
 
     @cached_property
@@ -92,7 +98,7 @@ class Plan:
 
     @cached_property
     def step(self) -> StepTime:
-        """Least time of a step."""
+        """Lower bound on the time of a step."""
         return step_time(self.config, self.world_size, self.gpu, self.collectives)
 
     @property
@@ -103,15 +109,15 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Days of the whole run, at least."""
+        """Lower bound on the days of the whole run."""
         return self.train_tokens / self.step.tokens_per_second / _SECONDS_A_DAY
 
-    def group_link(self, *axes: str) -> Link:
-        """What joins rank 0 with those that differ from it along these axes."""
-        return Link.between(self.grid.group(*axes), self.gpu)
+    def group_link(self, *axes: str) -> GroupLink:
+        """Return what connects rank 0 with the ranks that differ from it along these axes."""
+        return GroupLink.between(self.grid.group(*axes), self.gpu)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as numbers and text; bytes, seconds and FLOPs without prefixes."""
+        """Return everything as numbers and text; in bytes, seconds and FLOPs."""
         config = self.config
         return {
             "gpu": self.gpu.name,

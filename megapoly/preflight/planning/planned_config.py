@@ -1,4 +1,4 @@
-"""A configuration for machines that are not at hand."""
+"""Resolve a configuration for machines that are not available."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from megapoly.platform.machine import Machine
 def planned_config(
     config: Config, world_size: int, machine: Machine, *, problems: Sequence[str] = ()
 ) -> Config:
-    """The resolved configuration of a job that is not started here.
+    """Return the resolved configuration of a job that is not started here.
 
     Args:
         config: resolved or not; not changed.
         world_size: ranks of the job.
-        machine: what every rank is to run on.
-        problems: what else is wrong, reported together with the rules.
+        machine: what every rank is meant to run on.
+        problems: other problems, reported together with the broken rules.
 
     Raises:
-        ConfigError: every broken rule, but those on files, which need not be here.
+        ConfigError: all broken rules except those on files, which need not exist here.
         DataError: the tokenizer's file exists and cannot be used.
     """
     found = list(problems)
@@ -31,7 +31,7 @@ def planned_config(
     if vocab_size is None and config.model.vocab_size is None:
         found.append(
             f"`model.vocab_size` (null) is the tokenizer's, and `data.tokenizer` "
-            f"({config.data.tokenizer}) is not here; set `--model.vocab_size`"
+            f"({config.data.tokenizer}) does not exist here; set `--model.vocab_size`"
         )
     check(
         config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+from megapoly.config.options import text_of
 from megapoly.config.resolve import num_microbatches, tokens_per_step
 from megapoly.preflight.planning.memory import HEADROOM
 from megapoly.preflight.planning.parameters import active_parameters, model_parts, total_parameters
 from megapoly.preflight.planning.plan import Plan
-from megapoly.preflight.planning.ranks import num_nodes
-from megapoly.preflight.planning.search import Found
+from megapoly.preflight.planning.rank_grid import num_nodes
+from megapoly.preflight.planning.search import FittingLayout
 from megapoly.training.flops import recomputed_flops_per_token, training_flops_per_token
 
 # Shown when no single change of `remedies` is enough.
@@ -32,7 +34,7 @@ _AXES = {
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print everything but suggestions and search."""
+    """Print everything except suggestions and search."""
     nodes = num_nodes(plan.world_size, plan.gpu)
     plural = "s" if nodes > 1 else ""
     lines = f"{plan.config.run_dir}: {plan.world_size} x {plan.gpu.name} on {nodes} node{plural}"
@@ -53,18 +55,18 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def parameter_table(plan: Plan) -> Table:
-    """Parts of the model."""
+    """Return a table of the model's parameters."""
     config = plan.config
     table = _table("parameters", "of the model:", "")
     for part in model_parts(config):
         table.add_row(part.name, f"{part.total:,}", "each expert its own" if part.routed else "")
     table.add_row("total", f"{total_parameters(config):,}", "", style="bold")
-    table.add_row("active", f"{active_parameters(config):,}", "met by one token", style="bold")
+    table.add_row("active", f"{active_parameters(config):,}", "used by one token", style="bold")
     return table
 
 
 def layout_table(plan: Plan) -> Table:
-    """Sizes of the grid, and rank 0's group along each axis."""
+    """Return a table of the sizes of the layout, and of rank 0's group along each axis."""
     table = _table("parallelism", "size:", "rank 0 with ranks", "through")
     for axis, name in _AXES.items():
         if axis in ("etp", "ep", "edp") and not plan.config.model.num_moe_experts:
@@ -85,7 +87,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Memory of one rank of each kind of pipeline stage."""
+    """Return a table of the memory of one rank of each kind of pipeline stage."""
     table = _table("memory of a rank", *_stage_names(plan))
     columns = [plan.memory[stages[0]] for stages in _like_stages(plan)]
     for name in ("weights", "gradients", "optimizer", "activations", "temporary"):
@@ -95,16 +97,16 @@ def memory_table(plan: Plan) -> Table:
 
 
 def memory_line(plan: Plan) -> str:
-    """Whether it fits into the device's memory."""
+    """Return one sentence on whether the plan fits into the device's memory."""
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     return (
         f"{verdict} in {_gib(plan.usable_memory)} GiB; {HEADROOM:.0%} of {_gib(plan.gpu.memory)} "
-        "GiB are left to CUDA, nccl and the allocator"
+        "GiB are left for CUDA, NCCL and the allocator"
     )
 
 
 def _like_stages(plan: Plan) -> list[list[int]]:
-    """Pipeline stages with the same memory, together."""
+    """Return the pipeline stages in groups with the same memory."""
     stages = range(plan.num_stages)
     return [list(group) for _, group in groupby(stages, key=lambda stage: plan.memory[stage])]
 
@@ -119,7 +121,7 @@ def _stage_names(plan: Plan) -> list[str]:
 
 
 def message_table(plan: Plan) -> Table:
-    """Messages of a rank of the stage whose messages take longest."""
+    """Return a table of the messages of a rank, of the stage whose messages take longest."""
     stage = max(range(plan.num_stages), key=lambda s: sum(c.time for c in plan.collectives[s]))
     title = "messages of a step"
     if plan.num_stages > 1:
@@ -142,13 +144,13 @@ def message_table(plan: Plan) -> Table:
 
 
 def time_table(plan: Plan) -> Table:
-    """The bound on the step's time."""
+    """Return a table of the lower bound on the time of a step."""
     step = plan.step
     table = _table("time of a step, at least", "seconds:", "")
-    again = recomputed_flops_per_token(plan.config) / training_flops_per_token(plan.config)
+    recomputed = recomputed_flops_per_token(plan.config) / training_flops_per_token(plan.config)
     notes = {
         "products": f"at {_peaks(plan)}"
-        + (f"; {again:.0%} more by recomputation" if again else ""),
+        + (f"; {recomputed:.0%} more by recomputation" if recomputed else ""),
         "operators": f"at {plan.gpu.memory_bandwidth / 1e9:,.0f} GB/s",
         "messages": "that are waited for",
         "bubble": "of the pipeline",
@@ -174,7 +176,7 @@ def _peaks(plan: Plan) -> str:
 
 
 def time_lines(plan: Plan) -> list[str]:
-    """What follows from the bound."""
+    """Return the lines that follow from the bound."""
     config, step = plan.config, plan.step
     batches = num_microbatches(config, plan.world_size)
     per_token = training_flops_per_token(config)
@@ -193,8 +195,8 @@ def _of_bf16(plan: Plan) -> str:
     return "" if training.bf16 and training.fp8 is None else " (of the bf16 peak)"
 
 
-def search_table(found: list[Found], limit: int) -> Table:
-    """The layouts that take the least time."""
+def search_table(found: list[FittingLayout], limit: int) -> Table:
+    """Return a table of the layouts with the lowest bounds."""
     table = _table(
         f"{min(limit, len(found))} of {len(found)} that fit",
         "micro-batch:",
@@ -218,21 +220,13 @@ def search_table(found: list[Found], limit: int) -> Table:
     return table
 
 
-def words(options: dict[str, Any]) -> str:
-    """Options as a command line takes them."""
-    return " ".join(f"--{key} {_word(value)}" for key, value in options.items())
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return f"'[{', '.join(map(str, value))}]'"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+def arguments(options: dict[str, Any]) -> str:
+    """Return options as arguments of a command line."""
+    return " ".join(f"--{key} {shlex.quote(text_of(value))}" for key, value in options.items())
 
 
 def _table(*columns: str) -> Table:
-    """A table without lines; columns whose names end with a colon are of numbers."""
+    """Return a table without lines; columns whose names end with a colon hold numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         is_number = column.endswith(":")
@@ -246,8 +240,9 @@ def _gib(size: float) -> str:
 
 
 def suggestions(found: Iterable[tuple[dict[str, Any], Plan]]) -> list[str]:
-    """One line for each change that makes a plan fit."""
+    """Return one line for each change that makes a plan fit."""
     return [
-        f"{words(change)}: {_gib(plan.needed_memory)} GiB, at least {plan.step.total:.3f} s a step"
+        f"{arguments(change)}: {_gib(plan.needed_memory)} GiB, at least {plan.step.total:.3f} s "
+        "a step"
         for change, plan in found
     ]

@@ -1,4 +1,4 @@
-"""Layouts that fit, by the bound on their time; what to change where a plan does not fit."""
+"""Search for layouts that fit, and for changes that make a plan fit."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Resolve = Callable[[Config], Config]
 
 
 @dataclass(frozen=True)
-class Found:
+class FittingLayout:
     """A layout that fits.
 
     Args:
-        layout: sizes.
-        options: what sets it, by dotted names, beside what was given.
-        plan: of it.
+        layout: the layout.
+        options: options that set it, by dotted names, beside those that were given.
+        plan: its plan.
     """
 
     layout: Layout
@@ -42,21 +42,24 @@ class Found:
     plan: Plan
 
 
-def search(config: Config, given: Config, world_size: int, gpu: GPU, allows: Allows) -> list[Found]:
-    """Every layout that fits, the one with the shortest bound on its step first.
+def search(
+    config: Config, given: Config, world_size: int, gpu: GPU, allows: Allows
+) -> list[FittingLayout]:
+    """Return every layout that fits, those with the lowest bound on the time of a step first.
 
-    Tried are all sizes of data, tensor (within a node), pipeline and expert parallelism, experts'
-    tensor parallelism of 1 or as much as tensor, and, where nothing fits without, context
-    parallelism; with each of them micro-batches of 1, 2, 4 and 8 samples, pipelines of 2 and 4
-    interleaved chunks, and of no recomputation, recomputation of attention's core and the FFN, and
-    of whole layers, the least that fits. The distributed optimizer is on, with overlap.
+    The search covers all sizes of data, tensor (within a node), pipeline and expert parallelism,
+    and the experts' tensor parallelism of 1 or the tensor-parallel size; context parallelism only
+    if nothing fits without it. Each is combined with micro-batches of 1, 2, 4 and 8 samples,
+    pipelines of 2 and 4 interleaved chunks, and the least recomputation that fits: none, that of
+    attention's core and the FFN, or of whole layers. The distributed optimizer is enabled, with
+    overlap.
 
     Args:
-        config: resolved; what is no part of the layout stays.
+        config: resolved; only its layout is changed.
         given: the same before it was resolved, to which the options are added.
-        world_size: processes.
-        gpu: of every process.
-        allows: whether the rules let a configuration run.
+        world_size: number of processes.
+        gpu: GPU of every process.
+        allows: returns whether the rules allow a configuration.
     """
     lean = dataclasses.replace(config, data=DataConfig())  # copied thousands of times
     layouts = list(_layouts(config, world_size, gpu))
@@ -64,18 +67,18 @@ def search(config: Config, given: Config, world_size: int, gpu: GPU, allows: All
     long = [layout for layout in layouts if layout.context_parallel_size > 1]
     found = _that_fit(lean, given, short, world_size, gpu, allows)
     found = found or _that_fit(lean, given, long, world_size, gpu, allows)
-    # Of equal bounds the simplest.
+    # Among equal bounds the simplest layout is first.
     return sorted(found, key=lambda item: (round(item.plan.step.total, 4), len(item.layout.forms)))
 
 
 def allowed_layout(given: Config, world_size: int, gpu: GPU, allows: Allows) -> Config | None:
-    """A configuration with some layout that the rules let run; None if the layout is not at fault.
+    """Return a configuration with any layout that the rules allow; None if there is none.
 
     Args:
         given: not resolved; its own layout is refused.
-        world_size: processes.
-        gpu: of every process.
-        allows: whether the rules let a configuration run.
+        world_size: number of processes.
+        gpu: GPU of every process.
+        allows: returns whether the rules allow a configuration.
     """
     for layout in _layouts(given, world_size, gpu):
         for micro_batch_size in _MICRO_BATCH_SIZES:
@@ -94,7 +97,7 @@ def _that_fit(
     world_size: int,
     gpu: GPU,
     allows: Allows,
-) -> list[Found]:
+) -> list[FittingLayout]:
     found = []
     for layout in layouts:
         for micro_batch_size in _MICRO_BATCH_SIZES:
@@ -105,16 +108,16 @@ def _that_fit(
                 continue
             plan = _first_that_fits(candidate, world_size, gpu)
             if plan is not None:
-                found.append(Found(layout, _options(given, plan.config), plan))
+                found.append(FittingLayout(layout, _options(given, plan.config), plan))
     return found
 
 
 def remedies(plan: Plan, given: Config, resolve: Resolve) -> list[tuple[dict[str, Any], Plan]]:
-    """Single changes with which a plan that does not fit would, and the plans with them.
+    """Return single changes that make a plan fit, and the plans with them.
 
     Args:
-        plan: that does not fit.
-        given: its configuration before it was resolved, so that what follows from a change does.
+        plan: a plan that does not fit.
+        given: its configuration before it was resolved, so that nulls follow a change.
         resolve: checks and resolves a configuration; raises ConfigError if it cannot run.
     """
     found = []
@@ -133,7 +136,7 @@ def remedies(plan: Plan, given: Config, resolve: Resolve) -> list[tuple[dict[str
 
 
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
-    """One at a time, what may make a resolved configuration fit."""
+    """Yield single changes that may make a resolved configuration fit."""
     if not config.parallel.use_distributed_optimizer:
         yield {"parallel.use_distributed_optimizer": True}
     if config.training.micro_batch_size > 1:
@@ -178,7 +181,7 @@ def _layouts(config: Config, world_size: int, gpu: GPU) -> Iterator[Layout]:
 
 
 def _recomputations(config: Config) -> list[dict[str, Any]]:
-    """Options of recomputation, from none to all of it."""
+    """Return options of recomputation, from none to whole layers."""
     ffn = "moe" if config.model.num_moe_experts else "mlp"
     return [
         {},
@@ -203,7 +206,7 @@ def _set_recomputation(parallel: ParallelConfig, values: dict[str, Any]) -> None
 
 
 def _first_that_fits(config: Config, world_size: int, gpu: GPU) -> Plan | None:
-    """With the least recomputation."""
+    """Return the plan with the least recomputation that fits."""
     for values in _recomputations(config):
         candidate = copy.deepcopy(config)
         _set_recomputation(candidate.parallel, values)
@@ -214,13 +217,13 @@ def _first_that_fits(config: Config, world_size: int, gpu: GPU) -> Plan | None:
 
 
 def _options(given: Config, found: Config) -> dict[str, Any]:
-    """Options that make a layout of a configuration, by dotted names.
+    """Return the options that change a configuration to a layout, by dotted names.
 
     Args:
         given: not resolved.
         found: resolved.
     """
-    # What null stands for in the layout that was found.
+    # The values of null in the layout that was found.
     null = copy.deepcopy(found.parallel)
     null.expert_tensor_parallel_size = null.sequence_parallel = null.cp_comm_type = None
     follow = {
@@ -232,7 +235,7 @@ def _options(given: Config, found: Config) -> dict[str, Any]:
     for name, value in vars(found.parallel).items():
         if name in follow and value == follow[name]:
             value = None
-        # Of what follows from the rest, a value that is given may be the right one.
+        # A given value may equal the one that follows from the rest.
         if getattr(given.parallel, name) not in (value, getattr(found.parallel, name)):
             options[f"parallel.{name}"] = value
     if given.training.micro_batch_size != found.training.micro_batch_size:

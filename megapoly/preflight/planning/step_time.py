@@ -1,16 +1,16 @@
-"""A lower bound on the time of a step, and so an upper bound on MFU.
+"""A lower bound on the time of a step, which is an upper bound on MFU.
 
-A stage's micro-batch takes at least what its matrix products need at the device's peak, what its
-other operators need to read and write their operands once at the memory's bandwidth, and what its
-messages need that the engine waits for at the links' bandwidth. A pipeline takes at least
+A stage's micro-batch takes at least the time of its matrix products at the device's peak, of its
+other operators to read and write their operands once at the memory's bandwidth, and of the messages
+that the engine waits for at the links' bandwidth. A pipeline takes at least
 
     max over stages of batches * (stage) + (sum of the stages before it) / chunks
 
-since a stage's first micro-batch comes through those before it, and the gradient of its last one
-goes back through them; stages behind it may work beside it. Then come what data parallelism cannot
-hide behind one micro-batch, and the optimizer. Kernels below the peak, latencies, launches,
-imbalance of experts and of ranks come on top in every real run. Not assumed are sums in switches
-(SHARP), which would halve an all-reduce.
+since a stage's first micro-batch passes through the stages before it, and the gradient of its last
+one passes back through them; stages behind it may work at the same time. Messages of data
+parallelism that one micro-batch cannot hide, and the optimizer, are added. Real runs also have
+kernels below the peak, latencies, launches, and imbalance of experts and of ranks. Sums in switches
+(SHARP), which would halve the time of an all-reduce, are not assumed.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, at least.
+    """Lower bound on the seconds of one step.
 
     Args:
         products: matrix products of the slowest stage, all micro-batches.
         operators: its other operators.
         messages: its messages that are waited for, without those of data parallelism.
-        bubble: of one micro-batch, the work of the stages before the slowest.
+        bubble: the work of the stages before the slowest, for one micro-batch.
         data_parallel: messages of data parallelism beyond what one micro-batch hides.
         optimizer: reading and writing the optimizer's state.
-        tokens: of a step.
+        tokens: tokens of a step.
         flops: model FLOPs of a step.
-        peak: model FLOPs that all devices could make in a second.
+        peak: FLOPs of all devices in a second, at their peak.
     """
 
     products: float
@@ -68,7 +68,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Seconds."""
+        """Sum of all parts."""
         return (
             self.products
             + self.operators
@@ -80,12 +80,12 @@ class StepTime:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs by the devices' peak, at most; a fraction."""
+        """Upper bound on model FLOPs utilization, a fraction of the devices' peak."""
         return self.flops / self.total / self.peak
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole job, at most."""
+        """Upper bound on the tokens per second of the whole job."""
         return self.tokens / self.total
 
 
@@ -105,12 +105,12 @@ class _Stage:
 def step_time(
     config: Config, world_size: int, gpu: GPU, sent: Sequence[list[Collective]]
 ) -> StepTime:
-    """The bound of a layout.
+    """Return the bound of a layout.
 
     Args:
         config: resolved.
-        world_size: processes.
-        gpu: of every rank.
+        world_size: number of processes.
+        gpu: GPU of every rank.
         sent: messages of a rank of each pipeline stage.
     """
     batches = num_microbatches(config, world_size)
@@ -124,7 +124,7 @@ def step_time(
     ]
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     slowest, before = pipeline_bound([stage.total for stage in stages], batches, chunks)
-    # After the last backward pass of the slowest stage; those of the stages before it take so long.
+    # After the last backward pass of the slowest stage come those of the stages before it.
     exposed = [_exposed_time(messages, stage) for messages, stage in zip(sent, stages, strict=True)]
     ends = [(max(0.0, exposed[i] - waiting), i) for i, waiting in ((0, 0.0), (slowest, before))]
     data_parallel, last = max(ends)
@@ -142,14 +142,14 @@ def step_time(
 
 
 def pipeline_bound(stages: Sequence[float], batches: int, chunks: int = 1) -> tuple[int, float]:
-    """The stage that bounds a pipeline, and how long it waits for those before it.
+    """Return the stage that bounds a pipeline, and how long it waits for those before it.
 
     The pipeline takes at least ``batches * stages[slowest] + waiting``.
 
     Args:
         stages: seconds of one micro-batch, forward and backward.
-        batches: micro-batches.
-        chunks: interleaved ones of a stage.
+        batches: number of micro-batches.
+        chunks: number of interleaved chunks of a stage.
     """
     before = [sum(stages[:i]) / chunks for i in range(len(stages))]
     slowest = max(range(len(stages)), key=lambda i: batches * stages[i] + before[i])
@@ -161,7 +161,7 @@ def _is_data(collective: Collective) -> bool:
 
 
 def _exposed_time(messages: list[Collective], stage: _Stage) -> float:
-    """Gradients may hide behind the last backward pass, weights behind the first forward pass."""
+    """Return the seconds of messages that the last backward or first forward pass cannot hide."""
     data = [message for message in messages if _is_data(message)]
     hidden = sum(message.time for message in data if message.hidden)
     waited = sum(message.time for message in data if not message.hidden)
@@ -169,7 +169,7 @@ def _exposed_time(messages: list[Collective], stage: _Stage) -> float:
 
 
 def _product_time(config: Config, gpu: GPU, stage: int) -> float:
-    """Seconds of a micro-batch's matrix products on one rank, recomputed ones included."""
+    """Return the seconds of a micro-batch's matrix products on one rank, with recomputation."""
     parallel = config.parallel
     forward = forward_flops_per_token(config)
     stages = parallel.pipeline_model_parallel_size
@@ -180,7 +180,7 @@ def _product_time(config: Config, gpu: GPU, stage: int) -> float:
 
 
 def _recomputed_time(config: Config, gpu: GPU) -> float:
-    """Seconds of a token's products that are made twice: whole layers, or the parts that are."""
+    """Return the seconds of a token's recomputed products, of whole layers or of modules."""
     parallel, recomputed = config.parallel, recomputed_flops_per_token(config)
     if config.training.fp8 is None or parallel.recompute_granularity == "full":
         return recomputed / _rate_of_layers(config, gpu)
@@ -192,7 +192,7 @@ def _recomputed_time(config: Config, gpu: GPU) -> float:
 
 
 def _rate_of_layers(config: Config, gpu: GPU) -> float:
-    """FLOPs a second of a layer's products: linear maps in FP8 if that is on, the rest in bf16."""
+    """Return the peak of a layer's products: linear layers in FP8 if enabled, the rest in bf16."""
     if config.training.fp8 is None:
         return gpu.bf16_flops
     assert gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"
@@ -206,13 +206,13 @@ def _rate_of_layers(config: Config, gpu: GPU) -> float:
 
 
 def _operator_bytes(config: Config, stage: int) -> float:
-    """Bytes that a micro-batch's operators without matrix products read and write, at least.
+    """Return the least bytes that a micro-batch's operators without matrix products move.
 
     Each reads its operands and writes its results once: a norm 2 forward and 3 backward, a residual
-    sum 3 and 1, a rotation 2 and 2, an activation 2 and 3 (gated 3 and 5, of which the halves
-    count apart); the loss reads and writes logits in fp32. Experts' rows are copied out of the
-    tokens and added up to tokens, forward and backward, and sorted by expert before and after them
-    where a rank has several. A weight's gradient is read and added to its fp32 sum, unless the
+    sum 3 and 1, a rotation 2 and 2, an activation 2 and 3 (gated 3 and 5, in which the two halves
+    count separately); the loss reads and writes logits in fp32. Experts' rows are copied from the
+    tokens and summed to tokens, forward and backward, and sorted by expert before and after the
+    experts if a rank has several. A weight's gradient is read and added to its fp32 sum, unless the
     product does that.
     """
     model, parallel = config.model, config.parallel
@@ -248,7 +248,7 @@ def _operator_bytes(config: Config, stage: int) -> float:
 
 
 def _permuted(config: Config) -> float:
-    """Rows of the hidden size that dispatching a token reads and writes, forward and backward."""
+    """Return the rows of the hidden size that dispatching a token moves, forward and backward."""
     model, parallel = config.model, config.parallel
     rows = rows_of_experts(config)
     if model.moe_token_dispatcher_type == "allgather":
@@ -261,6 +261,6 @@ def _permuted(config: Config) -> float:
 
 
 def _optimizer_bytes(config: Config, world_size: int, stage: int) -> float:
-    """Bytes that the optimizer reads and writes: gradients twice, moments, weights."""
+    """Return the bytes that the optimizer moves: gradients twice, moments, weights."""
     copies = 2 * 3 * _FP32 + (2 if config.training.bf16 else 0)
     return updated_parameters(config, world_size, stage) * float(2 * _FP32 + copies)

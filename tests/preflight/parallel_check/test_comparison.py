@@ -12,7 +12,7 @@ from megapoly.preflight.layouts import parse
 from megapoly.preflight.parallel_check.comparison import FP32, compare
 from megapoly.preflight.parallel_check.job import Step
 from megapoly.preflight.parallel_check.report import Report, Row
-from megapoly.preflight.parallel_check.whole_model import Part, whole
+from megapoly.preflight.parallel_check.whole_model import ParameterShard, assemble
 
 
 def step():
@@ -69,17 +69,19 @@ def test_what_is_not_a_number_is_beyond_tolerance():
 
 
 def test_ranks_that_disagree_are_found():
-    same = [Part("w", (slice(0, 2),), (2,), torch.ones(2)) for _ in range(2)]
-    assert torch.equal(whole(same).tensors["w"], torch.ones(2)) and not whole(same).disagreements
-    other = Part("w", (slice(0, 2),), (2,), torch.tensor([1.0, 1.0 + 2**-23]))
-    assert whole([*same, other]).disagreements == {"w": pytest.approx(2**-23 / 2**0.5)}
+    same = [ParameterShard("w", (slice(0, 2),), (2,), torch.ones(2)) for _ in range(2)]
+    assert (
+        torch.equal(assemble(same).tensors["w"], torch.ones(2)) and not assemble(same).disagreements
+    )
+    other = ParameterShard("w", (slice(0, 2),), (2,), torch.tensor([1.0, 1.0 + 2**-23]))
+    assert assemble([*same, other]).disagreements == {"w": pytest.approx(2**-23 / 2**0.5)}
     drifting = step()
     drifting.disagreements = {"w": 1e-9}
     assert not compare([drifting], [step()]).is_within(FP32)
 
 
 def test_a_part_that_no_rank_holds_is_not_a_number():
-    incomplete = whole([Part("w", (slice(0, 1),), (2,), torch.ones(1))]).tensors["w"]
+    incomplete = assemble([ParameterShard("w", (slice(0, 1),), (2,), torch.ones(1))]).tensors["w"]
     assert incomplete.isnan().tolist() == [False, True]
 
 

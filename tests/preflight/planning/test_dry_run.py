@@ -182,10 +182,10 @@ def test_activations_are_those_of_the_tensors_that_a_layer_keeps():
 
 
 def test_weights_that_do_not_add_up_are_named():
-    from megapoly.preflight.planning.built_rank import BuiltRank, Part
+    from megapoly.preflight.planning.built_rank import BuiltRank, ShardPlace
     from megapoly.preflight.planning.dry_run import _parts_that_do_not_add_up
 
-    parts = {Part("a", (0,)): 10, Part("b", (1,)): 5}
+    parts = {ShardPlace("a", (0,)): 10, ShardPlace("b", (1,)): 5}
     rank = BuiltRank(1, 0, 2, 4, 8, None, None, 8, parts, {})
     assert _parts_that_do_not_add_up([rank], {"a": 10, "b": 5}) == []
     (size,) = _parts_that_do_not_add_up([rank], {"a": 10, "b": 11})

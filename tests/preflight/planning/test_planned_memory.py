@@ -16,7 +16,7 @@ from megapoly.model.builder import build_chunks
 from megapoly.platform.device import select_platform
 from megapoly.platform.machine import Machine
 from megapoly.preflight.planning import memory
-from megapoly.preflight.planning.memory import chunks_under_way, memory_of_rank
+from megapoly.preflight.planning.memory import chunks_in_flight, memory_of_rank
 from megapoly.training.distributed import process_groups
 
 BF16 = {"training.bf16": True}
@@ -139,9 +139,9 @@ def test_micro_batches_under_way_in_a_pipeline():
         "training.global_batch_size": 16,
     }
     config = small_model(pipeline)  # 8 micro-batches
-    assert [chunks_under_way(config, 4, stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert [chunks_in_flight(config, 4, stage) for stage in range(4)] == [4, 3, 2, 1]
     config = small_model(pipeline | {"training.global_batch_size": 4})
-    assert [chunks_under_way(config, 4, stage) for stage in range(4)] == [2, 2, 2, 1]
+    assert [chunks_in_flight(config, 4, stage) for stage in range(4)] == [2, 2, 2, 1]
     # Interleaved: warm-up of 2 (4 - stage - 1) + (2 - 1) 4 chunks, then one more.
     config = small_model(pipeline | {"parallel.virtual_pipeline_model_parallel_size": 2})
-    assert [chunks_under_way(config, 4, stage) for stage in range(4)] == [11, 9, 7, 5]
+    assert [chunks_in_flight(config, 4, stage) for stage in range(4)] == [11, 9, 7, 5]

@@ -8,7 +8,7 @@ from small_models import EXPERTS, small_model
 
 from megapoly.platform.gpus import GPUS
 from megapoly.preflight.planning.collectives import collectives
-from megapoly.preflight.planning.ranks import Grid, Link
+from megapoly.preflight.planning.rank_grid import GroupLink, RankGrid
 
 A100 = GPUS["a100-80g"]
 LAYOUTS = [  # world size; tp, cp, pp, ep, etp
@@ -30,7 +30,7 @@ def grid(world_size, tp, cp, pp, ep, etp):
             "parallel.expert_tensor_parallel_size": etp,
         }
     )
-    return Grid.of(config, world_size)
+    return RankGrid.of(config, world_size)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,24 +60,24 @@ def test_groups_are_the_engines(layout):
 
 def test_a_link_is_as_fast_as_its_slowest_part():
     # 16 GB over 8 ranks of a node: each gets 7/8 of it at 300 GB/s.
-    node = Link.between(list(range(8)), A100)
+    node = GroupLink.between(list(range(8)), A100)
     assert (node.name, node.gather_time(16e9)) == ("node", pytest.approx(14e9 / 300e9))
     # Over 2 nodes: 8 GB enter a node by 8 adapters of 25 GB/s, and each rank gets 7/8 of what there
     # is from its neighbours, which takes longer.
-    both = Link.between(list(range(16)), A100)
+    both = GroupLink.between(list(range(16)), A100)
     assert (both.name, both.gather_time(16e9)) == ("network", pytest.approx(14e9 / 300e9))
     # One rank of each of 4 nodes: 3/4 by one adapter.
-    apart = Link.between([0, 8, 16, 24], A100)
+    apart = GroupLink.between([0, 8, 16, 24], A100)
     assert apart.gather_time(16e9) == pytest.approx(12e9 / 25e9)
     # All-to-all of 16 GB a rank: 8 of 16 parts leave the node, 7 go to its other ranks.
     assert both.exchange_time(16e9) == pytest.approx(8e9 / 25e9)
     assert node.exchange_time(16e9) == pytest.approx(14e9 / 300e9)
-    assert Link.between([0], A100).name == "none"
+    assert GroupLink.between([0], A100).name == "none"
 
 
 def test_a_group_waits_for_the_node_with_the_fewest_of_its_ranks():
     # 8 and 4 ranks: 8/12 of 12 GB enter the second node by 4 adapters of 25 GB/s.
-    uneven = Link.between(list(range(12)), A100)
+    uneven = GroupLink.between(list(range(12)), A100)
     assert uneven.gather_time(12e9) == pytest.approx(12e9 * 8 / 12 / 4 / 25e9)
     # Of what a rank of that node sends, 8 of 12 parts leave it.
     assert uneven.exchange_time(12e9) == pytest.approx(8e9 / 25e9)

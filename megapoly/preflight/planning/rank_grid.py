@@ -1,11 +1,11 @@
-"""Which rank has which place in the layout, and which link joins the ranks of a group.
+"""The place of each rank in the layout, and the links between the ranks of a group.
 
 The engine numbers ranks with tensor parallelism fastest, then context, expert, data and pipeline
-(``tp-cp-ep-dp-pp``, parallel_state.py of Megatron-Core 0.16.1); dense parts see
+(``tp-cp-ep-dp-pp``, parallel_state.py of Megatron-Core 0.16.1). For dense parameters
 
     rank = tp + TP (cp + CP (dp + DP pp))
 
-and experts, whose grid is another cut of the same ranks of a pipeline stage,
+and for experts, which split the same ranks of a pipeline stage in another way,
 
     rank = etp + ETP (ep + EP (edp + EDP pp))
 """
@@ -25,8 +25,8 @@ EXPERT_AXES = ("etp", "ep", "edp", "pp")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Sizes of a layout.
+class RankGrid:
+    """The ranks of a job as a grid with one axis for each kind of parallelism.
 
     Args:
         sizes: ranks along each axis, by its name.
@@ -37,8 +37,8 @@ class Grid:
     world_size: int
 
     @staticmethod
-    def of(config: Config, world_size: int) -> Grid:
-        """The grid of a resolved configuration that the rules let run."""
+    def of(config: Config, world_size: int) -> RankGrid:
+        """Return the grid of a resolved configuration that the rules allow."""
         parallel = config.parallel
         expert_tensor = parallel.expert_tensor_parallel_size
         assert expert_tensor is not None, "resolve first"
@@ -53,10 +53,10 @@ class Grid:
             "ep": experts,
             "edp": world_size // (expert_tensor * experts * stages),
         }
-        return Grid(sizes, world_size)
+        return RankGrid(sizes, world_size)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Place of a rank along every axis."""
+        """Return the place of a rank along every axis."""
         places = {}
         for axes in (DENSE_AXES, EXPERT_AXES):
             rest = rank
@@ -65,11 +65,11 @@ class Grid:
         return places
 
     def group(self, *axes: str, rank: int = 0) -> list[int]:
-        """Ranks that differ from a rank along these axes alone, in order.
+        """Return the ranks that differ from a rank only along these axes, in order.
 
         Args:
             axes: all of the dense grid, or all of the experts'.
-            rank: one of them.
+            rank: a rank of the group.
         """
         order = DENSE_AXES if set(axes) <= set(DENSE_AXES) else EXPERT_AXES
         strides, stride = {}, 1
@@ -84,15 +84,15 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Link:
-    """What joins the ranks of a group.
+class GroupLink:
+    """What connects the ranks of a group.
 
     Args:
-        size: ranks of the group.
-        on_node: ranks of the group on one node, at most.
-        fewest: the same, at least, of the nodes that the group is on.
-        nodes: nodes that the group is on.
-        gpu: gives the bandwidths.
+        size: number of ranks of the group.
+        on_node: largest number of ranks of the group on one node.
+        fewest: smallest such number, of the nodes that the group is on.
+        nodes: number of nodes that the group is on.
+        gpu: has the bandwidths.
     """
 
     size: int
@@ -102,37 +102,37 @@ class Link:
     gpu: GPU
 
     @staticmethod
-    def between(ranks: list[int], gpu: GPU) -> Link:
-        """The link of a group, ranks being numbered node by node."""
+    def between(ranks: list[int], gpu: GPU) -> GroupLink:
+        """Return the link of a group; ranks are numbered node by node."""
         nodes: dict[int, int] = {}
         for rank in ranks:
             node = rank // gpu.gpus_per_node
             nodes[node] = nodes.get(node, 0) + 1
         counts = nodes.values()
-        return Link(len(ranks), max(counts), min(counts), len(nodes), gpu)
+        return GroupLink(len(ranks), max(counts), min(counts), len(nodes), gpu)
 
     @property
     def name(self) -> str:
-        """What the slowest part of the way is: nothing, the node's own link, or the network."""
+        """The slowest part of the link: nothing, the node's own link, or the network."""
         if self.size == 1:
             return "none"
         return "node" if self.nodes == 1 else "network"
 
     def gather_time(self, size: float) -> float:
-        """Least seconds of an all-gather or reduce-scatter.
+        """Return the least seconds of an all-gather or reduce-scatter.
 
-        Every node has to get what it does not hold through its ranks' network adapters, and every
-        rank what the others of its node hold or got through the node's own link.
+        Every node receives what it does not hold through its ranks' network adapters, and every
+        rank receives what the others of its node hold or received through the node's own link.
 
         Args:
-            size: bytes of the whole tensor, that is, of all ranks' parts together.
+            size: bytes of the whole tensor, that is, of all ranks' shards together.
         """
         through_network = size * (self.size - self.fewest) / self.size / self.fewest
         inside = size * (self.on_node - 1) / self.on_node
         return max(through_network / self.gpu.network_bandwidth, inside / self.gpu.link_bandwidth)
 
     def exchange_time(self, size: float) -> float:
-        """Least seconds of an all-to-all in which every rank sends equal parts to all.
+        """Return the least seconds of an all-to-all in which every rank sends equal parts to all.
 
         Args:
             size: bytes that one rank holds before.
@@ -142,11 +142,11 @@ class Link:
         return max(to_others / self.gpu.network_bandwidth, inside / self.gpu.link_bandwidth)
 
     def send_time(self, size: float) -> float:
-        """Least seconds to send bytes to one rank."""
+        """Return the least seconds to send ``size`` bytes to one rank."""
         bandwidth = self.gpu.link_bandwidth if self.nodes == 1 else self.gpu.network_bandwidth
         return size / bandwidth
 
 
 def num_nodes(world_size: int, gpu: GPU) -> int:
-    """Nodes that the processes are on."""
+    """Return the number of nodes that the processes are on."""
     return math.ceil(world_size / gpu.gpus_per_node)
