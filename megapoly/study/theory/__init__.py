@@ -1,4 +1,4 @@
-"""The paper's theorems as networks that can be evaluated and counted; README.md has the figures."""
+"""The paper's theorems as networks that can be evaluated and whose parameters can be counted."""
 
 from megapoly.study.theory.equality import relu_to_polyrelu
 from megapoly.study.theory.imitation import imitate_network, unit_network

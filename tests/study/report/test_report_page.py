@@ -302,7 +302,7 @@ def test_errors(made, tmp_path, capsys, arguments, message):
 def test_missing_package_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path), "--output", str(tmp_path / "page")]) == 2
-    assert "pip install '.[report]'" in capsys.readouterr().err
+    assert "pip install 'megapoly[report]'" in capsys.readouterr().err
 
 
 def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
