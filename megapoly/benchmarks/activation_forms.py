@@ -1,7 +1,7 @@
-"""The forms of PolyNorm and PolyReLU that ``benchmark_ops.py`` compares, and their exact answers.
+"""Forms of PolyNorm and PolyReLU that ``operators.py`` compares, and their exact results.
 
-Every form gets the same tensors as leaves of its own graph. What it computes, gradients included,
-is compared with the same formula in float64.
+Every form gets the same tensors as leaves of its own graph. Its output and gradients are compared
+with the same formula in float64.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ EPS = DEFAULT_EPS
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS = ("polynorm", "polyrelu")
 OTHERS = ("eager", "compile", "liger", "swiglu")
-# Rows of which the exact answer is computed at a time: float64 and autograd need some 100 bytes
-# an element.
+# Rows whose exact results are computed at once: float64 and autograd need about 100 bytes for each
+# element.
 EXACT_ROWS = 1024
 
 Results = dict[str, Tensor]
@@ -32,7 +32,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
+    """One comparison of operators.
 
     Args:
         operator: ``polynorm`` or ``polyrelu``.
@@ -40,7 +40,7 @@ class Case:
         rows: tokens.
         width: FFN width.
         dtype: a key of ``DTYPES``.
-        num_experts: sets of coefficients for rows sorted by expert, or None for a dense layer.
+        num_experts: number of coefficient sets, for rows sorted by expert; None for a dense layer.
     """
 
     operator: str
@@ -81,15 +81,15 @@ class Inputs:
 
 @dataclass
 class Candidate:
-    """A form, ready to run.
+    """A form that is ready to run.
 
     Args:
         name: for the table.
-        leaves: what gradients are taken of, by the name under which results are compared.
-        forward: computes the output.
+        leaves: inputs of the gradients, by the name under which results are compared.
+        forward: function that computes the output.
         exact: results in float64.
-        num_tensors: tensors of the size of ``x`` that forward and backward cannot but move.
-        in_common_terms: turns results into those of ``exact`` where parameters are held otherwise.
+        num_tensors: tensors of the size of ``x`` that forward and backward must at least move.
+        to_exact_names: converts results to those of ``exact`` if parameters are stored differently.
     """
 
     name: str
@@ -98,23 +98,23 @@ class Candidate:
     exact: Results
     # Forward reads x and writes y; backward reads x and dy and writes dx.
     num_tensors: tuple[int, int] = (2, 3)
-    in_common_terms: Callable[[Results], Results] = dict
+    to_exact_names: Callable[[Results], Results] = dict
 
     def results(self, grad_output: Tensor) -> Results:
-        """Output and gradients, in the terms of ``exact``."""
+        """Return output and gradients, by the names of ``exact``."""
         output = self.forward()
         # A copy: Liger-Kernel writes dx over it.
         gradients = torch.autograd.grad(output, list(self.leaves.values()), grad_output.clone())
         named = {f"grad_{n}": g for n, g in zip(self.leaves, gradients, strict=True)}
-        return self.in_common_terms({"output": output.detach(), **named})
+        return self.to_exact_names({"output": output.detach(), **named})
 
     def errors(self, grad_output: Tensor) -> dict[str, float]:
-        """Largest difference from ``exact``, by its largest value."""
+        """Return the largest difference from ``exact`` over its largest value, for each result."""
         results = self.results(grad_output)
         return {name: largest_error(results[name], exact) for name, exact in self.exact.items()}
 
     def saved_bytes(self) -> int:
-        """Memory that forward keeps for backward, learned parameters aside."""
+        """Return the bytes that forward keeps for backward, without learned parameters."""
         learned = [leaf for name, leaf in self.leaves.items() if name in LEARNED]
         sizes: dict[int, int] = {}
 
@@ -124,7 +124,7 @@ class Candidate:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = self.forward()  # keeps what is saved alive, so that no address comes twice
+            output = self.forward()  # keeps saved tensors alive, so that no address is reused
         for leaf in learned:
             sizes.pop(leaf.untyped_storage().data_ptr(), None)
         del output
@@ -135,16 +135,16 @@ LEARNED = ("coefficients", "weight", "bias")
 
 
 def largest_error(value: Tensor, exact: Tensor) -> float:
-    """Largest difference by largest exact value; NaN if there is one."""
+    """Return the largest difference over the largest exact value; NaN if a value is NaN."""
     return ((value.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def polynorm_form(
     x: Tensor, coefficients: Tensor, expert: Tensor | None = None, probs: Tensor | None = None
 ) -> Tensor:
-    """a0 + a1 n(x) + .. + ar n(x^r) as the authors' code computes it: a power, then its norm.
+    """Compute a0 + a1 n(x) + .. + ar n(x^r) like the authors' code: a power, then its norm.
 
-    In fp32 inside (fp64 for fp64), the output in the dtype of ``x``.
+    It computes in fp32 (fp64 for fp64); the output has the dtype of ``x``.
     """
     wide = _wide(x)
     constant, *factors = _coefficients_of_rows(coefficients, expert)
@@ -156,7 +156,7 @@ def polynorm_form(
 def polyrelu_form(
     x: Tensor, coefficients: Tensor, expert: Tensor | None = None, probs: Tensor | None = None
 ) -> Tensor:
-    """a0 + a1 h + .. + ar h^r with h = relu(x), power by power, in fp32 inside."""
+    """Compute a0 + a1 h + .. + ar h^r with h = relu(x), power by power, in fp32."""
     h = _wide(x).relu()
     constant, *factors = _coefficients_of_rows(coefficients, expert)
     y = sum((a * _power(h, k) for k, a in enumerate(factors, start=1)), start=constant)
@@ -164,7 +164,7 @@ def polyrelu_form(
 
 
 def swiglu_form(x: Tensor, up: Tensor) -> Tensor:
-    """silu(x) up."""
+    """Compute silu(x) up."""
     return functional.silu(x) * up
 
 
@@ -184,7 +184,7 @@ def _normalised(v: Tensor) -> Tensor:
 
 
 def _coefficients_of_rows(coefficients: Tensor, expert: Tensor | None) -> tuple[Tensor, ...]:
-    """a0, a1, .., each [1] or [rows, 1].
+    """Return a0, a1, .., each [1] or [rows, 1].
 
     ``unbind`` has one backward node; indexing would have one for each coefficient.
     """
@@ -193,7 +193,7 @@ def _coefficients_of_rows(coefficients: Tensor, expert: Tensor | None) -> tuple[
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """Random tensors; coefficients that all differ, so that a mix-up shows as an error."""
+    """Return random tensors, and coefficients that all differ so that a mix-up shows."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal() -> Tensor:
@@ -214,7 +214,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def uneven_offsets(num_rows: int, num_experts: int) -> Tensor:
-    """First row of each expert and the end; expert e gets e + 1 parts of the rows."""
+    """Return the first row of each expert and the end; the share of expert e is e + 1."""
     parts = torch.arange(num_experts + 1)
     parts = parts * (parts + 1) // 2
     return (num_rows * parts // parts[-1]).int()
@@ -226,16 +226,16 @@ def exact_results(
     of_rows: Mapping[str, Tensor],
     grad_output: Tensor,
 ) -> Results:
-    """Output and gradients of a form in float64.
+    """Compute output and gradients of a form in float64.
 
     Args:
         form: takes all tensors by name.
-        parameters: the same for every row.
-        of_rows: with a first dimension of rows; integers are passed on.
+        parameters: tensors that are the same for every row.
+        of_rows: tensors whose first dimension is rows; integers have no gradient.
         grad_output: [rows, width].
 
     Returns:
-        ``output`` and ``grad_NAME`` for each tensor but integers.
+        ``output``, and ``grad_NAME`` for each tensor that is not of integers.
     """
     wide = {name: tensor.detach().double().requires_grad_() for name, tensor in parameters.items()}
     blocks: dict[str, list[Tensor]] = {}
@@ -260,7 +260,7 @@ def _exact_leaf(tensor: Tensor) -> Tensor:
 def make_candidates(
     case: Case, inputs: Inputs, backends: Sequence[Backend], others: Sequence[str]
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Everything to measure, and why something that was asked for cannot be."""
+    """Return all candidates, and the reasons why others are not available."""
     form, device = FORMS[case.operator], inputs.x.device
     rows = {"x": inputs.x, "probs": inputs.probs, "expert": inputs.expert}
     exact = exact_results(
@@ -310,9 +310,9 @@ def _compiled_candidate(form: Callable[..., Tensor], inputs: Inputs, exact: Resu
     reason = compiler_missing(inputs.x.device.type)
     if reason:
         raise UnavailableError(reason)
-    # The compiler keeps a few variants of a function, then runs the next as written, silently.
+    # The compiler keeps a few variants of a function and runs further ones uncompiled, silently.
     torch.compiler.reset()
-    # Each shape compiled by itself is the fastest that the compiler can do.
+    # Compiling each shape separately gives the fastest code.
     compiled = torch.compile(form, dynamic=False, fullgraph=True)
     return _form_candidate("torch.compile", compiled, inputs, exact)
 
@@ -321,12 +321,12 @@ def _liger_candidate(case: Case, inputs: Inputs, exact: Results) -> Candidate:
     if inputs.x.device.type != "cuda":
         raise UnavailableError(f"runs on CUDA, not on {inputs.x.device.type}")
     if case.operator != "polynorm" or case.order != 3 or case.num_experts:
-        raise UnavailableError("has PolyNorm of order 3 with one set of coefficients, nothing else")
+        raise UnavailableError("has only PolyNorm of order 3 with one set of coefficients")
     return liger_candidate(inputs, exact)
 
 
 def liger_candidate(inputs: Inputs, exact: Results) -> Candidate:
-    """Liger-Kernel's module with its defaults: it holds the highest power first, and a0 apart."""
+    """Return Liger-Kernel's module with its defaults: the highest power first, a0 separate."""
     try:
         from liger_kernel.transformers.poly_norm import LigerPolyNorm
     except ImportError as error:
@@ -343,11 +343,11 @@ def liger_candidate(inputs: Inputs, exact: Results) -> Candidate:
         weight, bias = results.pop("grad_weight"), results.pop("grad_bias")
         return results | {"grad_coefficients": torch.cat([bias.reshape(1), weight.flip(0)])}
 
-    return Candidate("liger", leaves, lambda: module(leaves["x"]), exact, in_common_terms=ascending)
+    return Candidate("liger", leaves, lambda: module(leaves["x"]), exact, to_exact_names=ascending)
 
 
 def _swiglu_candidate(inputs: Inputs) -> Candidate:
-    """Reads x and u, writes y; reads x, u and dy, writes dx and du."""
+    """Return SwiGLU, which reads x and u and writes y, then reads x, u, dy and writes dx, du."""
     leaves = _leaves(x=inputs.x, up=inputs.up)
     exact = exact_results(swiglu_form, {}, leaves, inputs.grad_output)
     return Candidate("swiglu", leaves, lambda: swiglu_form(**leaves), exact, num_tensors=(3, 5))

@@ -1,25 +1,25 @@
-"""Measure the PolyCom operators, forward and backward, against other ways to compute them.
+"""Benchmark forward and backward of the PolyCom operators against other implementations.
 
     megapoly benchmark operators --json ops.json --plot ops.png
     megapoly benchmark operators --operators polynorm polyrelu --dtypes bf16 fp32 --experts 8
 
-Compared are megapoly's operator on each of ``--backends``, and of ``--against``: ``eager`` (the
-authors' form in plain PyTorch: a power, then its norm, in fp32), ``compile`` (torch.compile of
-that), ``liger`` (Liger-Kernel's PolyNorm, on CUDA) and ``swiglu`` (silu(x) u of the same width, in
-plain PyTorch). The candidates take turns, so that what else the machine does meets all of them; a
-ratio compares turns of the same round.
+The candidates are megapoly's operator on each of ``--backends``, and those of ``--against``:
+``eager`` (the authors' form in plain PyTorch: a power, then its norm, in fp32), ``compile``
+(torch.compile of that), ``liger`` (Liger-Kernel's PolyNorm, on CUDA) and ``swiglu`` (silu(x) u of
+the same width, in plain PyTorch). They take turns, so that other work on the machine affects all of
+them; a ratio compares turns of the same round.
 
-    GB/s      the least traffic by the time: forward reads x and writes y, 2 elements for each of
-              x; backward reads x and dy and writes dx, 3. SwiGLU: 3 and 5.
-    of copy   GB/s by those of torch's copy_ of x (2 elements) in the same round, into memory that
-              is there already; an operator also allocates what it writes
-    saved     what forward keeps for backward, parameters aside, in bytes for each element of x
-    error     largest difference from float64, by the largest value, of output (forward) and dx
-              (backward). A result beyond rounding is reported and ends the tool with status 1.
+    GB/s      minimal memory traffic over time: forward reads x and writes y, 2 elements for each
+              element of x; backward reads x and dy and writes dx, 3. SwiGLU: 3 and 5.
+    of copy   GB/s relative to torch's copy_ of x (2 elements) in the same round, into memory that
+              is already allocated; an operator also allocates its output
+    saved     bytes that forward keeps for backward, without parameters, for each element of x
+    error     largest difference from float64, over the largest value, of output (forward) and dx
+              (backward). An error above rounding is reported; the exit status is then 1.
 
-Before each timed forward and backward a buffer larger than the caches is written, so that x comes
-from memory. CUDA is timed with events, behind work that outlasts the launching: Python's time is
-not measured. On CPU everything is.
+A buffer larger than the caches is written before each timed forward and backward, so that x is read
+from memory. CUDA is timed with events, after work that takes longer than launching: Python's time
+is not included. On CPU it is.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SHAPES = {
 ROUNDS = {"cpu": 20, "cuda": 100}
 # The first turn compiles or tunes, the second still allocates.
 WARM_UP_TURNS = 3
-# Above the last cache of what this runs on: 50 MB in an H100, 126 MB in a B200.
+# Larger than the last cache of the devices: 50 MB in an H100, 126 MB in a B200.
 FLUSH_BYTES = 256 * 2**20
 # About a millisecond, more than the eager backward needs to launch its kernels.
 HEAD_START_CYCLES = 2_000_000
@@ -81,7 +81,7 @@ class Stopwatch:
         self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
     def run(self, work: Callable[[], T]) -> tuple[T, float]:
-        """What ``work`` returns, and the seconds that it took."""
+        """Return the result of ``work`` and the seconds that it took."""
         self._buffer.zero_()
         return self._run_on_cuda(work) if self._is_cuda else self._run_on_cpu(work)
 
@@ -101,9 +101,9 @@ class Stopwatch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; 1 if a candidate computes something else, 2 if it cannot run."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    arguments = _parse(words)
+    """Measure, print and write; return 1 if a result is wrong, 2 if it cannot run."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(given)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
-    report = _circumstances(device, words, num_rounds) | {"cases": reports}
+    report = _circumstances(device, given, num_rounds) | {"cases": reports}
     print_report(report)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -130,8 +130,14 @@ def build_parser() -> Parser:
     """Return the benchmark's parser."""
     parser = Parser("benchmark operators", __doc__)
     add = parser.add_argument
-    add("--device", choices=["cpu", "cuda"], help="(default: cuda if there is one)")
-    add("--operators", nargs="+", choices=OPERATORS, default=["polynorm"], help="(%(default)s)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if available")
+    add(
+        "--operators",
+        nargs="+",
+        choices=OPERATORS,
+        default=["polynorm"],
+        help="(%(default)s)",
+    )
     add(
         "--order",
         type=int,
@@ -144,10 +150,16 @@ def build_parser() -> Parser:
     add(
         "--experts",
         type=_positive,
-        help="rows sorted by expert, unevenly many, each expert with its own coefficients, and a "
-        "router probability a row (default: a dense layer)",
+        help="rows sorted by expert, in uneven numbers, with coefficients for each expert and a "
+        "router probability for each row (default: a dense layer)",
     )
-    add("--backends", nargs="+", choices=get_args(Backend), default=["auto"], help="(%(default)s)")
+    add(
+        "--backends",
+        nargs="+",
+        choices=get_args(Backend),
+        default=["auto"],
+        help="(%(default)s)",
+    )
     add(
         "--against",
         nargs="*",
@@ -155,15 +167,11 @@ def build_parser() -> Parser:
         default=["eager", "compile", "liger"],
         help="(%(default)s)",
     )
-    add("--rounds", type=_positive, help=f"turns of each (default: {ROUNDS})")
-    add("--threads", type=_positive, help="of torch on CPU (default: torch's own choice)")
+    add("--rounds", type=_positive, help=f"turns of each candidate (default: {ROUNDS})")
+    add("--threads", type=_positive, help="of torch on CPU (default: chosen by torch)")
     add("--json", type=Path, help="file for the results")
-    add("--plot", type=Path, help="PNG file for bars (needs matplotlib)")
+    add("--plot", type=Path, help="PNG file for a bar chart (needs matplotlib)")
     return parser
-
-
-def _parse(words: Sequence[str]) -> argparse.Namespace:
-    return build_parser().parse_args(words)
 
 
 def _default_shapes() -> str:
@@ -174,28 +182,28 @@ def _default_shapes() -> str:
     return f"tokens and FFN width (default on CPU {shapes['cpu']}, on CUDA {shapes['cuda']})"
 
 
-def _positive(word: str) -> int:
-    if not word.isdecimal() or int(word) == 0:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a positive integer")
-    return int(word)
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
-def _shape(word: str) -> tuple[int, int]:
-    rows, _, width = word.partition("x")
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, width = text.partition("x")
     if not all(number.isdecimal() and int(number) for number in (rows, width)):
         raise argparse.ArgumentTypeError(
-            f"{word!r} is not ROWSxWIDTH, two positive integers such as 2048x1536"
+            f"{text!r} is not ROWSxWIDTH, two positive integers such as 2048x1536"
         )
     return int(rows), int(width)
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """What would fail after measuring fails before."""
+    """Check before measuring what would fail after it."""
     for file in (arguments.json, arguments.plot):
         if file and not file.resolve().parent.is_dir():
-            raise UnavailableError(f"{file} cannot be written: there is no folder {file.parent}.")
+            raise UnavailableError(f"The folder {file.parent} of {file.name} does not exist.")
     if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        raise UnavailableError("`--plot` needs matplotlib: `pip install matplotlib`.")
+        raise UnavailableError("`--plot` needs matplotlib: `pip install 'megapoly[report]'`.")
 
 
 def _device(name: str | None) -> torch.device:
@@ -219,11 +227,11 @@ def measure_all(
     others: Sequence[str],
     num_rounds: int,
 ) -> list[dict[str, Any]]:
-    """The report of every case."""
+    """Measure every case and return the reports."""
     stopwatch = Stopwatch(device)
     machine = f"{device.type} {device_name(device)}"
     reports = []
-    # Drawn between the rounds only: a thread that redraws would be in the times.
+    # Redraw only between rounds: a thread that redraws would affect the times.
     with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
         task = progress.add_task("", total=len(cases) * (num_rounds + WARM_UP_TURNS))
         for case in cases:
@@ -247,7 +255,7 @@ def measure_all(
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it, or the system where that cannot be known."""
+    """Return the name of the device or, if it is unknown, of its architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
@@ -256,9 +264,9 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _circumstances(device: torch.device, words: Sequence[str], num_rounds: int) -> dict[str, Any]:
+def _circumstances(device: torch.device, given: Sequence[str], num_rounds: int) -> dict[str, Any]:
     return {
-        "command": shlex.join(["megapoly", "benchmark", "operators", *words]),
+        "command": shlex.join(["megapoly", "benchmark", "operators", *given]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device.type,
         "device_name": device_name(device),
@@ -284,7 +292,7 @@ def measure(
     num_rounds: int,
     after_round: Callable[[], Any] = lambda: None,
 ) -> tuple[list[Seconds], list[float]]:
-    """Seconds of each candidate and of the copy, by round; warm-up rounds are left out."""
+    """Return seconds of each candidate and of the copy, by round, without warm-up rounds."""
     times, copies = [Seconds() for _ in candidates], []
     scratch, destination = torch.empty_like(inputs.grad_output), torch.empty_like(inputs.x)
     for number in range(-WARM_UP_TURNS, num_rounds):
@@ -302,7 +310,7 @@ def measure(
 def take_turn(
     candidate: Candidate, grad_output: Tensor, scratch: Tensor, stopwatch: Stopwatch
 ) -> tuple[float, float]:
-    """Seconds of one forward and of its backward."""
+    """Return the seconds of one forward and of its backward."""
     scratch.copy_(grad_output)  # Liger-Kernel writes dx over it
     leaves = list(candidate.leaves.values())
     output, forward = stopwatch.run(candidate.forward)

@@ -1,4 +1,4 @@
-"""Bars of what ``benchmark_ops.py`` measured."""
+"""Bar chart of the measurements of ``operators.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORWARD, BACKWARD, GOAL = "#4477aa", "#ee9944", "#aa3344"
 
 
 def draw(report: Mapping[str, Any], file: Path) -> None:
-    """Write a PNG: for each case the time of both passes and the fraction of a copy's bandwidth."""
+    """Write a PNG with the time of both passes and the fraction of a copy's bandwidth by case."""
     cases = report["cases"]
     bars = [len(case["candidates"]) for case in cases]
     figure = Figure(figsize=(11, 0.9 + sum(0.85 + 0.32 * n for n in bars)), layout="constrained")

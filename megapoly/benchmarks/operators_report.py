@@ -1,4 +1,4 @@
-"""What ``benchmark_ops.py`` says of its measurements: figures, goals, tables."""
+"""Report of ``operators.py``: figures, goals and tables of the measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASSES = ("forward", "backward", "both")
 YARDSTICKS = ("eager", "liger")
 # copy_ reads an element and writes one.
 COPY_TENSORS = 2
-# Twice the rounding of the dtype for what is stored in it. Gradients of coefficients and
+# Twice the rounding of the dtype, for results of that dtype. Gradients of coefficients and
 # probabilities are long fp32 sums in which terms cancel.
 ERROR_LIMITS = {"bf16": 2**-6, "fp16": 2**-9, "fp32": 1e-5}
 SUM_ERROR_LIMIT = 1e-2
@@ -26,14 +26,14 @@ SUMS = ("grad_coefficients", "grad_probs")
 
 @dataclass(frozen=True)
 class Goal:
-    """What the project wants of PolyNorm (order 3, bf16, dense) on one kind of machine.
+    """Goal of the project for PolyNorm (order 3, bf16, dense) on one kind of machine.
 
     Args:
-        device: a part of the device's type and name.
+        device: part of type and name of the device.
         pass_name: of ``PASSES``.
-        ratio: a field of that pass.
-        least: the ratio to reach.
-        shapes: rows and width, or None for all.
+        ratio: field of that pass.
+        least: ratio to reach.
+        shapes: rows and width; None for all.
     """
 
     device: str
@@ -43,7 +43,7 @@ class Goal:
     shapes: tuple[tuple[int, int], ...] | None = None
 
     def applies(self, case: Case, device: str) -> bool:
-        """Whether this machine and case are meant."""
+        """Return whether the goal is for this machine and case."""
         shape = (case.rows, case.width)
         return (
             self.device in device
@@ -62,13 +62,13 @@ GOALS = [
 
 @dataclass
 class Seconds:
-    """Times of one candidate by round."""
+    """Seconds of one candidate by round."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
 
     def of(self, pass_name: str) -> list[float]:
-        """Those of ``forward``, of ``backward``, or of both in the same round."""
+        """Return those of ``forward``, ``backward``, or both in the same round."""
         if pass_name == "both":
             return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
         return self.forward if pass_name == "forward" else self.backward
@@ -82,11 +82,11 @@ def case_report(
     copy: Sequence[float],
     device: str,
 ) -> dict[str, Any]:
-    """Every figure of a case.
+    """Return all figures of a case.
 
     Args:
-        case: what was measured.
-        candidates: what took part.
+        case: that was measured.
+        candidates: that were measured.
         facts: ``errors`` and ``saved_bytes`` of each candidate.
         times: seconds of each candidate.
         copy: seconds of ``copy_`` by round.
@@ -140,18 +140,18 @@ def _rate(seconds: Sequence[float], num_bytes: int) -> dict[str, Any]:
 
 
 def _ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """How many times faster, by round."""
+    """Return how many times faster ``fast`` is, by round."""
     return asdict(RoundStatistics.of([s / f for s, f in zip(slow, fast, strict=True)]))
 
 
 def wrong_results(dtype: str, errors: Mapping[str, float]) -> list[str]:
-    """Names of the results that differ from float64 by more than rounding; NaN does."""
+    """Return the names of results that are NaN or differ from float64 by more than rounding."""
     limits = {name: SUM_ERROR_LIMIT if name in SUMS else ERROR_LIMITS[dtype] for name in errors}
     return [name for name, error in errors.items() if not error <= limits[name]]
 
 
 def goals_of(case: Case, entries: Sequence[Mapping[str, Any]], device: str) -> list[dict[str, Any]]:
-    """The goals that apply, what was measured of megapoly's operators, and whether it is enough."""
+    """Return the goals that apply, the measurements of megapoly's operators, and the outcomes."""
     return [
         {
             "candidate": entry["name"],
@@ -170,7 +170,7 @@ def goals_of(case: Case, entries: Sequence[Mapping[str, Any]], device: str) -> l
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """A table for each case, on what it was measured, and the goals."""
+    """Print a table for each case, the goals and the machine."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
     versions = ", ".join(
         f"{name} {report[name]}" for name in ("torch", "triton", "liger-kernel") if report[name]

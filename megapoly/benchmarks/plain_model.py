@@ -1,4 +1,4 @@
-"""A dense decoder in plain PyTorch, the yardstick of ``benchmark_training.py``.
+"""A dense decoder in plain PyTorch, the reference of ``training.py``.
 
 Pre-norm layers of causal self-attention with rotary positions and SwiGLU; untied embeddings, no
 biases: the ``dense_tiny`` recipe with ``activation: swiglu``, without the engine.
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """FC2 (silu(a) u), where a and u are the halves of FC1's output."""
+    """FC2 (silu(a) u); a and u are the halves of the output of FC1."""
 
     def __init__(self, hidden_size: int, ffn_size: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class SwiGLU(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and FFN, each on a normalised input and added to the residual stream."""
+    """Attention and FFN, each with a normalised input and added to the residual stream."""
 
     def __init__(self, hidden_size: int, num_heads: int, ffn_size: int, eps: float) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class Layer(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The model of a configuration, as one module of plain PyTorch.
+    """The model of a configuration as one module of plain PyTorch.
 
     Args:
-        config: resolved; dense, SwiGLU, untied embeddings, as many key as query heads.
+        config: resolved; dense, SwiGLU, untied embeddings, as many key heads as query heads.
 
     Raises:
-        ConfigError: the configuration asks for something that this model does not have.
+        ConfigError: the configuration requires something that this model does not have.
     """
 
     cos: Tensor
@@ -100,7 +100,7 @@ class PlainModel(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of ``labels`` after ``tokens``, both [b, s], in nats."""
+        """Return the mean cross-entropy of ``labels`` after ``tokens``, both [b, s], in nats."""
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
@@ -109,7 +109,7 @@ class PlainModel(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, engine_model: nn.Module) -> None:
-        """Take the weights of the engine's GPT model of the same configuration."""
+        """Copy the weights of the engine's GPT model of the same configuration."""
         weights: dict[str, Tensor] = {}
         for engine_name, weight in engine_model.named_parameters():
             name = _plain_name(engine_name)
@@ -120,7 +120,7 @@ class PlainModel(nn.Module):
         self.load_state_dict(weights)
 
     def optimizer(self, config: Config) -> torch.optim.AdamW:
-        """AdamW with the configuration's constants; norm weights do not decay."""
+        """Return AdamW with the constants of the configuration; norm weights do not decay."""
         settings = config.optimizer
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.parameters() if p.dim() > 1]},
@@ -162,7 +162,7 @@ def _plain_name(engine_name: str) -> str:
 
 
 def check_is_plain(config: Config) -> None:
-    """Raise :class:`ConfigError` if the configuration asks for what :class:`PlainModel` lacks."""
+    """Raise :class:`ConfigError` if :class:`PlainModel` does not support the configuration."""
     model = config.model
     wanted = {
         "model.activation": (model.activation, "swiglu"),
@@ -179,7 +179,7 @@ def check_is_plain(config: Config) -> None:
         "training.bf16": (config.training.bf16, False),
     }
     problems = [
-        f"`{name}` ({value}) must be {expected}: the plain model has nothing else"
+        f"`{name}` ({value}) must be {expected}: the plain model supports nothing else"
         for name, (value, expected) in wanted.items()
         if value != expected
     ]

@@ -1,4 +1,4 @@
-"""What a benchmark says of repeated measurements."""
+"""Statistics of repeated measurements of a benchmark."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RoundStatistics:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> RoundStatistics:
-        """Summarise values."""
+        """Return the statistics of the values of all rounds."""
         return cls(median(values), min(values), max(values))
 
 
 def digits(value: float) -> str:
-    """At least three digits that count, never an exponent."""
+    """Format a number with at least three significant digits and no exponent."""
     return f"{value:,.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"

@@ -1,14 +1,14 @@
-"""Compare training speed on CPU: megapoly, a plain PyTorch model, PolyNorm and SwiGLU.
+"""Benchmark training speed on CPU: megapoly, a plain PyTorch model, PolyNorm and SwiGLU.
 
     megapoly benchmark training --json speed.json
 
 One process trains, on the same batches of the built-in text and in fp32, megapoly with SwiGLU, the
-same model in plain PyTorch (``plain_model.py``, the same initial weights), and megapoly with each
-of ``--activations`` at equal parameters. A step is everything from reading a batch to the updated
-weights: forward, backward, clipping, AdamW. The candidates take turns, so that what else the
-machine does meets all of them, and a ratio compares turns of the same round.
+same model in plain PyTorch with the same initial weights, and megapoly with each of
+``--activations`` at equal parameters. A step includes everything from reading a batch to the
+updated weights: forward, backward, clipping, AdamW. The candidates take turns, so that other work
+on the machine affects all of them; a ratio compares turns of the same round.
 
-Takes about 2 minutes on 2 quiet cores.
+It takes about 2 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ GOALS = {"swiglu / plain": 0.9, "polynorm / swiglu": 0.95}
 
 @dataclass
 class Candidate:
-    """Something that trains.
+    """A model that trains.
 
     Args:
         name: for the table.
-        num_parameters: learned numbers.
-        train_step: makes one step and returns its loss.
+        num_parameters: number of parameters.
+        train_step: function that makes one step and returns its loss.
         tokens_per_second: of every turn.
         loss: of the last step.
     """
@@ -67,7 +67,7 @@ class Candidate:
     loss: float = float("nan")
 
     def run(self, num_steps: int) -> float:
-        """Make steps; seconds that they took."""
+        """Make steps and return the seconds that they took."""
         start = time.perf_counter()
         for _ in range(num_steps):
             self.loss = self.train_step()
@@ -75,9 +75,9 @@ class Candidate:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the table and write the JSON file; 2 if the configuration cannot be used."""
-    arguments = _parse(argv)
-    # Of the engine: optional packages that are missing, collectives by their old names.
+    """Measure, print and write; return 2 if the configuration is not valid."""
+    arguments = build_parser().parse_args(argv)
+    # Warnings of the engine: missing optional packages, deprecated names of collectives.
     warnings.filterwarnings("ignore", module=r"megatron|torch\.distributed")
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
@@ -103,17 +103,18 @@ def build_parser() -> Parser:
     parser = Parser("benchmark training", __doc__)
     parser.add_argument("--config", default=RECIPE, help="a dense recipe")
     parser.add_argument(
-        "--activations", nargs="*", default=["polynorm"], help="compared with swiglu (%(default)s)"
+        "--activations",
+        nargs="*",
+        default=["polynorm"],
+        help="compared with swiglu (%(default)s)",
     )
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=30, help="turns of each (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+    parser.add_argument(
+        "--rounds", type=int, default=30, help="turns of each candidate (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="of torch (default: chosen by torch)")
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return build_parser().parse_args(argv)
 
 
 def measure(
@@ -132,7 +133,7 @@ def measure(
 def candidates_of(
     recipe: Path, activations: Sequence[str]
 ) -> Iterator[tuple[list[Candidate], Config]]:
-    """Everything to compare, and the configuration of the SwiGLU model."""
+    """Return all candidates and the configuration of the SwiGLU model."""
     with tempfile.TemporaryDirectory() as folder:
         configs = {
             name: _configure(recipe, name, folder)
@@ -160,7 +161,7 @@ def candidates_of(
 
 
 def _configure(recipe: Path, activation: str, folder: str) -> Config:
-    """The recipe with an activation; a constant learning rate, which needs no schedule."""
+    """Return the recipe with an activation and a constant learning rate."""
     overrides = {
         "config": recipe,
         "run_dir": folder,
@@ -170,12 +171,12 @@ def _configure(recipe: Path, activation: str, folder: str) -> Config:
         "data.eod_mask_loss": "false",
         "training.device": "cpu",
     }
-    words = [f"--{name}={value}" for name, value in overrides.items()]
-    return configure(words, default_recipe=RECIPE, program="benchmark_training.py")
+    arguments = [f"--{name}={value}" for name, value in overrides.items()]
+    return configure(arguments, default_recipe=RECIPE, program="benchmark_training.py")
 
 
 def megapoly_candidate(state: TrainState) -> Candidate:
-    """The project's own step, as ``examples/pretrain_dense.sh`` runs it."""
+    """Return the step of megapoly, as megapoly train runs it."""
     from megapoly.training.step import train_step
 
     batches = state.training_batches()
@@ -187,7 +188,7 @@ def megapoly_candidate(state: TrainState) -> Candidate:
 
 
 def plain_candidate(state: TrainState) -> Candidate:
-    """The plain model with the weights, batches and optimizer settings of ``state``."""
+    """Return the plain model with the weights, batches and optimizer settings of ``state``."""
     from megapoly.model.builder import unwrap
 
     config, name = state.config, "plain, swiglu"
@@ -211,7 +212,7 @@ def plain_candidate(state: TrainState) -> Candidate:
 
 
 def speed_ratios(candidates: Sequence[Candidate]) -> dict[str, RoundStatistics]:
-    """Tokens/s of megapoly over the plain model, and of each activation over SwiGLU, by round."""
+    """Return tokens/s of megapoly over the plain model, and of activations over SwiGLU."""
     swiglu, plain, *others = candidates
     pairs = {"swiglu / plain": (swiglu, plain)}
     pairs |= {f"{other.name.split()[-1]} / swiglu": (other, swiglu) for other in others}

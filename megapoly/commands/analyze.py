@@ -1,4 +1,4 @@
-"""Look inside a trained model: ranks, similarity of layers, activations as learned.
+"""Analyse a trained model: effective ranks, similarity of layers, learned activations.
 
     megapoly analyze --model runs/moe_tiny
     megapoly analyze --model runs/dense_tiny/checkpoints/iter_0000240 --output DIR
@@ -6,8 +6,8 @@
     megapoly analyze --model runs/moe_tiny --data.validation "{wiki: tokens/w}"
     megapoly analyze --comparison runs/paper/dense runs/paper/moe
 
---comparison takes the folders of megapoly compare and analyses of each activation the
-first seed's run at its learning rate, those that are not analysed yet.
+With --comparison and the folders of megapoly compare, the first seed's run of each activation at
+its learning rate is analysed, unless it is already.
 
 MODEL is a checkpoint `iter_*` of any parallel layout, or a run (its newest checkpoint). Parts:
 
@@ -16,9 +16,9 @@ similarity    cosine similarity between layers' hidden states, in MoE models als
 coefficients  the activations' coefficients through training, from the run's TensorBoard files
 activations   each layer's learned curve, share of each power, saturation and outliers
 
-similarity and activations run the model in this process on the run's validation sets, or on those
-of --data.validation; other options of the configuration, `--section.field value`, are read as
-megapoly evaluate reads them. Written are analysis.json and PNGs, by default to RUN/analysis.
+similarity and activations run the model in this process, on the validation sets of the run or on
+those of --data.validation. Other options of the configuration, `--section.field value`, apply as in
+megapoly evaluate. The command writes analysis.json and PNGs, by default to RUN/analysis.
 Formulas and methods: docs/reference/analysis.md.
 
 The exit status is 0, or 2 with the reason.
@@ -43,31 +43,33 @@ from megapoly.study.analysis.command import (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Analyse; see the module for the exit status."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    asked, comparisons = _parse(words)
+    """Analyse and return the exit status; see the module."""
+    request, comparisons = _parse(sys.argv[1:] if argv is None else list(argv))
     show_errors_only()
-    return status_of(lambda: _analyze(asked, comparisons))
+    return status_of(lambda: _analyze(request, comparisons))
 
 
-def _analyze(asked: AnalysisRequest, comparisons: Sequence[Path]) -> int:
-    all_asked = of_comparisons(asked, comparisons) if comparisons else [asked]
-    for each in all_asked:
+def _analyze(request: AnalysisRequest, comparisons: Sequence[Path]) -> int:
+    requests = of_comparisons(request, comparisons) if comparisons else [request]
+    for each in requests:
         print(f"wrote {analyze(each)}", flush=True)
-    if not all_asked:
-        print("all runs are analysed")
+    if not requests:
+        print("all runs are already analysed")
     return 0
 
 
 def _parse(argv: Sequence[str]) -> tuple[AnalysisRequest, list[Path]]:
     parser = build_parser()
-    options, words = parse_with_overrides(parser, argv)
+    options, overrides = parse_with_overrides(parser, argv)
     options.parts = tuple(options.parts)
     comparisons = vars(options).pop("comparison")
     if comparisons and options.output:
-        parser.error("--output is for one --model; a comparison's runs have theirs")
+        parser.error(
+            "--output is for a single --model; with --comparison each RUN has its RUN/analysis"
+        )
     command = shlex.join(["megapoly", "analyze", *argv])
-    return AnalysisRequest(**vars(options), words=tuple(words), command=command), comparisons
+    request = AnalysisRequest(**vars(options), overrides=tuple(overrides), command=command)
+    return request, comparisons
 
 
 def build_parser() -> Parser:
@@ -86,20 +88,20 @@ def build_parser() -> Parser:
         type=Path,
         default=[],
         metavar="FOLDER",
-        help="of megapoly compare",
+        help="folders of megapoly compare",
     )
     add = parser.add_argument
     add("--output", type=Path, metavar="DIR", help="folder to write to (default: RUN/analysis)")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to look at (default: all)")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     add(
         "--tokens",
         type=whole(1),
         metavar="N",
-        help=f"tokens of text, of all sets together (default: {DEFAULT_TOKENS})",
+        help=f"tokens of text, over all sets in total (default: {DEFAULT_TOKENS})",
     )
     add(
         "--device",
         choices=("cpu", "cuda"),
-        help="where to compute (default: cuda if there is one, else cpu)",
+        help="default: cuda if available, else cpu",
     )
     return parser

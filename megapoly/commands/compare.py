@@ -1,32 +1,31 @@
-r"""Compare activations: the same model, data order, tokens and number of parameters for each.
+r"""Compare activations on the same model, order of the data, tokens and number of parameters.
 
     megapoly compare --config dense_miniature \
         --config runs/paper/data/data.yaml --output runs/paper/dense \
         --activations swiglu gelu relu polyrelu polynorm --learning-rates 4e-3 8e-3 --seeds 1 2 3
 
-With several --learning-rates every activation is trained at each with the first seed, and with the
-other seeds at the rate that gave it the lowest validation loss, and at those that came within
---margin of it, which one seed cannot tell apart. Of these the best over all seeds is the
-activation's; a rate at which the loss becomes infinite or NaN has lost. A seed decides initial
-weights and the order of the data, so that activations are compared on the same samples.
-`polyrelu:4` is polyrelu of order 4; --orders 2 3 4 takes these of all polynomial activations named
-without one.
+With several --learning-rates, every activation is trained at each rate with the first seed. The
+rate with the lowest validation loss, and those within --margin of it, are then trained with the
+other seeds; the activation is compared at its best rate over all seeds. A rate at which the loss
+becomes infinite or NaN is ruled out. A seed determines the initial weights and the order of the
+data, so activations are compared on the same samples. `polyrelu:4` is polyrelu of order 4;
+--orders 2 3 4 trains all polynomial activations that are named without an order at these orders.
 
-Runs are the folders OUTPUT/ACTIVATION.lr_RATE.seed_SEED; the same command goes on where it was
-stopped. In the end tables of OUTPUT's runs are shown, with differences to swiglu if it is there;
-megapoly report makes the page, megapoly analyze looks into the models.
+Each run has its folder OUTPUT/ACTIVATION.lr_RATE.seed_SEED; the same command resumes where it was
+stopped. At the end it prints tables of all runs in OUTPUT, with differences to swiglu if it is
+among them. megapoly report makes a page of them; megapoly analyze analyses the models.
 
---jobs run at a time, each with --nproc-per-node processes on this machine, or by --launcher on
-others:
+--jobs is the number of runs at the same time. Each run has --nproc-per-node processes on this
+machine, or is started elsewhere by --launcher:
 
     --jobs 5 --launcher 'sbatch --wait --nodes 4 examples/slurm/pretrain.sbatch
         examples/pretrain_dense.sh'
 
-Stopped by Ctrl-C or SIGTERM it passes SIGTERM to the jobs and waits until they have saved. That
-ends `sbatch --wait`, but not its job: cancel it before the same command is given again.
+On Ctrl-C or SIGTERM the command sends SIGTERM to the jobs and waits until they have saved. This
+ends `sbatch --wait`, but not its job: cancel that before you run the same command again.
 
-Options of the configuration, `--section.field value`, are for all runs. The exit status is 0; 2
-with the reason, also where runs failed.
+Options of the configuration, `--section.field value`, apply to all runs. The exit status is 0, or 2
+with the reason, also if runs failed.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ if TYPE_CHECKING:
     from megapoly.config import Config
     from megapoly.study.comparison.trials import Variant
 
-# What the others are compared with, where it is among them.
+# Activation that the others are compared with, if it is among them.
 REFERENCE = "swiglu"
-# Options of the configuration that trials are told apart by, and what sets them.
+# Options of the configuration in which trials differ, and the options that set them.
 SET_BY_TRIALS = {
     "model.activation": "--activations",
     "model.activation_order": "--orders",
@@ -70,13 +69,13 @@ SET_BY_TRIALS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; see the module for the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Compare and return the exit status; see the module."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    arguments, overrides = parse_with_overrides(parser, words)
+    arguments, overrides = parse_with_overrides(parser, given)
     _check_options(parser, arguments, overrides)
     show_errors_only()
-    return status_of(lambda: _compare(arguments, overrides, words))
+    return status_of(lambda: _compare(arguments, overrides, given))
 
 
 def build_parser() -> Parser:
@@ -89,74 +88,87 @@ def build_parser() -> Parser:
         action="append",
         required=True,
         metavar="RECIPE",
-        help="name or YAML file; several: later ones go before earlier ones",
+        help="name or YAML file; may be repeated, later ones take precedence",
     )
-    add("--output", required=True, type=Path, metavar="FOLDER", help="of all runs")
-    add("--activations", nargs="+", required=True, metavar="NAME", help="NAME or NAME:ORDER")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder of all runs")
+    add(
+        "--activations",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="activation, or activation:order",
+    )
     add(
         "--orders",
         nargs="+",
         type=int,
         choices=ORDERS,
         metavar="R",
-        help="2, 3, 4 (3)",
+        help="orders of polynomial activations: 2, 3, 4 (default: 3)",
     )
-    add("--seeds", nargs="+", type=whole(0), default=[1], metavar="N", help="(1)")
+    add("--seeds", nargs="+", type=whole(0), default=[1], metavar="N", help="default: 1")
     add(
         "--learning-rates",
         nargs="+",
         type=rate,
         metavar="X",
-        help="grid (the configuration's alone); optimizer.min_lr keeps its ratio",
+        help="grid (default: the rate of the configuration); optimizer.min_lr keeps its ratio",
     )
     add(
         "--margin",
         type=number(least=0.0, most=100.0),
         default=0.0,
         metavar="LOSS",
-        help="take the other seeds to rates so near to the best, too (0)",
+        help="also train rates this near to the best with the other seeds (default: 0)",
     )
     add(
         "--jobs",
         type=whole(1),
         metavar="N",
-        help="runs at a time (cores / processes; with --launcher 1)",
+        help="runs at the same time (default: cores / processes; with --launcher 1)",
     )
-    add("--nproc-per-node", type=whole(1), metavar="N", help="of each run, here (1)")
-    add("--launcher", metavar="COMMAND", help="starts a run, given --config FILE behind it")
+    add(
+        "--nproc-per-node",
+        type=whole(1),
+        metavar="N",
+        help="processes of each run on this machine (default: 1)",
+    )
+    add(
+        "--launcher", metavar="COMMAND", help="command that starts a run; --config FILE is appended"
+    )
     add("--tasks", nargs="+", metavar="NAME", help="benchmarks after the last step")
-    add("--task-data", metavar="FOLDER", help="questions, as megapoly evaluate takes them")
-    add("--task-limit", type=whole(1), metavar="N", help="questions of each task (all)")
-    add("--dry-run", action="store_true", help="check, and list the runs")
+    add("--task-data", metavar="FOLDER", help="questions, as for megapoly evaluate")
+    add("--task-limit", type=whole(1), metavar="N", help="questions of each task (default: all)")
+    add("--dry-run", action="store_true", help="check and list the runs, start none")
     return parser
 
 
 def _check_options(parser: Parser, arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """End with a message at options that nothing reads, or that contradict each other."""
+    """Refuse options that have no effect or contradict each other."""
     set_by = SET_BY_TRIALS | (
         {"optimizer.lr": "--learning-rates"} if arguments.learning_rates else {}
     )
-    for word in overrides:
-        name = word.removeprefix("--").partition("=")[0]
+    for override in overrides:
+        name = override.removeprefix("--").partition("=")[0]
         if name in set_by:
             parser.error(f"--{name} is set by {set_by[name]}; leave it out")
     if not arguments.tasks and (arguments.task_data or arguments.task_limit):
-        parser.error("--task-data and --task-limit are for --tasks; name tasks, or leave them out")
+        parser.error("--task-data and --task-limit are for --tasks; give tasks, or leave them out")
     if arguments.margin and not (len(arguments.learning_rates or ()) > 1 < len(arguments.seeds)):
         parser.error("--margin is for several --learning-rates and --seeds; leave it out")
     if arguments.launcher is not None and arguments.nproc_per_node:
         parser.error(
-            "--nproc-per-node is for runs on this machine; the --launcher says how many it takes"
+            "--nproc-per-node is for runs on this machine; with --launcher, give it to the launcher"
         )
-    # Of rates as they stand in the folders' names, which have six digits.
+    # Rates as in the names of the folders, which have six digits.
     rates = [f"{rate:g}" for rate in arguments.learning_rates or ()]
     for option, names in (("--seeds", arguments.seeds), ("--learning-rates", rates)):
         if len(set(names)) < len(names):
-            parser.error(f"{option}: each must be named once, not {' '.join(map(str, names))}")
+            parser.error(f"{option}: each must be given once, not {' '.join(map(str, names))}")
 
 
-def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: list[str]) -> int:
-    # Here and not above: --help answers at once.
+def _compare(arguments: argparse.Namespace, overrides: Sequence[str], given: list[str]) -> int:
+    # Imported here, so that --help does not wait for torch.
     from megapoly.study.comparison import trials
     from megapoly.study.comparison.comparison import Comparison
     from megapoly.study.comparison.record import ComparisonRecord
@@ -184,15 +196,15 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
         for name in study.names():
             console.print(name, highlight=False)
         return 0
-    command = shlex.join(["megapoly", "compare", *words])
+    command = shlex.join(["megapoly", "compare", *given])
     record = ComparisonRecord.of(study.output, command=command, config=arguments.config)
     chosen = study.run(record, console)
     show_tables(study.output, REFERENCE, console)
     lost = [variant.name for variant in variants if variant not in chosen]
     if lost:
         console.print(
-            f"\nThe loss of {', '.join(lost)} did not stay finite with every seed at any of the "
-            "learning rates. Add lower `--learning-rates`, or give a longer warm-up in another "
+            f"\nThe loss of {', '.join(lost)} was not finite with every seed at any of the "
+            "learning rates. Add lower `--learning-rates`, or use a longer warm-up in another "
             "`--output`.",
             highlight=False,
         )
@@ -200,7 +212,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], words: lis
 
 
 def _shares(arguments: argparse.Namespace) -> tuple[int, dict[str, str]]:
-    """Jobs at a time, and variables that share this machine's cores among them."""
+    """Return the number of jobs at the same time, and variables that share the cores."""
     from megapoly.preflight.doctor.facts import system_facts
 
     if arguments.launcher is not None:
@@ -215,7 +227,7 @@ def _shares(arguments: argparse.Namespace) -> tuple[int, dict[str, str]]:
 def _base(
     arguments: argparse.Namespace, overrides: Sequence[str], variants: Sequence[Variant]
 ) -> Config:
-    """Configuration of all runs; what runs would refuse is told before the first."""
+    """Return the configuration of all runs; check it before the first run starts."""
     from megapoly.config.parsing import parse
     from megapoly.config.resolve import least_world_size
     from megapoly.config.rules import find_problems
@@ -224,7 +236,7 @@ def _base(
     from megapoly.platform.machine import Machine
     from megapoly.study.comparison.trials import Trial, with_tasks
 
-    recipes = [word for path in arguments.config for word in ("--config", path)]
+    recipes = [each for path in arguments.config for each in ("--config", path)]
     program = Path(sys.argv[0]).name
     base = parse([*recipes, *overrides], default_recipe=arguments.config[0], program=program).config
     vocab_size = tokenizer_vocab_size(base.data.tokenizer)
@@ -232,12 +244,12 @@ def _base(
     problems_of = partial(
         find_problems,
         world_size=arguments.nproc_per_node or 1 if here else least_world_size(base),
-        # Elsewhere whatever a configuration may ask for.
+        # Elsewhere assume everything that a configuration may require.
         machine=this_machine() if here else Machine(True, transformer_engine=True, apex=True),
         tokenizer_vocab_size=vocab_size,
         with_files=here,
     )
-    if problems := problems_of(base):  # trials are made of one that obeys the rules
+    if problems := problems_of(base):  # trials are made from a valid one
         raise ConfigError(problems)
     if arguments.tasks:
         base = with_tasks(base, arguments.tasks, arguments.task_data, arguments.task_limit)
@@ -248,7 +260,7 @@ def _base(
     base.model.vocab_size = base.model.vocab_size or vocab_size
     if base.model.vocab_size is None:
         raise ConfigError(
-            [f"`data.tokenizer` ({base.data.tokenizer}) is not here; set `--model.vocab_size`"]
+            [f"`data.tokenizer` ({base.data.tokenizer}) is missing; set `--model.vocab_size`"]
         )
     return base
 
@@ -259,14 +271,14 @@ def _launcher(arguments: argparse.Namespace) -> list[str]:
         train = [sys.executable, "-m", "megapoly", "train"]
         return [*train, "--nproc-per-node", num_processes]
     try:
-        words = shlex.split(arguments.launcher)
+        launcher = shlex.split(arguments.launcher)
     except ValueError as error:
         raise ConfigError([f"`--launcher` ({arguments.launcher}): {error}"]) from error
-    if not words or shutil.which(words[0]) is None:
+    if not launcher or shutil.which(launcher[0]) is None:
         raise ConfigError(
             [
-                f"`--launcher` ({arguments.launcher}) must begin with a program that is here; give "
-                "its path, or install it"
+                f"`--launcher` ({arguments.launcher}) must begin with a program of this machine; "
+                "give its path, or install it"
             ]
         )
-    return words
+    return launcher

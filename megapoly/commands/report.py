@@ -1,15 +1,18 @@
-"""One page of tables and figures from any set of runs, for a comparison of activations.
+"""Make a page of tables and figures that compares the activations of any set of runs.
 
     megapoly report runs/comparison --output report --notes findings.md
     megapoly report report/report.json --figures dense_training_loss --output report
 
-Each RUN is a run's folder, a folder of runs at any depth (such as the output of
-megapoly compare) or the report.json of an earlier report; several are merged, and of
-the same run the later one counts. Written are index.html, which needs nothing besides itself,
-report.json, which holds all that it shows, and figures/*.png. With --figures these PNGs alone.
+Each RUN is the folder of a run, a folder that contains runs at any depth (such as the output of
+megapoly compare), or the report.json of an earlier report. Several are merged; a later record of
+the same run replaces an earlier one. The command writes to FOLDER:
 
-Runs that were not trained alike (data, tokens, batch, size) stand in groups of their own; those
-that have not finished are named and left out. See docs/reference/report.md.
+index.html     the page, one file that opens without network
+report.json    everything that the page shows; the page can be built from it again, byte for byte
+figures/*.png  the figures; with --figures only these are written
+
+Runs with different data, tokens, batch or size are in separate groups. Runs that have not finished
+are listed and left out of the tables. See docs/reference/report.md.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ _PACKAGES = {"jinja2": "jinja2", "markdown_it": "markdown-it-py", "matplotlib": 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the page; 2 if something is missing or wrong."""
+    """Make the page; return 2 if something is missing or wrong."""
     options = build_parser().parse_args(argv)
     show_errors_only()
     return status_of(lambda: _report(options))
@@ -48,12 +51,26 @@ def build_parser() -> Parser:
     parser = Parser("report", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run, folder of runs or report.json")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="made")
-    add("--title", help=f"heading of the page ({TITLE})")
-    add("--notes", type=Path, metavar="FILE.md", help="the author's findings, in Markdown")
-    add("--theory", type=Path, metavar="FOLDER", help="output of megapoly theory")
-    add("--reference", metavar="NAME", help=f"activation to compare with ({REFERENCE})")
-    add("--figures", nargs="+", metavar="NAME", help="draw these again, and write nothing else")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder to write to")
+    add("--title", help=f"heading of the page (default: {TITLE})")
+    add(
+        "--notes",
+        type=Path,
+        metavar="FILE.md",
+        help="findings for the top of the page",
+    )
+    add(
+        "--theory",
+        type=Path,
+        metavar="FOLDER",
+        help="output of megapoly theory, to show it",
+    )
+    add(
+        "--reference",
+        metavar="NAME",
+        help=f"activation to compare with (default: {REFERENCE})",
+    )
+    add("--figures", nargs="+", metavar="NAME", help="draw only these figures again")
     return parser
 
 
@@ -61,16 +78,16 @@ def _report(options: argparse.Namespace) -> int:
     missing = [name for module, name in _PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
         raise UnavailableError(
-            f"A report needs {' and '.join(missing)}: `pip install '.[report]'`."
+            f"A report needs {' and '.join(missing)}: `pip install 'megapoly[report]'`."
         )
-    # Here and not above: --help and a wrong option answer without waiting for torch.
+    # Imported here, so that --help and a wrong option do not wait for torch.
     from megapoly.study.figure_style import png
     from megapoly.study.report import content as contents
     from megapoly.study.report.answer import answers
     from megapoly.study.report.figures import chosen
     from megapoly.study.report.html import render
 
-    content = _asked(contents.read(options.runs), options)
+    content = _with_options(contents.read(options.runs), options)
     pictures = options.output / "figures"
     if options.figures:
         for picture in chosen(content, options.figures):
@@ -81,7 +98,7 @@ def _report(options: argparse.Namespace) -> int:
         return 0
     pictures.mkdir(parents=True, exist_ok=True)
     contents.write(content, options.output / contents.FILE)
-    # Read back: what is drawn again from the file is what is drawn here.
+    # Read it back, so that building from the file again gives the same page.
     content = contents.read([options.output / contents.FILE])
     page, files = render(content, recipes.FOLDER)
     for name, picture_bytes in files.items():
@@ -93,8 +110,8 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(content: Content, options: argparse.Namespace) -> Content:
-    """The content with what the command line says of it."""
+def _with_options(content: Content, options: argparse.Namespace) -> Content:
+    """Return the content with title, reference, notes and theory of the command line."""
     from megapoly.activations import registry
 
     complete = [run for run in content.runs if run.complete]
@@ -113,7 +130,7 @@ def _asked(content: Content, options: argparse.Namespace) -> Content:
             changes["theory"] = json.loads(_text(options.theory / "theory.json"))
         except ValueError as error:
             raise DataError(
-                f"`{options.theory / 'theory.json'}` is not JSON ({error}); write it anew by "
+                f"`{options.theory / 'theory.json'}` is not JSON ({error}); write it again with "
                 "`megapoly theory`."
             ) from error
         changes["theory_folder"] = str(_as_named(options.theory))
@@ -124,10 +141,10 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"`{path}` is no text in UTF-8 ({error}); save it as such.") from error
+        raise DataError(f"`{path}` is not UTF-8 text ({error}); save it as UTF-8.") from error
 
 
 def _as_named(folder: Path) -> Path:
-    """From the current folder where it lies below it, else as it is."""
+    """Return the folder relative to the current one if it is inside, else unchanged."""
     relative = os.path.relpath(folder)
     return folder if relative.startswith("..") else Path(relative)

@@ -1,16 +1,15 @@
-"""Build the paper's theorems, measure them, and draw one figure for each.
+"""Build the networks of the paper's theorems, measure them, and draw a figure for each statement.
 
     megapoly theory --output theory
 
-Written are theory.json and a PNG for each statement. What is built and what was found is in
-docs/explanation/theory.md.
+The command writes theory.json and a PNG for each statement. docs/explanation/theory.md describes
+what is built and what was found.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 
-from megapoly.config.command_line import Parser
-from megapoly.errors import MegapolyError, UnavailableError
+from megapoly.config.command_line import Parser, status_of
+from megapoly.errors import UnavailableError
 from megapoly.study.theory import measure
 
 EXPONENTS = sorted({*range(1, 33), *(int(2 ** (i / 8)) for i in range(40, 81)), 63, 127, 255, 511})
@@ -31,24 +30,21 @@ CELLS = {
     (2, "ReLU"): (2, 4, 8, 12),
 }
 SMOOTHNESS = {1: (1, 2, 3, 4), 2: (2, 3)}
-# Before it 2 N + 1 is too far from 2 N for a slope in N.
+# Below this, 2 N + 1 differs too much from 2 N for a slope in N.
 FIT_FROM_CELLS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write and draw; 2 if something is missing."""
+    """Measure, write and draw; return 2 if something is missing."""
     arguments = build_parser().parse_args(argv)
-    try:
-        if not importlib.util.find_spec("matplotlib"):
-            raise UnavailableError("The figures need matplotlib: `pip install matplotlib`.")
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write(arguments.output, measure_all())
-    except MegapolyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return status_of(lambda: _measure_and_draw(arguments.output))
+
+
+def _measure_and_draw(folder: Path) -> int:
+    if not importlib.util.find_spec("matplotlib"):
+        raise UnavailableError("The figures need matplotlib: `pip install 'megapoly[report]'`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, measure_all())
     return 0
 
 
@@ -62,7 +58,7 @@ def build_parser() -> Parser:
 
 
 def measure_all() -> dict[str, Any]:
-    """Every statement's numbers, by statement."""
+    """Return the measurements by statement."""
     report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "theorem_1": measure.theorem_1,
@@ -84,7 +80,7 @@ def measure_all() -> dict[str, Any]:
 
 
 def fits(report: dict[str, Any]) -> dict[str, Any]:
-    """Lines and slopes through the numbers of Lemma 2, Theorem 2 and Theorem 3."""
+    """Fit lines and slopes to the measurements of Lemma 2, Theorem 2 and Theorem 3."""
     lines = {
         statement: {
             group: measure.line_in_log(list(results))

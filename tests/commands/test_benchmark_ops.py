@@ -303,8 +303,8 @@ def test_errors_beyond_rounding_are_wrong():
     assert forms.largest_error(torch.tensor([1.5, -4.25]), exact) == 0.5 / 4
 
 
-def run(*words):
-    return benchmark_ops.main(["--device", "cpu", "--rounds", "3", *map(str, words)])
+def run(*arguments):
+    return benchmark_ops.main(["--device", "cpu", "--rounds", "3", *map(str, arguments)])
 
 
 SMALL = ("--backends", "reference", "--against", "eager", "liger", "swiglu", "--shapes", "10x24")
@@ -314,10 +314,10 @@ SMALL = ("--backends", "reference", "--against", "eager", "liger", "swiglu", "--
 @pytest.mark.parametrize("experts", [None, 4])
 def test_report_table_and_plot(operator, experts, tmp_path, capsys):
     file, picture = tmp_path / "ops.json", tmp_path / "ops.png"
-    words = [*SMALL, "--dtypes", "bf16", "fp32", "--operators", operator]
-    words += ["--json", file, "--plot", picture]
-    words += [] if experts is None else ["--experts", experts]
-    assert run(*words) == 0
+    arguments = [*SMALL, "--dtypes", "bf16", "fp32", "--operators", operator]
+    arguments += ["--json", file, "--plot", picture]
+    arguments += [] if experts is None else ["--experts", experts]
+    assert run(*arguments) == 0
 
     report = json.loads(file.read_text())
     assert report["command"].startswith("megapoly benchmark operators --device cpu --rounds 3")
@@ -360,7 +360,7 @@ def test_wrong_operator_ends_with_status_1(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--shapes", "2048*1536"], "'2048*1536' is not ROWSxWIDTH, two positive integers such as"),
         (["--shapes", "0x5"], "'0x5' is not ROWSxWIDTH"),
@@ -370,19 +370,21 @@ def test_wrong_operator_ends_with_status_1(monkeypatch, capsys):
         (["--backends", "fast"], "invalid choice: 'fast'"),
     ],
 )
-def test_mistakes_on_the_command_line(words, message, capsys):
+def test_mistakes_on_the_command_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark_ops.main(words)
+        benchmark_ops.main(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_what_cannot_work_is_said_before_measuring(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark_ops, "measure_all", None)
     assert run("--json", tmp_path / "absent" / "ops.json") == 2
-    assert f"there is no folder {tmp_path / 'absent'}." in capsys.readouterr().err
+    assert (
+        f"The folder {tmp_path / 'absent'} of ops.json does not exist." in capsys.readouterr().err
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert benchmark_ops.main(["--device", "cuda"]) == 2
     assert "torch sees no CUDA device; use `--device cpu`" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run("--plot", tmp_path / "ops.png") == 2
-    assert "`--plot` needs matplotlib: `pip install matplotlib`." in capsys.readouterr().err
+    assert "`--plot` needs matplotlib: `pip install 'megapoly[report]'`." in capsys.readouterr().err

@@ -43,17 +43,17 @@ def test_plain_model_trains_as_megapoly_does(recipe):
     assert megapoly[3] < megapoly[0] - 0.1
 
 
-def run_tool(words):
+def run_tool(arguments):
     from megapoly.benchmarks import training
 
-    return training.main(words)
+    return training.main(arguments)
 
 
 def test_report_has_every_measurement(recipe, tmp_path):
     file = tmp_path / "speed.json"
-    words = ["--config", recipe, "--json", file, "--rounds", 3, "--steps", 1]
-    words += ["--activations", "polyrelu", "relu", "--threads", 1]  # nothing to compile
-    assert run_on_ranks(run_tool, 1, [str(word) for word in words]) == [0]
+    arguments = ["--config", recipe, "--json", file, "--rounds", 3, "--steps", 1]
+    arguments += ["--activations", "polyrelu", "relu", "--threads", 1]  # nothing to compile
+    assert run_on_ranks(run_tool, 1, [str(word) for word in arguments]) == [0]
 
     report = json.loads(file.read_text())
     assert (report["rounds"], report["steps"], report["threads"]) == (3, 1, 1)

@@ -78,7 +78,7 @@ def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_run_would_refuse_is_told_before_the_first(tmp_path: Path) -> None:
+def test_what_a_run_would_refuse_is_an_error_before_the_first(tmp_path: Path) -> None:
     words = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm"
     said = compare(*words.split(), "--training.global_batch_size", "6", status=2)
     assert "`training.global_batch_size` (6) must be divisible by" in said
@@ -112,8 +112,8 @@ def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: P
         ("--learning-rates 1e-3 --optimizer.lr 2e-3", "--optimizer.lr is set by --learning-rates"),
         ("--task-limit 3", "--task-data and --task-limit are for --tasks"),
         ("--launcher sh --processes 2", "--nproc-per-node is for runs on this machine"),
-        ("--seeds 2 1 2", "--seeds: each must be named once, not 2 1 2"),
-        ("--learning-rates 0.001 1e-3", "--learning-rates: each must be named once, not 0.001"),
+        ("--seeds 2 1 2", "--seeds: each must be given once, not 2 1 2"),
+        ("--learning-rates 0.001 1e-3", "--learning-rates: each must be given once, not 0.001"),
         ("--margin 0.1 --seeds 1 2", "--margin is for several --learning-rates and --seeds"),
         ("--modle.num_layers 3", "the nearest is `model.num_layers`"),
     ],

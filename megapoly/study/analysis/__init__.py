@@ -1,1 +1,1 @@
-"""What a trained model is like inside: ranks, similarity of layers, activations as learned."""
+"""Analyses of a trained model: effective ranks, similarity of layers, learned activations."""

@@ -1,4 +1,4 @@
-"""What one activation gets and gives on text: curve, shares of the powers, statistics."""
+"""Inputs and outputs of one activation on text: curve, shares of the powers, statistics."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from megapoly.study.analysis.histogram import GrowingHistogram
 from megapoly.study.analysis.learned_activation import LearnedActivation
 from megapoly.study.analysis.row_statistics import RowStatistics
 
-# The curve is drawn between these quantiles of the pre-activations, at about so many points.
+# The curve covers these quantiles of the pre-activations, at about this many points.
 QUANTILES = (1e-4, 1 - 1e-4)
 NUM_POINTS = 160
-# A slope below this part of the root mean square slope passes next to no gradient.
+# A slope below this share of the root mean square slope passes almost no gradient.
 FLAT = 0.01
 
 
 class ActivationStatistics:
-    """Gathers an activation's inputs, the rows of all its tokens.
+    """Collects the inputs of an activation, one row for each token.
 
-    The output is taken without the router's probability, so that dense and MoE models, and experts
-    among each other, are comparable. It is computed in fp32 by the reference operators.
+    The output excludes the router's probability, so that dense models, MoE models and experts can
+    be compared. It is computed in fp32 by the reference operators.
 
     Args:
-        function: with its learned coefficients.
+        function: the activation with its learned coefficients.
     """
 
     def __init__(self, function: LearnedActivation) -> None:
@@ -37,7 +37,7 @@ class ActivationStatistics:
         self._squares = torch.zeros(0 if learned is None else len(learned), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Count rows of FC1's output, [n, d], or [n, 2 d] with the gate's other factor behind."""
+        """Count rows of the output of FC1: [n, d], or [n, 2 d] if gated, the gate first."""
         if not len(x):
             return
         function, gate = self._function, None
@@ -57,11 +57,11 @@ class ActivationStatistics:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no token came."""
+        """Whether no token was counted."""
         return not int(self._histogram.counts.sum())
 
     def statistics(self) -> dict[str, Any]:
-        """Saturation and outliers.
+        """Return statistics of saturation and outliers.
 
         Returns:
             ``before``: of the pre-activations that the function gets; ``after``: of the input of
@@ -83,13 +83,13 @@ class ActivationStatistics:
         }
 
     def curve(self) -> dict[str, Any]:
-        """The learned function over the pre-activations seen, and how often each was.
+        """Return the learned function over the pre-activations, and their density.
 
         Returns:
-            ``x``, ``y``; ``density`` at x, whose integral is 1 over all pre-activations. x goes
-            from the 0.0001 to the 0.9999 quantile. ``norms``: null, or of a normalised activation
-            the q_i of :meth:`LearnedActivation.curve`: the median over rows of the root mean
-            square of each power.
+            ``x``, ``y``; ``density`` at x, whose integral over all pre-activations is 1. x covers
+            the 0.0001 to the 0.9999 quantile. ``norms``: the q_i of :meth:`LearnedActivation.curve`
+            of a normalised activation, which are the median over rows of the root mean square of
+            each power; else null.
         """
         histogram = self._histogram
         first, last = histogram.bins_between(*QUANTILES)
@@ -111,12 +111,12 @@ class ActivationStatistics:
         }
 
     def power_shares(self) -> list[float] | None:
-        """Share of each power in the output; None without coefficients.
+        """Return the share of each power in the output; None without coefficients.
 
             s_i = E (a_i p_i)^2 / sum_j E (a_j p_j)^2,   i = 0 .. r
 
-        p_i is n(x^i), or h^i where nothing is normalised, and p_0 = 1. Powers are not orthogonal:
-        the sum below is not the mean square of the output.
+        p_i is n(x^i), or h^i if the activation is not normalised, and p_0 = 1. Powers are not
+        orthogonal: the sum in the denominator is not the mean square of the output.
         """
         if not len(self._squares):
             return None
@@ -130,5 +130,5 @@ class ActivationStatistics:
 
 
 def _short(values: Tensor) -> list[float]:
-    """Six digits, which a figure does not need more of."""
+    """Round to six digits, more than a figure shows."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""The coefficients that a run's activations had on the way, from its TensorBoard files."""
+"""Coefficients of a run's activations during training, from its TensorBoard files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ _PREFIX = "activation/"
 
 
 def coefficient_series(run: Path | None, iteration: int) -> dict[str, Any]:
-    """Every learned number of every activation at the steps at which it was written.
+    """Read every coefficient of every activation at the steps at which it was written.
 
     Args:
-        run: folder of the run, with ``tensorboard`` and ``metrics.jsonl``; None: there is none.
-        iteration: last step that counts, that of the checkpoint.
+        run: folder of the run, with ``tensorboard`` and ``metrics.jsonl``; None without a run.
+        iteration: last step to read, that of the checkpoint.
 
     Returns:
-        ``tokens`` that were consumed at each step; ``series`` by tag, such as
+        ``tokens``: number consumed at each step; ``series`` by tag, such as
         ``activation/layer_00/ffn/a0``, see :mod:`megapoly.training.telemetry`; ``missing``: null,
-        or why there are none.
+        or the reason why there are none.
     """
     if run is None or not any((run / "tensorboard").glob("events.out.*")):
-        return _nothing("the checkpoint lies in no run with TensorBoard files")
+        return _nothing("the checkpoint is not in a run with TensorBoard files")
     if not (run / "metrics.jsonl").is_file():
-        return _nothing("the run has no metrics.jsonl, which counts the tokens of each step")
+        return _nothing("the run has no metrics.jsonl, which has the tokens of each step")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
@@ -50,7 +50,7 @@ def _nothing(why: str) -> dict[str, Any]:
 
 
 def _consumed_tokens(metrics: Path) -> dict[int, int]:
-    """By step; a line that is being written is left out."""
+    """Return tokens by step, without a line that is still being written."""
     consumed = {}
     for line in metrics.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What ``megapoly analyze`` does: compute the parts that are asked for, write and draw them."""
+"""The work of ``megapoly analyze``: compute the requested parts, write and draw them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ DEFAULT_TOKENS = 16384
 
 
 class AnalysisError(MegapolyError):
-    """Something is asked for that nothing would read, or that one process cannot do."""
+    """An option has no effect, or the analysis is not possible in one process."""
 
 
 @dataclass(frozen=True)
 class AnalysisRequest:
-    """The command line.
+    """Options of the command line.
 
     Args:
-        checkpoint: an ``iter_*`` folder, or a run, for its newest; None: those of comparisons.
+        checkpoint: an ``iter_*`` folder, or a run with its newest one; None for comparisons.
         output: folder to write to; None: ``analysis`` in the run.
         parts: of ``PARTS``.
-        tokens: of text, of all validation sets together; None: ``DEFAULT_TOKENS``.
+        tokens: of text, of all validation sets in total; None: ``DEFAULT_TOKENS``.
         device: ``cpu`` or ``cuda``; None: a GPU if there is one.
-        words: ``--section.field value`` of the checkpoint's configuration.
-        command: as it was typed, which is written down.
+        overrides: ``--section.field value`` for the configuration of the checkpoint.
+        command: the command line, which is recorded.
     """
 
     checkpoint: Path | None
@@ -51,50 +51,50 @@ class AnalysisRequest:
     parts: tuple[str, ...] = PARTS
     tokens: int | None = None
     device: str | None = None
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     command: str = ""
 
 
-def analyze(asked: AnalysisRequest) -> Path:
+def analyze(request: AnalysisRequest) -> Path:
     """Analyse a checkpoint; write analysis.json and figures.
 
     Returns:
         The folder written to.
 
     Raises:
-        AnalysisError: the options contradict each other, or the folder has an analysis of parts
-            that are not asked for, which this one would replace.
+        AnalysisError: the options contradict each other, or the folder has an analysis with other
+            parts, which this one would replace.
         CheckpointError: there is no checkpoint, or it is damaged.
-        ConfigError: an option of the configuration is none, or the run has no validation sets.
+        ConfigError: an option of the configuration is not valid, or the run has no validation sets.
         DataError: there is no text to run the model on.
         UnavailableError: matplotlib or the device is missing.
     """
-    assert asked.checkpoint is not None
-    _check(asked)
-    checkpoint, run = _find(asked.checkpoint)
-    output = asked.output or (run / "analysis" if run else None)
+    assert request.checkpoint is not None
+    _check(request)
+    checkpoint, run = _find(request.checkpoint)
+    output = request.output or (run / "analysis" if run else None)
     if output is None:
         raise AnalysisError(
-            f"`{asked.checkpoint}` lies in no run, whose `analysis` folder the output would go "
-            "to; name one with --output."
+            f"`{request.checkpoint}` is not in a run, which would have the output in its folder "
+            "`analysis`; give a folder with --output."
         )
-    _check_replaces(output, asked.parts)
+    _check_replaces(output, request.parts)
     from megapoly.conversion.checkpoint_reader import CheckpointReader
     from megapoly.platform.device import default_device
 
     reader = CheckpointReader(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    device = asked.device or default_device()
-    analysis = _description(asked, checkpoint, reader.config, reader.run)
-    # First: the engine's import must find the process as it is at its start.
-    if set(asked.parts) & set(ON_TEXT):
-        analysis |= _on_text(asked, checkpoint, reader.config.model.activation, device)
-    if "rank" in asked.parts:
+    device = request.device or default_device()
+    analysis = _description(request, checkpoint, reader.config, reader.run)
+    # First, because the engine must be imported before anything changes the process.
+    if set(request.parts) & set(ON_TEXT):
+        analysis |= _on_text(request, checkpoint, reader.config.model.activation, device)
+    if "rank" in request.parts:
         from megapoly.study.analysis.effective_rank import effective_ranks
 
         with counting_bar("effective rank, matrices", _messages()) as on_progress:
             analysis["effective_rank"] = effective_ranks(reader, device, on_progress)
-    if "coefficients" in asked.parts:
+    if "coefficients" in request.parts:
         from megapoly.study.analysis.coefficients import coefficient_series
 
         analysis["coefficients"] = coefficient_series(run, analysis["iteration"])
@@ -102,63 +102,68 @@ def analyze(asked: AnalysisRequest) -> Path:
     return output
 
 
-def of_comparisons(asked: AnalysisRequest, folders: Sequence[Path]) -> list[AnalysisRequest]:
-    """What is to analyse of comparisons: of each activation the chosen run of the first seed.
+def of_comparisons(request: AnalysisRequest, folders: Sequence[Path]) -> list[AnalysisRequest]:
+    """Return the analyses that comparisons lack: each activation's chosen run of the first seed.
 
     Args:
-        asked: the command line, without a checkpoint.
+        request: the command line, without a checkpoint.
         folders: of ``megapoly compare``.
 
     Returns:
-        One for each run without an analysis.json of these parts on this text.
+        A request for each run without an analysis.json of these parts on this text.
 
     Raises:
-        AnalysisError: a folder is no comparison, or one whose grid is not complete.
+        AnalysisError: a folder is not a comparison, or its grid is not complete.
     """
     runs = []
     for folder in folders:
         chosen = chosen_runs(folder)
         if not chosen:
             raise AnalysisError(
-                f"`--comparison` ({folder}) must be the folder of a comparison with its learning "
-                "rates chosen; let megapoly compare finish there first."
+                f"`--comparison` ({folder}) must be the folder of a comparison that has chosen its "
+                "learning rates; let megapoly compare finish there first."
             )
         runs += [folder / name for name in chosen.values()]
     return [
-        replace(asked, checkpoint=run, command=_command(asked, run))
+        replace(request, checkpoint=run, command=_command(request, run))
         for run in runs
-        if not _is_analysed(run, asked)
+        if not _is_analysed(run, request)
     ]
 
 
-def _command(asked: AnalysisRequest, run: Path) -> str:
-    """What analyses one run alike."""
-    words = ["--checkpoint", str(run)]
-    if set(asked.parts) < set(PARTS):
-        words += ["--parts", *asked.parts]
-    for option, value in (("--tokens", asked.tokens), ("--device", asked.device)):
-        words += [] if value is None else [option, str(value)]
-    return shlex.join(["megapoly", "analyze", *words, *asked.words])
+def _command(request: AnalysisRequest, run: Path) -> str:
+    """Return the command that analyses one run with the same options."""
+    arguments = ["--model", str(run)]
+    if set(request.parts) < set(PARTS):
+        arguments += ["--parts", *request.parts]
+    for option, value in (("--tokens", request.tokens), ("--device", request.device)):
+        arguments += [] if value is None else [option, str(value)]
+    return shlex.join(["megapoly", "analyze", *arguments, *request.overrides])
 
 
-def _is_analysed(run: Path, asked: AnalysisRequest) -> bool:
+def _is_analysed(run: Path, request: AnalysisRequest) -> bool:
     written = _written(run / "analysis")
-    return set(asked.parts) <= set(written["parts"]) and (
-        not set(asked.parts) & set(ON_TEXT) or written["asked"] == _on_what(asked)
+    return set(request.parts) <= set(written["parts"]) and (
+        not set(request.parts) & set(ON_TEXT) or written["asked"] == _on_what(request)
     )
 
 
-def _on_what(asked: AnalysisRequest) -> dict[str, Any]:
-    """What decides the numbers of the parts that run the model, beside the checkpoint."""
-    return {"tokens": asked.tokens or DEFAULT_TOKENS, "options": list(asked.words)}
+def _on_what(request: AnalysisRequest) -> dict[str, Any]:
+    """Return what determines the numbers of the parts that run the model, except the checkpoint."""
+    return {"tokens": request.tokens or DEFAULT_TOKENS, "options": list(request.overrides)}
 
 
 def _written(output: Path) -> dict[str, Any]:
-    """``parts`` and ``asked`` of the analysis in a folder; empty where there is none."""
+    """Return ``parts`` and ``asked`` of the analysis in a folder; empty if there is none."""
     try:
         content = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
         return {"parts": list(content["parts"]), "asked": dict(content["asked"])}
-    except (OSError, ValueError, KeyError, TypeError):  # damaged, or another's: made anew
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # damaged, or another file
         return {"parts": [], "asked": {}}
 
 
@@ -166,58 +171,62 @@ def _check_replaces(output: Path, parts: Sequence[str]) -> None:
     lost = [part for part in _written(output)["parts"] if part not in parts]
     if lost:
         raise AnalysisError(
-            f"`{output}` has an analysis with {', '.join(lost)}, too, which one of "
-            f"{', '.join(parts)} would replace; name all in --parts, or another folder in --output."
+            f"`{output}` has an analysis that includes {', '.join(lost)}; one of "
+            f"{', '.join(parts)} would replace it. Give all parts in --parts, or another folder in "
+            "--output."
         )
 
 
-def _check(asked: AnalysisRequest) -> None:
+def _check(request: AnalysisRequest) -> None:
     num_processes = launcher.world_size()
     if num_processes > 1:
         raise AnalysisError(
-            f"A checkpoint is analysed by one process, whatever layout it was saved at; "
+            "A checkpoint of any layout must be analysed by one process; "
             f"{num_processes} were started. Start this program with python, not torchrun."
         )
-    if not set(asked.parts) & set(ON_TEXT):
-        given = {"--tokens": asked.tokens is not None, " ".join(asked.words): bool(asked.words)}
-        for name in (name for name, is_given in given.items() if is_given):
+    if not set(request.parts) & set(ON_TEXT):
+        given = [*([] if request.tokens is None else ["--tokens"]), *request.overrides]
+        if given:
             raise AnalysisError(
-                f"`{name}`: nothing reads this without a part that runs the model "
+                f"`{' '.join(given)}` has no effect without a part that runs the model "
                 f"({', '.join(ON_TEXT)}); leave it out"
             )
-    for word in asked.words:
-        if word.partition("=")[0] == "--training.device":
-            raise AnalysisError("`--training.device`: give `--device`, which is for every part")
+    for override in request.overrides:
+        if override.partition("=")[0] == "--training.device":
+            raise AnalysisError("`--training.device`: use `--device`, which is for every part")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UnavailableError("The figures need matplotlib: `pip install matplotlib`.") from error
+        raise UnavailableError(
+            "The figures need matplotlib: `pip install 'megapoly[report]'`."
+        ) from error
     from megapoly.platform.device import check_device
 
-    if asked.device is not None:
-        check_device("--device", asked.device)
+    if request.device is not None:
+        check_device("--device", request.device)
 
 
 def _find(path: Path) -> tuple[Path, Path | None]:
-    """The checkpoint, and the run that it lies in."""
+    """Return the checkpoint, and the run that contains it."""
     from megapoly.conversion.checkpoint_reader import find_checkpoint
 
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         raise CheckpointError(
-            f"`{path}` is no checkpoint: a complete checkpoint `iter_*` has a run.json, a run such "
-            "a checkpoint in its `checkpoints`" + ("" if path.exists() else "; nothing is there")
+            f"`{path}` is not a checkpoint: a complete checkpoint `iter_*` has a run.json, and a "
+            "run has such a checkpoint in its `checkpoints`"
+            + ("" if path.exists() else "; the path does not exist")
         )
     folder = checkpoint.resolve().parent
     return checkpoint, folder.parent if folder.name == "checkpoints" else None
 
 
 def _description(
-    asked: AnalysisRequest, checkpoint: Path, config: Config, run: dict[str, Any]
+    request: AnalysisRequest, checkpoint: Path, config: Config, run: dict[str, Any]
 ) -> dict[str, Any]:
     model = config.model
     return {
-        "command": asked.command,
+        "command": request.command,
         "checkpoint": str(checkpoint),
         "iteration": run["iteration"],
         "tokens": run.get("consumed_tokens"),
@@ -226,8 +235,8 @@ def _description(
         "hidden_size": model.hidden_size,
         "num_layers": model.num_layers,
         "num_experts": model.num_moe_experts,
-        "parts": list(asked.parts),
-        "asked": _on_what(asked),
+        "parts": list(request.parts),
+        "asked": _on_what(request),
         "text": None,
         "effective_rank": None,
         "similarity": None,
@@ -239,16 +248,16 @@ def _description(
 
 
 def _on_text(
-    asked: AnalysisRequest, checkpoint: Path, activation: str, device: str
+    request: AnalysisRequest, checkpoint: Path, activation: str, device: str
 ) -> dict[str, Any]:
     from megapoly.activations import registry
     from megapoly.evaluation.loaded_checkpoint import loaded_checkpoint
 
-    words = [*asked.words, f"--training.device={device}"]
+    overrides = [*request.overrides, f"--training.device={device}"]
     if registry.get(activation).has_coefficients:
-        # Kernels that are compiled for a few thousand tokens would take longer than these.
-        words.insert(0, "--model.activation_backend=reference")
-    with loaded_checkpoint(checkpoint, words, with_validation=True) as opened:
+        # Compiling kernels would take longer than a few thousand tokens.
+        overrides.insert(0, "--model.activation_backend=reference")
+    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as opened:
         from megapoly.study.analysis.forward_pass import run_on_text
 
         for warning in opened.warnings:
@@ -257,9 +266,9 @@ def _on_text(
             findings = run_on_text(
                 opened.model,
                 opened.validation,
-                asked.tokens or DEFAULT_TOKENS,
-                with_similarity="similarity" in asked.parts,
-                with_activations="activations" in asked.parts,
+                request.tokens or DEFAULT_TOKENS,
+                with_similarity="similarity" in request.parts,
+                with_activations="activations" in request.parts,
                 on_progress=on_progress,
             )
     return _as_json(findings)
@@ -287,7 +296,7 @@ def _entries(
     found: dict[Place, ActivationStatistics],
     describe: Callable[[ActivationStatistics], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """In the order of layers, kinds and experts."""
+    """Yield entries in the order of layers, kinds and experts."""
     for place in sorted(found, key=lambda place: (place[0], place[1], place[2] or 0)):
         layer, kind, expert = place
         yield {"layer": layer, "kind": kind, "expert": expert} | describe(found[place])

@@ -25,12 +25,12 @@ _FFN_WEIGHT = re.compile(
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values of a matrix, the smallest first.
+    """Return the singular values of a matrix, the smallest first.
 
         s_i = sqrt(max(lambda_i, 0)),   lambda = eigenvalues of A A^T or A^T A, the smaller
 
-    The product costs m n^2 and its eigenvalues about 4 n^3 / 3 multiplications, for m >= n; only
-    two n x n matrices stand beside A.
+    For m >= n the product takes m n^2 multiplications and its eigenvalues about 4 n^3 / 3; it needs
+    two n x n matrices in addition to A.
 
     Args:
         matrix: [m, n], any floating dtype.
@@ -39,9 +39,9 @@ def singular_values(matrix: Tensor) -> Tensor:
         [min(m, n)] fp64.
 
     Note:
-        Eigenvalues are right to about 1e-16 of the largest, so a singular value that is zero may
-        come out as 1e-8 s_1. To the effective rank of a matrix of rank 1 that adds n 1e-8 times a
-        logarithm of 20 at most.
+        Eigenvalues are correct to about 1e-16 of the largest, so a singular value that is zero may
+        be computed as 1e-8 s_1. To the effective rank of a matrix of rank 1 this adds at most
+        n 1e-8 times a logarithm of 20.
     """
     a = matrix.double()
     gram = a @ a.T if a.shape[0] <= a.shape[1] else a.T @ a
@@ -49,11 +49,11 @@ def singular_values(matrix: Tensor) -> Tensor:
 
 
 def effective_rank(matrix: Tensor) -> float:
-    """How many directions a matrix stretches, weighed by how much.
+    """Return the effective number of directions of a matrix, weighted by singular values.
 
         Erank(A) = exp(-sum_i p_i ln p_i),   p_i = s_i / sum_j s_j
 
-    It is k for k equal singular values beside zeros, and 0 for a matrix of zeros.
+    It is k for k equal singular values and zeros otherwise, and 0 for a matrix of zeros.
 
     Source: PolyCom (ICLR 2025), Eq. 36; Roy and Vetterli (2007).
 
@@ -68,17 +68,17 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def ffn_weights(reader: CheckpointReader) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield every FFN weight of a checkpoint of any layout; memory for two matrices.
+    """Yield every FFN weight of a checkpoint of any layout; needs memory for two matrices.
 
-    FC1 of a gated activation is stored as one matrix, the gate's rows above those of the product's
-    other factor. It comes as three: ``gate``, ``up`` and, stacked as stored, ``fc1``.
+    FC1 of a gated activation is stored as one matrix, the rows of the gate above those of the other
+    factor. It is yielded as three: ``gate``, ``up`` and, as it is stored, ``fc1``.
 
     Yields:
-        Where the weight is, and the weight: ``layer``; ``kind`` (ffn, experts, shared_experts);
+        Place of the weight, and the weight: ``layer``; ``kind`` (ffn, experts, shared_experts);
         ``expert`` (null outside routed experts); ``weight`` (fc1, gate, up, down), ``shape``.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or a weight is not finite.
+        CheckpointError: the checkpoint is incomplete, or a weight is not finite.
     """
     wanted = list(_links(reader))
     gate: Tensor | None = None
@@ -100,12 +100,12 @@ def ffn_weights(reader: CheckpointReader) -> Iterator[tuple[dict[str, Any], Tens
 def effective_ranks(
     reader: CheckpointReader, device: str, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Effective rank of every FFN weight.
+    """Compute the effective rank of every FFN weight.
 
     Args:
         reader: of the checkpoint.
         device: where to compute.
-        on_progress: called with the numbers of read and of all stored matrices.
+        on_progress: called with the number of matrices read and the total.
 
     Returns:
         ``method``; ``weights``: the entries of :func:`ffn_weights` with ``effective_rank``.
@@ -126,7 +126,7 @@ def _links(reader: CheckpointReader) -> Iterator[TensorMapping]:
 
 def _match(link: TensorMapping) -> re.Match[str]:
     match = _FFN_WEIGHT.fullmatch(link.name)
-    assert match is not None, "chosen by it"
+    assert match is not None, "links are chosen by this pattern"
     return match
 
 

@@ -1,6 +1,6 @@
-"""Run a checkpoint's model on its validation text and gather what passes through it.
+"""Run a checkpoint's model on its validation text and collect states and activations.
 
-Import it after :func:`megapoly.platform.select_platform`: it brings the engine.
+Import it after :func:`megapoly.platform.select_platform`: it imports the engine.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from megapoly.study.analysis.similarity import LayerSimilarity
 from megapoly.training.state import ModelState, evaluation_mode
 from megapoly.training.telemetry import kind_of_ffn
 
-# Layer, kind (ffn, experts, shared_experts), expert; None where its experts share coefficients.
+# Layer, kind (ffn, experts, shared_experts), expert; None if the experts share coefficients.
 Place = tuple[int, str, int | None]
 
 
 @dataclass
 class Findings:
-    """What was gathered on a text.
+    """Statistics that were collected on a text.
 
     Args:
         sets: name, fingerprints of the token files and number of tokens of each validation set.
-        similarity: of the layers' hidden states; None: not asked for.
-        activations: by place; empty: not asked for.
+        similarity: of the layers' hidden states; None if it was not requested.
+        activations: by place; empty if they were not requested.
     """
 
     sets: list[dict[str, Any]]
@@ -56,10 +56,10 @@ def run_on_text(
     Args:
         state: a model in one process.
         validation: samples of the sets by name.
-        num_tokens: of all sets together; where a set has fewer than its part, all of it.
+        num_tokens: of all sets in total; a set with fewer than its share is read completely.
         with_similarity: compare hidden states.
-        with_activations: gather what activations get and give.
-        on_progress: called with the numbers of tokens that are done, and of all.
+        with_activations: collect inputs and outputs of activations.
+        on_progress: called with the number of tokens done and the total.
 
     Raises:
         DataError: there is no text.
@@ -71,8 +71,8 @@ def run_on_text(
     total = sum(len(sample) for each in samples.values() for sample in each)
     if not total:
         raise DataError(
-            "There is no text to run the model on: the run has no validation set with tokens. Name "
-            "one, `--data.validation '{wiki: tokens/wiki}'`, or give `--parts rank coefficients`."
+            "There is no text to run the model on: the run has no validation set with tokens. Give "
+            "one, `--data.validation '{wiki: tokens/wiki}'`, or use `--parts rank coefficients`."
         )
     findings = Findings([_entry(name, validation[name], each) for name, each in samples.items()])
     if with_similarity:
@@ -94,9 +94,9 @@ def run_on_text(
 
 
 def chosen_samples(pool: SamplePool, num_tokens: int) -> Iterator[Tensor]:
-    """Yield [s] token ids of samples spread evenly over a set, at most so many tokens in all.
+    """Yield [s] token ids of samples spread evenly over a set, at most ``num_tokens`` in total.
 
-    Tokens that only fill up a file's last sample are left out.
+    Padding of the last sample of a file is left out.
     """
     sample_length = len(pool[0]["tokens"])
     count = min(-(-num_tokens // sample_length), len(pool))
@@ -119,7 +119,7 @@ def _entry(name: str, pool: SamplePool, samples: list[Tensor]) -> dict[str, Any]
 
 @contextmanager
 def _states(model: torch.nn.Module) -> Iterator[dict[Any, Tensor]]:
-    """Hidden states by their number, [s, b, h], and by ("routing", layer) [s b, experts]."""
+    """Keep hidden states by number, [s, b, h], and by ("routing", layer) [s b, experts]."""
     seen: dict[Any, Tensor] = {}
 
     def keep(key: Any, part: int) -> Callable[[Any, Any, Any], None]:
@@ -149,7 +149,7 @@ def _compare(similarity: LayerSimilarity, seen: Mapping[Any, Tensor], num_layers
 
 @contextmanager
 def _activations(model: torch.nn.Module) -> Iterator[dict[Place, ActivationStatistics]]:
-    """Statistics by place, counted while the model runs."""
+    """Collect statistics by place while the model runs."""
     found: dict[Place, ActivationStatistics] = {}
     with ExitStack() as hooks:
         for i, layer in enumerate(decoder_layers([model])):

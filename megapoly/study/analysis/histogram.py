@@ -1,4 +1,4 @@
-"""How often numbers of unknown range occur, counted in one pass."""
+"""A histogram of numbers of unknown range, counted in one pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ NUM_BINS = 2**14
 
 
 class GrowingHistogram:
-    """Counts in equal bins over [-limit, limit], which doubles where a number lies outside.
+    """Counts in equal bins over [-limit, limit]; the limit doubles if a number is outside.
 
-    Doubling puts two bins together, so that every count stays exact.
+    Doubling merges pairs of bins, so every count stays exact.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class GrowingHistogram:
         return torch.linspace(-self.limit, self.limit, NUM_BINS + 1, dtype=torch.float64)
 
     def bins_between(self, low: float, high: float) -> tuple[int, int]:
-        """First bin, and the one behind the last, of those between two quantiles."""
+        """Return the first bin between two quantiles, and the one after the last."""
         share = self.counts.cumsum(0).double() / max(int(self.counts.sum()), 1)
         first = int((share <= low).sum())
         last = int((share < high).sum())

@@ -1,4 +1,4 @@
-"""An activation with the coefficients that it learned, taken apart."""
+"""An activation with its learned coefficients, and its parts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _COEFFICIENTS = "coefficients"
 
 
 class LearnedActivation:
-    """One coefficient set of one layer, computed by the registry's function in plain PyTorch.
+    """One set of coefficients of one layer, with the registry's function in plain PyTorch.
 
-    What is said of a gated activation is said of the function that its gate multiplies.
+    For a gated activation, all methods describe the function of the gate.
 
     Args:
         activation: entry of the registry.
@@ -30,21 +30,21 @@ class LearnedActivation:
         options: dict[str, Any] | None = None,
     ) -> None:
         self.activation = activation
-        # A few numbers, which go to where each x lies.
+        # A few numbers, which are moved to the device of each x.
         self._learned = {k: v.detach().float().cpu() for k, v in coefficients.items()}
         self._options = {"backend": "reference", **(options or {})}
 
     @property
     def coefficients(self) -> Tensor | None:
-        """[r + 1], ascending powers; None: it has none."""
+        """[r + 1], ascending powers; None without coefficients."""
         return self._learned.get(_COEFFICIENTS)
 
     def __call__(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """[n, d] -> [n, d], times the gate's other factor where it is given."""
+        """[n, d] -> [n, d], times the other factor of a gate if it is given."""
         return self.activation.function(self._inputs(x, gate))
 
     def power(self, x: Tensor, i: int) -> Tensor:
-        """The part of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
+        """Return the term of the output that a_i multiplies: n(x^i), h^i, or 1 for i = 0."""
         learned = self.coefficients
         assert learned is not None
         only = torch.zeros_like(learned)
@@ -52,17 +52,17 @@ class LearnedActivation:
         return self.activation.function(self._inputs(x, None, {_COEFFICIENTS: only}))
 
     def row_norms(self, x: Tensor) -> Tensor:
-        """What divides each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
+        """Return the divisor of each power of each row: sqrt(mean(x^2i) + eps), i = 1 .. r.
 
-            q_i = sqrt(sum_j x_j^2i / sum_j p_ij^2)   over columns whose part p_ij is not zero
+            q_i = sqrt(sum_j x_j^2i / sum_j p_ij^2)   over columns whose term p_ij is not zero
 
-        Read off the output, so that it holds for every normalised activation of the registry.
+        It is derived from the output, so it holds for every normalised activation of the registry.
 
         Args:
             x: [n, d], fp64.
 
         Returns:
-            [n, r]; not a number where a row has no part.
+            [n, r]; NaN for a row whose terms are all zero.
         """
         learned = self.coefficients
         assert learned is not None
@@ -74,13 +74,13 @@ class LearnedActivation:
         return torch.stack(norms, dim=-1)
 
     def curve(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
-        """The activation as a function of one pre-activation.
+        """Compute the activation as a function of one pre-activation.
 
             y = a0 + sum_i a_i h(x)^i / q_i
 
         Args:
             x: [n] fp64.
-            norms: [r], q_i of a normalised activation, whose output depends on the whole row.
+            norms: [r], q_i of a normalised activation, because its output depends on the whole row.
 
         Returns:
             [n] fp64.

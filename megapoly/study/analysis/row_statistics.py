@@ -1,12 +1,12 @@
-"""Saturation and outliers of numbers that come in rows, one row a token."""
+"""Saturation and outliers of numbers in rows, one row for each token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Of a row's root mean square: below it a number adds next to nothing to what the next matrix
-# makes of the row; above the other it is an outlier.
+# Relative to a row's root mean square: below the first a number has almost no effect on the output
+# of the next matrix; above the second it is an outlier.
 NEAR_ZERO, OUTLIER = 0.01, 6.0
 
 
@@ -39,11 +39,11 @@ class RowStatistics:
         self._largest_peak = max(self._largest_peak, peaks.max().item())
 
     def result(self) -> dict[str, float]:
-        """All statistics, by name.
+        """Return all statistics, by name.
 
         Returns:
             ``mean``; ``rms``, the root mean square of all numbers; ``kurtosis``, E (v - mean)^4 /
-            (E (v - mean)^2)^2, 3 for a normal distribution and 0 where all are equal; shares of
+            (E (v - mean)^2)^2, 3 for a normal distribution and 0 if all are equal; shares of
             numbers ``zero`` (exactly), ``near_zero`` (|v| <= 0.01 R) and ``outliers`` (|v| > 6 R);
             ``max_over_rms``, the mean over rows of max |v| / R, and ``largest_max_over_rms``.
         """

@@ -13,8 +13,8 @@ class LayerSimilarity:
 
         C[i, j] = mean_t h_i(t) . h_j(t) / (|h_i(t)| |h_j(t)|)
 
-    h_0 is the embedding and h_l the residual stream behind layer l, before the final norm; nothing
-    is centred. The paper says no more than "layer-wise cosine similarity of hidden states".
+    h_0 is the embedding and h_l the residual stream after layer l, before the final norm, without
+    centring. The paper specifies only "layer-wise cosine similarity of hidden states".
 
     Source: PolyCom (ICLR 2025), Fig. 7.
 
@@ -22,8 +22,8 @@ class LayerSimilarity:
 
         C_e[l, j] = mean_{t in T(l, e)} cos(h_{l+1}(t), h_j(t)),   l = 0 .. L - 1
 
-    and their mean over the experts that got a token. Weighed by |T(l, e)| instead, the mean is row
-    l + 1 of C, since every token has equally many experts.
+    and their mean over the experts that got a token. The mean weighted by |T(l, e)| is row l + 1 of
+    C, because every token has the same number of experts.
 
     Args:
         num_layers: L.
@@ -38,7 +38,7 @@ class LayerSimilarity:
         self._expert_tokens = torch.zeros(num_layers, num_experts, dtype=torch.float64)
 
     def add(self, states: Tensor, routing: Tensor | None = None) -> None:
-        """Count some tokens.
+        """Add the states of some tokens.
 
         Args:
             states: [L + 1, tokens, h].
@@ -54,7 +54,7 @@ class LayerSimilarity:
             self._expert_tokens += chosen.sum(1).cpu()
 
     def result(self) -> dict[str, Any]:
-        """What analysis.json has under ``similarity``, but for the text's name.
+        """Return the entry ``similarity`` of analysis.json, without the name of the text.
 
         Returns:
             ``tokens``; ``states``: names; ``matrix``: C; ``experts``: null or ``per_layer``, each

@@ -1,4 +1,4 @@
-"""The answer in sentences, each of its words decided by the numbers."""
+"""The answer of a report in sentences that are computed from the numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megapoly.study.report.results import Difference
 
 
 def subject(group: RunGroup) -> Entry | None:
-    """The entry that the answer is about: the paper's strongest form, or what is nearest to it.
+    """Return the entry that the answer is about: the paper's strongest form or the nearest to it.
 
     That is the first normalised, ungated polynomial of the group, else its first polynomial.
     """
@@ -28,7 +28,7 @@ def subject(group: RunGroup) -> Entry | None:
 
 
 def answer(group: RunGroup) -> list[str]:
-    """One sentence about the subject against every fixed activation, others about the rest."""
+    """Compare the subject with every fixed activation, and rank all entries, in sentences."""
     about = subject(group)
     sentences = []
     if about is not None:
@@ -43,7 +43,7 @@ def answer(group: RunGroup) -> list[str]:
 
 
 def _of_variant(variant: Entry, group: RunGroup) -> list[str]:
-    """Sentences about the subject with other options, against fixed ones with these."""
+    """Compare the subject with other options with fixed activations that have the same options."""
     fixed = [e for e in group.entries if e.order is None and e.variant == variant.variant]
     if not fixed:
         return []
@@ -53,7 +53,7 @@ def _of_variant(variant: Entry, group: RunGroup) -> list[str]:
 
 
 def answers(content: Content) -> str:
-    """The answers of all groups, for the terminal."""
+    """Return the answers of all groups as text."""
     groups = group_runs(content.runs, content.reference)
     return "\n".join(f"{group.kind}: {' '.join(answer(group))}" for group in groups)
 
@@ -63,45 +63,45 @@ def _against(about: Entry, fixed: Sequence[Entry], kind: str, beginning: str = "
     known = {label: item for label, item in found.items() if item is not None}
     reason = "no seed is shared, or a run has no finite loss"
     if not known:
-        return [f"{about.label} is compared with no fixed activation: {reason}."]
+        return [f"{about.label} cannot be compared with any fixed activation: {reason}."]
     lost = [label for label in found if label not in known]
     below = {label: item for label, item in known.items() if item.spread.mean < 0}
     rest = {label: item for label, item in known.items() if label not in below}
     verb = "ends" if below else "does not end"
-    words = [
+    amounts = [
         f"{label} ({_amount(i, signed(i.spread.mean, 3))}{_lower(i)})" for label, i in rest.items()
     ]
     parts = [_below(below)] if below else []
     if rest:
-        parts.append(("not below " if below else "below ") + _list(words))
+        parts.append(("not below " if below else "below ") + _list(amounts))
     text = f"{beginning} {kind} loss {about.title} {verb} {', and '.join(parts)}."
     if lost:
-        text += f" It is not compared with {_list(lost)}: {reason}."
+        text += f" It cannot be compared with {_list(lost)}: {reason}."
     if max(item.spread.count for item in known.values()) == 1:
-        return [text, "With one seed nothing is known of the spread."]
+        return [text, "A single seed does not show how much the results vary."]
     single = [label for label, item in known.items() if item.spread.count == 1]
     unclear = [label for label in known if label not in single and not known[label].clear]
     if single:
-        text += f" With {_list(single)} it shares one seed."
+        text += f" It shares only one seed with {_list(single)}."
     if unclear:
         text += (
-            f" Against {_list(unclear)} the sign is open: the difference's 95\u00a0% interval "
-            "(Student's t) contains zero."
+            f" {about.title} cannot be distinguished from {_list(unclear)}: the 95\u00a0% interval "
+            "of the difference (Student's t) contains zero."
         )
-    return [text, "± is the standard error of differences between runs of the same seed."]
+    return [text, "± is the standard error of the differences between runs of the same seed."]
 
 
 def _below(found: Mapping[str, Difference]) -> str:
-    """``SwiGLU by 0.031 ± 0.004 and GELU by ..``, with the seeds once where they are the same."""
+    """Write ``SwiGLU by 0.031 ± 0.004 and GELU by ..``, with equal numbers of seeds only once."""
     counts = {_count(item) for item in found.values()}
     same = counts.pop() if len(counts) == 1 else None
-    words = [
+    amounts = [
         f"{label} by {_amount(item, f'{-item.spread.mean:.3f}')}"
         + (_count(item) if same is None else "")
         for label, item in found.items()
     ]
-    each = "" if not same else f", each{same}" if len(words) > 1 else f",{same}"
-    return "below " + _list(words) + each
+    each = "" if not same else f", each{same}" if len(amounts) > 1 else f",{same}"
+    return "below " + _list(amounts) + each
 
 
 def _amount(item: Difference, mean: str) -> str:
@@ -132,5 +132,5 @@ def _ranking(group: RunGroup) -> str:
     )
 
 
-def _list(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _list(items: Sequence[str]) -> str:
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

@@ -1,4 +1,4 @@
-"""report.json: all that a page shows, read from runs and from earlier reports, merged."""
+"""report.json: everything that a page shows, read from runs and earlier reports and merged."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _OF_A_COMPARISON = ("commands", "hardware", "versions")
 
 @dataclass(frozen=True)
 class Content:
-    """What a page is made of.
+    """Content of a page.
 
     Args:
         title: of the page.
         reference: activation that the others are compared with.
-        runs: records, complete or not, the later of two of the same run.
+        runs: complete or not; the later one of two records of the same run.
         comparisons: ``commands``, ``hardware`` and ``versions`` of each comparison.json, by key.
         notes: Markdown of the author.
         theory: content of theory.json.
-        theory_folder: where it lay, for the command below its figures.
+        theory_folder: folder of that file, for the command that the page shows.
     """
 
     title: str
@@ -46,13 +46,14 @@ def read(sources: Sequence[Path]) -> Content:
     """Read and merge runs, folders of runs and report.json files.
 
     Args:
-        sources: of the same run the later record counts; so do later titles, notes and theories.
+        sources: a later record of the same run replaces an earlier one; so do later titles, notes
+            and theories.
 
     Returns:
-        Title and reference are empty unless a report.json has them.
+        Title and reference are empty unless a report.json contains them.
 
     Raises:
-        DataError: one of the sources holds no run.
+        DataError: one of the sources contains no run.
         MegapolyError: a file cannot be read.
     """
     runs: dict[str, Run] = {}
@@ -69,7 +70,7 @@ def read(sources: Sequence[Path]) -> Content:
 
 
 def write(content: Content, path: Path) -> None:
-    """Write report.json, one line a run; of analyses those that the page shows."""
+    """Write report.json, one line for each run, with the analyses that the page shows."""
     groups = group_runs(content.runs, content.reference)
     analysed = [entry.analysed for group in groups for entry in group.entries]
     shown = {run.key for run in analysed if run is not None}
@@ -100,23 +101,23 @@ def _saved(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
             raise DataError(
-                f"`{path}` has format {saved['format']}, and {FORMAT} is read; make it anew from "
-                "its runs."
+                f"`{path}` has format {saved['format']}; must be {FORMAT}. Write it again from its "
+                "runs."
             )
         names = {field.name for field in fields(Run)}
         saved["runs"] = [Run(**{name: record[name] for name in names}) for record in saved["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"`{path}` is no report.json ({type(error).__name__}: {error}); name a run's folder, a "
-            "folder of runs or the report.json of a report."
+            f"`{path}` is not a report.json ({type(error).__name__}: {error}); give the folder of "
+            "a run, a folder of runs or the report.json of a report."
         ) from error
     return dict(saved)
 
 
 def _found(folder: Path, merged: dict[str, Any]) -> list[Run]:
-    """Runs below a folder; their comparisons are added to ``merged``."""
+    """Return the runs in a folder, at any depth, and add their comparisons to ``merged``."""
     if not folder.exists():
-        raise DataError(f"`{folder}` does not exist; name a run's folder, or one of runs.")
+        raise DataError(f"`{folder}` does not exist; give the folder of a run or of several.")
     runs = []
     for run_folder in _run_folders(folder):
         comparison = read_comparison(run_folder.parent)
@@ -133,7 +134,7 @@ def _found(folder: Path, merged: dict[str, Any]) -> list[Run]:
         runs.append(replace(found, analysis=_from_here(found.analysis)))
     if not runs:
         raise DataError(
-            f"`{folder}` holds no run, which is a folder with `config.yaml` and `metrics.jsonl`."
+            f"`{folder}` contains no run, which is a folder with `config.yaml` and `metrics.jsonl`."
         )
     return runs
 
@@ -147,7 +148,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
 
 
 def _from_here(value: Any) -> Any:
-    """Text with paths below the current folder as they are from there."""
+    """Return a value whose text has paths relative to the current folder."""
     if isinstance(value, str):
         return value.replace(f"{Path.cwd()}/", "")
     if isinstance(value, list):
@@ -158,7 +159,7 @@ def _from_here(value: Any) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to five digits, which is more than a figure shows."""
+    """Round numbers to five digits, more than a figure shows."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""Runs that may be compared, in groups; within a group the models that its tables have a line for.
+"""Groups of runs that may be compared, and the models that each line of a table shows.
 
 Two runs share a group if they have the same kind of model (dense or mixture of experts), training
 data, tokenizer, validation sets, tokens, batch and sequence length, and parameters, total and
-active, within 1 %. Seed and learning rate tell the runs of one model apart; whatever else differs
-makes another model with a label of its own.
+active, within 1 %. Runs of one model differ in seed and learning rate; any other difference makes
+another model with its own label.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from megapoly.config.schema import ModelConfig
 from megapoly.study.report.groups import Entry, RunGroup, describe_options, options_of
 from megapoly.study.report.runs import Run
 
-# Most that parameters may differ within a group, of the smallest model.
+# Largest difference of parameters within a group, relative to the smallest model.
 TOLERANCE = 0.01
 
 
 def group_runs(runs: Iterable[Run], reference: str) -> list[RunGroup]:
-    """Groups of the complete runs; dense ones first, then those with the most runs.
+    """Return the groups of the complete runs; dense ones first, then those with the most runs.
 
     Args:
-        runs: complete or not; of those that are not, those that diverged are told to the line that
-            they belong to.
+        runs: complete or not. A diverged one counts for the line of its model.
         reference: activation.
     """
     by_key: dict[str, list[Run]] = {}
@@ -48,9 +47,9 @@ def group_runs(runs: Iterable[Run], reference: str) -> list[RunGroup]:
 
 
 def _belongs(run: Run, part: Sequence[Run]) -> bool:
-    """Whether a run without a last step is a trial of the comparison that ``part`` comes from.
+    """Return whether a run without a last step is a trial of the comparison of ``part``.
 
-    It may lack a checkpoint, which would tell what it was trained on.
+    It may lack a checkpoint, and with it the fingerprints of its data.
     """
     without_data = {"training data": None, "data known by": None}
     return any(
@@ -66,7 +65,7 @@ def _is_moe(run: Run) -> bool:
 
 
 def _key(run: Run) -> dict[str, Any]:
-    """What all runs of a group share but the size."""
+    """Return what all runs of a group share, apart from the size."""
     config, training = run.config, run.config["training"]
     if run.data is None:
         data: Any = {"blend": config["data"]["blend"], "tokenizer": config["data"]["tokenizer"]}
@@ -145,10 +144,10 @@ def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> R
 
 
 def _own_options(complete: Sequence[Run], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """Options of each of ``runs`` that most of the complete ones have otherwise, by its key."""
+    """Return, by key of a run, its options that differ from most of the complete runs."""
     options = {run.key: options_of(run) for run in runs}
     if len({round(run.config["optimizer"]["min_lr"] / run.lr, 6) for run in complete}) == 1:
-        for values in options.values():  # a floor that follows the rate is one choice
+        for values in options.values():  # a minimum that is proportional to the rate is one choice
             del values["optimizer.min_lr"]
     base = {}
     for name in {name for values in options.values() for name in values}:

@@ -1,4 +1,4 @@
-"""What runs are compared as: models, each a line of the tables, in groups."""
+"""Groups of models that a report compares; each model is a line of the tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megapoly.activations import registry
 from megapoly.config.schema import ModelConfig
 from megapoly.study.report.runs import Run
 
-# How something is computed and not what; or what the table shows anyway.
+# Options that change how something is computed, not what; or that the table shows anyway.
 _NOT_OF_THE_MODEL = {
     "model.activation",
     "model.activation_order",
@@ -39,16 +39,16 @@ _OF_NORMALIZED = {"model.activation_norm", "model.activation_eps"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of a group: an activation, its order, and what else is its own.
+    """One model of a group: an activation, its order and its options.
 
     Args:
         activation: name in the registry.
-        order: of a polynomial; None: it is none.
+        order: of a polynomial; None for other activations.
         variant: options in which it differs from most of the group.
-        title: activation, and order where several are around.
-        label: the title and the variant, for tables and figures.
-        runs: complete ones, at any learning rate and seed.
-        diverged: seeds of those that could not be completed, by learning rate.
+        title: activation, with its order if the group has several orders.
+        label: title and variant, for tables and figures.
+        runs: complete runs, at any learning rate and seed.
+        diverged: seeds of the runs that diverged, by learning rate.
     """
 
     activation: str
@@ -61,7 +61,7 @@ class Entry:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but activation and order is its own."""
+        """Whether it differs from most of the group only in activation and order."""
         return not self.variant
 
     @cached_property
@@ -76,22 +76,22 @@ class Entry:
     def scores(self) -> dict[float, float | None]:
         """Final validation loss by learning rate: mean over the seeds that all rates have.
 
-        Training loss where there is no validation; None where a run's is not finite, or a run
-        diverged.
+        It is the training loss if there is no validation, and None if a run's loss is not finite or
+        a run diverged.
         """
         return {**_scores(self.rates), **dict.fromkeys(self.diverged)}
 
     @property
     def tried(self) -> list[float]:
-        """Learning rates, ascending, with those at which runs diverged."""
+        """Learning rates, ascending, including those at which runs diverged."""
         return sorted({*self.rates, *self.diverged})
 
     @cached_property
     def lr(self) -> float:
-        """The rate that the tables are of.
+        """Rate that the tables show.
 
-        Of the rates with most seeds the one with the lowest loss, over the seeds that these share.
-        One at which a run diverged is taken where there is no other.
+        It is the one with the lowest loss among the rates with the most seeds, over the seeds that
+        these share. A rate at which a run diverged is chosen only if there is no other.
         """
         sound = {lr: runs for lr, runs in self.rates.items() if lr not in self.diverged}
         rates = sound or self.rates
@@ -107,7 +107,7 @@ class Entry:
 
     @property
     def analysed(self) -> Run | None:
-        """The first of these that has an analysis."""
+        """First run at this rate that has an analysis."""
         return next((run for run in self.seeds.values() if run.analysis), None)
 
 
@@ -116,12 +116,12 @@ class RunGroup:
     """Runs that may be compared.
 
     Args:
-        slug: begins the names of its figures.
+        slug: prefix of the names of its figures.
         moe: whether its models are mixtures of experts.
         key: what its runs share, by name.
         entries: its models, in the registry's order.
-        reference: the one that the others are compared with; None: it is not here.
-        repeated: runs left out for another of the same model, rate and seed.
+        reference: entry that the others are compared with, if the group has it.
+        repeated: runs left out because of another with the same model, rate and seed.
         varied: options that differ among its runs.
     """
 
@@ -135,7 +135,7 @@ class RunGroup:
 
     @property
     def kind(self) -> str:
-        """In words."""
+        """Kind of the models."""
         return "mixture of experts" if self.moe else "dense"
 
     @property
@@ -145,11 +145,11 @@ class RunGroup:
 
     @property
     def runs(self) -> list[Run]:
-        """Of all entries."""
+        """Runs of all entries."""
         return [run for entry in self.entries for run in entry.runs]
 
     def reference_for(self, entry: Entry) -> Entry | None:
-        """The reference with the options of ``entry`` where there is one, else the reference."""
+        """Return the reference with the options of ``entry`` if it exists, else the reference."""
         if self.reference is None:
             return None
         known = options_of(self.reference.runs[0])
@@ -159,12 +159,12 @@ class RunGroup:
 
     @cached_property
     def main(self) -> list[Entry]:
-        """For each activation the plain entry of the usual order, or of the lowest there is."""
-        usual = ModelConfig.activation_order
+        """Plain entry of each activation, of the default order or else of the lowest."""
+        default = ModelConfig.activation_order
         found: dict[str, Entry] = {}
         for entry in self.entries:
             kept = found.get(entry.activation)
-            if entry.plain and (kept is None or entry.order == usual):
+            if entry.plain and (kept is None or entry.order == default):
                 found[entry.activation] = entry
         return list(found.values())
 
@@ -178,18 +178,18 @@ def _scores(rates: dict[float, dict[str, Run]]) -> dict[float, float | None]:
 
 
 def mean_final_loss(runs: Collection[Run]) -> float | None:
-    """Mean of what runs are ranked by; None where one's is not finite."""
+    """Return the mean final loss; None if one is not finite."""
     known = [loss for run in runs if (loss := final_loss(run)) is not None]
     return sum(known) / len(known) if known and len(known) == len(runs) else None
 
 
 def final_loss(run: Run) -> float | None:
-    """What runs are ranked by: validation loss, or training loss where nothing was validated."""
+    """Return the loss by which runs are ranked: validation loss, or else training loss."""
     return run.validation_loss() if run.validation["tokens"] else run.training_loss
 
 
 def options_of(run: Run) -> dict[str, Any]:
-    """Options by which runs of one activation and order may be different models."""
+    """Return the options in which different models of one activation and order may differ."""
     activation = registry.get(run.activation)
     options = {
         f"{section}.{name}": value
@@ -206,7 +206,7 @@ def options_of(run: Run) -> dict[str, Any]:
 
 
 def describe_options(variant: dict[str, Any]) -> str:
-    """Options and their values."""
+    """Write options and their values as text."""
     return ", ".join(f"{name.split('.')[-1]} {_shown(value)}" for name, value in variant.items())
 
 

@@ -1,6 +1,6 @@
-"""What the paper reports, and a model and its training in the paper's terms.
+"""Results of the paper, and a model and its training in the paper's terms.
 
-Source: PolyCom (ICLR 2025), Tables 1 and 2, Fig. 1 and 3; what is read off a curve is marked.
+Source: PolyCom (ICLR 2025), Tables 1 and 2, Fig. 1 and 3; values read from a curve are marked.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from megapoly.study.report.runs import source_name
 
 @dataclass(frozen=True)
 class PaperResults:
-    """Of one kind of model.
+    """Results of the paper for one kind of model.
 
     Args:
-        models: which.
+        models: size and training tokens.
         training_loss: at the end, by activation.
         perplexity: of validation, as printed, by activation.
         validation_loss: mean of eleven sets, by activation.
-        reach: share of the tokens at which the training loss of SwiGLU's end is reached; read off
+        reach: share of the tokens after which SwiGLU's final training loss is reached; read from
             the curves.
-        hardware: that it was trained on.
-        results: where the numbers stand.
+        hardware: on which it was trained.
+        results: source of the numbers.
     """
 
     models: str
@@ -43,7 +43,7 @@ class PaperResults:
 
 DENSE = PaperResults(
     models="1.3B, 250B tokens",
-    # Table 1 has two digits, the curves behind Fig. 1 three.
+    # Table 1 has two digits, the curves of Fig. 1 three.
     training_loss={
         "swiglu": 2.191,
         "gelu": 2.209,
@@ -55,7 +55,7 @@ DENSE = PaperResults(
     validation_loss={},
     reach={"polyrelu": 204 / 245, "polynorm": 187 / 245},
     hardware="32 x A100-80G",
-    results="training loss at 245B of 250B tokens, read off Fig. 1; perplexity as in Table 1",
+    results="training loss at 245B of 250B tokens, read from Fig. 1; perplexity as in Table 1",
 )
 MOE = PaperResults(
     models="6.9B, 1.3B active, 200B tokens",
@@ -64,22 +64,22 @@ MOE = PaperResults(
     validation_loss={"swiglu": 2.41, "polynorm": 2.39},
     reach={},
     hardware="64 x A100-80G",
-    results="mean validation loss of Table 2; the gap in training loss, read off Fig. 3, is 0.014",
+    results="mean validation loss of Table 2; the gap in training loss, read from Fig. 3, is 0.014",
 )
 RECIPES = {False: "dense_1b_paper.yaml", True: "moe_7b_paper.yaml"}
 
 
 def results(moe: bool) -> PaperResults:
-    """What the paper reports of dense models, or of mixtures of experts."""
+    """Return the paper's results for dense models or for mixtures of experts."""
     return MOE if moe else DENSE
 
 
 def recipe(folder: Path, moe: bool) -> dict[str, Any]:
-    """The paper's configuration, resolved, as :func:`facts` takes it.
+    """Return the paper's configuration, resolved, in the form that :func:`facts` takes.
 
     Args:
         folder: with the recipes.
-        moe: which of the two.
+        moe: the mixture of experts; false: the dense model.
     """
     from megapoly.preflight.planning.parameters import active_parameters, total_parameters
 
@@ -92,12 +92,12 @@ def recipe(folder: Path, moe: bool) -> dict[str, Any]:
 
 
 def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, str]:
-    """A model, its data and its training in rows, the same for a run and for the paper.
+    """Describe a model, its data and its training, in the same rows for a run and the paper.
 
     Args:
         config: resolved, as plain values.
         parameters: of the model.
-        active: those that one token meets.
+        active: those that one token uses.
     """
     model, optimizer, training = config["model"], config["optimizer"], config["training"]
     step = training["global_batch_size"] * training["seq_length"]
@@ -135,7 +135,7 @@ def facts(config: Mapping[str, Any], parameters: int, active: int) -> dict[str, 
 
 
 def short(count: float) -> str:
-    """A count with three digits and K, M, B or T."""
+    """Format a count with three digits and K, M, B or T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -143,7 +143,7 @@ def short(count: float) -> str:
 
 
 def _parts(model: Mapping[str, Any]) -> dict[str, str]:
-    """What else a model is made of."""
+    """Describe attention, embeddings, dropout and, of a mixture, shared expert and router."""
     groups = model["num_query_groups"] or model["num_attention_heads"]
     norm = "" if model["qk_norm"] == "none" else f", QK-norm ({model['qk_norm']})"
     parts = {

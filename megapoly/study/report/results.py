@@ -1,4 +1,4 @@
-"""What the runs of a group say: losses with their spread, differences, tokens to reach a loss."""
+"""Results of a group: losses with their spread, differences, and tokens to reach a loss."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megapoly.study.report.statistics import SeedStatistics, first_crossing, pai
 
 @dataclass(frozen=True)
 class Difference:
-    """An entry against another one, over the seeds that both have.
+    """Difference of two entries, over the seeds that both have.
 
     Args:
         spread: of the differences.
-        below: seeds in which the entry's loss is the lower one.
+        below: number of seeds in which the entry's loss is the lower one.
     """
 
     spread: SeedStatistics
@@ -26,7 +26,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the mean's 95 % interval (Student's t) leaves out zero."""
+        """Whether the 95 % interval of the mean (Student's t) does not contain zero."""
         half = self.spread.half_interval
         return half is not None and abs(self.spread.mean) > half
 
@@ -36,8 +36,8 @@ class Reach:
     """Share of a run's tokens after which an entry reaches a reference's final loss.
 
     Args:
-        shares: by seed, of those that reach it.
-        seeds: that were compared.
+        shares: by seed, for the seeds that reach it.
+        seeds: number of seeds that were compared.
     """
 
     shares: dict[str, float]
@@ -45,33 +45,33 @@ class Reach:
 
     @property
     def spread(self) -> SeedStatistics | None:
-        """Over the seeds that reach it."""
+        """Spread over the seeds that reach it."""
         return seed_statistics(list(self.shares.values()))
 
 
 def values(entry: Entry, read: Callable[[Run], float | None]) -> dict[str, float | None]:
-    """A number of each run at the entry's learning rate, by seed."""
+    """Return a number of each run at the entry's learning rate, by seed."""
     return {seed: read(run) for seed, run in entry.seeds.items()}
 
 
 def known(numbers: dict[str, float | None]) -> SeedStatistics | None:
-    """Mean and deviation over seeds; None if a run has none, as where its loss is not finite."""
+    """Return mean and deviation over seeds; None if one is missing, such as a loss that is NaN."""
     found = [number for number in numbers.values() if number is not None]
     return seed_statistics(found) if len(found) == len(numbers) else None
 
 
 def training_loss(run: Run) -> float | None:
-    """Of the last steps."""
+    """Return the training loss of the last steps."""
     return run.training_loss
 
 
 def validation_loss(domain: str = MEAN) -> Callable[[Run], float | None]:
-    """The final one of a domain."""
+    """Return a reader of the final validation loss of a domain."""
     return lambda run: run.validation_loss(domain)
 
 
 def perplexity(domain: str = MEAN) -> Callable[[Run], float | None]:
-    """Exp of the final validation loss."""
+    """Return a reader of exp of the final validation loss."""
 
     def read(run: Run) -> float | None:
         loss = run.validation_loss(domain)
@@ -83,33 +83,33 @@ def perplexity(domain: str = MEAN) -> Callable[[Run], float | None]:
 def difference(
     entry: Entry, other: Entry, read: Callable[[Run], float | None] = final_loss
 ) -> Difference | None:
-    """``entry`` minus ``other``.
+    """Return the difference ``entry`` minus ``other``.
 
     Returns:
-        None if they share no seed, or one of the runs to compare has no finite value: the mean over
-        the others would leave out the worst.
+        None if they share no seed, or if one of the runs to compare has no finite value: the mean
+        over the other runs would leave out the worst.
     """
     own, others = values(entry, read), values(other, read)
     found = list(paired(own, others).values())
-    found_spread = seed_statistics(found)
-    if found_spread is None or len(found) < len(own.keys() & others.keys()):
+    over_seeds = seed_statistics(found)
+    if over_seeds is None or len(found) < len(own.keys() & others.keys()):
         return None
-    return Difference(found_spread, sum(value < 0 for value in found))
+    return Difference(over_seeds, sum(value < 0 for value in found))
 
 
 def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
-    """When ``entry`` is first at or below the final loss of ``reference``, seed by seed.
+    """Find where ``entry`` is first at or below the final loss of ``reference``, seed by seed.
 
-    A run that ends above it has not reached it: losses of batches differ, and one that was below
-    for a while read easier ones.
+    A run that ends above that loss has not reached it: losses of batches differ, and a curve that
+    is below for a while has only read easier ones.
 
     Args:
-        entry: whose curve is read, linear between its points.
-        reference: whose last value is the target.
-        validation: the mean validation loss; false: the smoothed training loss.
+        entry: its curve is linear between its points.
+        reference: its last value is the target.
+        validation: read the mean validation loss; false: the smoothed training loss.
 
     Returns:
-        None where they share no seed, or nothing was validated before the end.
+        None if they share no seed, or there was no validation before the end.
     """
     shares, seeds = {}, 0
     for seed, run in entry.seeds.items():
@@ -128,11 +128,11 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
 
 
 def domains(group: RunGroup) -> list[str]:
-    """Validation sets of a group, in the order of its runs."""
+    """Return the validation sets of a group, in the order of its runs."""
     return group.runs[0].domains
 
 
 def tasks(group: RunGroup) -> list[str]:
-    """Benchmark tasks that any of the tables' runs has a score in."""
+    """Return the benchmark tasks in which any run of the tables has a score."""
     runs = [run for entry in group.entries for run in entry.seeds.values()]
     return list(dict.fromkeys(task for run in runs for task in run.tasks))

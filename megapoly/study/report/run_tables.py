@@ -1,4 +1,4 @@
-"""Tables of how the runs of a group were made: learning rates, and what is each one's own."""
+"""Tables of how the runs of a group were trained: learning rates, and their differences."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megapoly.study.report.runs import Run
 
 
 def learning_rates(group: RunGroup) -> Table:
-    """Final validation loss of each activation at each rate."""
+    """Return the table of final losses of each activation at each rate."""
     rates = sorted({lr for entry in group.entries for lr in entry.tried})
     rows = [(entry.label, [_at_rate(entry, lr) for lr in rates]) for entry in group.entries]
     notes = [
-        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have, and "
-        "below it over more where a rate has more; bold: the rate that other tables and figures "
-        "use, of those with most seeds the best. It is chosen by this same loss, which flatters "
-        "every line a little."
+        f"Final {group.ranked_by} loss, mean over the seeds that all rates of the line have; below "
+        "it over all seeds of the rate, if it has more. Bold: the rate that other tables and "
+        "figures use, the best one among those with the most seeds. It is chosen by this same "
+        "loss, which favours every line slightly."
         if len(rates) > 1
         else f"Final {group.ranked_by} loss."
     ]
@@ -44,14 +44,14 @@ def _at_rate(entry: Entry, lr: float) -> Cell:
 
 
 def warnings(group: RunGroup) -> list[str]:
-    """What is doubtful about the choice of the rates."""
+    """Return warnings about the choice of the rates."""
     found = []
     for entry in group.entries:
         rates = entry.tried
         if lost := entry.diverged.get(entry.lr):
             found.append(
-                f"{entry.label} diverged with seed {' and '.join(lost)} at the rate that it is "
-                "shown at; its means leave that out."
+                f"{entry.label} diverged with seed {' and '.join(lost)} at the rate that is shown; "
+                "its means leave that seed out."
             )
         scored = {lr: score for lr, score in entry.scores.items() if score is not None}
         if len(rates) < 2 or not scored:
@@ -62,27 +62,27 @@ def warnings(group: RunGroup) -> list[str]:
         if best in (rates[0], rates[-1]):
             side = "lowest" if best == rates[0] else "highest"
             found.append(
-                f"{entry.label} is best at the {side} rate that was tried ({best:g}): its own best "
-                "may lie beyond."
+                f"{entry.label} is best at the {side} rate that was tried ({best:g}); a rate "
+                "beyond it may be better."
             )
         if best != entry.lr:
             found.append(
-                f"{entry.label} is shown at {entry.lr:g}, which has most seeds, though {best:g} is "
-                "better on the seeds that both have."
+                f"{entry.label} is shown at {entry.lr:g}, which has the most seeds, although "
+                f"{best:g} is better on the seeds that both have."
             )
     tried = {tuple(entry.tried) for entry in group.entries}
     if len(tried) > 1:
-        found.append("Not every line had the same rates to choose from.")
+        found.append("The lines were not all trained at the same rates.")
     elif len(next(iter(tried))) == 1:
         found.append(
-            "One rate for all, so whichever activation it suits best is at an advantage; a grid "
-            "would tell."
+            "All lines have one rate, which favours the activation that it suits best; a grid of "
+            "rates would show this."
         )
     return found
 
 
 def own_options(group: RunGroup) -> Table:
-    """What differs between the runs of a group."""
+    """Return the table of what differs between the runs of a group."""
     rows = []
     for entry in group.entries:
         activation = registry.get(entry.activation)
@@ -104,9 +104,9 @@ def own_options(group: RunGroup) -> Table:
     columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
     names = [name.split(".")[-1] for name in group.varied]
     notes = [
-        "Wall time: of all runs of a line, added up. Tokens/s: of those at its rate, start, "
-        "evaluation and checkpoints included, beside whatever else the machine did; no measure of "
-        "an activation's speed."
+        "Wall time: all runs of a line in total. Tokens/s: the runs at its rate, including start, "
+        "evaluation and checkpoints, on a machine that also did other work; this does not measure "
+        "the speed of an activation."
     ]
     return Table("What differs between the runs", [*columns, *names], rows, notes)
 

@@ -1,7 +1,7 @@
-"""A run folder as a record: everything that the page says of it, in plain values.
+"""A run folder as a record: everything that the page shows of it, as plain values.
 
-The losses of training are kept as their trailing mean over a twentieth of the run's steps, at no
-more than 150 steps; the value at the last step is the run's final training loss.
+Training losses are kept as their trailing mean over a twentieth of the run's steps, at no more than
+150 points; the value at the last step is the final training loss of the run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megapoly.config.parsing import to_dict
 from megapoly.errors import DataError
 from megapoly.study.report.statistics import thinned, trailing_mean
 
-# Of the steps of a run; its final training loss is the mean over so many.
+# Share of a run's steps over which the trailing mean is taken.
 WINDOW = 1 / 20
 MOST_POINTS = 150
-# What every line of metrics.jsonl has.
+# Keys that every line of metrics.jsonl has.
 _OF_A_STEP = ("iteration", "consumed_tokens", "lm_loss", "step_time_s")
-# Where a run lies says nothing about it.
+# Sections with paths on disk, which do not describe a run.
 _PLACES = ("checkpoint", "logging")
 
 
@@ -35,21 +35,21 @@ class Run:
     Args:
         name: of its folder.
         config: the resolved configuration, without places on disk.
-        iteration: steps that it has made.
-        parameters: of the model; padding of the vocabulary counts.
-        active_parameters: those that one token meets.
+        iteration: number of steps made.
+        parameters: of the model, including padding of the vocabulary.
+        active_parameters: those that one token uses.
         window_steps: steps of the trailing mean.
-        training: ``tokens`` and ``loss``; None where a loss was not finite.
+        training: ``tokens`` and ``loss``; None for a loss that was not finite.
         validation: ``tokens``, and ``loss`` by domain, ``mean`` included.
         tasks: percent at the last evaluation, by task.
         wall_time_s: of the trial, or of its steps alone.
         wall_time_of: ``trial`` or ``steps``.
-        data: what the checkpoint says of the data: ``fingerprint``, ``sources``, ``tokenizer``
-            (SHA-256); None: it has no checkpoint.
-        layout: processes of the job, as the checkpoint says.
-        version: megapoly's.
-        comparison: the comparison that it is a trial of, by key.
-        diverged: whether that says that its loss was not finite.
+        data: data of the checkpoint: ``fingerprint``, ``sources``, ``tokenizer`` (SHA-256); None
+            without a checkpoint.
+        layout: processes of the job, from the checkpoint.
+        version: of megapoly.
+        comparison: key of the comparison to which it belongs.
+        diverged: whether the comparison recorded a loss that was not finite.
         analysis: content of its analysis.json.
     """
 
@@ -83,30 +83,30 @@ class Run:
 
     @property
     def seed(self) -> str:
-        """Of weights and data; runs of one seed start and read alike."""
+        """Seed of weights and data; runs of one seed have equal initial weights and data order."""
         weights, data = self.config["training"]["seed"], self.config["data"]["seed"]
         return str(weights) if weights == data else f"{weights}/{data}"
 
     @property
     def steps(self) -> int:
-        """Steps that it was asked to make."""
+        """Number of steps of the configuration."""
         return int(self.config["training"]["train_iters"])
 
     @property
     def tokens(self) -> int:
-        """Tokens that it was asked to train on."""
+        """Number of training tokens of the configuration."""
         training = self.config["training"]
         return self.steps * int(training["global_batch_size"]) * int(training["seq_length"])
 
     @property
     def complete(self) -> bool:
-        """Whether it has made all steps, and ended on an evaluation if it made any."""
+        """Whether all steps are made and, if there are evaluations, the last one is at the end."""
         evaluated = self.validation["tokens"]
         return self.iteration >= self.steps and (not evaluated or evaluated[-1] >= self.tokens)
 
     @property
     def training_loss(self) -> float | None:
-        """Mean over the last steps; None: not finite."""
+        """Mean over the last steps; None if it is not finite."""
         return self.training["loss"][-1] if self.training["loss"] else None
 
     @property
@@ -115,25 +115,25 @@ class Run:
         return [key for key in self.validation["loss"] if key != MEAN]
 
     def validation_loss(self, domain: str = MEAN) -> float | None:
-        """At the last evaluation; None: there is none, or it is not finite."""
+        """Return the loss at the last evaluation; None if it does not exist or is not finite."""
         losses = self.validation["loss"].get(domain)
         return losses[-1] if losses else None
 
     def curve(self, *, validation: bool) -> tuple[list[int], list[float | None]]:
-        """Tokens, and the mean validation loss or the training loss there; None: not finite."""
+        """Return tokens and the mean validation or the training loss; None if it is not finite."""
         kind = self.validation if validation else self.training
         losses = self.validation["loss"].get(MEAN, []) if validation else self.training["loss"]
         return kind["tokens"], losses
 
     @property
     def key(self) -> str:
-        """The same for a run and a later record of it."""
+        """Key that is equal for a run and a later record of it."""
         text = json.dumps([self.name, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def to_record(run: Run) -> dict[str, Any]:
-    """Plain values, for JSON."""
+    """Return the run as plain values, for JSON."""
     return asdict(run)
 
 
@@ -142,11 +142,11 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
 
     Args:
         folder: with ``config.yaml`` and ``metrics.jsonl``.
-        comparison: key of the comparison that it belongs to.
-        trial: what ``comparison.json`` says of it.
+        comparison: key of the comparison to which it belongs.
+        trial: its entry in ``comparison.json``.
 
     Raises:
-        MegapolyError: a file cannot be read, or holds what no run writes.
+        MegapolyError: a file cannot be read, or is not a file of a run.
     """
     from megapoly.preflight.planning.parameters import active_parameters, total_parameters
 
@@ -186,7 +186,7 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Steps of a run in order; a last line that is being written is left out.
+    """Read the steps of a run in order, without a last line that is still being written.
 
     Raises:
         DataError: the file cannot be read, or another line lacks what every step has.
@@ -194,7 +194,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"`{path}` cannot be read ({error}); name a run's folder.") from error
+        raise DataError(f"`{path}` cannot be read ({error}); give the folder of a run.") from error
     whole, unfinished = lines[:-1], lines[-1]
     found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate([*whole, unfinished] if unfinished else whole, start=1):
@@ -208,7 +208,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number > len(whole):
                 break
             raise DataError(
-                f"`{path}`, line {number}, is no step of a run ({error}); is it a metrics.jsonl?"
+                f"`{path}`, line {number}, is not a step of a run ({error}); give the "
+                "`metrics.jsonl` of megapoly train."
             ) from error
     return [found[iteration] for iteration in sorted(found)]
 
@@ -231,7 +232,7 @@ def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:
 
 
 def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens, and losses by domain; that of a single domain is the mean as well."""
+    """Return tokens, and losses by domain; a single domain is also the mean."""
     evaluated = [step for step in steps if any(_is(key, "val") for key in step)]
     evaluated = [evaluated[i] for i in thinned(len(evaluated), MOST_POINTS)]
     keys = [k for k in (evaluated[-1] if evaluated else {}) if _is(k, "val")]
@@ -246,7 +247,7 @@ def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _position(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint says; nothing where there is none."""
+    """Return run.json of the newest checkpoint; empty without a checkpoint."""
     found = sorted(
         (folder / "checkpoints").glob("iter_*/run.json"),
         key=lambda path: int(path.parent.name.removeprefix("iter_")),
@@ -267,23 +268,23 @@ def _data(position: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """An object of a file; None: there is no such file."""
+    """Return the JSON object in a file; None if the file does not exist."""
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"`{path}` is not JSON ({error}); write it anew.") from error
+        raise DataError(f"`{path}` is not JSON ({error}); write it again.") from error
     return content if isinstance(content, dict) else None
 
 
 def source_name(source: dict[str, Any]) -> str:
-    """A source's name without what the tokenising tool adds to that of a file."""
+    """Return the name of a source without the suffixes that megapoly preprocess adds."""
     return str(source["name"]).removesuffix("_document").removesuffix("_text")
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without folders, of data files only their names."""
+    """Return the configuration without folders; of data files only the names remain."""
     kept = {k: v for k, v in config.items() if k != "run_dir" and k not in _PLACES}
     data = {k: v for k, v in config["data"].items() if k != "cache_dir"}
     data["tokenizer"] = _last_part(data["tokenizer"])

@@ -1,4 +1,4 @@
-"""Means with their spread, and what is read off a curve."""
+"""Means with their spread, and quantities that are read from a curve."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _STUDENT = (
 
 @dataclass(frozen=True)
 class SeedStatistics:
-    """Values of several seeds.
+    """Mean and spread of values of several seeds.
 
     Args:
-        mean: of them.
-        deviation: standard deviation with n - 1; None of a single value.
+        mean: of the values.
+        deviation: standard deviation with n - 1; None for a single value.
         count: n.
     """
 
@@ -35,7 +35,7 @@ class SeedStatistics:
 
     @property
     def half_interval(self) -> float | None:
-        """Half of the mean's 95 % interval, t(n - 1) error; beyond 31 values t stays at 2.042."""
+        """Half of the 95 % interval of the mean, t(n - 1) error; above 31 values t is 2.042."""
         error = self.error
         if error is None:
             return None
@@ -43,7 +43,7 @@ class SeedStatistics:
 
 
 def seed_statistics(values: Sequence[float]) -> SeedStatistics | None:
-    """Mean and standard deviation; None of nothing."""
+    """Return mean and standard deviation; None without values."""
     if not values:
         return None
     mean = math.fsum(values) / len(values)
@@ -56,7 +56,7 @@ def seed_statistics(values: Sequence[float]) -> SeedStatistics | None:
 def paired(
     values: Mapping[str, float | None], reference: Mapping[str, float | None]
 ) -> dict[str, float]:
-    """Differences to the reference by seed, of the seeds for which both have a value."""
+    """Return the differences to the reference by seed, for the seeds that have both values."""
     return {
         seed: value - other
         for seed, value in values.items()
@@ -65,12 +65,12 @@ def paired(
 
 
 def trailing_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and those before it, ``window`` in all, or as many as there are."""
+    """Return the mean of each value and those before it, at most ``window`` in total."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    # Differences of running sums lose about 1e-16 of a sum; a value that is not finite would stay
-    # in them.
+    # Differences of running sums lose about 1e-16 of a sum. A value that is not finite would stay
+    # in all later sums.
     if math.isfinite(sums[-1]):
         return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
     return [
@@ -81,7 +81,7 @@ def trailing_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def thinned(count: int, most: int) -> list[int]:
-    """At most ``most`` of the indices 0 .. count - 1, evenly spaced, both ends among them."""
+    """Return at most ``most`` of the indices 0 .. count - 1, evenly spaced, with both ends."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
@@ -90,10 +90,10 @@ def thinned(count: int, most: int) -> list[int]:
 def first_crossing(
     tokens: Sequence[int], losses: Sequence[float | None], target: float
 ) -> float | None:
-    """Where a curve first is at or below ``target``, linear between its points.
+    """Find where a curve is first at or below ``target``, linear between its points.
 
     Returns:
-        Tokens; those of the first point where this is below already; None: never.
+        Tokens; those of the first point if it is already below; None if the curve is never below.
     """
     before: tuple[int, float] | None = None
     for token, loss in zip(tokens, losses, strict=True):

@@ -1,4 +1,4 @@
-"""The tables of a group, of plain text, for the page."""
+"""Tables of the results of a group, as plain text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megapoly.study.report.statistics import SeedStatistics
 
 
 def tables(group: RunGroup) -> list[Table]:
-    """Those that the runs of a group suffice for."""
+    """Return the tables for which the group has the runs."""
     found = [losses(group)]
     if group.runs[0].domains:
         found.append(domains(group))
@@ -28,7 +28,7 @@ def tables(group: RunGroup) -> list[Table]:
 
 
 def losses(group: RunGroup) -> Table:
-    """Like Table 1."""
+    """Return the table of losses, like Table 1."""
     reported = paper.results(group.moe)
     reference = group.reference
     columns = ["activation", "training loss", "validation loss", "perplexity"]
@@ -73,8 +73,8 @@ def losses(group: RunGroup) -> Table:
         )
         if not all(entry.plain for entry in group.entries):
             notes[-1] += (
-                " A line with options of its own is compared with the run that has them too, "
-                "where there is one."
+                " A line with other options is compared with the reference that has the same "
+                "options, if such a run exists."
             )
     if of_paper:
         notes.append(f"Paper ({reported.models}): {reported.results}.")
@@ -88,7 +88,7 @@ def losses(group: RunGroup) -> Table:
 
 
 def _evaluated(run: Run) -> str:
-    """On how many tokens, which are the same for all: a second source of error beside seeds."""
+    """Say on how many tokens, equal for all runs: a source of error in addition to seeds."""
     training = run.config["training"]
     if not run.domains:
         return ""
@@ -99,7 +99,7 @@ def _evaluated(run: Run) -> str:
 
 
 def domains(group: RunGroup) -> Table:
-    """Like Table 2, as perplexity."""
+    """Return the table of perplexities by domain, like Table 2."""
     names = results.domains(group)
     names = [*names, MEAN] if len(names) > 1 else names
     rows = []
@@ -121,7 +121,7 @@ def domains(group: RunGroup) -> Table:
 
 
 def tasks(group: RunGroup) -> Table:
-    """Scores of the evaluation harness."""
+    """Return the table of benchmark scores."""
     names = results.tasks(group)
     readers: list[Callable[[Run], float | None]] = [
         lambda run, name=name: run.tasks.get(name)  # type: ignore[misc]
@@ -141,7 +141,7 @@ def tasks(group: RunGroup) -> Table:
 
 
 def tokens_to_reach(group: RunGroup, reference: Entry) -> Table:
-    """Share of the run after which the reference's final loss is reached."""
+    """Return the table of the share of the run after which the reference's loss is reached."""
     reported = paper.results(group.moe).reach
     with_paper = any(entry.activation in reported for entry in group.main)
     rows = []
@@ -166,9 +166,9 @@ def tokens_to_reach(group: RunGroup, reference: Entry) -> Table:
         [
             f"Share of the run's tokens after which the curve is first at or below the final loss "
             f"of {reference.label} with the same seed, linear between points; mean ± standard "
-            f"deviation over the seeds that reach it. A run that ends above it does not. Training "
-            f"loss is the mean over the last {window} steps, and noisier: batches differ along the "
-            f"run."
+            f"deviation over the seeds that reach it. A run that ends above that loss does not "
+            f"reach it. Training loss is the mean over the last {window} steps and is noisier, "
+            f"because batches differ along the run."
         ],
         len(columns) if with_paper else None,
     )

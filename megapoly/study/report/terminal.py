@@ -1,4 +1,4 @@
-"""The page's tables in a terminal."""
+"""Tables of a report in a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megapoly.study.report.tables import tables
 
 
 def show_tables(folder: Path, reference: str, console: Console) -> None:
-    """Print the tables of a folder's complete runs, and what they say.
+    """Print the tables and the answer of the complete runs of a folder.
 
     Args:
         folder: of runs.
@@ -34,7 +34,7 @@ def show_tables(folder: Path, reference: str, console: Console) -> None:
 
 
 def _shown(table: Table) -> rich.table.Table:
-    """Names to the left, numbers to the right, the best of a column bold."""
+    """Return a table with names at the left, numbers at the right and the best ones bold."""
     shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD)
     for index, column in enumerate(table.columns):
         shown.add_column(column, justify="right" if index else "left")

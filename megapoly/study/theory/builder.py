@@ -1,4 +1,4 @@
-"""Write a network as an expression: values are affine in a layer's units, units make layers."""
+"""Networks written as expressions: values are affine in the units of a layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ IDENTITY = (0.0, 1.0)
 class Value:
     """An affine function of the units of one layer (0: the inputs); a constant has no terms.
 
-    Values of different layers can be added: the earlier one is carried on, because no connection
-    skips a layer.
+    Values of different layers can be added: the earlier one is carried to the later layer, because
+    no connection skips a layer.
     """
 
     builder: Builder
@@ -52,11 +52,11 @@ class Value:
         return -self + other
 
     def carried(self, layer: int, *, nonnegative: bool = False) -> Value:
-        """The same value in a later layer, v = ReLU(v) - ReLU(-v) in each layer between.
+        """Return the same value in a later layer, by v = ReLU(v) - ReLU(-v) in each layer between.
 
         Args:
-            layer: where it is wanted.
-            nonnegative: v >= 0 is known, so that v = ReLU(v): one unit a layer and not two.
+            layer: in which the value is needed.
+            nonnegative: v >= 0 is known, so v = ReLU(v) needs one unit in each layer, not two.
         """
         value = self
         while value.layer < layer and value.terms:
@@ -70,7 +70,7 @@ class Builder:
 
     Args:
         num_inputs: d.
-        order: r, of the PolyReLU units; 1 makes a ReLU network.
+        order: r, of the PolyReLU units; 1 for a ReLU network.
     """
 
     def __init__(self, num_inputs: int, order: int):
@@ -80,13 +80,13 @@ class Builder:
         self._known: dict[tuple[object, ...], int] = {}
 
     def constant(self, value: float) -> Value:
-        """A value that depends on nothing."""
+        """Return a constant value."""
         return Value(self, 0, {}, value)
 
     def unit(self, value: Value, coefficients: Sequence[float] = IDENTITY) -> Value:
-        """The output of a unit, sum_i a_i ReLU(value)^i; a unit that is there already is shared."""
+        """Return the output of a unit, sum_i a_i ReLU(value)^i; equal units are shared."""
         a = tuple(coefficients)
-        assert len(a) <= self.order + 1, "the order of the network bounds that of its units"
+        assert len(a) <= self.order + 1, "the order of a unit is at most that of the network"
         if not value.terms:
             h = max(value.constant, 0.0)
             return self.constant(sum(c * h**i for i, c in enumerate(a)))
@@ -99,7 +99,7 @@ class Builder:
         return Value(self, value.layer + 1, {self._known[key]: 1.0})
 
     def build(self, outputs: Sequence[Value]) -> Network:
-        """The network that computes ``outputs``."""
+        """Return the network that computes ``outputs``."""
         depth = max(value.layer for value in outputs)
         outputs = [value.carried(depth) for value in outputs]
         layers = []

@@ -1,4 +1,4 @@
-"""A ReLU network of any architecture as the PolyReLU network that equals it: Theorem 1."""
+"""Convert a ReLU network of any architecture to an equal PolyReLU network: Theorem 1."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ RELU_METHODS = ("relu", "relu_")
 
 
 class PolyReLU(nn.Module):
-    """``megapoly.ops.polyrelu``, uncompiled, with coefficients of its own, ascending powers."""
+    """``megapoly.ops.polyrelu``, uncompiled, with its own coefficients, ascending powers."""
 
     def __init__(self, coefficients: Sequence[float], dtype: torch.dtype):
         super().__init__()
         self.coefficients = nn.Parameter(torch.tensor(coefficients, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape; as ``x``."""
+        """Apply PolyReLU to ``x`` of any shape; shape and dtype are kept."""
         return polyrelu(x, self.coefficients, backend="reference")
 
 
 def relu_to_polyrelu(network: nn.Module, order: int = DEFAULT_ORDER) -> fx.GraphModule:
-    """The PolyReLU network that equals a ReLU network.
+    """Return the PolyReLU network that equals a ReLU network.
 
         ReLU(x) = PolyReLU(x) for a = (0, 1, 0, .., 0)
 
     Source: PolyCom (ICLR 2025), Lemma 1 and Theorem 1. Each ReLU of the graph, whether a module, a
-    function or a method, becomes a PolyReLU; whatever else the network does stays. It holds where
-    every ReLU(x)^r is finite, bit for bit, and not on the theorem's [-1, 1]^d alone.
+    function or a method, becomes a PolyReLU; the rest of the network does not change. The outputs
+    are equal bit for bit wherever every ReLU(x)^r is finite, not only on the theorem's [-1, 1]^d.
 
     Args:
-        network: what torch.fx can trace: no control flow that depends on values.
+        network: a module that torch.fx can trace: its control flow does not depend on values.
         order: r, 2 to 4.
 
     Returns:
-        A copy with r + 1 coefficients more for each ReLU (a module that is called twice counts
-        once): depth, width and weights are those of ``network``.
+        A copy with r + 1 additional coefficients for each ReLU (a module that is called twice
+        counts once); depth, width and weights are those of ``network``.
 
     Raises:
         UnavailableError: the network cannot be traced, or has no ReLU.
     """
     try:
         traced = fx.symbolic_trace(copy.deepcopy(network))
-    except Exception as error:  # noqa: BLE001 -- tracing runs the network's own code
+    except Exception as error:  # noqa: BLE001 -- tracing runs the code of the network
         raise UnavailableError(
-            f"torch.fx cannot trace this {type(network).__name__} ({error}): write its control "
-            "flow without values of tensors."
+            f"torch.fx cannot trace this {type(network).__name__} ({error}); its control flow must "
+            "not depend on values of tensors."
         ) from error
     parameter = next(network.parameters(), None)
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype

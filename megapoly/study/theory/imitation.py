@@ -1,4 +1,4 @@
-"""ReLU networks that imitate PolyReLU units and networks: Lemma 2 and Theorem 2."""
+"""ReLU networks that approximate PolyReLU units and networks: Lemma 2 and Theorem 2."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from megapoly.study.theory.network import Layer, Network
 
 
 def square(s: Value, num_teeth: int) -> Value:
-    """x^2 on [0, 1] by ReLU units, from above, within 4^-(m + 1); values in [0, 1], 0 at 0.
+    """Approximate x^2 on [0, 1] by ReLU units, from above, within 4^-(m + 1).
+
+    Values are in [0, 1], and 0 at 0.
 
         f_m(x) = x - sum_{k=1}^m g_k(x) / 4^k
         g_k = g(g_{k-1}),   g_0 = x,   g(x) = 2 ReLU(x) - 4 ReLU(x - 1/2)
 
-    Source: Yarotsky (2017), Proposition 2. Three units a layer: two of the sawtooth g, and the sum,
-    which is not negative.
+    Source: Yarotsky (2017), Proposition 2. Each layer has three units: two for the sawtooth g, and
+    one for the sum, which is not negative.
 
     Args:
         s: x, in [0, 1].
-        num_teeth: m, the layers.
+        num_teeth: m, the number of layers.
     """
     tooth, total = s, s
     for k in range(1, num_teeth + 1):
@@ -32,11 +34,11 @@ def square(s: Value, num_teeth: int) -> Value:
 
 
 def product(u: Value, v: Value, num_teeth: int) -> Value:
-    """Product of u and v in [-1, 1], within 4^-(m + 1), in m + 1 layers.
+    """Approximate the product of u and v in [-1, 1], within 4^-(m + 1), in m + 1 layers.
 
         u v = (|u + v| / 2)^2 - (|u - v| / 2)^2
 
-    The result is in [-1, 1], as both squares are in [0, 1], and 0 where u or v is.
+    The result is in [-1, 1], because both squares are in [0, 1], and 0 if u or v is 0.
     """
     return square(_absolute((u + v) * 0.5), num_teeth) - square(_absolute((u - v) * 0.5), num_teeth)
 
@@ -46,16 +48,16 @@ def _absolute(value: Value) -> Value:
 
 
 def clip(value: Value) -> Value:
-    """The value, or the end of [-1, 1] that is nearest: two ReLU units."""
+    """Clip a value to [-1, 1], with two ReLU units."""
     unit = value.builder.unit
     return unit(value + 1.0) - unit(value - 1.0) - 1.0
 
 
 def num_teeth_for(coefficients: Sequence[float], eps: float) -> int:
-    """The least m for which :func:`imitate_unit` errs by less than ``eps``.
+    """Return the least m for which the error of :func:`imitate_unit` is below ``eps``.
 
-    h^i is made of i - 1 products and squares, whose errors of 4^-(m + 1) add up since the factors
-    are in [-1, 1]: the whole errs by at most sum_{i>=2} |a_i| (i - 1) 4^-(m + 1).
+    h^i consists of i - 1 products and squares. Their errors of 4^-(m + 1) add up because factors
+    are in [-1, 1], so the error is at most sum_{i>=2} |a_i| (i - 1) 4^-(m + 1) in total.
     """
     weight = sum(abs(a) * (i - 1) for i, a in enumerate(coefficients) if i >= 2)
     num_teeth = 1
@@ -65,14 +67,14 @@ def num_teeth_for(coefficients: Sequence[float], eps: float) -> int:
 
 
 def imitate_unit(value: Value, coefficients: Sequence[float], num_teeth: int) -> Value:
-    """sum_i a_i ReLU(x)^i for x in [-1, 1], by ReLU units.
+    """Approximate sum_i a_i ReLU(x)^i for x in [-1, 1] by ReLU units.
 
     Source: PolyCom (ICLR 2025), Lemma 2. The paper takes from Telgarsky (2017) the smaller of
     sr ln(sr / eps) and sd ln^2(dsr / eps) (its Lemma A.1) and states O(ln^2(1 / eps)). For a fixed
-    order r the first is smaller. Built here are O(r ln(r / eps)) units, which is the lower bound of
-    Theorem 2 but for a constant. The lemma also has f map to
-    [-1, 1]; coefficients in [-1, 1] do not keep PolyReLU itself there (1 + x + x^2 + x^3 is 4 at
-    1). :func:`clip` sees to it where PolyReLU does.
+    order r the first is smaller. This function builds O(r ln(r / eps)) units, which is the lower
+    bound of Theorem 2 up to a constant. The lemma also requires f to map to [-1, 1]; coefficients
+    in [-1, 1] do not ensure this even for PolyReLU (1 + x + x^2 + x^3 is 4 at 1). :func:`clip`
+    ensures it if PolyReLU itself maps to [-1, 1].
     """
     h = value.builder.unit(value)
     a = [*coefficients, 0.0, 0.0]
@@ -88,7 +90,7 @@ def imitate_unit(value: Value, coefficients: Sequence[float], num_teeth: int) ->
 
 
 def unit_network(coefficients: Sequence[float], eps: float) -> Network:
-    """A ReLU network within ``eps`` of a PolyReLU unit on [-1, 1].
+    """Return a ReLU network within ``eps`` of a PolyReLU unit on [-1, 1].
 
     Args:
         coefficients: a, ascending powers.
@@ -100,14 +102,15 @@ def unit_network(coefficients: Sequence[float], eps: float) -> Network:
 
 
 def imitate_network(network: Network, eps: float) -> Network:
-    """A ReLU network within ``eps`` of a PolyReLU network on [-1, 1]^d.
+    """Return a ReLU network within ``eps`` of a PolyReLU network on [-1, 1]^d.
 
-    Layer i of L is imitated within eps / (L alpha^(L - i)), alpha >= 1 bounding the slopes.
+    Layer i of L is approximated within eps / (L alpha^(L - i)); alpha >= 1 bounds the slopes.
 
-    Source: PolyCom (ICLR 2025), Theorem 2, upper bound. Where the paper is short: its condition
-    ||a||_1 + b <= 1 has to be on |b|; its sums need alpha >= 1; that the imitations stay in
-    [-1, 1] is not obvious, here :func:`clip` sees to it. Its lower bound, K L ln(1 / eps), does
-    not follow from the Lemma A.2 that it cites, which gives ln(1 / eps); it cannot be built.
+    Source: PolyCom (ICLR 2025), Theorem 2, upper bound. Corrections to the paper: its condition
+    ||a||_1 + b <= 1 must use |b|; its sums need alpha >= 1; it is not obvious that the
+    approximations stay in [-1, 1], which :func:`clip` ensures here. Its lower bound,
+    K L ln(1 / eps), does not follow from the Lemma A.2 that it cites, which gives ln(1 / eps); a
+    lower bound cannot be built.
 
     Args:
         network: each unit has ||weights||_1 + |bias| <= 1 and sum_i |a_i| <= 1, so that it maps
@@ -115,7 +118,7 @@ def imitate_network(network: Network, eps: float) -> Network:
         eps: in (0, 1).
 
     Raises:
-        UnavailableError: weights or coefficients break the condition of the theorem.
+        UnavailableError: weights or coefficients do not meet the condition of the theorem.
     """
     *hidden, output = network.layers
     _check(network)
@@ -144,17 +147,17 @@ def _affine(builder: Builder, layer: Layer, values: Sequence[Value]) -> list[Val
 
 
 def _coefficients(layer: Layer) -> list[list[float]]:
-    assert layer.coefficients is not None, "only the output has none"
+    assert layer.coefficients is not None, "only the output layer has none"
     return layer.coefficients.tolist()
 
 
 def _slope(coefficients: Sequence[float]) -> float:
-    """A bound of the slope of a unit on [-1, 1]."""
+    """Return a bound of the slope of a unit on [-1, 1]."""
     return sum(i * abs(a) for i, a in enumerate(coefficients))
 
 
 def _check(network: Network) -> None:
-    """Raise where the theorem's condition is broken; rounding of a unit norm is let pass."""
+    """Raise if the condition of the theorem is not met; a norm of 1 may be rounded up."""
     for number, layer in enumerate(network.layers, start=1):
         norms = layer.weight.to_dense().abs().sum(1)
         if layer.coefficients is not None:

@@ -27,13 +27,13 @@ from megapoly.study.theory.smooth import (
 
 Numbers = dict[str, Any]
 
-# Primes: no grid of cells has its points at the same place in each cell.
+# Primes, so that the points are at different places in the cells of any grid.
 GRID = {1: 4001, 2: 151}
 WAVES = {1: Wave((1.0,), 0.3), 2: Wave((1.0, 0.8), 0.3)}
 
 
 class Residual(nn.Module):
-    """x + V ReLU(W x), and a ReLU that is a method."""
+    """ReLU(x + V ReLU(W x)); the outer ReLU is a method of the tensor."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -41,12 +41,12 @@ class Residual(nn.Module):
         self.outer = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of [.., width]; as ``x``."""
+        """[.., width] -> [.., width]."""
         return (x + self.outer(torch.relu(self.inner(x)))).relu()
 
 
 def architectures() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    """Small ReLU networks and the shapes that they take."""
+    """Return small ReLU networks and the shapes of their inputs."""
     torch.manual_seed(0)
     networks: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         "MLP": (
@@ -67,7 +67,7 @@ def architectures() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
 
 
 def theorem_1(orders: Sequence[int] = ORDERS) -> list[Numbers]:
-    """Largest difference between each architecture and its PolyReLU network, and both sizes."""
+    """Measure the difference between each architecture and its PolyReLU network, and both sizes."""
     results = []
     for name, (network, shape) in architectures().items():
         x = 2 * torch.rand(shape, dtype=torch.float64) - 1
@@ -91,7 +91,7 @@ def theorem_1(orders: Sequence[int] = ORDERS) -> list[Numbers]:
 
 
 def lemma_a4(exponents: Sequence[int], orders: Sequence[int] = (2, 3)) -> list[Numbers]:
-    """Units of x^n, whether it is exact at rational points, and the error in fp64 on [-1, 1]."""
+    """Measure units of x^n, exactness at rational points, and the error in fp64 on [-1, 1]."""
     points = [Fraction(-5, 3), Fraction(1, 7), Fraction(2)]
     x = torch.linspace(-1, 1, 201, dtype=torch.float64)[:, None]
     results = []
@@ -114,7 +114,7 @@ def lemma_a4(exponents: Sequence[int], orders: Sequence[int] = (2, 3)) -> list[N
 
 
 def lemma_2(tolerances: Sequence[float], orders: Sequence[int] = ORDERS) -> list[Numbers]:
-    """Error and size of ReLU networks that imitate sum_i ReLU(x)^i on [-1, 1]."""
+    """Measure error and size of ReLU networks that approximate sum_i ReLU(x)^i on [-1, 1]."""
     x = torch.linspace(-1, 1, 50_021, dtype=torch.float64)[:, None]
     h = x.clamp(min=0)
     results = []
@@ -131,7 +131,7 @@ def lemma_2(tolerances: Sequence[float], orders: Sequence[int] = ORDERS) -> list
 def theorem_2(
     tolerances: Sequence[float], depths: Sequence[int] = (1, 2, 3), width: int = 3
 ) -> list[Numbers]:
-    """Error and size of ReLU networks that imitate random PolyReLU networks of order 3, d = 2."""
+    """Measure ReLU networks that approximate random PolyReLU networks of order 3, d = 2."""
     side = torch.linspace(-1, 1, 41, dtype=torch.float64)
     x = torch.cartesian_prod(side, side)
     results = []
@@ -146,7 +146,7 @@ def theorem_2(
 
 
 def random_network(depth: int, width: int, order: int = DEFAULT_ORDER, seed: int = 0) -> Network:
-    """A PolyReLU network of two inputs that keeps the conditions of Theorem 2."""
+    """Return a PolyReLU network of two inputs that meets the conditions of Theorem 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def unit_norm(size: int) -> list[float]:
@@ -154,7 +154,7 @@ def random_network(depth: int, width: int, order: int = DEFAULT_ORDER, seed: int
         return (a / a.abs().sum()).tolist()
 
     def positive_bias(size: int) -> list[float]:
-        """Most units are then not 0 everywhere."""
+        """Return weights and a positive bias, so that most units are not 0 everywhere."""
         *weights, bias = unit_norm(size)
         return [*weights, abs(bias)]
 
@@ -176,7 +176,7 @@ def random_network(depth: int, width: int, order: int = DEFAULT_ORDER, seed: int
 
 
 def theorem_3(d: int, n: int, all_cells: Sequence[int], kind: str) -> list[Numbers]:
-    """Sup error on a grid, and size, of ``kind`` PolyReLU or ReLU, for each N of ``all_cells``."""
+    """Measure sup error on a grid and size for each N of ``all_cells``; kind PolyReLU or ReLU."""
     function = WAVES[d]
     side = torch.linspace(-1, 1, GRID[d], dtype=torch.float64)
     x = torch.cartesian_prod(*[side] * d).reshape(-1, d)
@@ -203,7 +203,7 @@ def theorem_3(d: int, n: int, all_cells: Sequence[int], kind: str) -> list[Numbe
 
 
 def slope(results: Sequence[Numbers], x: str = "parameters", y: str = "error") -> float:
-    """Least-squares slope of ln y on ln x."""
+    """Return the least-squares slope of ln y on ln x."""
     a = torch.tensor([math.log(r[x]) for r in results], dtype=torch.float64)
     b = torch.tensor([math.log(r[y]) for r in results], dtype=torch.float64)
     a, b = a - a.mean(), b - b.mean()

@@ -1,4 +1,4 @@
-"""Layered networks of PolyReLU units, with sparse weights that can be counted."""
+"""Layered networks of PolyReLU units with sparse weights, whose parameters can be counted."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from megapoly.errors import ShapeError
 
-# Points that pass through a network at once: 128 of 50,000 units are 50 MB.
+# Points evaluated at once: 128 points with 50,000 units take 50 MB.
 CHUNK_POINTS = 128
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a network consists of.
+    """Number of parts of a network.
 
     Attributes:
         depth: hidden layers.
         width: units of the widest hidden layer.
         units: of all hidden layers.
-        weights: weights and biases that are not zero, of the output as well.
-        coefficients: r + 1 of each unit, zeros included; 0 in a ReLU network, which learns none.
+        weights: weights and biases that are not zero, including those of the output.
+        coefficients: r + 1 for each unit, including zeros; 0 in a ReLU network, which has none.
     """
 
     depth: int
@@ -41,7 +41,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Layer:
-    """An affine map and, but for the output, an activation for each unit.
+    """An affine map and, except in the output layer, an activation for each unit.
 
     Attributes:
         weight: [units, inputs], sparse, fp64.
@@ -64,8 +64,8 @@ class Network:
 
         h_l = sum_i a_i ReLU(W_l h_{l-1} + b_l)^i,   y = W_out h_L + b_out
 
-    Each unit has coefficients of its own. With order 1 all are (0, 1): a ReLU network. No
-    connection skips a layer.
+    Each unit has its own coefficients. With order 1 all are (0, 1): a ReLU network. No connection
+    skips a layer.
 
     Args:
         layers: the hidden layers, then the output.
@@ -103,7 +103,7 @@ class Network:
         return h.T
 
     def exactly(self, point: Sequence[Fraction]) -> list[Fraction]:
-        """Evaluate at one point in rational arithmetic, with the very weights of the network."""
+        """Evaluate at one point in rational arithmetic, with the exact weights of the network."""
         zero = Fraction(0)
         h = list(point)
         for layer in self.layers:

@@ -19,10 +19,10 @@ from megapoly.study.theory.network import Network
 
 @dataclass(frozen=True)
 class Wave:
-    """f(x) = sin(w . x + phase); for |w_k| <= 1 no derivative exceeds 1, so f is in every F_{n,d}.
+    """f(x) = sin(w . x + phase); for |w_k| <= 1 derivatives are at most 1, so f is in each F_{n,d}.
 
     Attributes:
-        frequencies: w, of d entries.
+        frequencies: w, with d entries.
         phase: in radians.
     """
 
@@ -30,26 +30,26 @@ class Wave:
     phase: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Values at ``x`` of [points, d]."""
+        """Return [points] values at ``x`` of [points, d]."""
         return torch.sin(x @ torch.tensor(self.frequencies, dtype=x.dtype) + self.phase)
 
     def derivative(self, orders: Sequence[int], point: Sequence[float]) -> float:
-        """D^orders f at ``point``."""
+        """Return the derivative D^orders f at ``point``."""
         angle = self.phase + sum(w * x for w, x in zip(self.frequencies, point, strict=True))
         factor = math.prod(w**i for w, i in zip(self.frequencies, orders, strict=True))
         return factor * math.sin(angle + sum(orders) * math.pi / 2)
 
 
 def multi_indices(n: int, d: int) -> list[tuple[int, ...]]:
-    """The C(n + d - 1, d) multi-indices of total below n, the lowest degree first.
+    """Return the C(n + d - 1, d) multi-indices with a sum below n, the lowest degree first.
 
-    The paper bounds their number by d^n; that is 1 for d = 1, where there are n.
+    The paper bounds their number by d^n, which is 1 for d = 1, although there are n.
     """
     return sorted((i for i in each_of(range(n), repeat=d) if sum(i) < n), key=sum)
 
 
 def error_bound(n: int, d: int, num_cells: int) -> float:
-    """(2 d / (3 N))^n / n!, of a function in F_{n,d}.
+    """Return the error bound (2 d / (3 N))^n / n! for a function in F_{n,d}.
 
     Source: PolyCom (ICLR 2025), Eq. 29, without its factor 2^d: the bumps sum to 1.
     """
@@ -57,67 +57,71 @@ def error_bound(n: int, d: int, num_cells: int) -> float:
 
 
 class Arithmetic(Protocol):
-    """How products of values are made."""
+    """Products and powers of values."""
 
     def local(self, x: Value, centre: int, num_cells: int) -> tuple[Value, float]:
-        """A variable v and a factor s: x - m / N = s v wherever the bump of the cell is not 0."""
+        """Return v and a factor s, x - m / N = s v wherever the bump of the cell is not 0."""
 
     def power(self, v: Value, i: int) -> Value:
-        """Power, v^i."""
+        """Return v^i."""
 
     def product(self, u: Value, v: Value) -> Value:
-        """A product that is 0 where ``u`` is."""
+        """Return a product that is 0 wherever ``u`` is."""
 
 
 class ExactArithmetic:
-    """By PolyReLU units (:mod:`megapoly.study.theory.powers`)."""
+    """Exact arithmetic by PolyReLU units (:mod:`megapoly.study.theory.powers`)."""
 
     def local(self, x: Value, centre: int, num_cells: int) -> tuple[Value, float]:
-        """As it is, v = x - m / N."""
+        """Return v = x - m / N and the factor 1."""
         return x - centre / num_cells, 1.0
 
     def power(self, v: Value, i: int) -> Value:
-        """By Lemma A.4."""
+        """Return v^i by Lemma A.4."""
         return powers.power(v, i)
 
     def product(self, u: Value, v: Value) -> Value:
-        """Of any size."""
+        """Return the product of values of any size."""
         return powers.product(u, v)
 
 
 @dataclass(frozen=True)
 class ReluArithmetic:
-    """By ReLU units, within 4^-(m + 1) each (:mod:`megapoly.study.theory.imitation`)."""
+    """Approximate arithmetic by ReLU units, each operation within 4^-(m + 1).
+
+    See :mod:`megapoly.study.theory.imitation`.
+    """
 
     num_teeth: int
 
     def local(self, x: Value, centre: int, num_cells: int) -> tuple[Value, float]:
-        """Clipped, v = (x - m / N) 3 N / 2 in [-1, 1]: products take no more."""
+        """Return v = (x - m / N) 3 N / 2, clipped to [-1, 1] for products, and 2 / (3 N)."""
         return imitation.clip(x * (1.5 * num_cells) - 1.5 * centre), 2 / (3 * num_cells)
 
     def power(self, v: Value, i: int) -> Value:
-        """By i - 1 products."""
+        """Return v^i by i - 1 products."""
         if i == 0:
             return v.builder.constant(1.0)
         return v if i == 1 else self.product(self.power(v, i - 1), v)
 
     def product(self, u: Value, v: Value) -> Value:
-        """For values in [-1, 1]."""
+        """Return the product of values in [-1, 1]."""
         return imitation.product(u, v, self.num_teeth)
 
 
 def polyrelu_network(function: Wave, n: int, num_cells: int, order: int = DEFAULT_ORDER) -> Network:
-    """The PolyReLU network that equals f_N, of degree n - 1 in each of (2 N + 1)^d cells.
+    """Return the PolyReLU network that equals f_N, of degree n - 1 in each of (2 N + 1)^d cells.
 
         f_N(x) = sum_m phi_m(x) P_m(x),   |f - f_N| <= (2 d / (3 N))^n / n!
 
-    Source: PolyCom (ICLR 2025), Theorem 3, Eqs. 27 to 35. The paper's Corollary A.1 makes piecewise
-    linear functions exactly; for d > 1 phi_m, a product of such, is none, and phi_m P_m is one for
-    no d. Order 2 units make these products exactly, four units each, so the size stands.
+    Source: PolyCom (ICLR 2025), Theorem 3, Eqs. 27 to 35. The paper's Corollary A.1 represents
+    piecewise linear functions exactly. For d > 1 phi_m, a product of such functions, is not
+    piecewise linear, and phi_m P_m is not for any d. Units of order 2 compute these products
+    exactly, with four units each, so the stated size holds.
 
     Args:
         function: f.
-        n: number of derivatives that are bounded by 1.
+        n: order up to which derivatives are at most 1.
         num_cells: N, cells on either side of 0.
         order: r >= 2, of the units.
     """
@@ -126,15 +130,15 @@ def polyrelu_network(function: Wave, n: int, num_cells: int, order: int = DEFAUL
 
 
 def relu_network(function: Wave, n: int, num_cells: int) -> Network:
-    """The same sum by ReLU units, its products within the error of f_N itself.
+    """Return f_N by ReLU units, with products whose error is within that of f_N itself.
 
     Source: Yarotsky (2017), Theorem 1: O(eps^(-d/n) ln(1 / eps)) parameters, because each product
-    takes O(ln(1 / eps)).
+    needs O(ln(1 / eps)).
     """
     d = len(function.frequencies)
     scale = 2 / (3 * num_cells)
-    # At a point 2^d bumps are not 0. By size B of a polynomial: d B of the products with and of
-    # bumps, (|i| - 1) of each monomial's own.
+    # At each point 2^d bumps are not 0. Error relative to that of one product, for a polynomial of
+    # size B: d B from products with and of bumps, and (|i| - 1) from each monomial.
     weights = {i: scale ** sum(i) / _factorial(i) for i in multi_indices(n, d)}
     bound = sum(weights.values())
     own = sum((sum(i) - 1) * w for i, w in weights.items() if sum(i) > 1)
@@ -145,7 +149,7 @@ def relu_network(function: Wave, n: int, num_cells: int) -> Network:
 
 
 def taylor_sum(function: Wave, n: int, num_cells: int, x: Tensor) -> Tensor:
-    """f_N by its formula and no network: [points] for ``x`` of [points, d]."""
+    """Compute f_N by its formula, without a network: [points] for ``x`` of [points, d]."""
     total = torch.zeros(len(x), dtype=x.dtype)
     for cell in _cells(num_cells, x.shape[1]):
         offset = x - torch.tensor(cell, dtype=x.dtype) / num_cells
@@ -173,7 +177,7 @@ def _taylor_network(
             polynomial = polynomial + _monomial(variables, orders, builder, arithmetic) * a
             limit += abs(a)
         if polynomial.terms:
-            # ReLU products take values in [-1, 1] alone.
+            # ReLU products need values in [-1, 1].
             total = total + arithmetic.product(bump, polynomial * (1 / limit)) * limit
         else:
             total = total + bump * polynomial.constant
@@ -181,7 +185,7 @@ def _taylor_network(
 
 
 def _bump(x: Value, centre: int, num_cells: int) -> Value:
-    """phi(t) = ReLU(1 - ReLU(t - 1) - ReLU(-t - 1)), t = 3 N x - 3 m; exactly 0 for |t| >= 2."""
+    """Return ReLU(1 - ReLU(t - 1) - ReLU(-t - 1)), t = 3 N x - 3 m; exactly 0 for |t| >= 2."""
     unit = x.builder.unit
     t = x * (3.0 * num_cells) - 3.0 * centre
     return unit(1.0 - unit(t - 1.0) - unit(-t - 1.0))
@@ -204,7 +208,7 @@ def _monomial(
 def _taylor(
     function: Wave, n: int, cell: Sequence[int], num_cells: int
 ) -> dict[tuple[int, ...], float]:
-    """D^i f(m / N) / i! for each multi-index i."""
+    """Return D^i f(m / N) / i! for each multi-index i."""
     point = [m / num_cells for m in cell]
     return {
         orders: function.derivative(orders, point) / _factorial(orders)

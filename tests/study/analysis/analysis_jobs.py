@@ -30,7 +30,7 @@ def run_tool(*arguments):
 
 def analysed(checkpoint, output, *arguments):
     """The tool's analysis.json."""
-    status, printed = run_tool("--checkpoint", checkpoint, "--output", output, *arguments)
+    status, printed = run_tool("--model", checkpoint, "--output", output, *arguments)
     assert status == 0, printed
     return json.loads((output / "analysis.json").read_text())
 

@@ -15,7 +15,7 @@ def comparison(folder: Path, chosen: dict[str, str]) -> Path:
     return folder
 
 
-def test_chosen_runs_without_these_parts_are_asked_for(tmp_path: Path) -> None:
+def test_chosen_runs_without_these_parts_are_requested(tmp_path: Path) -> None:
     dense = comparison(tmp_path / "dense", {"swiglu": "s.1", "gelu": "g.1", "relu": "r.1"})
     moe = comparison(tmp_path / "moe", {"swiglu": "m.1"})
     for name, parts in (("s.1", ["rank", "similarity"]), ("g.1", ["similarity"])):
@@ -25,8 +25,8 @@ def test_chosen_runs_without_these_parts_are_asked_for(tmp_path: Path) -> None:
         written.write_text(json.dumps({"parts": parts, "asked": asked}))
     (dense / "r.1/analysis").mkdir(parents=True)
     (dense / "r.1/analysis/analysis.json").write_text('{"parts": ["ra')  # of a full disk
-    asked = AnalysisRequest(None, parts=("rank",), tokens=64, words=("--data.seed", "3"))
-    found = of_comparisons(asked, [dense, moe])
+    request = AnalysisRequest(None, parts=("rank",), tokens=64, overrides=("--data.seed", "3"))
+    found = of_comparisons(request, [dense, moe])
     assert [each.checkpoint for each in found] == [dense / "g.1", dense / "r.1", moe / "m.1"]
     assert found[2].command == (
         f"megapoly analyze --model {moe / 'm.1'} --parts rank --tokens 64 --data.seed 3"
@@ -41,11 +41,11 @@ def test_another_text_is_another_analysis(tmp_path: Path) -> None:
     (dense / "s.1/analysis/analysis.json").write_text(json.dumps(content))
     similarity = AnalysisRequest(None, parts=("similarity",), tokens=64)
     assert of_comparisons(similarity, [dense]) == []
-    for other in ({"tokens": 65}, {"words": ("--data.validation={}",)}):
+    for other in ({"tokens": 65}, {"overrides": ("--data.validation={}",)}):
         assert len(of_comparisons(replace(similarity, **other), [dense])) == 1
     # Which the rank is not of.
     assert of_comparisons(replace(similarity, parts=("rank",), tokens=65), [dense]) == []
-    with pytest.raises(AnalysisError, match=r"has an analysis with rank, too.*--output"):
+    with pytest.raises(AnalysisError, match=r"has an analysis that includes rank.*--output"):
         analyze(replace(similarity, checkpoint=_run(dense / "s.1"), tokens=65))
 
 

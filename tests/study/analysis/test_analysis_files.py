@@ -76,20 +76,20 @@ def test_figures_show_the_numbers(analysis):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--parts", "rank", "--tokens", "5"], "`--tokens`: nothing reads this"),
-        (["--parts", "rank", "--data.validation=x"], "nothing reads this"),
-        (["--training.device=cpu"], "give `--device`"),
-        ([], "nothing is there"),
+        (["--parts", "rank", "--tokens", "5"], "`--tokens` has no effect"),
+        (["--parts", "rank", "--data.validation=x"], "has no effect"),
+        (["--training.device=cpu"], "use `--device`"),
+        ([], "does not exist"),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_the_reason(arguments, reason, tmp_path):
-    words = ("--checkpoint", tmp_path / "run", *arguments)
-    ((status, printed),) = run_on_ranks(run_tool, 1, *words)
+    given = ("--model", tmp_path / "run", *arguments)
+    ((status, printed),) = run_on_ranks(run_tool, 1, *given)
     assert status == 2 and reason in printed
 
 
 def test_several_processes_are_refused(tmp_path):
-    for status, printed in run_on_ranks(run_tool, 2, "--checkpoint", tmp_path):
+    for status, printed in run_on_ranks(run_tool, 2, "--model", tmp_path):
         assert status == 2 and "one process" in printed
 
 

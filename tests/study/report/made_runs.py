@@ -24,7 +24,7 @@ def write_run(
     evaluations: dict[int, dict[str, float]] | None = None,
     tasks: dict[str, float] | None = None,
     source: str | None = "f" * 16,
-    words: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (),
 ) -> Path:
     """A run whose step i has ``losses[i - 1]`` and evaluations as given, by step and domain."""
     evaluations = evaluations or {}
@@ -38,7 +38,7 @@ def write_run(
     config.training.global_batch_size, config.training.seq_length = BATCH, SEQUENCE
     domains = next(iter(evaluations.values()), {})
     config.data.validation = {name: f"/somewhere/{name}_text_document" for name in domains} or None
-    override(config, words)
+    override(config, overrides)
     folder.mkdir(parents=True)
     resolved = resolve(config, tokenizer_vocab_size=512, machine=CPU)
     (folder / "config.yaml").write_text(to_yaml(resolved))

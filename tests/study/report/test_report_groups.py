@@ -24,12 +24,12 @@ def groups_of(tmp_path, *runs, reference="swiglu"):
         {"source": "e" * 16},
         {"source": None},
         {"losses": [3.0] * 5},
-        {"words": ("--training.seq_length", "32")},
+        {"overrides": ("--training.seq_length", "32")},
         # As many tokens.
-        {"words": ("--training.global_batch_size", "8"), "losses": [3.0] * 2},
-        {"words": ("--model.num_moe_experts", "4")},
-        {"words": ("--model.ffn_hidden_size", "288")},
-        {"words": ("--training.eval_iters", "3")},
+        {"overrides": ("--training.global_batch_size", "8"), "losses": [3.0] * 2},
+        {"overrides": ("--model.num_moe_experts", "4")},
+        {"overrides": ("--model.ffn_hidden_size", "288")},
+        {"overrides": ("--training.eval_iters", "3")},
     ],
 )
 def test_what_may_not_be_compared_is_apart(tmp_path, other):
@@ -44,8 +44,8 @@ def test_experts_of_a_token_make_another_group_though_all_parameters_are_as_many
     experts = ("--model.num_moe_experts", "4")
     first, second = groups_of(
         tmp_path,
-        {"activation": "swiglu", "words": experts},
-        {"activation": "swiglu", "words": (*experts, "--model.moe_router_topk", "3")},
+        {"activation": "swiglu", "overrides": experts},
+        {"activation": "swiglu", "overrides": (*experts, "--model.moe_router_topk", "3")},
     )
     assert first.runs[0].parameters == second.runs[0].parameters
     active = f"{second.runs[0].active_parameters:,}"
@@ -72,11 +72,11 @@ def test_labels_of_orders_and_options(tmp_path):
         {"activation": "swiglu"},
         {"activation": "relu"},
         {"activation": "polynorm"},
-        {"activation": "polynorm", "words": ("--model.activation_norm", "l2")},
+        {"activation": "polynorm", "overrides": ("--model.activation_norm", "l2")},
         {"activation": "polyrelu"},
-        {"activation": "polyrelu", "words": ("--model.activation_order", "2")},
-        {"activation": "relu", "words": ("--model.init_method_std", "0.05")},
-        {"activation": "swiglu", "words": ("--model.init_method_std", "0.05")},
+        {"activation": "polyrelu", "overrides": ("--model.activation_order", "2")},
+        {"activation": "relu", "overrides": ("--model.init_method_std", "0.05")},
+        {"activation": "swiglu", "overrides": ("--model.init_method_std", "0.05")},
     )
     assert [entry.label for entry in group.entries] == [
         "SwiGLU",
@@ -99,9 +99,9 @@ def test_labels_of_orders_and_options(tmp_path):
 
 
 def test_options_that_nothing_of_the_activation_reads_make_no_other_model(tmp_path):
-    words = ("--model.activation_norm", "l2", "--model.activation_order", "4")
+    overrides = ("--model.activation_norm", "l2", "--model.activation_order", "4")
     (group,) = groups_of(
-        tmp_path, {"activation": "relu"}, {"activation": "relu", "seed": 2, "words": words}
+        tmp_path, {"activation": "relu"}, {"activation": "relu", "seed": 2, "overrides": overrides}
     )
     assert [sorted(entry.seeds) for entry in group.entries] == [["1", "2"]]
 
@@ -110,7 +110,7 @@ def test_a_floor_that_does_not_follow_the_rate_makes_another_model(tmp_path):
     following = [{"lr": 1e-3}, {"lr": 2e-3, "seed": 2}]
     (group,) = groups_of(tmp_path / "following", *following)
     assert len(group.entries) == 1
-    other = {"lr": 2e-3, "seed": 3, "words": ("--optimizer.min_lr", "1e-5")}
+    other = {"lr": 2e-3, "seed": 3, "overrides": ("--optimizer.min_lr", "1e-5")}
     (group,) = groups_of(tmp_path / "other", {"lr": 1e-3}, {"lr": 1e-3, "seed": 2}, other)
     assert [entry.plain for entry in group.entries] == [True, False]
 

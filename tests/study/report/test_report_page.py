@@ -44,8 +44,8 @@ def made(tmp_path_factory):
     for name, lr in (("swiglu", 2e-3), ("polynorm", 2e-3)):
         write(runs, f"{name}.lr_2e-3", name, gap=0.3, lr=lr)
     other = ("--model.activation_order", "2")
-    write(runs, "polyrelu_order_2", "polyrelu", gap=0.0, words=other)
-    write(runs, "polynorm_l2", "polynorm", gap=0.2, words=("--model.activation_norm", "l2"))
+    write(runs, "polyrelu_order_2", "polyrelu", gap=0.0, overrides=other)
+    write(runs, "polynorm_l2", "polynorm", gap=0.2, overrides=("--model.activation_norm", "l2"))
     write(runs, "unfinished", "gelu", gap=0.0, steps=50)
     analysis = {
         "command": "megapoly analyze --model polynorm.seed_1",
@@ -278,12 +278,12 @@ def test_report_json_holds_no_place_on_disk(made):
     ("arguments", "message"),
     [
         (["{made}/dense/none"], "does not exist"),
-        (["{made}/page/figures"], "holds no run, which is a folder with `config.yaml`"),
+        (["{made}/page/figures"], "contains no run, which is a folder with `config.yaml`"),
         (
             ["{made}/dense/unfinished"],
             r"None of the runs is complete \(unfinished at step 40 of 50",
         ),
-        (["{made}/notes.md"], "is no report.json"),
+        (["{made}/notes.md"], "is not a report.json"),
         (["{made}/page/report.json", "--reference", "swish"], "the nearest is swiglu"),
         (
             ["{made}/page/report.json", "--figures", "dense_trainin_loss"],
@@ -302,7 +302,7 @@ def test_errors(made, tmp_path, capsys, arguments, message):
 def test_missing_package_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path), "--output", str(tmp_path / "page")]) == 2
-    assert "pip install '.[report]'" in capsys.readouterr().err
+    assert "pip install 'megapoly[report]'" in capsys.readouterr().err
 
 
 def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
@@ -312,7 +312,12 @@ def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
     experts = ("--model.num_moe_experts", "4")
     for activation, gap in (("swiglu", 0.0), ("polynorm", 0.1)):
         write(
-            tmp_path / "moe", activation, activation, gap=gap, words=experts, tasks={"piqa": 51.5}
+            tmp_path / "moe",
+            activation,
+            activation,
+            gap=gap,
+            overrides=experts,
+            tasks={"piqa": 51.5},
         )
     monkeypatch.setattr(theory, "EXPONENTS", [1, 5])
     monkeypatch.setattr(theory, "TOLERANCES", [1e-1, 1e-2, 1e-3])

@@ -32,7 +32,7 @@ def test_mean_of_a_single_set_is_its_own(tmp_path):
 def test_parameters_are_those_that_a_plan_counts(tmp_path):
     from megapoly.config import load_yaml
 
-    folder = write_run(tmp_path / "r", [3.0], words=("--model.num_moe_experts", "4"))
+    folder = write_run(tmp_path / "r", [3.0], overrides=("--model.num_moe_experts", "4"))
     run = read_run(folder)
     assert run.parameters == total_parameters(load_yaml(folder / "config.yaml"))
     # Two of four experts are met: two ungated FFN of 64 x 264 by layer less, four layers.
@@ -81,14 +81,14 @@ def test_line_that_is_being_written(tmp_path):
     path.write_text(path.read_text() + '{"iteration": 3, "lm_')
     assert [step["iteration"] for step in read_metrics(path)] == [1, 2]
     path.write_text('{"iter\n' + path.read_text())
-    with pytest.raises(DataError, match="line 1, is no step"):
+    with pytest.raises(DataError, match="line 1, is not a step"):
         read_metrics(path)
     path.write_text('{"iteration": 1, "lm_loss": 3.0}\n')
     with pytest.raises(DataError, match="line 1, .*consumed_tokens, step_time_s missing"):
         read_metrics(path)
 
 
-def test_comparison_is_read_and_two_of_a_name_are_told_apart(tmp_path):
+def test_comparison_is_read_and_two_with_one_name_are_distinguished(tmp_path):
     for size in ("small", "large"):
         folder = tmp_path / size / "dense"
         write_run(folder / "polynorm.seed_1", [3.0], lr=1e-3 if size == "small" else 2e-3)

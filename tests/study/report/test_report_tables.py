@@ -110,7 +110,8 @@ def test_answer_says_what_the_numbers_say(group):
     # Differences -0.2, -0.1, -0.2 and -0.3, -0.05, -0.4: below zero by five standard errors and
     # by 2.4, of which Student's t with two degrees of freedom asks 4.3.
     assert first.replace("\u00a0", " ").endswith(
-        "Against GELU the sign is open: the difference's 95 % interval (Student's t) contains zero."
+        "PolyNorm cannot be distinguished from GELU: the 95 % interval of the difference "
+        "(Student's t) contains zero."
     )
     assert errors.startswith("± is the standard error")
     assert order == "Final validation losses in order: PolyNorm 2.933 < SwiGLU 3.100 < GELU 3.183."
@@ -129,7 +130,7 @@ def test_answer_does_not_hide_a_loss(tmp_path):
     # Differences 0.3, -0.1, 0.3.
     error = statistics.stdev([0.3, -0.1, 0.3]) / math.sqrt(3)
     assert f"does not end below ReLU (+0.167 ± {error:.3f}, lower in 1 of 3 seeds)" in first
-    assert "Against ReLU the sign is open" in first
+    assert "PolyNorm cannot be distinguished from ReLU" in first
     assert found.reference is None
 
 
@@ -144,8 +145,8 @@ def test_a_loss_that_is_not_finite_is_not_left_out_of_a_difference(tmp_path):
     row = cells(losses(found), "PolyNorm")
     assert [row[name].text for name in ("validation loss", "minus SwiGLU", "lower in")] == ["–"] * 3
     assert answer(found) == [
-        "PolyNorm is compared with no fixed activation: no seed is shared, or a run has no finite "
-        "loss.",
+        "PolyNorm cannot be compared with any fixed activation: no seed is shared, or a run has no "
+        "finite loss.",
         "Final validation losses in order: SwiGLU 2.000 < ReLU 2.200. 1 more ended without a "
         "finite loss.",
     ]
@@ -164,7 +165,7 @@ def test_one_seed_is_no_spread(tmp_path):
     (found,) = group_runs(runs, "swiglu")
     assert answer(found)[:2] == [
         "In validation loss PolyNorm ends below SwiGLU by 0.100.",
-        "With one seed nothing is known of the spread.",
+        "A single seed does not show how much the results vary.",
     ]
 
 
@@ -182,7 +183,8 @@ def test_best_rate_at_the_edge_is_said(tmp_path):
     chosen = {label: [c.text for c in row if c.best] for label, row in table.rows}
     assert chosen == {"SwiGLU": ["2.000"], "PolyNorm": ["2.000"]}
     assert table.notes[1:] == [
-        "PolyNorm is best at the highest rate that was tried (0.004): its own best may lie beyond."
+        "PolyNorm is best at the highest rate that was tried (0.004); a rate beyond it "
+        "may be better."
     ]
 
 
@@ -234,7 +236,8 @@ def test_a_rate_that_diverged_was_tried(tmp_path):
         ],
     }
     assert table.notes[1:] == [
-        "PolyNorm is best at the lowest rate that was tried (0.001): its own best may lie beyond."
+        "PolyNorm is best at the lowest rate that was tried (0.001); a rate beyond it "
+        "may be better."
     ]
 
 
@@ -242,10 +245,10 @@ def test_options_are_compared_with_the_reference_that_has_them(tmp_path):
     ends = {"swiglu": (3.0, 2.0), "polynorm": (2.5, 2.1)}
     runs = []
     for activation, (plain, changed) in ends.items():
-        for loss, words in ((plain, ()), (changed, ("--model.init_method_std", "0.05"))):
+        for loss, overrides in ((plain, ()), (changed, ("--model.init_method_std", "0.05"))):
             folder = tmp_path / f"{activation}.{loss}"
             evaluations = {1: {"a": 9.0}, 2: {"a": loss}}
-            options = {"activation": activation, "evaluations": evaluations, "words": words}
+            options = {"activation": activation, "evaluations": evaluations, "overrides": overrides}
             runs.append(read_run(write_run(folder, [3.0, 3.0], **options)))
     # One seed more, so that these are the most of the group.
     runs.append(read_run(write_run(tmp_path / "2", [3.0, 3.0], evaluations=evaluations, seed=2)))
