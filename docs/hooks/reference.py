@@ -20,9 +20,8 @@ import yaml
 
 from megapoly.commands import COMMANDS, module_of
 from megapoly.commands.benchmark import BENCHMARKS
-from megapoly.commands.preprocess import subcommand_parser
+from megapoly.commands.preprocess import SUBCOMMANDS, subcommand_parser
 from megapoly.config.options import OPTIONS, SECTIONS, Option, options_of
-from megapoly.data.preprocess import subcommands
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -110,8 +109,8 @@ def commands_page() -> str:
     for name in COMMANDS:
         page += _command(name, module_of(name))
         if name == "preprocess":
-            for sub in subcommands.COMMANDS:
-                described = importlib.import_module(subcommands.COMMANDS[sub])
+            for sub in SUBCOMMANDS:
+                described = importlib.import_module(SUBCOMMANDS[sub])
                 page += _section(f"preprocess {sub}", described, subcommand_parser(sub), level=3)
         if name == "benchmark":
             for sub in BENCHMARKS:

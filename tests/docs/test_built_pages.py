@@ -5,7 +5,8 @@ import importlib.util
 
 import nbformat
 import pytest
-from documented import ROOT
+from documented import ROOT, arguments_of
+from matplotlib import image
 from nbclient import NotebookClient
 
 from megapoly.commands import COMMANDS, module_of
@@ -101,3 +102,20 @@ def test_commands_page_has_every_option(reference):
 )
 def test_docstrings_become_markdown(reference, text, markdown):
     assert "\n".join(reference._paragraph(text)) == markdown
+
+
+def test_figure_is_what_its_command_draws(tmp_path):
+    """The command stands below the figure in README."""
+    (arguments,) = arguments_of(
+        "README.md", "megapoly", "report", "examples/paper/report/report.json"
+    )
+    figures, name, output, _ = arguments
+    assert (figures, output) == ("--figures", "--output")
+    report = str(ROOT / "examples" / "paper" / "report" / "report.json")
+    assert module_of("report").main([report, "--figures", name, "--output", str(tmp_path)]) == 0
+    drawn, shown = (
+        image.imread(folder / f"{name}.png")
+        for folder in (tmp_path / "figures", ROOT / "docs" / "images")
+    )
+    # Versions of matplotlib smooth edges differently.
+    assert drawn.shape == shown.shape and abs(drawn - shown).mean() < 2e-3

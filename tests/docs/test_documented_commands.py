@@ -13,12 +13,11 @@ from torch.distributed.run import get_args_parser
 
 from megapoly.commands import COMMANDS, module_of
 from megapoly.commands.benchmark import BENCHMARKS
-from megapoly.commands.preprocess import subcommand_parser
+from megapoly.commands.preprocess import SUBCOMMANDS, subcommand_parser
 from megapoly.config import Config
 from megapoly.config.command_line import parse_with_overrides
 from megapoly.config.parsing import override, parse
 from megapoly.config.recipes import recipe_path
-from megapoly.data.preprocess import subcommands
 
 # Of other projects. What they start of ours is parsed below.
 OTHERS = {"cd", "git", "kubectl", "mkdir", "scancel", "tensorboard"}
@@ -56,7 +55,7 @@ def check_megapoly(words):
         importlib.import_module(f"megapoly.benchmarks.{rest[0]}").build_parser().parse_args(
             rest[1:]
         )
-    elif command == "preprocess" and rest[0] in subcommands.COMMANDS:
+    elif command == "preprocess" and rest[0] in SUBCOMMANDS:
         subcommand_parser(rest[0]).parse_args(rest[1:])
     elif rest != ["--help"]:
         check_options(command, rest)
@@ -172,7 +171,12 @@ def check_python(words):
         assert (ROOT / words[0]).is_file()
 
 
+def check_pre_commit(words):
+    assert words == ["install"] and (ROOT / ".pre-commit-config.yaml").is_file()
+
+
 CHECKS = {
+    ".venv/bin/pre-commit": check_pre_commit,
     "megapoly": check_megapoly,
     "torchrun": check_torchrun,
     "bash": check_bash,
@@ -209,6 +213,13 @@ def test_there_are_some():
 def test_a_wrong_one_is_found(line, capsys):
     with pytest.raises((Exception, SystemExit)):
         check(shlex.split(line))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_extras_exist(page):
+    """Those of `pip install` in sentences also."""
+    for extras in re.findall(r"pip install '(?:megapoly|\.)\[([\w,]+)\]'", page.read_text()):
+        check_pip(["install", f"megapoly[{extras}]"])
 
 
 def test_yaml_and_python_blocks_are_read():
