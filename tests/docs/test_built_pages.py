@@ -56,10 +56,15 @@ def test_the_notebook_prints_what_it_shows():
     shown, again = printed(committed), printed(fresh)
     assert len(shown) == len(again) >= 7
     for a, b in zip(shown, again, strict=True):
-        # Words and counts are the same; errors may differ by rounding, and are small in both.
         assert [w for w in a.split() if w.isalpha()] == [w for w in b.split() if w.isalpha()]
         for x, y in zip(numbers([a]), numbers([b]), strict=True):
-            assert x == y or max(abs(x), abs(y)) < 1e-3 or x == pytest.approx(y, rel=1e-2)
+            assert x == pytest.approx(y, rel=1e-2) or of_one_size(x, y), (a, b)
+
+
+def of_one_size(x, y):
+    """Errors by rounding, which is another on another processor."""
+    small, large = sorted((abs(x), abs(y)))
+    return large < 1e-15 or (large < 1e-3 and large < 5 * small)
 
 
 def test_configuration_page_has_every_option(reference):
