@@ -7,7 +7,7 @@ r"""Evaluate a model: benchmarks by the LM Evaluation Harness, perplexity of tex
         --task-data benchmarks --perplexity --parallel.tensor_model_parallel_size 2
 
 MODEL is a Hugging Face folder, a checkpoint `iter_*` of any parallel layout, or a run (its newest
-checkpoint). Tasks are groups (table1, table3, paper), names of megapoly/evaluation/README.md, or
+checkpoint). Tasks are groups (table1, table3, paper), names of docs/how-to/evaluate.md, or
 any task, group or tag of the harness, separated by commas or spaces. With --task-data questions
 come from a folder that megapoly export-benchmarks writes, without it from the Hugging Face hub or
 its cache.

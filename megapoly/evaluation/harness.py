@@ -199,7 +199,7 @@ def _load(manager: TaskManager, name: str, task: EvalTask, is_local: bool) -> Ma
         return manager.load([name])
     except Exception as error:  # of a task's own code, of datasets, of the hub's client
         remedy = (
-            "the files must have one JSON object a line, with the fields that the README lists"
+            "the files must have one JSON object a line, with the fields in docs/how-to/evaluate.md"
             if is_local
             else "without a connection, give a folder of questions with `--task-data`"
         )

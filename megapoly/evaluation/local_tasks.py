@@ -2,7 +2,7 @@
 
 A task file includes the harness's own, which keeps prompt, choices and metrics, and replaces where
 the data comes from: one JSON object a line in a file of ``--task-data``, so that nothing is
-downloaded. `megapoly export-benchmarks` writes such a folder; the README lists its files.
+downloaded. `megapoly export-benchmarks` writes such a folder; its files: docs/how-to/evaluate.md.
 
 Few-shot examples come from the file of the questions itself (the harness leaves out the question
 that is asked), but for MMLU, which has a file of examples for each subject.
