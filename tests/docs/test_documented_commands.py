@@ -171,7 +171,12 @@ def check_python(words):
         assert (ROOT / words[0]).is_file()
 
 
+def check_pre_commit(words):
+    assert words == ["install"] and (ROOT / ".pre-commit-config.yaml").is_file()
+
+
 CHECKS = {
+    ".venv/bin/pre-commit": check_pre_commit,
     "megapoly": check_megapoly,
     "torchrun": check_torchrun,
     "bash": check_bash,
@@ -208,6 +213,13 @@ def test_there_are_some():
 def test_a_wrong_one_is_found(line, capsys):
     with pytest.raises((Exception, SystemExit)):
         check(shlex.split(line))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_extras_exist(page):
+    """Those of `pip install` in sentences also."""
+    for extras in re.findall(r"pip install '(?:megapoly|\.)\[([\w,]+)\]'", page.read_text()):
+        check_pip(["install", f"megapoly[{extras}]"])
 
 
 def test_yaml_and_python_blocks_are_read():

@@ -28,16 +28,16 @@ def files():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_paths_exist(page):
-    for path in re.findall(NAMED % TOP, page.read_text()):
-        assert (ROOT / path).exists(), path
+    named = re.findall(NAMED % TOP, page.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
     """Names without a folder, such as `test_dry_run.py`, in code."""
     names = {path.rpartition("/")[2] for path in files()}
-    for name in re.findall(r"`(\w+\.(?:py|sbatch))`", page.read_text()):
-        assert name in names, name
+    named = re.findall(r"`(\w+\.(?:py|sbatch))`", page.read_text())
+    assert not [name for name in named if name not in names]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
