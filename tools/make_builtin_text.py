@@ -4,8 +4,8 @@
 
 Reads documents ``{"text", "source"}`` of Melville, Shakespeare and Milton, leaves out all but their
 English text, marks every twentieth document as validation, and trains a byte-level BPE on the
-training documents. It always writes the same bytes. With another version of ``tokenizers`` or liblzma
-the tokenizer or the compressed file may differ; the text inside does not.
+training documents. It always writes the same bytes. With another version of ``tokenizers`` or
+liblzma the tokenizer or the compressed file may differ; the text inside does not.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from megapoly.data.corpus import load_corpus
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.platform.device import select_platform
 from megapoly.preflight.layouts import Layout
+from megapoly.preflight.local_ranks import run_on_ranks
 from megapoly.preflight.parallel_check.whole_model import (
     Part,
     gradient_parts,
     whole,
     without_padding,
 )
-from megapoly.preflight.local_ranks import run_on_ranks
 from megapoly.training.distributed import model_groups, process_group
 from megapoly.training.rank_zero_first import Turns
 from megapoly.training.state import TrainState, build_state
