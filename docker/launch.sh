@@ -1,45 +1,45 @@
 #!/usr/bin/env bash
 # Start training in a container: on this machine, or as one of the nodes of a job.
-# What it takes is in usage(), below; docs/how-to/containers.md has examples.
-# For the bash of macOS, 3.2, too: there an empty array counts as unset, so not -u, and the pattern
-# behind =~ may have parentheses only if it is a variable.
+# usage(), below, describes its options; docs/how-to/containers.md has examples.
+# It also runs in the bash of macOS, 3.2, where an empty array counts as unset (hence no -u) and the
+# pattern after =~ may have parentheses only if it is a variable.
 set -eo pipefail
-unset CDPATH # with it `cd` may go elsewhere, and prints where
+unset CDPATH # with it `cd` may change to another folder, and prints which
 
 usage() {
     cat <<'EOF'
 usage: docker/launch.sh [option ...] [--] SCRIPT [argument ...]
 
-Runs megapoly-launch (torchrun) in a container, on SCRIPT (examples/pretrain_moe.sh, say) with its
+Runs megapoly-launch (torchrun) in a container, on SCRIPT (such as examples/pretrain_moe.sh) with its
 arguments: the same --config and overrides as without a container.
 
-option                    variable         meaning (what it is unless set)
+option                    variable         meaning (default)
 --nnodes N                NNODES           nodes of the job (1)
---node-rank R             NODE_RANK        this one, 0 to N - 1; 0 keeps the log (0)
---rdzv-endpoint HOST:PORT RDZV_ENDPOINT    node 0, as the others reach it; needed when N > 1
---nproc-per-node P        NPROC_PER_NODE   processes of this node (one for each GPU; 2 without GPUs)
---gpus G                  GPUS             all, none, or numbers or UUIDs, of parts (MIG), too: 0,1 (all)
---image NAME              IMAGE            (megapoly:gpu; megapoly:cpu without GPUs)
---runs DIR                RUNS             becomes runs/ in the container (runs, made if it is absent)
---data DIR                DATA             becomes data/, read-only (data, if there is one)
---mount SRC:DST[:ro]                       another folder; may be repeated
---env NAME[=VALUE]                         another variable; may be repeated
---shm-size SIZE           SHM_SIZE         shared memory of its own, as 64g (the machine's: --ipc=host)
---infiniband DIR          INFINIBAND       devices of the fabric (/dev/infiniband, if there is one)
---name NAME                                of the container, for `docker stop NAME` (docker's choice)
---dry-run                                  print the command of docker and run nothing
+--node-rank R             NODE_RANK        rank of this node, 0 to N - 1; 0 writes the log (0)
+--rdzv-endpoint HOST:PORT RDZV_ENDPOINT    node 0, as the others reach it; required when N > 1
+--nproc-per-node P        NPROC_PER_NODE   processes on this node (one for each GPU; 2 without GPUs)
+--gpus G                  GPUS             all, none, or numbers or UUIDs, also of MIG parts: 0,1 (all)
+--image NAME              IMAGE            image (megapoly:gpu; megapoly:cpu without GPUs)
+--runs DIR                RUNS             mounted as runs/ (runs, created if it does not exist)
+--data DIR                DATA             mounted as data/, read-only (data, if it exists)
+--mount SRC:DST[:ro]                       mount another folder; may be repeated
+--env NAME[=VALUE]                         set another variable; may be repeated
+--shm-size SIZE           SHM_SIZE         private shared memory, such as 64g (the host's: --ipc=host)
+--infiniband DIR          INFINIBAND       devices of the fabric (/dev/infiniband, if it exists)
+--name NAME                                name of the container, for `docker stop NAME` (docker's choice)
+--dry-run                                  print the docker command and run nothing
 --help
 
-Beside these folders everything is the image's: megapoly, examples/, configurations. `--mount
-.:/opt/megapoly` lays this checkout over them. Exported variables of the second column count where
+Everything but these folders comes from the image: megapoly, examples/, configurations. `--mount
+.:/opt/megapoly` replaces them by this checkout. Exported variables of the second column apply where
 their option is not given.
 
-Exported variables that begin with NCCL_, TORCH_, UCX_ or NVTE_ are set in the container, too, and so
+Exported variables that begin with NCCL_, TORCH_, UCX_ or NVTE_ are also set in the container, and so
 are GLOO_SOCKET_IFNAME, OMP_NUM_THREADS, PYTORCH_CUDA_ALLOC_CONF, HF_TOKEN, HF_HUB_OFFLINE and
 MEGAPOLY_STOPPED_STATUS. The container runs as the caller, so that results belong to the caller.
 
 SIGTERM and Ctrl-C make the job save and end with status 0; every node must get the signal. The
-status is that of megapoly-launch: 2 is a configuration, data or a checkpoint that cannot be used. 125
+status is that of megapoly-launch: 2 means that configuration, data or checkpoint cannot be used. 125
 to 127 are docker's: no engine, no image, no command.
 EOF
 }
@@ -52,7 +52,7 @@ refuse() {
 
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
-# Their names are common: someone may have exported one for something else.
+# Their names are common: one may have been exported for another program.
 from_variables=''
 for variable in NNODES NODE_RANK RDZV_ENDPOINT NPROC_PER_NODE GPUS IMAGE RUNS DATA SHM_SIZE INFINIBAND; do
     [ -z "${!variable}" ] || from_variables+="${from_variables:+, }$variable"
@@ -148,13 +148,13 @@ else
     image=${image:-megapoly:gpu}
 fi
 
-# An absolute path, as docker takes it; $2 is the option it came with.
+# Print the absolute path, which docker needs; $2 is the option that named it.
 absolute() {
     [ -d "$1" ] || refuse "\`$2\` ($1) must be a folder on this machine; make it, or name another"
     (cd -- "$1" && pwd)
 }
 
-# docker reads SRC:DST.
+# docker splits SRC:DST at the colon.
 without_colon() {
     [[ $1 != *:* ]] || refuse "\`$2\` ($1) must have no colon in its path, for docker; name a link to it"
 }
@@ -165,17 +165,17 @@ without_colon() {
 command=(docker run --rm --init)
 [ -z "$name" ] || command+=(--name "$name")
 command+=(--user "$(id -u):$(id -g)" --workdir "$workdir")
-# Time to save a checkpoint before docker kills it, as megapoly-launch gives its workers.
+# Time to save a checkpoint before docker kills it; megapoly-launch gives its workers the same.
 command+=(--stop-timeout 600)
-# The image's health check starts a second program on the GPUs, whose memory the job may need.
+# The image's health check would start a second program on the GPUs, whose memory the job may need.
 command+=(--no-healthcheck)
 case $gpus in
 all) command+=(--gpus all) ;;
 none) ;;
-*) command+=(--gpus "\"device=$gpus\"") ;; # docker reads a list with commas, unless quoted in it
+*) command+=(--gpus "\"device=$gpus\"") ;; # docker splits it at commas unless it is quoted
 esac
 if [ -n "$shm_size" ]; then command+=(--shm-size "$shm_size"); else command+=(--ipc host); fi
-# Fabric and pinned memory: no limit on locked pages; NVIDIA's images ask for the stack.
+# Fabric and pinned memory need no limit on locked pages; NVIDIA's images recommend the stack.
 command+=(--ulimit memlock=-1 --ulimit stack=67108864)
 [ "$nnodes" -eq 1 ] || command+=(--network host)
 if [ -n "$infiniband" ] || [ -d /dev/infiniband ]; then
@@ -194,7 +194,7 @@ if [ -n "$data" ] || [ -d data ]; then
     command+=(--volume "$data:$workdir/data:ro")
 fi
 targets=("$workdir")
-kept=("$workdir/runs") # what is written there outlives the container
+kept=("$workdir/runs") # folders that outlive the container
 for mount in "${mounts[@]}"; do
     [[ $mount =~ $mount_point ]] ||
         refuse "\`--mount\` ($mount) must be SRC:DST, DST from the root, as /scratch/me:/scratch; \
@@ -207,14 +207,14 @@ for mount in "${mounts[@]}"; do
     command+=(--volume "$source_path:$options")
 done
 
-# Whether a path of the container is one of the folders that follow, or in one.
+# Check whether a path of the container is one of the folders that follow, or in one.
 is_within() {
     local path=$1 folder
     for folder in "${@:2}"; do [[ $path/ != "$folder"/* ]] || return 0; done
     return 1
 }
 
-# A path from the root means a file of the container: one of a mount, or of the image.
+# An absolute path is a file of the container: of a mount, or of the image.
 for ((i = 1; i < ${#script[@]}; i++)); do
     case ${script[i]} in
     --config | --run_dir) option=${script[i]} value=${script[i + 1]} ;;
@@ -243,7 +243,7 @@ done
 
 command+=("$image" megapoly-launch --nproc-per-node "$nproc")
 if [ "$nnodes" -gt 1 ]; then
-    # Static: node 0 opens the port, and the ranks are in the order of the nodes.
+    # Static rendezvous: node 0 opens the port, and ranks are in the order of the nodes.
     command+=(--nnodes "$nnodes" --node-rank "$node_rank")
     host=${endpoint%:*} host=${host#[} host=${host%]}
     command+=(--master-addr "$host" --master-port "${endpoint##*:}")

@@ -1,10 +1,10 @@
-"""Of the pins in a constraints file, those of packages that are not installed here.
+"""Print the pins of a constraints file whose packages are not installed.
 
     python docker/pins.py docker/constraints.txt
 
-NVIDIA's image brings torch, Transformer Engine, flash-attn and what belongs to them in builds of
-its own, and keeps these by a constraints file of its own. A pin of ours beside one of theirs, with
-another version, would leave pip no solution.
+NVIDIA's image has its own builds of torch, Transformer Engine, flash-attn and their dependencies,
+and keeps them by its own constraints file. If ours pinned another version of one, pip would find no
+solution.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 
 def pins_of_absent(lines: Iterable[str], installed: Iterable[str]) -> list[str]:
-    """Lines of a constraints file whose package is not among ``installed``, comments left out."""
+    """Return the pins of ``lines`` whose package is not in ``installed``."""
     present = {canonicalize_name(name) for name in installed}
     pins = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     return [pin for pin in pins if canonicalize_name(Requirement(pin).name) not in present]

@@ -1,4 +1,4 @@
-"""``megapoly analyze``, by the path of this file."""
+"""Run ``megapoly analyze``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``megapoly benchmark operators``, by the path of this file."""
+"""Run ``megapoly benchmark operators``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``megapoly benchmark preprocess``, by the path of this file."""
+"""Run ``megapoly benchmark preprocess``."""
 
 import sys
 

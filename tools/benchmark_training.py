@@ -1,4 +1,4 @@
-"""``megapoly benchmark training``, by the path of this file."""
+"""Run ``megapoly benchmark training``."""
 
 import sys
 

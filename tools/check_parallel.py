@@ -1,4 +1,4 @@
-"""``megapoly check-parallel``, by the path of this file."""
+"""Run ``megapoly check-parallel``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``megapoly compare``, by the path of this file."""
+"""Run ``megapoly compare``."""
 
 import sys
 

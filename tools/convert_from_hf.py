@@ -1,4 +1,4 @@
-"""``megapoly import``, by the path of this file."""
+"""Run ``megapoly import``."""
 
 import sys
 

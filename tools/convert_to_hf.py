@@ -1,4 +1,4 @@
-"""``megapoly export``, by the path of this file."""
+"""Run ``megapoly export``."""
 
 import sys
 

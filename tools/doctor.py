@@ -1,9 +1,9 @@
-"""``megapoly doctor``, by the path of this file; needs no installation."""
+"""Run ``megapoly doctor``; needs no installation."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's, from wherever it is called
+sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's, from any folder
 
 from megapoly.commands import run  # noqa: E402
 

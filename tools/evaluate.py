@@ -1,8 +1,8 @@
-"""``megapoly evaluate``, by the path of this file."""
+"""Run ``megapoly evaluate``."""
 
 import sys
 
-# The harness imports a package of this file's name, `evaluate`, for some metrics.
+# For some metrics the harness imports the package `evaluate`, which must not be this file.
 sys.path.pop(0)
 
 from megapoly.commands import run  # noqa: E402

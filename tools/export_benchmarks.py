@@ -1,4 +1,4 @@
-"""``megapoly export-benchmarks``, by the path of this file."""
+"""Run ``megapoly export-benchmarks``."""
 
 import sys
 

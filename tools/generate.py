@@ -1,4 +1,4 @@
-"""``megapoly generate``, by the path of this file."""
+"""Run ``megapoly generate``."""
 
 import sys
 

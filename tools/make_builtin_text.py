@@ -2,10 +2,10 @@
 
     python tools/make_builtin_text.py books.jsonl
 
-Reads documents ``{"text", "source"}`` of Melville, Shakespeare and Milton, leaves out what is not
-their English text, marks every twentieth document as validation, and trains a byte-level BPE on the
-training documents. Running it again gives the same bytes; with another version of ``tokenizers`` or
-liblzma the tokenizer or the compressed file may differ, the text inside may not.
+Reads documents ``{"text", "source"}`` of Melville, Shakespeare and Milton, leaves out all but their
+English text, marks every twentieth document as validation, and trains a byte-level BPE on the
+training documents. It always writes the same bytes. With another version of ``tokenizers`` or
+liblzma the tokenizer or the compressed file may differ; the text inside does not.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from megapoly.data.tokenizer_training import train_tokenizer
 BUILTIN = Path(__file__).resolve().parents[1] / "megapoly" / "data" / "builtin"
 VOCAB_SIZE = 4096
 
-# An annotated edition of 1891, and collections of which a good part is Latin, an editor's notes or
-# another edition of poems that the other documents hold.
+# An annotated edition of 1891, and collections that are in good part Latin, an editor's notes, or
+# another edition of poems that are in other documents.
 LEFT_OUT = ("shksp/comus_gut/", "shksp/poemata_gut/", "shksp/poetical_works_gut/")
 MILTON = ("areopagitica", "lallegro", "paradise")
 
-# Documents are in the order of the works, so that equal distances spread the validation part over
-# the collection. With this offset it is 5 % of the text and holds something of each author.
+# Documents are in the order of the works, so equal distances spread the validation part over the
+# collection. With this offset it is 5 % of the text and has documents of each author.
 VALIDATION_PERIOD = 20
 VALIDATION_OFFSET = 2
 
 
 def clean_source(source: str) -> str:
-    """Author, work and part: ``shksp/hamlet_gut/3`` becomes ``shakespeare/hamlet/3``."""
+    """Return author, work and part: ``shakespeare/hamlet/3`` for ``shksp/hamlet_gut/3``."""
     if chapter := re.fullmatch(r"moby/chapter_(\d+)", source):
         return f"melville/moby_dick/{chapter[1]}"
     match = re.fullmatch(r"shksp/(.+)_gut/(\d+)", source)
@@ -46,7 +46,7 @@ def clean_source(source: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Drop line numbers, dots and rules that stand for layout, control characters, outer space."""
+    """Remove line numbers, dots and rules of the layout, control characters and outer space."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]", "", text)
     text = re.sub(r" {4,}\d+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^\.{4,}", "", text, flags=re.MULTILINE)

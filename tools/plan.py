@@ -1,4 +1,4 @@
-"""``megapoly plan``, by the path of this file."""
+"""Run ``megapoly plan``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``megapoly prepare-domains``, by the path of this file."""
+"""Run ``megapoly prepare-domains``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``megapoly preprocess``, by the path of this file."""
+"""Run ``megapoly preprocess``."""
 
 import sys
 

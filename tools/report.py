@@ -1,4 +1,4 @@
-"""``megapoly report``, by the path of this file."""
+"""Run ``megapoly report``."""
 
 import sys
 

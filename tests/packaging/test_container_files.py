@@ -97,7 +97,7 @@ def test_image_runs_as_a_user_and_asks_doctor(dockerfile: str) -> None:
     assert [rest for word, rest in found if word == "USER"] == ["$UID:$GID"]
     assert [rest for word, rest in found if word == "WORKDIR"] == ["/opt/megapoly"]
     (check,) = [rest for word, rest in found if word == "HEALTHCHECK"]
-    assert check.endswith('CMD ["python", "tools/doctor.py"]')
+    assert check.endswith('CMD ["megapoly", "doctor"]')
     (base,) = [rest for word, rest in found if word == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a stated release"
     # Any user may write there (--user), and nothing of a build's own home is asked for.
