@@ -1,4 +1,4 @@
-"""Small models at several layouts: weights and gradients, put together from all ranks.
+"""Small models at several layouts: weights and gradients, gathered from all ranks.
 
 A layout is a number of ranks and options of ``parallel``. One job builds every model of a layout,
 makes one global batch of gradients of each, and returns the parts that a rank holds by their places

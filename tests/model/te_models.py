@@ -168,7 +168,7 @@ def there_and_back(options: dict[str, Any], platform: Platform, folder: Any) -> 
 
 
 def history_of_scales(platform: Platform, folder: Any) -> dict[str, Any]:
-    """A run in FP8 with delayed scaling that goes on from a checkpoint, beside one that does not.
+    """A run in FP8 with delayed scaling that resumes from a checkpoint, and one that does not.
 
     Returns:
         Losses of the second step of both, of one that has only the weights, and how many modules

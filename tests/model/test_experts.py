@@ -104,7 +104,7 @@ FORMS = {
 
 
 def weights_after_two_steps(folder):
-    """Of each run of one form, and of a run of the other form that goes on after its first step."""
+    """Of each run of one form, and of a run of the other form that resumes after its first step."""
     platform, result = select_platform("cpu"), {}
     corpus = SimpleNamespace(fingerprint="random", description={})
     with process_groups(small_config(EXPERTS), platform):
@@ -124,7 +124,7 @@ def weights_after_two_steps(folder):
     return result
 
 
-def test_checkpoint_of_one_form_goes_on_in_the_other(tmp_path):
+def test_checkpoint_of_one_form_resumes_in_the_other(tmp_path):
     results = run_on_ranks(weights_after_two_steps, 1, tmp_path)[0]
     assert results.keys() == FORMS.keys()
     for whole, resumed in results.values():

@@ -21,7 +21,7 @@ from megapoly.training.distributed import process_groups
 WIDTH = 6
 TOKENS_PER_EXPERT = [3, 0, 4]
 ROWS = sum(TOKENS_PER_EXPERT)
-# Values that tell powers, experts and the slope apart, by name in the registry.
+# Values that distinguish powers, experts and the slope, by name in the registry.
 VALUES = {"coefficients": [[0.5, 1.0, -2.0, 0.25], [9.0] * 4, [-1.0, 0.5, 3.0, 2.0]]}
 VALUES["slope"] = [[0.1], [9.0], [0.4]]
 USES = ("dense", "experts", "experts, own coefficients")

@@ -123,7 +123,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "shape", "capability", "words"),
+    ("device", "dtype", "shape", "capability", "part"),
     [
         (CUDA, torch.bfloat16, (768, 2048), (9, 0), None),
         (CUDA, torch.bfloat16, (768, 2048), (10, 0), None),
@@ -134,11 +134,11 @@ CUDA = torch.device("cuda", 0)
     ],
 )
 def test_grouped_mm_is_taken_where_it_has_a_kernel(
-    monkeypatch, device, dtype, shape, capability, words
+    monkeypatch, device, dtype, shape, capability, part
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     obstacle = grouped_mm_obstacle(device, dtype, shape)
-    assert obstacle is None if words is None else words in obstacle
+    assert obstacle is None if part is None else part in obstacle
 
 
 def gradients_and_views(options, obstacle):

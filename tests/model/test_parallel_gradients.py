@@ -67,7 +67,7 @@ LAYOUTS = {
     "CP 2": (2, GATHERED_SEQUENCE, [DENSE[0], TIED, SHARED, GATED]),
     "CP 2, exchanged heads": (2, EXCHANGED_HEADS, [DENSE[0], SHARED]),
     "CP 2 x EP 2": (2, GATHERED_SEQUENCE | {E: 2}, [SHARED, GATED]),
-    "experts cut over DP 2": (2, {ET: 2}, [SHARED, GATED, SLOPED]),
+    "experts split over DP 2": (2, {ET: 2}, [SHARED, GATED, SLOPED]),
     "TP 4, experts cut in 2": (4, {T: 4, ET: 2}, [SHARED, GATED]),
     "DP 2, distributed optimizer": (2, DISTRIBUTED_OPTIMIZER, [TIED, GATED]),
 }

@@ -1,4 +1,4 @@
-"""Layers of Transformer Engine: asked for where it is missing, and built and trained on CPU.
+"""Layers of Transformer Engine: requested where it is missing, and built and trained on CPU.
 
 Its Python code is the real one, from the wheel that the Makefile puts beside the environment; its
 kernels are ``te_kernels.py``. With the real kernels: ``tests/gpu/test_gpu_transformer_engine.py``.
@@ -31,10 +31,10 @@ not_installed = pytest.mark.skipif(
 )
 
 
-def problems_of(*words):
+def problems_of(*args):
     with pytest.raises(ConfigError) as error:
         configure(
-            ["--model.transformer_engine", "true", *words], default_recipe=RECIPE, program="test"
+            ["--model.transformer_engine", "true", *args], default_recipe=RECIPE, program="test"
         )
     return error.value.problems
 

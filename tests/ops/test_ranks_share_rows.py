@@ -1,4 +1,4 @@
-"""Rows that are cut over ranks: the same output and complete gradients as on one rank."""
+"""Rows that are split over ranks: the same output and complete gradients as on one rank."""
 
 from __future__ import annotations
 
