@@ -12,7 +12,6 @@ option.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -32,11 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megapoly.preflight.doctor.facts import gather
         from megapoly.preflight.doctor.requirements import all_packages
         from megapoly.preflight.doctor.table import print_lines
-    except importlib.metadata.PackageNotFoundError:
-        print("megapoly is not installed: run `pip install -e .` in its checkout", file=sys.stderr)
-        return 1
     except ImportError as error:
-        print(f"{error}; `pip install -e .` installs what is needed", file=sys.stderr)
+        print(f"{error}; `pip install megapoly` installs what is needed", file=sys.stderr)
         return 1
     facts = gather(all_packages())
     lines = examine(facts)

@@ -40,16 +40,17 @@ def test_this_machine_in_json(report):
     assert lines["torch"]["found"] == torch.__version__
     assert lines["megatron-core"]["found"] == importlib.metadata.version("megatron-core")
     assert found["facts"]["torch"]["sees_cuda"] == torch.cuda.is_available()
+    assert found["missing_by_command"]["train"] == found["missing_by_command"]["doctor"] == {}
     assert found["facts"]["system"]["cores"] == len(os.sched_getaffinity(0))
 
 
 def test_a_package_that_breaks_on_opening_is_found(tmp_path):
-    """A triton in front of the real one that ends the process that opens it."""
+    """A triton in front of the real one that ends the process that imports it."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text("import os\nos.abort()\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     result = run(folder=tmp_path, PYTHONPATH=path)
-    # Torch and the engine open triton, too.
+    # Torch and the engine also import triton.
     assert result.returncode == 1
     assert "the process ended with -6" in result.stdout
     assert "megatron-core: pip install" in result.stdout

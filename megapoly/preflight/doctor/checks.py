@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 from megapoly.config.fp8 import FP8_RECIPES
 from megapoly.platform.gpus import gpu_of_device
 from megapoly.preflight.doctor.facts import DoctorFacts, GPUFacts, TorchFacts
-from megapoly.preflight.doctor.requirements import EXTRA_USES, EXTRAS, GPU, PYTHON, REQUIRED
+from megapoly.preflight.doctor.requirements import EXTRA_USES, EXTRAS, GPU, NAME, PYTHON, REQUIRED
 
 Status = Literal["ok", "optional", "wrong"]
 
@@ -64,6 +64,9 @@ def _fits(version: str, specifier: str) -> bool:
 
 def _software(facts: DoctorFacts) -> Iterator[Line]:
     yield _package("Python", facts.python, PYTHON, use="", remedy="install Python 3.10 or later")
+    version = facts.versions[NAME]
+    use = "" if version else "without it the releases that are needed are not known"
+    yield _package(NAME, version, "", use, "pip install -e . in its checkout")
     uses = {"torch": _describe_torch(facts.torch), "megatron-core": "the engine"}
     remaining = []
     for name, specifier in REQUIRED.items():

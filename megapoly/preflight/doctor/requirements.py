@@ -44,15 +44,19 @@ def _lower_bound_first(specifier: SpecifierSet) -> str:
     return ",".join(sorted(map(str, specifier), reverse=True))
 
 
-_REQUIREMENTS = importlib.metadata.requires(NAME) or []
+try:
+    PYTHON = importlib.metadata.metadata(NAME)["Requires-Python"]
+    _REQUIREMENTS = importlib.metadata.requires(NAME) or []
+except importlib.metadata.PackageNotFoundError:  # a checkout; `checks` reports it
+    PYTHON, _REQUIREMENTS = "", []
 
-PYTHON = importlib.metadata.metadata(NAME)["Requires-Python"]
 # Without these nothing can be trained.
-REQUIRED = packages_of(_REQUIREMENTS) | packages_of(_REQUIREMENTS, "train")
+REQUIRED = {"torch": "", "megatron-core": ""}
+REQUIRED |= packages_of(_REQUIREMENTS) | packages_of(_REQUIREMENTS, "train")
 EXTRAS = {extra: packages_of(_REQUIREMENTS, extra) for extra in EXTRA_USES}
 # apex is built from NVIDIA's sources, Triton comes with torch's builds for CUDA.
-GPU = {"apex": "", "triton": ""} | packages_of(_REQUIREMENTS, "gpu")
-GPU = {name: GPU[name] for name in ("transformer-engine", "flash-attn", "apex", "triton")}
+GPU = dict.fromkeys(("transformer-engine", "flash-attn", "apex", "triton"), "")
+GPU |= {name: text for name, text in packages_of(_REQUIREMENTS, "gpu").items() if name in GPU}
 
 KNOWN_COMBINATIONS = (
     "With megatron-core 0.16: torch 2.13.0, with which this project's tests pass on CPU (2.7 to "
@@ -64,4 +68,4 @@ KNOWN_COMBINATIONS = (
 def all_packages() -> tuple[str, ...]:
     """Return every package's name once."""
     extras = [name for packages in EXTRAS.values() for name in packages]
-    return tuple(dict.fromkeys([*REQUIRED, *GPU, *extras]))
+    return tuple(dict.fromkeys([NAME, *REQUIRED, *GPU, *extras]))

@@ -249,8 +249,8 @@ def kept_by_layer(config: Config) -> tuple[float, float]:
     if granularity == "full":
         first = saved[0].size  # the layer's input
         return first, everything - first
-    anew = sum(s.size for s in saved if s.module in config.parallel.recompute_modules)
-    return everything - anew, anew
+    again = sum(s.size for s in saved if s.module in config.parallel.recompute_modules)
+    return everything - again, again
 
 
 def _activation_bytes(config: Config, world_size: int, stage: int) -> float:
@@ -275,29 +275,29 @@ def _layers_of_chunk(config: Config) -> int:
 def _kept_by_chunk(config: Config) -> float:
     """Return the bytes per token that the layers of a chunk keep."""
     parallel, layers = config.parallel, _layers_of_chunk(config)
-    kept, anew = kept_by_layer(config)
+    kept, again = kept_by_layer(config)
     if parallel.recompute_granularity != "full":
         return layers * kept
     assert parallel.recompute_num_layers is not None, "the rules want it"
     if parallel.recompute_method == "uniform":
         return layers / parallel.recompute_num_layers * kept
     recomputed = min(parallel.recompute_num_layers, layers)
-    return recomputed * kept + (layers - recomputed) * (kept + anew)
+    return recomputed * kept + (layers - recomputed) * (kept + again)
 
 
 def _recomputed(config: Config) -> float:
     """Return the bytes per token that recomputation adds, beyond what was freed before."""
     parallel, layers = config.parallel, _layers_of_chunk(config)
-    kept, anew = kept_by_layer(config)
+    kept, again = kept_by_layer(config)
     if parallel.recompute_granularity != "full":
-        return anew
+        return again
     assert parallel.recompute_num_layers is not None, "the rules want it"
     if parallel.recompute_method == "uniform":
         together = parallel.recompute_num_layers
-        return (together - 1) * kept + together * anew
+        return (together - 1) * kept + together * again
     # Layers that are not recomputed are the last, and run their backward passes first.
-    freed = max(0, layers - parallel.recompute_num_layers) * (kept + anew)
-    return max(0.0, anew - freed)
+    freed = max(0, layers - parallel.recompute_num_layers) * (kept + again)
+    return max(0.0, again - freed)
 
 
 def chunks_in_flight(config: Config, world_size: int, stage: int) -> int:

@@ -72,7 +72,7 @@ def search(
 
 
 def allowed_layout(given: Config, world_size: int, gpu: GPU, allows: Allows) -> Config | None:
-    """Return a configuration with any layout that the rules allow; None if there is none.
+    """Return a configuration with a layout that the rules allow; None if no layout helps.
 
     Args:
         given: not resolved; its own layout is refused.

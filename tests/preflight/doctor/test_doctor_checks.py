@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megapoly.preflight.doctor import requirements
 from megapoly.preflight.doctor.checks import Line, examine
 from megapoly.preflight.doctor.facts import (
     DoctorFacts,
@@ -31,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 LAPTOP_VERSIONS = (
     dict.fromkeys(all_packages())
     | dict.fromkeys(REQUIRED, "99.0")
-    | {"torch": "2.13.0+cpu", "megatron-core": "0.16.1"}
+    | {"megapoly": "0.1.0", "torch": "2.13.0+cpu", "megatron-core": "0.16.1"}
 )
 LAPTOP = DoctorFacts(
     python="3.11.7",
@@ -108,6 +111,12 @@ def test_a_node_can_train():
     "facts, part, found, remedy",
     [
         (replace(LAPTOP, python="3.9.18"), "Python", "3.9.18, not >=3.10", "3.10 or later"),
+        (
+            with_versions(LAPTOP, {"megapoly": None}),
+            "megapoly",
+            "not installed",
+            "pip install -e .",
+        ),
         (with_versions(LAPTOP, {"psutil": None}), "psutil", "not installed", "pip install"),
         (with_versions(LAPTOP, {"torch": "2.6.0"}), "torch", "not >=2.7,<2.14", "<2.14"),
         (
@@ -226,6 +235,16 @@ def test_requirements_are_those_of_the_packaging():
     assert f'"transformer-engine[pytorch]{GPU["transformer-engine"]}"' in setup
     assert f'python_requires="{PYTHON}"' in setup
     assert REQUIRED.keys() >= {"torch", "megatron-core", "tokenizers"}
+
+
+def test_a_checkout_that_is_not_installed_has_few_requirements(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "metadata", absent)
+    found = runpy.run_path(requirements.__file__)
+    assert found["REQUIRED"] == {"torch": "", "megatron-core": ""}
+    assert found["all_packages"]() == ("megapoly", *found["REQUIRED"], *GPU)
 
 
 def test_packages_of_an_extra():
