@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[2]
 RECIPE = "examples/configs/dense_miniature.yaml"
 
 
-def compare(*words: str, status: int = 0) -> str:
-    """Run the tool; its output, or where it has to fail its errors."""
+def compare(*arguments: str, status: int = 0) -> str:
+    """Run the command; return its output, or its errors if it must fail."""
     done = subprocess.run(
-        [sys.executable, "tools/compare_activations.py", *words],
+        [sys.executable, "tools/compare_activations.py", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -27,12 +27,12 @@ def compare(*words: str, status: int = 0) -> str:
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two activations trained for three steps."""
     output = tmp_path_factory.mktemp("compared")
-    words = (
+    arguments = (
         f"--config {RECIPE} --output {output} --activations swiglu polyrelu:2 --jobs 2 --seeds 5"
     )
     sizes = "--model.num_layers 1 --training.train_iters 3 --training.eval_interval 2 "
     shown = compare(
-        *words.split(),
+        *arguments.split(),
         *sizes.split(),
         *f"--training.eval_iters 1 --data.cache_dir {output / 'cache'}".split(),
     )
@@ -63,8 +63,10 @@ def test_runs_are_trained_on_the_same_data_at_the_seed(compared: Path) -> None:
 
 
 def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
-    words = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm --dry-run"
-    shown = compare(*words.split(), "--orders", "2", "3", "--learning-rates", "1e-3", "2e-3")
+    arguments = (
+        f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm --dry-run"
+    )
+    shown = compare(*arguments.split(), "--orders", "2", "3", "--learning-rates", "1e-3", "2e-3")
     assert shown.splitlines()[3:] == [
         "gelu.lr_0.001.seed_1",
         "polynorm_order_2.lr_0.001.seed_1",
@@ -73,14 +75,16 @@ def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
         "polynorm_order_2.lr_0.002.seed_1",
         "polynorm.lr_0.002.seed_1",
     ]
-    near = compare(*words.split(), *"--learning-rates 1e-3 2e-3 --seeds 1 2 --margin 0.05".split())
+    near = compare(
+        *arguments.split(), *"--learning-rates 1e-3 2e-3 --seeds 1 2 --margin 0.05".split()
+    )
     assert near.splitlines()[-1] == "polynorm.lr_(best, within 0.05).seed_2"
     assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_would_refuse_is_an_error_before_the_first(tmp_path: Path) -> None:
-    words = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm"
-    said = compare(*words.split(), "--training.global_batch_size", "6", status=2)
+    arguments = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu polynorm"
+    said = compare(*arguments.split(), "--training.global_batch_size", "6", status=2)
     assert "`training.global_batch_size` (6) must be divisible by" in said
     assert "The configuration has 1 problem" in said
     assert not (tmp_path / "out").exists()
@@ -90,17 +94,17 @@ LARGE = "--config examples/configs/dense_1b_paper.yaml --activations swiglu poly
 
 
 def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: Path) -> None:
-    words = [*LARGE.split(), "--output", str(tmp_path / "out"), "--launcher", "sh run.sh"]
-    shown = compare(*words, "--dry-run")
+    arguments = [*LARGE.split(), "--output", str(tmp_path / "out"), "--launcher", "sh run.sh"]
+    shown = compare(*arguments, "--dry-run")
     assert "tokens: 250,000,179,200 each, 953675 steps of 262,144" in shown
-    said = compare(*words, "--training.train_tokens", "null", "--optimizer.lr", "0", status=2)
+    said = compare(*arguments, "--training.train_tokens", "null", "--optimizer.lr", "0", status=2)
     assert "`optimizer.lr` (0.0) must be above 0" in said
     assert "`training.train_tokens`" in said
     assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         ("--optimizer.lr 0", "`optimizer.lr` (0.0) must be above 0"),
         ("--launcher nosuch-launcher", "`--launcher` (nosuch-launcher) must begin with a program"),
@@ -122,11 +126,13 @@ def test_what_cannot_be_meant_is_refused_with_the_reason(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    words: str,
+    arguments: str,
     message: str,
 ) -> None:
     monkeypatch.chdir(ROOT)
-    given = f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu --dry-run {words}"
+    given = (
+        f"--config {RECIPE} --output {tmp_path / 'out'} --activations gelu --dry-run {arguments}"
+    )
     try:
         status = main(given.split())
     except SystemExit as end:  # of argparse

@@ -41,7 +41,7 @@ class AnalysisRequest:
         output: folder to write to; None: ``analysis`` in the run.
         parts: of ``PARTS``.
         tokens: of text, of all validation sets in total; None: ``DEFAULT_TOKENS``.
-        device: ``cpu`` or ``cuda``; None: a GPU if there is one.
+        device: ``cpu`` or ``cuda``; None: a GPU if available.
         overrides: ``--section.field value`` for the configuration of the checkpoint.
         command: the command line, which is recorded.
     """

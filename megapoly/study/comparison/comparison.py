@@ -27,7 +27,7 @@ RATES, SEEDS = "rates", "seeds"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and how the trials are run.
+    """A comparison: its trials, and how they are run.
 
     Args:
         base: configuration of all trials; each sets activation, rate, seed and folder.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +22,7 @@ from megapoly.study.figure_style import (
 )
 from megapoly.study.report import paper
 from megapoly.study.report.groups import Entry, RunGroup
-from megapoly.study.report.lines import colour, line_styles, marker
+from megapoly.study.report.lines import colour, dots, line_styles
 from megapoly.study.report.results import Reach, difference, known, reach, validation_loss, values
 from megapoly.study.report.statistics import paired
 
@@ -62,8 +61,7 @@ def final_losses(group: RunGroup) -> Figure:
     found.sort(key=lambda item: item[0])
     figure, axes = _rows(len(found))
     for row, (middle, entry, losses) in enumerate(found):
-        style: dict[str, Any] = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
-        axes.plot(losses, [row] * len(losses), markersize=5, alpha=0.65, **style)
+        axes.plot(losses, [row] * len(losses), markersize=5, alpha=0.65, **dots(entry))
         if math.isfinite(middle):
             axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
     if group.reference is not None:
@@ -200,7 +198,6 @@ def domains_figure(group: RunGroup) -> Figure:
     points = []
     for index, entry in enumerate(others):
         label: str | None = entry.label
-        style: dict[str, Any] = {"marker": marker(entry), "color": colour(entry), "linestyle": ""}
         for row, domain in enumerate(names):
             read = validation_loss(domain)
             found = difference(entry, reference, read)
@@ -208,8 +205,8 @@ def domains_figure(group: RunGroup) -> Figure:
                 continue
             place = row - 0.4 + step * (index + 0.5)
             seeds = list(paired(values(entry, read), values(reference, read)).values())
-            axes.plot(seeds, [place] * len(seeds), markersize=2.2, alpha=0.6, **style)
-            axes.plot(found.spread.mean, place, markersize=5, label=label, **style)
+            axes.plot(seeds, [place] * len(seeds), markersize=2.2, alpha=0.6, **dots(entry))
+            axes.plot(found.spread.mean, place, markersize=5, label=label, **dots(entry))
             points += [(gap, place, colour(entry)) for gap in seeds]
             label = None
     for row in range(len(names) - 1):

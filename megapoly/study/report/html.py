@@ -27,6 +27,8 @@ from megapoly.study.report.tables import tables
 
 # Run in the folder of the page, so that the page does not depend on where that is.
 _COMMAND = f"megapoly report {FILE}"
+# Height over width from which a figure is not made smaller to print several on a page.
+_TALL = 2.2
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Drawn:
     Args:
         picture: figure of the report.
         svg: its drawing.
+        tall: whether it needs the height of a printed page.
         command: command that draws it again.
     """
 
     picture: Picture
     svg: Markup
+    tall: bool
     command: str
 
 
@@ -60,9 +64,11 @@ def render(content: Content, recipes: Path) -> tuple[str, dict[str, bytes]]:
     for picture in pictures(content):
         # Two figures, because saving lays a figure out for the resolution at which it is saved.
         files[picture.name] = png(picture.figure())
-        description = f"{picture.title}. {picture.caption}"
-        drawing = Markup(svg(picture.figure(), picture.name, description))
-        drawn.append(Drawn(picture, drawing, f"{_COMMAND} --figures {picture.name} --output ."))
+        figure = picture.figure()
+        width, height = figure.get_size_inches()
+        drawing = svg(figure, picture.name, f"{picture.title}. {picture.caption}")
+        command = f"{_COMMAND} --figures {picture.name} --output ."
+        drawn.append(Drawn(picture, Markup(drawing), height > _TALL * width, command))
     environment = Environment(
         loader=PackageLoader("megapoly.study.report", "page"),
         autoescape=True,

@@ -17,9 +17,13 @@ def colour(entry: Entry) -> str:
     return STYLES[entry.activation].light
 
 
-def marker(entry: Entry) -> str:
-    """Return the marker of the entry's activation."""
-    return STYLES[entry.activation].marker
+def dots(entry: Entry) -> dict[str, Any]:
+    """Return arguments of ``Axes.plot`` for markers without a line."""
+    return {
+        "marker": STYLES[entry.activation].marker,
+        "color": colour(entry),
+        "linestyle": "",
+    }
 
 
 def line_styles(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
@@ -37,7 +41,7 @@ def line_styles(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
         pattern = _DASHES[number % len(_DASHES)]
         styles[entry.label] = {
             "color": colour(entry),
-            "marker": marker(entry),
+            "marker": STYLES[entry.activation].marker,
             "markersize": 3.5,
             "linestyle": (0.0, pattern if number % len(_DASHES) else None),
         }

@@ -1,4 +1,4 @@
-"""What the processes of these tests do: the tool, and the same by another way."""
+"""Work of the processes of these tests: the command, and the same by another method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_TOKENS = 48  # a sample and a half
 
 
 def run_tool(*arguments):
-    """Exit status of megapoly analyze, and what it printed."""
+    """Return the exit status of megapoly analyze and its output."""
     warnings.filterwarnings("ignore")
     from megapoly.commands import analyze
 
@@ -29,14 +29,14 @@ def run_tool(*arguments):
 
 
 def analysed(checkpoint, output, *arguments):
-    """The tool's analysis.json."""
+    """Return the analysis.json of the command."""
     status, printed = run_tool("--model", checkpoint, "--output", output, *arguments)
     assert status == 0, printed
     return json.loads((output / "analysis.json").read_text())
 
 
 def similarity_by_recording(checkpoint, prefix, num_tokens):
-    """The matrix from outputs that the conversion's comparison records, layer by layer on disk."""
+    """Compute the matrix from the outputs that the comparison of conversions records."""
     warnings.filterwarnings("ignore")
     from megapoly.conversion.engine_outputs import engine_module_outputs
 

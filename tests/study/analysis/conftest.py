@@ -1,4 +1,4 @@
-"""Two tiny mixtures of experts, the same at two layouts, and what the tool says of each."""
+"""Two tiny mixtures of experts, the same at two layouts, and the analysis of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tool writes and draws, and what it refuses."""
+"""Files and figures of the command, and its errors."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(arguments, reason, tmp_p
 
 
 def test_several_processes_are_refused(tmp_path):
-    for status, printed in run_on_ranks(run_tool, 2, "--model", tmp_path):
+    for status, printed in run_on_ranks(run_tool, 2, "--checkpoint", tmp_path):
         assert status == 2 and "one process" in printed
 
 

@@ -42,8 +42,8 @@ def test_means_over_all_tokens_and_over_those_of_an_expert():
 
 def test_states_are_those_that_another_reader_of_the_checkpoint_computes(trained, text):
     run = trained("tp2-ep2-etp1")
-    words = ["--parts", "similarity", "--tokens", 32]  # the text's first sample
-    (found,) = run_on_ranks(analysed, 1, run, run / "first", *words)
+    arguments = ["--parts", "similarity", "--tokens", 32]  # the text's first sample
+    (found,) = run_on_ranks(analysed, 1, run, run / "first", *arguments)
     (recorded,) = run_on_ranks(similarity_by_recording, 1, find_checkpoint(run), text, 32)
     np.testing.assert_allclose(found["similarity"]["matrix"], recorded, atol=1e-5)
     assert found["effective_rank"] is None and found["coefficients"] is None

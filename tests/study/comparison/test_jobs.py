@@ -59,8 +59,8 @@ def test_asked_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.Sign
 
 def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(SAVES)
-    words = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-    job = TrialJob("a", ["sh", "-c", f"{shlex.join(words)}; true"], tmp_path, tmp_path / "log", 5)
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
+    job = TrialJob("a", ["sh", "-c", f"{shlex.join(command)}; true"], tmp_path, tmp_path / "log", 5)
     runner = JobRunner(Console(quiet=True), at_once=1, total=1, on_end=lambda *_: None)
 
     def stop(number: int, frame: object) -> None:

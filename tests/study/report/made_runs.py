@@ -1,4 +1,4 @@
-"""Run folders with losses of choice, as a training run leaves them."""
+"""Run folders with given losses, as a training run writes them."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def write_run(
     source: str | None = "f" * 16,
     overrides: tuple[str, ...] = (),
 ) -> Path:
-    """A run whose step i has ``losses[i - 1]`` and evaluations as given, by step and domain."""
+    """Write a run whose step i has ``losses[i - 1]``, with evaluations by step and domain."""
     evaluations = evaluations or {}
     config = Config()
     config.model.hidden_size, config.model.ffn_hidden_size = 64, 264
@@ -64,7 +64,7 @@ def write_run(
 
 
 def _write_checkpoint(folder: Path, iteration: int, source: str, seed: int) -> None:
-    """What a report reads of one."""
+    """Write the part of a checkpoint that a report reads."""
     checkpoint = folder / "checkpoints" / f"iter_{iteration:07d}"
     checkpoint.mkdir(parents=True)
     data = {

@@ -90,7 +90,7 @@ def test_labels_of_orders_and_options(tmp_path):
     ]
     by_label = {entry.label: entry for entry in group.entries}
     assert group.reference is by_label["SwiGLU"]
-    # With the same options where there is one; SwiGLU has no norm to choose.
+    # With the same options if such an entry exists; SwiGLU has no norm to choose.
     changed = by_label["ReLU; init_method_std 0.05"]
     assert group.reference_for(changed) is by_label["SwiGLU; init_method_std 0.05"]
     other_norm = by_label["PolyNorm; activation_norm l2"]
@@ -134,7 +134,7 @@ def test_same_model_rate_and_seed_counts_once(tmp_path):
 
 
 def test_of_rates_with_as_many_seeds_the_best_over_all_of_these_counts(tmp_path):
-    """The first seed alone, which a third rate has, too, prefers the other one."""
+    """The first seed alone, which a third rate also has, prefers the other one."""
     ends = {1e-3: {1: 3.0, 2: 3.4}, 2e-3: {1: 3.1, 2: 3.1}, 4e-3: {1: 3.5}}
     runs = [
         read_run(

@@ -74,7 +74,7 @@ def made(tmp_path_factory):
 
 
 class References(HTMLParser):
-    """What a page would load, its links, its ids and its text."""
+    """Files that a page would load, its elements, its ids and its text."""
 
     def __init__(self, text: str):
         super().__init__()
