@@ -12,6 +12,7 @@ from sources import copy_sources, needs_git, needs_make
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @needs_git
 @needs_make
 def test_make_pretrain_in_a_fresh_checkout(tmp_path: Path) -> None:
