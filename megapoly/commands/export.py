@@ -72,6 +72,7 @@ def build_parser() -> Parser:
         metavar="MODEL",
         help="run or checkpoint",
     )
+    add_conversion_options(parser, output="DIR", report="parity.json")
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")
     add(
         "--max-shard-size",
@@ -81,7 +82,6 @@ def build_parser() -> Parser:
         help="largest safetensors file, such as 500MB (default: %(default)s)",
     )
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the run's)")
-    add_conversion_options(parser, output="DIR", report="parity.json")
     return parser
 
 

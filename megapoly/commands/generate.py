@@ -12,13 +12,11 @@ The exit status is 0, or 2 with the reason.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.config.command_line import DTYPES, Parser, number, whole
-from megapoly.errors import MegapolyError
+from megapoly.config.command_line import DTYPES, Parser, number, status_of, whole
 from megapoly.platform.logs import show_errors_only
 
 PROMPT = "It was the best of"
@@ -28,11 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Generate text; the module describes the exit status."""
     options = build_parser().parse_args(argv)
     show_errors_only()
-    try:
-        return _generate(options)
-    except MegapolyError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return status_of(lambda: _generate(options))
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -102,6 +102,7 @@ def build_parser() -> Parser:
     parser = Parser("import", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
+    add_conversion_options(parser, output="CHECKPOINT", report="import.json")
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the model's)")
     add("--activation", metavar="NAME", help="start a model with another activation")
     add("--activation-order", type=whole(2), metavar="R", help="its highest power (default: 3)")
@@ -112,5 +113,4 @@ def build_parser() -> Parser:
         help="width of its FFN (default: keeps the number of parameters)",
     )
     add("--seed", type=whole(0), metavar="N", help="seed of initialised weights (default: 1234)")
-    add_conversion_options(parser, output="CHECKPOINT", report="import.json")
     return parser

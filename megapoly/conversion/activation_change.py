@@ -67,6 +67,4 @@ def change_activation(model: ModelConfig, activation: ActivationChange) -> Model
 
 def names_outside_ffn(model: ModelConfig) -> set[str]:
     """Return the names of all tensors outside FFNs: attention, embeddings and norms."""
-    return {
-        mapping.name for mapping in tensor_map.tensor_mappings(model) if ".mlp." not in mapping.name
-    }
+    return {each.name for each in tensor_map.tensor_mappings(model) if ".mlp." not in each.name}

@@ -117,10 +117,8 @@ def write_weights(
     console: Console,
 ) -> None:
     """Write all tensors as safetensors."""
-    shards = plan_shards(
-        {mapping.name: mapping.shape for mapping in mappings}, dtype, max_shard_size
-    )
-    total = sum(mapping.num_elements for mapping in mappings) * dtype.itemsize
+    shards = plan_shards({each.name: each.shape for each in mappings}, dtype, max_shard_size)
+    total = sum(each.num_elements for each in mappings) * dtype.itemsize
     with bytes_bar("writing weights", total, console) as advance:
 
         def named_tensors() -> Iterator[tuple[str, Tensor]]:

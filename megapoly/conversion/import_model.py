@@ -173,19 +173,15 @@ def _write_tensors(
     mappings = tensor_map.tensor_mappings(model)
     taken = stored if options.activation is None else stored & names_outside_ffn(original)
     report = ImportReport(
-        taken={mapping.name: mapping.num_elements for mapping in mappings if mapping.name in taken},
-        initialised={
-            mapping.name: mapping.num_elements for mapping in mappings if mapping.name not in taken
-        },
+        taken={each.name: each.num_elements for each in mappings if each.name in taken},
+        initialised={each.name: each.num_elements for each in mappings if each.name not in taken},
         left={
             name: torch.Size(source.shape(name)).numel()
             for name in sorted(stored - taken if options.activation else ())
         },
     )
     blocks = []
-    for (key, index), group in itertools.groupby(
-        mappings, key=lambda mapping: (mapping.key, mapping.index)
-    ):
+    for (key, index), group in itertools.groupby(mappings, key=lambda each: (each.key, each.index)):
         parts = list(group)
         make: Callable[[], Tensor] = partial(_from_source, source, parts)
         if parts[0].name not in taken:
@@ -229,7 +225,7 @@ def _check_names(source: SafetensorsReader, model: ModelConfig) -> None:
     Raises:
         CheckpointError: with names and shapes, if it does not.
     """
-    expected = {mapping.name: mapping.shape for mapping in tensor_map.tensor_mappings(model)}
+    expected = {each.name: each.shape for each in tensor_map.tensor_mappings(model)}
     names = set(source.names)
     if _OUTPUT in names and _OUTPUT not in expected:
         if not torch.equal(source.read(_OUTPUT), source.read(_INPUT)):

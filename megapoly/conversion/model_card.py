@@ -132,4 +132,4 @@ def _without_local_paths(config: Config) -> Config:
 
 
 def _num_parameters(reader: CheckpointReader) -> int:
-    return sum(mapping.num_elements for mapping in tensor_mappings(reader.config.model))
+    return sum(each.num_elements for each in tensor_mappings(reader.config.model))

@@ -151,7 +151,7 @@ def available_tasks(
     if task_data is None:
         return list(selection.tasks), ()
     if not task_data.is_dir():
-        raise EvaluationError(f"`--task-data` ({task_data}) is not a folder")
+        raise EvaluationError(f"`{task_data}` is not a folder of questions")
     missing = {task: tuple(missing_files(task, task_data)) for task in selection.tasks}
     skipped = tuple(Skipped(task, files) for task, files in missing.items() if files)
     tasks = [task for task, files in missing.items() if not files]
@@ -175,9 +175,7 @@ def check_task_names(selection: Selection) -> None:
 
     Raises:
         EvaluationError: a task is unknown.
-        UnavailableError: the harness is not installed.
     """
-    import_harness()
     others = [task for task in selection.tasks if task.name not in TASKS]
     if not others:
         return
@@ -238,7 +236,9 @@ def _check_generation(lm: LM, loaded: Mapping[EvalTask, Mapping[str, Any]]) -> N
         if any(leaf.OUTPUT_TYPE == "generate_until" for leaf in members["tasks"].values())
     ]
     if reason is not None and names:
-        raise UnavailableError(f"{', '.join(names)} needs generated text: {reason}")
+        raise UnavailableError(
+            f"tasks that generate text cannot run ({', '.join(names)}): {reason}"
+        )
 
 
 def _top_level(members: Mapping[str, Any]) -> list[Any]:

@@ -33,9 +33,7 @@ def model_of(fields):
 
 
 def blocks_of(model):
-    for _, group in groupby(
-        tensor_mappings(model), key=lambda mapping: (mapping.key, mapping.index)
-    ):
+    for _, group in groupby(tensor_mappings(model), key=lambda each: (each.key, each.index)):
         yield list(group)
 
 
@@ -74,13 +72,13 @@ def test_names_are_those_of_transformers(name):
         fields.pop(field, None)
     with torch.device("meta"):
         if name == "swiglu":  # in memory its experts are one tensor in transformers 5
-            shapes = {mapping.name: mapping.shape for mapping in tensor_mappings(model)}
+            shapes = {each.name: each.shape for each in tensor_mappings(model)}
             loaded = OlmoeForCausalLM(OlmoeConfig(**fields))
             assert sum(torch.Size(s).numel() for s in shapes.values()) == loaded.num_parameters()
             return
         loaded = MegapolyForCausalLM(MegapolyConfig(**fields))
     expected = {n: tuple(p.shape) for n, p in loaded.named_parameters()}
-    assert {mapping.name: mapping.shape for mapping in tensor_mappings(model)} == expected
+    assert {each.name: each.shape for each in tensor_mappings(model)} == expected
 
 
 def test_names_are_unique():

@@ -105,7 +105,7 @@ def test_errors_of_several_processes(trained, task_data, tmp_path):
     assert first[1:] == ("", f"`--output` ({tmp_path}) cannot be written: Is a directory\n")
     first, second = run_on_ranks(evaluate_command, 2, args)
     assert (first[0], second[0]) == (2, 2) and second[1:] == ("", "")
-    assert "coqa needs generated text: " in first[2] and first[1] == ""
+    assert "tasks that generate text cannot run (coqa): " in first[2] and first[1] == ""
     assert "with one process" in first[2] and "answers scored" not in first[2]
 
 
