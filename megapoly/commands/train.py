@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import fill
 
 from jsonargparse import ArgumentParser
 
 from megapoly import pretrain
+from megapoly.commands import end_on_signals
 from megapoly.config.parsing import option_parser
 from megapoly.platform import launcher
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         print(build_parser().format_help(), end="")
         return 0
     if num_processes is None:
-        return pretrain.main(rest, program="megapoly train")
+        work: Callable[[], int] = lambda: pretrain.main(rest, program="megapoly train")  # noqa: E731
+        return work() if launcher.is_launched() else end_on_signals(work)
     from megapoly.commands import launch
 
     return launch.main(

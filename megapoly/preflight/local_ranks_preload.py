@@ -17,6 +17,7 @@ with warnings.catch_warnings():
     import megapoly.training.loop
     import megapoly.training.rank_zero_first  # noqa: F401
     import megapoly.training.reporter
+    import megapoly.training.tensorboard
 
     with contextlib.suppress(ImportError):  # the harness is an extra
         import megapoly.evaluation.engine_lm

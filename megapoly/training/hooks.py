@@ -1,6 +1,7 @@
-"""What is done around the steps of a run: the protocol of a hook, and the built-in small ones.
+"""Hooks: what a run does around its steps. The protocol, and the small built-in hooks.
 
-``megapoly/pretrain.py`` puts the hooks of a run together. Others are next to their subject:
+``build_hooks`` in ``megapoly/pretrain.py`` lists the hooks of a run. Larger ones have their own
+modules:
 :mod:`megapoly.training.profiling`, :mod:`megapoly.training.tensorboard` and
 :mod:`megapoly.evaluation.task_scores`.
 """
@@ -25,9 +26,9 @@ class StepRecord:
         result: of the step.
         step_time_s: seconds from its start to its end, without hooks and reports.
         stop: the run ends after this step; the same on every rank.
-        metrics: scalars for ``metrics.jsonl`` and TensorBoard. Those of the step itself are here
-            from :meth:`Hook.after_record` on, on rank 0.
-        details: scalars for TensorBoard alone.
+        metrics: scalars for ``metrics.jsonl`` and TensorBoard, by name. In
+            :meth:`Hook.after_record` rank 0 also has those of the step itself.
+        details: scalars for TensorBoard only.
     """
 
     result: StepResult
@@ -45,9 +46,8 @@ class StepRecord:
 class Hook:
     """Something that is done around the steps of a run; a subclass overrides what it needs.
 
-    Every rank has the same hooks and calls them in the same order, so they may be collective.
-    A hook is built after the run is restored and before its first step. It may change nothing that
-    a step computes: a run gives the same losses with it and without.
+    Every rank builds the hooks after the run is restored and calls them in the same order, so they
+    may be collective. The built-in hooks do not change what a step computes.
     """
 
     def before_step(self) -> None:

@@ -10,8 +10,8 @@ from megapoly.config import to_yaml
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.state import TrainState
 
-# TensorBoard sorts groups, which are named before the first slash, by character code and opens the
-# first two (2.21): names in capitals come before all others, so that the losses are seen first.
+# The group of a tag is the part before its first slash. TensorBoard 2.21 sorts groups by character
+# code and opens the first two: capitals are before small letters, so the losses are shown first.
 _TAGS = {
     "lm_loss": "Train/loss",
     "grad_norm": "optimizer/grad_norm",
@@ -33,12 +33,13 @@ def tag_of(name: str) -> str:
 
 
 class TensorBoardHook(Hook):
-    """Writes the metrics every ``logging.log_interval`` steps, the details when there are any.
+    """Writes the metrics every ``logging.log_interval`` steps, and details whenever a step has any.
 
-    The metrics of a step with an evaluation are always written. The configuration is there as text.
+    The metrics of a step with an evaluation are always written. The configuration is written as
+    text.
 
     Args:
-        state: the run, restored: what was written after its position is hidden.
+        state: the run, restored; TensorBoard hides what was written after its position.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -59,5 +60,5 @@ class TensorBoardHook(Hook):
                 self._writer.add_scalar(tag_of(name), value, iteration)
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still buffered."""
         self._writer.close()

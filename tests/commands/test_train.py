@@ -84,6 +84,7 @@ def test_the_module_is_the_same_program(tmp_path, capsys, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     arguments = ["--print-config", "--training.device", "cpu", "--training.train_iters", "7"]
+    monkeypatch.setattr(train, "end_on_signals", lambda work: work())
     with pytest.raises(SystemExit) as ended:
         train.main(arguments)
     assert ended.value.code == 0
@@ -102,9 +103,24 @@ def test_the_module_is_the_same_program(tmp_path, capsys, monkeypatch):
         (["--nproc-per-node"], "--nproc-per-node () must be a number"),
     ],
 )
-def test_a_mistake_is_refused_with_the_nearest_flag(capsys, arguments, message):
+def test_a_mistake_is_refused_with_the_nearest_flag(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(train, "end_on_signals", lambda work: work())  # pytest keeps its handlers
     assert train.main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step_ends_without_a_stack_trace(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(train.pretrain, "main", interrupted)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert train.main([]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_processes_are_not_started_under_a_launcher(capsys, monkeypatch):
