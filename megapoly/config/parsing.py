@@ -298,7 +298,7 @@ def _split(argv: Sequence[str]) -> _GivenArguments:
             hint = "write `--section.field value`, a list as '[a, b]'"
             if argument.startswith("-"):
                 hint = f"the nearest is `{nearest(argument, FLAGS)}`"
-            given.problems.append(f"`{argument}` belongs to no option; {hint}")
+            given.problems.append(f"`{argument}` is not an option; {hint}")
         else:
             follows = bool(pending) and not pending[0].startswith("--")
             value = text if equals else pending.pop(0) if follows else None
@@ -309,7 +309,9 @@ def _split(argv: Sequence[str]) -> _GivenArguments:
             elif value:
                 given.recipes.append(value)
             else:
-                given.problems.append("`--config` needs a file: `--config FILE.yaml`")
+                given.problems.append(
+                    "`--config` needs a file or a recipe, such as `--config moe_tiny`"
+                )
     return given
 
 

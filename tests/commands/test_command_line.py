@@ -131,7 +131,7 @@ def test_a_misspelled_flag_of_train() -> None:
 
 def test_one_dash_is_a_misspelling() -> None:
     status, text = run("train", "-config", "moe_tiny")
-    assert status == 2 and "`-config` belongs to no option; the nearest is `--config`" in text
+    assert status == 2 and "`-config` is not an option; the nearest is `--config`" in text
 
 
 @pytest.mark.parametrize(
