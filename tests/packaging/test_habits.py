@@ -119,7 +119,9 @@ def imported_names(folder: Path) -> dict[str, str]:
             else:
                 continue
             found |= {name.split(".")[0]: path.relative_to(ROOT).as_posix() for name in names}
-    return {n: p for n, p in found.items() if n not in sys.stdlib_module_names | {"megapoly"}}
+    # `_typeshed` is for types alone.
+    ours = sys.stdlib_module_names | {"megapoly", "_typeshed"}
+    return {name: path for name, path in found.items() if name not in ours}
 
 
 def test_every_import_is_required_and_every_requirement_imported() -> None:
