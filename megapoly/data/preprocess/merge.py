@@ -30,10 +30,10 @@ from megapoly.data.manifest import (
     write_manifest,
 )
 from megapoly.data.preprocess.console_output import byte_progress
+from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import PairWithManifest
 from megapoly.data.preprocess.pair_writer import PairContent, PairHashes, write_pair
-from megapoly.data.preprocess.verify import index_problems
 from megapoly.data.preprocess.work_folder import locked, remove_work_folder
 from megapoly.data.token_files import open_token_file, pair_paths
 from megapoly.errors import DataError

@@ -9,7 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from token_data import write_jsonl
 
 from megapoly.data import index_file
-from megapoly.data.preprocess import verify
+from megapoly.data.preprocess import index_checks, verify
 from megapoly.data.preprocess.pair_with_manifest import find_pairs
 from megapoly.data.preprocess.verify import Expectations
 from megapoly.data.preprocess.verify import verify as verify_pair
@@ -21,7 +21,7 @@ HEADER = 34
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(verify, "_BLOCK_BYTES", 130)
-    monkeypatch.setattr(verify, "_AT_ONCE", 7)
+    monkeypatch.setattr(index_checks, "_AT_ONCE", 7)
     monkeypatch.setattr(index_file, "_DOCUMENTS_AT_ONCE", 5)
 
 
