@@ -81,7 +81,7 @@ def build_parser() -> Parser:
         nargs="+",
         metavar="NAME",
         help="layouts by name, or `all` that the configuration's rules allow (default: a few that "
-        "have together every pair of choices)",
+        "cover every pair of choices)",
     )
     add(
         "--world-size",

@@ -3,7 +3,7 @@
     megapoly completion bash > ~/.local/share/bash-completion/completions/megapoly
     megapoly completion zsh > ~/.zfunc/_megapoly  # any folder of $fpath
 
-In bash, `eval "$(megapoly completion bash)"` enables it in the present shell only.
+In bash, `eval "$(megapoly completion bash)"` enables it in the current shell only.
 """
 
 from __future__ import annotations
