@@ -1,4 +1,4 @@
-"""Run ``megapoly doctor``; needs no installation."""
+"""Run ``megapoly doctor`` of this checkout."""
 
 import sys
 from pathlib import Path
