@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import shlex
@@ -56,6 +55,8 @@ from megapoly.benchmarks.activation_forms import (
 from megapoly.benchmarks.operators_report import Seconds, case_report, print_report
 from megapoly.config.command_line import Parser
 from megapoly.errors import MegapolyError, UnavailableError
+from megapoly.platform import extras
+from megapoly.platform.device import default_device
 from megapoly.polynomial import DEFAULT_ORDER, ORDERS, Backend
 
 T = TypeVar("T")
@@ -202,14 +203,14 @@ def _check_files(arguments: argparse.Namespace) -> None:
     for file in (arguments.json, arguments.plot):
         if file and not file.resolve().parent.is_dir():
             raise UnavailableError(f"The folder {file.parent} of {file.name} does not exist.")
-    if arguments.plot and not importlib.util.find_spec("matplotlib"):
-        raise UnavailableError("`--plot` needs matplotlib: `pip install 'megapoly[report]'`.")
+    if arguments.plot:
+        extras.require("`--plot`", "report", ("matplotlib",))
 
 
 def _device(name: str | None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UnavailableError("`--device cuda`: torch sees no CUDA device; use `--device cpu`.")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(name or default_device())
 
 
 def _cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:

@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.config.command_line import Parser, parse_with_overrides, status_of, whole
+from megapoly.config.command_line import Parser, at_least, parse_with_overrides, status_of
 from megapoly.platform.logs import show_errors_only
 from megapoly.study.analysis.command import (
     DEFAULT_TOKENS,
@@ -95,7 +95,7 @@ def build_parser() -> Parser:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     add(
         "--tokens",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help=f"tokens of text, over all sets in total (default: {DEFAULT_TOKENS})",
     )

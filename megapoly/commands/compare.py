@@ -44,10 +44,10 @@ from rich.console import Console
 
 from megapoly.config.command_line import (
     Parser,
+    at_least,
     number,
     parse_with_overrides,
     status_of,
-    whole,
 )
 from megapoly.errors import ConfigError
 from megapoly.platform.logs import show_errors_only
@@ -106,7 +106,7 @@ def build_parser() -> Parser:
         metavar="R",
         help="orders of polynomial activations: 2, 3, 4 (default: 3)",
     )
-    add("--seeds", nargs="+", type=whole(0), default=[1], metavar="N", help="default: 1")
+    add("--seeds", nargs="+", type=at_least(0), default=[1], metavar="N", help="default: 1")
     add(
         "--learning-rates",
         nargs="+",
@@ -123,13 +123,13 @@ def build_parser() -> Parser:
     )
     add(
         "--jobs",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help="runs at the same time (default: cores / processes; with --launcher 1)",
     )
     add(
         "--nproc-per-node",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help="processes of each run on this machine (default: 1)",
     )
@@ -138,7 +138,12 @@ def build_parser() -> Parser:
     )
     add("--tasks", nargs="+", metavar="NAME", help="benchmarks after the last step")
     add("--task-data", metavar="FOLDER", help="questions, as for megapoly evaluate")
-    add("--task-limit", type=whole(1), metavar="N", help="questions of each task (default: all)")
+    add(
+        "--task-limit",
+        type=at_least(1),
+        metavar="N",
+        help="questions of each task (default: all)",
+    )
     add("--dry-run", action="store_true", help="check and list the runs, start none")
     return parser
 

@@ -45,18 +45,12 @@ def whole_parser() -> argparse.ArgumentParser:
         if name == "benchmark":
             _add_commands(parser, {each: _benchmark(each) for each in benchmark.BENCHMARKS})
             continue
-        _copy(_torchrun() if name == "launch" else module_of(name).build_parser(), parser)
+        _copy(module_of(name).build_parser(), parser)
         if command.takes_overrides:
             _add_fields(parser)
         if name == "preprocess":
             _add_commands(parser, {each: _preprocess(each) for each in preprocess.SUBCOMMANDS})
     return whole
-
-
-def _torchrun() -> argparse.ArgumentParser:
-    from torch.distributed.run import get_args_parser
-
-    return get_args_parser()
 
 
 def _benchmark(name: str) -> argparse.ArgumentParser:

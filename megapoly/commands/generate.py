@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.config.command_line import DTYPES, Parser, number, status_of, whole
+from megapoly.config.command_line import DTYPES, Parser, at_least, number, status_of
+from megapoly.platform import extras
 from megapoly.platform.logs import show_errors_only
 
 PROMPT = "It was the best of"
@@ -33,11 +34,10 @@ def _generate(options: argparse.Namespace) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
-    from megapoly.conversion.hf_extra import require_hf_extra
     from megapoly.conversion.transformers_model import load_transformers_model
     from megapoly.platform.device import check_device
 
-    require_hf_extra()
+    extras.require("Generation", "hf", extras.EXTRAS["hf"])
     from transformers import TextStreamer
 
     check_device("--device", options.device)
@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"text to continue (default: {PROMPT})")
     add(
         "--max-new-tokens",
-        type=whole(1),
+        type=at_least(1),
         default=60,
         metavar="N",
         help="generate at most N tokens (default: %(default)s)",
@@ -95,7 +95,13 @@ def build_parser() -> Parser:
         metavar="P",
         help="sample from the most likely tokens with total probability P (default: %(default)s)",
     )
-    add("--seed", type=whole(0), default=1234, metavar="N", help="seed (default: %(default)s)")
+    add(
+        "--seed",
+        type=at_least(0),
+        default=1234,
+        metavar="N",
+        help="seed (default: %(default)s)",
+    )
     add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
     add(
         "--device",

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.config.command_line import Parser, add_conversion_options, whole
+from megapoly.config.command_line import Parser, add_conversion_options, at_least
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
 
@@ -105,12 +105,22 @@ def build_parser() -> Parser:
     add_conversion_options(parser, output="CHECKPOINT", report="import.json")
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the model's)")
     add("--activation", metavar="NAME", help="start a model with another activation")
-    add("--activation-order", type=whole(2), metavar="R", help="its highest power (default: 3)")
+    add(
+        "--activation-order",
+        type=at_least(2),
+        metavar="R",
+        help="its highest power (default: 3)",
+    )
     add(
         "--ffn-hidden-size",
-        type=whole(1),
+        type=at_least(1),
         metavar="N",
         help="width of its FFN (default: keeps the number of parameters)",
     )
-    add("--seed", type=whole(0), metavar="N", help="seed of initialised weights (default: 1234)")
+    add(
+        "--seed",
+        type=at_least(0),
+        metavar="N",
+        help="seed of initialised weights (default: 1234)",
+    )
     return parser

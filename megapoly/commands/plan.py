@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from megapoly.config import Config
-from megapoly.config.command_line import Parser, parse_with_overrides, status_of, whole
+from megapoly.config.command_line import Parser, at_least, parse_with_overrides, status_of
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
         metavar="RECIPE",
         help="recipe by name, or a YAML file (moe_7b_paper)",
     )
-    add("--world-size", type=whole(1), required=True, metavar="N", help="number of GPUs")
+    add("--world-size", type=at_least(1), required=True, metavar="N", help="number of GPUs")
     add("--gpu", choices=GPUS, default="a100-80g", help="GPU of every process (a100-80g)")
     add(
         "--local-spec",
@@ -84,7 +84,7 @@ def build_parser() -> Parser:
     add(
         "--search",
         nargs="?",
-        type=whole(1),
+        type=at_least(1),
         const=10,
         metavar="N",
         help="print the N layouts (10) that fit and may be fastest",

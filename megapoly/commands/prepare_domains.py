@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megapoly.config.command_line import Parser, number, status_of, whole
+from megapoly.config.command_line import Parser, at_least, number, status_of
 from megapoly.data.preprocess.threads import use_one_thread
 
 
@@ -55,14 +55,14 @@ def build_parser() -> Parser:
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder to create")
     add(
         "--vocab-size",
-        type=whole(257),
+        type=at_least(257),
         default=2048,
         metavar="N",
         help="size of the vocabulary (2048)",
     )
     add(
         "--held-out",
-        type=whole(2),
+        type=at_least(2),
         default=20,
         metavar="N",
         help="hold out one in N documents (20)",

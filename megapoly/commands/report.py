@@ -18,7 +18,6 @@ are listed and left out of the tables. See docs/reference/report.md.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from megapoly.config import recipes
 from megapoly.config.command_line import Parser, status_of
-from megapoly.errors import DataError, UnavailableError
+from megapoly.errors import DataError
+from megapoly.platform import extras
 from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 REFERENCE = "swiglu"
 TITLE = "Polynomial activations against fixed ones"
-_PACKAGES = {"jinja2": "jinja2", "markdown_it": "markdown-it-py", "matplotlib": "matplotlib"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,11 +74,7 @@ def build_parser() -> Parser:
 
 
 def _report(options: argparse.Namespace) -> int:
-    missing = [name for module, name in _PACKAGES.items() if not importlib.util.find_spec(module)]
-    if missing:
-        raise UnavailableError(
-            f"A report needs {' and '.join(missing)}: `pip install 'megapoly[report]'`."
-        )
+    extras.require("A report", "report", extras.EXTRAS["report"])
     # Imported here, so that --help and a wrong option do not wait for torch.
     from megapoly.study.figure_style import png
     from megapoly.study.report import content as contents

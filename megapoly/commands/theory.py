@@ -8,7 +8,6 @@ what is built and what was found.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from megapoly.config.command_line import Parser, status_of
-from megapoly.errors import UnavailableError
+from megapoly.platform import extras
 from megapoly.study.theory import measure
 
 EXPONENTS = sorted({*range(1, 33), *(int(2 ** (i / 8)) for i in range(40, 81)), 63, 127, 255, 511})
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure_and_draw(folder: Path) -> int:
-    if not importlib.util.find_spec("matplotlib"):
-        raise UnavailableError("The figures need matplotlib: `pip install 'megapoly[report]'`.")
+    extras.require("A figure", "report", ("matplotlib",))
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, measure_all())
     return 0

@@ -126,7 +126,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def whole(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
     """Return a parser of whole numbers that are at least ``least``."""
 
     def parse(text: str) -> int:

@@ -21,7 +21,6 @@ from megapoly.conversion.checkpoint_model import (
     tokenizer_source,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
-from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.model_card import model_card
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
@@ -29,6 +28,7 @@ from megapoly.conversion.parity_check import check_export_parity
 from megapoly.conversion.safetensors_writer import plan_shards, write_shards
 from megapoly.conversion.tensor_map import TensorMapping
 from megapoly.conversion.tokenizer_files import SpecialTokenIds, write_tokenizer
+from megapoly.platform import extras
 from megapoly.platform.progress import bytes_bar
 
 _REMOTE_CODE = Path(__file__).parent / "remote_code"
@@ -76,7 +76,7 @@ def export_model(options: ExportOptions, console: Console) -> Parity | None:
         ParityError: the written model is not the checkpoint's. The folder is kept as
             ``OUTPUT.failed``.
     """
-    require_hf_extra()
+    extras.require("A Hugging Face model", "hf", extras.EXTRAS["hf"])
     source = find_checkpoint(options.checkpoint) or options.checkpoint
     with output_folder(options.output, source=source, overwrite=options.overwrite) as folder:
         return _write(options, CheckpointReader(source), folder, console)

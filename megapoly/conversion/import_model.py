@@ -27,7 +27,6 @@ from megapoly.conversion.activation_change import (
 from megapoly.conversion.architecture import max_positions, model_config
 from megapoly.conversion.checkpoint_model import check_finite
 from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
-from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
 from megapoly.conversion.parity_check import check_import_parity
@@ -37,6 +36,7 @@ from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenize
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.initial_values import initial_value
+from megapoly.platform import extras
 from megapoly.platform.machine import CPU
 from megapoly.platform.progress import bytes_bar
 
@@ -108,7 +108,7 @@ def import_model(options: ImportOptions, console: Console) -> ImportReport:
         DataError: the tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept as ``OUTPUT.failed``.
     """
-    require_hf_extra()
+    extras.require("A Hugging Face model", "hf", extras.EXTRAS["hf"])
     output, overwrite = options.output, options.overwrite
     with output_folder(output, source=options.model, overwrite=overwrite) as folder:
         with SafetensorsReader(options.model) as source:

@@ -15,7 +15,6 @@ from megapoly.conversion.checkpoint_model import (
     tokenizer_source,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, checkpoint_of_model
-from megapoly.conversion.hf_extra import require_hf_extra
 from megapoly.conversion.safetensors_reader import read_json
 from megapoly.conversion.tokenizer_files import write_tokenizer
 from megapoly.conversion.transformers_classes import (
@@ -23,6 +22,7 @@ from megapoly.conversion.transformers_classes import (
     config_and_model_class,
 )
 from megapoly.errors import CheckpointError
+from megapoly.platform import extras
 
 
 def load_transformers_model(
@@ -43,7 +43,7 @@ def load_transformers_model(
         CheckpointError: ``path`` is none of these, or is incomplete.
         UnavailableError: a library is missing.
     """
-    require_hf_extra()
+    extras.require("A Hugging Face model", "hf", extras.EXTRAS["hf"])
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Mapping
 
+from megapoly.errors import UnavailableError
+
 # What pip calls them, where that is not the name that is imported.
 DISTRIBUTIONS = {
     "PIL": "pillow",
@@ -25,6 +27,22 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 def missing(modules: Iterable[str]) -> list[str]:
     """Return those of some modules that are not installed; import none of them."""
     return [module for module in modules if not _is_installed(module)]
+
+
+def require(purpose: str, extra: str, modules: Iterable[str]) -> None:
+    """Check that modules of an extra are installed, without importing them.
+
+    Args:
+        purpose: what needs them, as the beginning of a sentence: ``A report``.
+        extra: that installs them.
+        modules: as they are imported.
+
+    Raises:
+        UnavailableError: some are missing.
+    """
+    absent = missing(modules)
+    if absent:
+        raise UnavailableError(f"{purpose} needs {with_remedy({extra: absent})}")
 
 
 def with_remedy(absent: Mapping[str, Iterable[str]]) -> str:

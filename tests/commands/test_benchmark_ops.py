@@ -387,4 +387,4 @@ def test_what_cannot_work_is_said_before_measuring(monkeypatch, capsys, tmp_path
     assert "torch sees no CUDA device; use `--device cpu`" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run("--plot", tmp_path / "ops.png") == 2
-    assert "`--plot` needs matplotlib: `pip install 'megapoly[report]'`." in capsys.readouterr().err
+    assert "`--plot` needs matplotlib: pip install 'megapoly[report]'" in capsys.readouterr().err

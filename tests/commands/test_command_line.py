@@ -83,13 +83,15 @@ def test_the_list_of_commands_waits_for_nothing() -> None:
         assert f"  {name:<17}  {command.summary}" in lines
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "launch"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command(help_of: dict[str, tuple[int, str, bool]], name: str) -> None:
     status, text, imported_torch = help_of[name]
     assert status == 0
     assert text.startswith(f"usage: megapoly {name} ")
     assert imported_torch <= (name in NEEDS_TORCH)
-    flags = flags_of(name) if name in OWN_PARSER else ["--config", "--nproc-per-node", "--run_dir"]
+    of_torchrun = ["--nnodes", "--nproc-per-node", "--rdzv-endpoint"]
+    of_training = ["--config", "--nproc-per-node", "--run_dir"]
+    flags = {"train": of_training, "launch": of_torchrun}.get(name) or flags_of(name)
     for flag in flags:
         assert flag in text
     summary = " ".join((module_of(name).__doc__ or "").split("\n\n")[0].split())

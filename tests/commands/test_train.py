@@ -75,7 +75,7 @@ def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
 def test_dry_run_of_a_larger_job(tmp_path):
     options = ["--dry-run", "--world-size", "64", "--training.global_batch_size", "256"]
     output = finish(start(tmp_path, "megapoly", "train", *TINY, *options))
-    assert "of 64 ranks, which stand for all" in output
+    assert "of 64 ranks, which represent all" in output
     assert "all adds up: weights, gradient buffers, optimizer shards" in output
     assert list(tmp_path.iterdir()) == []
 

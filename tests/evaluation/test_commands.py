@@ -267,7 +267,7 @@ def test_the_extra_is_named_before_anything_is_done(export, tmp_path, monkeypatc
     monkeypatch.setattr(export_benchmarks, "PACKAGE", "email")  # any package
     assert export_benchmarks.main(["--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "lm_eval" in line and line.endswith("pip install 'megapoly[eval]'")
+    assert "lm-eval" in line and line.endswith("pip install 'megapoly[eval]'")
     assert not (tmp_path / "out").exists()
 
 

@@ -44,7 +44,7 @@ def test_on_cuda_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     (problem,) = problems_of("--training.device", "cuda")
-    assert "`pip install '.[gpu]'`" in problem
+    assert "`pip install 'megapoly[gpu]'`" in problem
     assert "`model.transformer_engine` (True)" in problem
 
 

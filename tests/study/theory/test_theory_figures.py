@@ -32,7 +32,7 @@ def test_missing_matplotlib_is_said(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command.main(["--output", str(tmp_path)]) == 2
-    assert "need matplotlib: `pip install 'megapoly[report]'`" in capsys.readouterr().err
+    assert "needs matplotlib: pip install 'megapoly[report]'" in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_made(
