@@ -5,7 +5,7 @@
 #                 uses these domains (a .jsonl each) instead of the built-in text
 # make paper-full the same with three to five seeds and a grid of learning rates, in runs/paper_full
 # make test       the CPU test suite
-# make test-slow  checks that take minutes each: the wheel in an empty environment, ...
+# make test-slow  checks that take minutes each: the wheel in an empty environment, two hosts, ...
 # make test-parallel   every kind of parallel layout and their combinations, on up to 8 processes
 # make check      lint, format, types and import order of the code; Dockerfiles, shell scripts, the
 #                 documentation

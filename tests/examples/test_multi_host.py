@@ -15,6 +15,7 @@ import pytest
 from megapoly.testing import run_job
 from megapoly.testing.jobs import shared_cache
 
+pytestmark = pytest.mark.slow  # a cluster of two hosts
 ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorials" / "laptop_to_cluster.md").read_text()
 ADDRESSES = {"first": "198.51.100.1", "second": "198.51.100.2"}
