@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from megapoly.config import Config, to_yaml
 from megapoly.config.parsing import parse
 from megapoly.config.resolve import tokens_per_step
 from megapoly.config.startup import check_and_resolve
-from megapoly.errors import DivergenceError, MegapolyError
-from megapoly.platform import launcher
+from megapoly.errors import ConfigError, DivergenceError, MegapolyError
+from megapoly.platform import extras, launcher
 from megapoly.platform.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
         SystemExit: after ``--help``, ``--print-config`` or ``--dry-run``; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
+    extras.require("Training", "train", extras.EXTRAS["train"])
     if arguments.dry_run is not None:
         from megapoly.preflight.planning.dry_run_command import run_command
 
@@ -93,7 +95,12 @@ def pretrain(config: Config) -> bool:
 
     Returns:
         Whether the run is complete; False if it was requested to stop before its last step.
+
+    Raises:
+        ConfigError: ``run_dir`` cannot be made or written to.
     """
+    if launcher.rank() == 0:
+        _make(Path(config.run_dir))
     from megapoly.platform.device import select_platform
 
     platform = select_platform(config.training.device)
@@ -119,9 +126,7 @@ def pretrain(config: Config) -> bool:
             state = build_state(config, platform, corpus)
             loaded = restore(state)
             if is_rank_zero():
-                run_dir = Path(config.run_dir)
-                run_dir.mkdir(parents=True, exist_ok=True)
-                (run_dir / "config.yaml").write_text(to_yaml(config))
+                (Path(config.run_dir) / "config.yaml").write_text(to_yaml(config))
             num_devices = dist.get_world_size()
             with Reporter(state, num_devices=num_devices, enabled=is_rank_zero()) as reporter:
                 reporter.message(_summary(config, platform.describe(), num_devices))
@@ -133,6 +138,17 @@ def pretrain(config: Config) -> bool:
                 stop = StopRequest()
                 train(state, reporter, build_hooks(state, reporter, stop), stop)
     return state.iteration >= state.train_iters
+
+
+def _make(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        problem = (
+            f"`run_dir` ({run_dir}) cannot be written: {error.strerror}; choose another folder"
+        )
+        raise ConfigError([problem]) from error
 
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:

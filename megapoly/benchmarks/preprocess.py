@@ -28,14 +28,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.command_line import Parser
+from megapoly.platform import extras
+
+if TYPE_CHECKING:
+    import psutil
 
 GOAL_RATIO = 10.0
 GOAL_BYTES = 1 << 30
@@ -98,6 +101,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write the JSON file and return 0."""
     options = build_parser().parse_args(argv)
+    extras.require("The benchmark", "data", ("psutil", *extras.EXTRAS["data"]))
     console = Console()
     with tempfile.TemporaryDirectory(prefix="benchmark-preprocess-") as name:
         folder = Path(name)
@@ -233,6 +237,8 @@ def measure(args: Sequence[str]) -> Run:
     Raises:
         SystemExit: the command fails; with its error output.
     """
+    import psutil
+
     before, start = os.times(), time.perf_counter()
     process = psutil.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     peak = 0
@@ -248,6 +254,8 @@ def measure(args: Sequence[str]) -> Run:
 
 def _memory_of(process: psutil.Process) -> int:
     """Return the memory of a process and its descendants; shared memory counts once."""
+    import psutil
+
     total = 0
     try:
         for each in [process, *process.children(recursive=True)]:

@@ -7,15 +7,19 @@ command runs, so that ``megapoly --help`` answers at once.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import ParamSpec
 
 from megapoly.platform import extras
 
+P = ParamSpec("P")
 _ENGINE = {"train": extras.EXTRAS["train"]}
 _HUGGING_FACE = {"hf": extras.EXTRAS["hf"]}
 _FIGURES = {"report": ("matplotlib",)}
@@ -113,14 +117,33 @@ COMMANDS = {
 }
 
 
+def ends_with_its_reader(work: Callable[P, int]) -> Callable[P, int]:
+    """Let a program end quietly when the reader of its output, such as ``head``, has ended."""
+
+    @functools.wraps(work)
+    def quiet(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            try:
+                return work(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # here, not when the interpreter ends, which prints a traceback
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+
+    return quiet
+
+
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names.
 
     Returns:
-        The command's exit status; 2 when there is no such command.
+        The command's exit status; 2 when there is no such command; that of SIGPIPE when the reader
+        of the output, such as ``head``, has ended.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if arguments else 2
     if arguments[0] == "--version":
@@ -130,21 +153,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; the nearest is `{near[0]}`" if near else ""
         print(
-            f"megapoly: `{name}` is not a command; the nearest is `{nearest}`. `megapoly --help` "
-            "lists all commands.",
+            f"megapoly: `{name}` is not a command{hint}. `megapoly --help` lists all commands.",
             file=sys.stderr,
         )
         return 2
     return run(name, rest)
 
 
+@ends_with_its_reader
 def run(name: str, argv: Sequence[str]) -> int:
     """Run a command by its name.
 
     Returns:
-        The command's exit status; 2, with a message, when a package of an extra is missing.
+        The command's exit status; 2, with a message, when a package of an extra is missing; that of
+        SIGPIPE as of :func:`main`.
     """
     command = COMMANDS[name]
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megapoly.config import Config
-from megapoly.config.command_line import Parser, parse_with_overrides
+from megapoly.config.command_line import Parser, check_can_write, parse_with_overrides
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
@@ -104,6 +104,8 @@ def _check(options: argparse.Namespace, config: Config) -> int:
     from megapoly.preflight.parallel_check.report import Report
     from megapoly.preflight.parallel_check.scaled import scaled_down
 
+    if options.json:
+        check_can_write("--json", options.json)
     bf16 = options.precision == "bf16"
     small = scaled_down(config, steps=options.steps, bf16=bf16)
     if problems := _problems(Layout(), small):

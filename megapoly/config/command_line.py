@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from megapoly.config.options import OPTIONS, nearest
-from megapoly.errors import MegapolyError
+from megapoly.errors import MegapolyError, UnavailableError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -159,6 +158,24 @@ def number(
     return parse
 
 
+def check_can_write(option: str, file: Path) -> None:
+    """Check before hours of work that their result can be written; make the file's folder.
+
+    Raises:
+        UnavailableError: it cannot.
+    """
+    existed = file.exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+        if not existed:
+            file.unlink()
+    except OSError as error:
+        raise UnavailableError(
+            f"`{option}` ({file}) cannot be written: {error.strerror}"
+        ) from error
+
+
 def status_of(work: Callable[[], int]) -> int:
     """Run ``work`` and return its exit status; 2, with a message, for errors of users or files."""
     try:
@@ -166,9 +183,8 @@ def status_of(work: Callable[[], int]) -> int:
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
+    except BrokenPipeError:  # `megapoly.commands.main` ends the program
+        raise
     except OSError as error:
         print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -109,7 +109,8 @@ def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
     """
     if key in SECTIONS:
         return f"`{key}`{place} is a section; set its options, such as `{_first_option(key)}`"
-    return f"unknown option `{key}`{place}; the nearest is `{nearest(key, [*OPTIONS, *flags])}`"
+    known = [*OPTIONS, *flags, *(SECTIONS if place else ())]
+    return f"unknown option `{key}`{place}; the nearest is `{nearest(key, known)}`"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

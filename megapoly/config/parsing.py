@@ -296,7 +296,9 @@ def _split(argv: Sequence[str]) -> _GivenArguments:
             given.dry_run = True
         elif not argument.startswith("--"):
             hint = "write `--section.field value`, a list as '[a, b]'"
-            if argument.startswith("-"):
+            if argument in recipe_names() or argument.endswith((".yaml", ".yml")):
+                hint = f"write `--config {argument}`"
+            elif argument.startswith("-"):
                 hint = f"the nearest is `{nearest(argument, FLAGS)}`"
             given.problems.append(f"`{argument}` is not an option; {hint}")
         else:
@@ -366,7 +368,10 @@ def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
         document = read_yaml(text)
         problems += _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"the recipe `{path}` cannot be read ({error}); name a YAML file")
+        problems.append(
+            f"the recipe `{path}` cannot be read ({error}); name a YAML file, or one of "
+            f"{', '.join(recipe_names())}"
+        )
         return {}
     except yaml.YAMLError as error:
         problems.append(f"the recipe `{path}` is not YAML: {' '.join(str(error).split())}")

@@ -7,8 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import tokenizers
-
 from megapoly.config.data_sources import tokenizer_file
 from megapoly.errors import DataError
 
@@ -42,6 +40,8 @@ class Tokenizer:
         """
         for path in (vocab_file, merge_file):
             _read_bytes(path)
+        import tokenizers
+
         try:
             model = tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file))
         except Exception as error:  # the library raises plain Exception
@@ -58,6 +58,8 @@ class Tokenizer:
         return made
 
     def _read(self, path: Path, content: bytes) -> None:
+        import tokenizers  # here, not above: `megapoly preprocess verify --help` needs no extra
+
         self.path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.config.command_line import check_can_write
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import (
@@ -145,16 +146,7 @@ def _show(request: EvaluationRequest, tasks: TaskResults | None) -> None:
 def _check_inputs(request: EvaluationRequest) -> None:
     """Check now what would otherwise fail after the model is loaded, or after hours of work."""
     if request.output is not None and _is_first():
-        existed = request.output.exists()
-        try:
-            request.output.parent.mkdir(parents=True, exist_ok=True)
-            request.output.open("a").close()
-            if not existed:
-                request.output.unlink()
-        except OSError as error:
-            raise EvaluationError(
-                f"`--output` ({request.output}) cannot be written: {error.strerror}"
-            ) from error
+        check_can_write("--output", request.output)
     if request.tasks:
         import_harness()
         selection = select(request.tasks)

@@ -151,7 +151,10 @@ def available_tasks(
     if task_data is None:
         return list(selection.tasks), ()
     if not task_data.is_dir():
-        raise EvaluationError(f"`{task_data}` is not a folder of questions")
+        raise EvaluationError(
+            f"`{task_data}` is not a folder of questions; `megapoly export-benchmarks --output "
+            f"{task_data}` writes one"
+        )
     missing = {task: tuple(missing_files(task, task_data)) for task in selection.tasks}
     skipped = tuple(Skipped(task, files) for task, files in missing.items() if files)
     tasks = [task for task, files in missing.items() if not files]

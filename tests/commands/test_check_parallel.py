@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megapoly.commands import check_parallel
 from megapoly.commands.check_parallel import main
 from megapoly.preflight.parallel_check import job
 from megapoly.testing.jobs import RECIPES
@@ -80,3 +81,9 @@ def test_what_is_refused(capsys, words, message):
     assert main([*DENSE, *words]) == 2
     output = capsys.readouterr()
     assert message in output.err and output.out == ""
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_parallel, "_train_all", lambda *_: pytest.fail("it trains"))
+    assert main([*DENSE, "--layouts", "tp2", "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"`--json` ({tmp_path}) cannot be written: Is a directory\n"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megapoly.commands import COMMANDS, benchmark, doctor, main, module_of
+from megapoly.commands import COMMANDS, benchmark, doctor, help_text, main, module_of, preprocess
 from megapoly.commands.train import build_parser as train_parser
 from megapoly.config.command_line import Parser
 from megapoly.config.options import OPTIONS
@@ -23,16 +25,23 @@ from megapoly.platform import extras
 OWN_PARSER = [name for name in COMMANDS if name not in ("train", "launch")]
 # torchrun's options need torch, and so does what the theory measures.
 NEEDS_TORCH = ("theory", "launch")
+WITHOUT_EXTRAS = [
+    *(f"benchmark {name}" for name in benchmark.BENCHMARKS),
+    *(f"preprocess {name}" for name in preprocess.SUBCOMMANDS),
+    "completion bash",
+]
 
-# Runs `--help` of all commands in one process, those that import torch last.
+# Runs `--help` of all commands in one process without any extra, those that import torch last.
 HELP = f"""
 import contextlib, io, json, sys
 from megapoly.commands import COMMANDS, main
+from megapoly.platform.extras import EXTRAS
+sys.modules |= dict.fromkeys(each.partition(".")[0] for extra in EXTRAS.values() for each in extra)
 found = {{}}
-for name in sorted(COMMANDS, key={NEEDS_TORCH!r}.__contains__):
+for name in [*sorted(COMMANDS, key={NEEDS_TORCH!r}.__contains__), *{WITHOUT_EXTRAS!r}]:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
-            status = main([name, "--help"])
+            status = main([*name.split(), *([] if name == "completion bash" else ["--help"])])
         except SystemExit as stopped:
             status = stopped.code
     found[name] = [status, output.getvalue(), "torch" in sys.modules]
@@ -98,9 +107,33 @@ def test_help_of_a_command(help_of: dict[str, tuple[int, str, bool]], name: str)
     assert summary in " ".join(text.split())
 
 
+@pytest.mark.parametrize("name", WITHOUT_EXTRAS)
+def test_help_of_parts_and_completion_need_no_extra(
+    help_of: dict[str, tuple[int, str, bool]], name: str
+) -> None:
+    status, text, _ = help_of[name]
+    assert status == 0
+    assert f"megapoly {name}" in text or "_shtab_megapoly" in text
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", "train --print-config"])
+def test_ends_quietly_when_the_reader_has_ended(command: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "megapoly", *command.split()], stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_a_misspelled_command() -> None:
     status, text = run("exprot", "--model", "x")
     assert status == 2 and "`exprot` is not a command; the nearest is `export`" in text
+    assert run("help") == (0, f"{help_text()}\n")
+    # What is like no command is not guessed.
+    status, text = run("--config", "moe_tiny")
+    assert status == 2 and "`--config` is not a command. `megapoly --help` lists" in text
 
 
 @pytest.mark.parametrize("name", OWN_PARSER)
@@ -129,6 +162,14 @@ def test_a_misspelled_flag_of_train() -> None:
         assert (
             f"unknown option `{misspelling.removeprefix('--')}`; the nearest is `{nearest}`" in text
         )
+
+
+def test_a_recipe_without_its_flag() -> None:
+    assert (
+        "`dense_tiny` is not an option; write `--config dense_tiny`"
+        in run("train", "dense_tiny")[1]
+    )
+    assert "write `--config my.yaml`" in run("train", "my.yaml")[1]
 
 
 def test_one_dash_is_a_misspelling() -> None:

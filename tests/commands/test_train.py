@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly import pretrain
 from megapoly.commands import launch, train
 
 ROOT = Path(__file__).parents[2]
@@ -154,3 +155,19 @@ def test_help_of_the_script_is_left_to_the_script(monkeypatch):
     monkeypatch.setenv(launch.STATUS_FILE, "restored after the test")
     assert launch.main(["-m", "megapoly", "train", "--help"]) == 0
     assert given == ["-m", "megapoly", "train", "--help"]
+
+
+def test_a_run_dir_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "end_on_signals", lambda work: work())
+    (tmp_path / "file").touch()
+    for run_dir, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+        assert train.main(["--run_dir", str(tmp_path / run_dir)]) == 2
+        message = f"`run_dir` ({tmp_path / run_dir}) cannot be written: {reason}; choose another"
+        assert message in capsys.readouterr().err
+
+
+def test_the_module_names_the_extra_that_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert pretrain.main(["--print-config"], program="megapoly.pretrain") == 2
+    expected = "Training needs tokenizers: pip install 'megapoly[train]'\n"
+    assert capsys.readouterr().err == expected

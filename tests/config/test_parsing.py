@@ -211,6 +211,13 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         assert word in text
 
 
+def test_a_misspelled_section_of_a_recipe_names_the_nearest_section(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "trainig: {train_iters: 4}\ntrain_iters: 4\n")
+    first, second = problems(path)
+    assert first == f"unknown option `trainig` in {path}; the nearest is `training`"
+    assert second.endswith("the nearest is `training.train_iters`")
+
+
 def test_sections_are_not_values(recipe: Path, tmp_path: Path) -> None:
     (problem,) = problems(recipe, "--model", "x.yaml")
     assert problem == "`model` is a section; set its options, such as `model.num_layers`"

@@ -11,13 +11,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megapoly.data.files import full_disk_explained, write_text
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.source_files import SourceFile
-from megapoly.data.preprocess.tokenization import TokenizerSettings
 from megapoly.errors import DataError
+
+if TYPE_CHECKING:
+    from megapoly.data.preprocess.tokenization import TokenizerSettings
 
 logger = logging.getLogger(__name__)
 
