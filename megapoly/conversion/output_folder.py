@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.conversion.parity import ParityError
-from megapoly.data.files import full_disk_explained
 from megapoly.errors import CheckpointError, DataError
+from megapoly.platform.files import full_disk_explained
 
 # Every folder that a conversion has written has one of these.
 _CONVERSION_REPORTS = ("parity.json", "import.json")

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megapoly.data.files import write_text
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 FORMAT_VERSION = 1
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.files import write_text
 from megapoly.data.manifest import PairRecord, find_manifest, read_manifest
 from megapoly.data.token_files import TokenFile, open_token_file, pair_paths
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 20

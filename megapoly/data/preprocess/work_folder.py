@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megapoly.data.files import full_disk_explained, write_text
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.data.preprocess.tokenization import TokenizerSettings
 from megapoly.errors import DataError
+from megapoly.platform.files import full_disk_explained, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 The rules, specs, builder, gradient buffers and optimizer are those of training; there are no data
 and no other processes (:mod:`megapoly.preflight.planning.fake_job`). Import this after
-:func:`megapoly.platform.select_platform`, as everything that imports the engine.
+:func:`megapoly.platform.device.select_platform`, as everything that imports the engine.
 """
 
 from __future__ import annotations

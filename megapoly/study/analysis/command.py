@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megapoly.data.files import write_text
 from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
 from megapoly.platform import launcher
+from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
 from megapoly.study.comparison.outcome import chosen_runs
 

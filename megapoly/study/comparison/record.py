@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import megapoly
-from megapoly.data.files import write_text
+from megapoly.platform.files import write_text
 from megapoly.preflight.doctor.facts import system_facts
 from megapoly.study.comparison.outcome import COMPARISON_FILE, read_comparison
 
