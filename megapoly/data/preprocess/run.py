@@ -13,7 +13,7 @@ from rich.console import Console
 from megapoly.data.manifest import Manifest, PairRecord, SourceRecord, manifest_path, read_manifest
 from megapoly.data.preprocess.assemble import FinishedWork, assemble
 from megapoly.data.preprocess.backend_check import choose_backend
-from megapoly.data.preprocess.console_output import byte_progress, print_plain
+from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.input_parts import InputPart, split_into_parts
 from megapoly.data.preprocess.input_sample import sample_texts
 from megapoly.data.preprocess.options import PreprocessOptions
@@ -34,6 +34,7 @@ from megapoly.data.preprocess.work_folder import (
 from megapoly.data.preprocess.worker import Task, Worker, WorkerConfig
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.errors import DataError
+from megapoly.platform.progress import bytes_bar
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> PreprocessResult
         totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
         work = FinishedWork(options, inputs.sources, inputs.settings, backend.name, parts)
         print_plain(console, f"joining shards to {work.bin_bytes / 1e6:,.1f} MB")
-        with byte_progress("joining", work.bin_bytes, console) as advance:
+        with bytes_bar("joining", work.bin_bytes, console, transient=True) as advance:
             manifest, tokens = assemble(work, advance=advance)
         remove_work_folder(options.shard_folder)
     return PreprocessResult(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())

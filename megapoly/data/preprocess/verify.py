@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from megapoly.data.index_file import Index, read_index
-from megapoly.data.preprocess.console_output import byte_progress
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, find_pairs
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.progress import bytes_bar
 
 _BLOCK_BYTES = 16 << 20
 
@@ -124,7 +125,8 @@ def verify_with_progress(
 ) -> PairReport:
     """Call :func:`verify` with a progress bar."""
     path = pair_paths(pair.prefix)[0]
-    with byte_progress(path.name, path.stat().st_size if path.is_file() else 0) as advance:
+    size, console = path.stat().st_size if path.is_file() else 0, Console(stderr=True)
+    with bytes_bar(path.name, size, console, transient=True) as advance:
         return verify(pair, expected, quick=quick, advance=advance)
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
-from megapoly.platform import launcher
+from megapoly.errors import CheckpointError, MegapolyError
+from megapoly.platform import extras, launcher
 from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
 from megapoly.study.comparison.outcome import chosen_runs
@@ -194,12 +194,7 @@ def _check(request: AnalysisRequest) -> None:
     for override in request.overrides:
         if override.partition("=")[0] == "--training.device":
             raise AnalysisError("`--training.device`: use `--device`, which is for every part")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(
-            "The figures need matplotlib: `pip install 'megapoly[report]'`."
-        ) from error
+    extras.require("A figure", "report", ["matplotlib"])
     from megapoly.platform.device import check_device
 
     if request.device is not None:
