@@ -22,7 +22,8 @@ import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
-from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.model.builder import unwrap
+from megapoly.model.shards import checkpoint_metadata
 from megapoly.platform.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
