@@ -35,7 +35,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.config.command_line import Parser
+from megapoly.config.command_line import Parser, at_least
 
 GOAL_RATIO = 10.0
 GOAL_BYTES = 1 << 30
@@ -134,20 +134,26 @@ def build_parser() -> Parser:
     add(
         "--workers",
         nargs="+",
-        type=int,
+        type=at_least(1),
         default=[1, os.cpu_count() or 1],
         metavar="N",
         help="numbers of processes (1, and one per core)",
     )
     add(
         "--copies",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="read the input this often in one run (1)",
     )
-    add("--rounds", type=int, default=3, metavar="N", help="runs of each method (3)")
-    add("--hostile-mb", type=int, default=1000, metavar="N", help="MB of unrepeated words (1000)")
+    add("--rounds", type=at_least(1), default=3, metavar="N", help="runs of each method (3)")
+    add(
+        "--hostile-mb",
+        type=at_least(1),
+        default=1000,
+        metavar="N",
+        help="MB of unrepeated words (1000)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     return parser
 

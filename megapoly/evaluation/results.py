@@ -166,7 +166,7 @@ def as_json(
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
     """Write the content of :func:`as_json` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")

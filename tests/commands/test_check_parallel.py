@@ -80,3 +80,17 @@ def test_what_is_refused(capsys, words, message):
     assert main([*DENSE, *words]) == 2
     output = capsys.readouterr()
     assert message in output.err and output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps: 0 must be a whole number, 1 or more"),
+        (["--world-size", "2", "-1"], "--world-size: -1 must be a whole number, 1 or more"),
+        (["--timeout-s", "nan"], "--timeout-s: nan must be above 0"),
+    ],
+)
+def test_numbers_that_check_nothing_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        main([*DENSE, *words])
+    assert message in capsys.readouterr().err

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from megapoly.config.command_line import at_least
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
     add(
         "--vocab-size",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="token ids must be below N (default: from the manifest)",
     )
