@@ -2,9 +2,9 @@
 
     megapoly benchmark preprocess --input corpora/*.jsonl --tokenizer olmo llama2
 
-Speed, for each tokenizer in turns: `usual`, the loop over `json.loads` and
+Speed, for each tokenizer: `usual`, the loop over `json.loads` and
 `tokenizers.Tokenizer.encode`, one document at a time, that each worker of other tools runs, in one
-process; and megapoly preprocess with each of `--workers`. CPU time is that of all processes from
+process; and megapoly preprocess with each of `--workers`. CPU time is of all processes from
 start to end, including imports and loading. Both must write the same bytes. `--copies` reads the
 input several times, which shows the speed without the start.
 
@@ -195,7 +195,7 @@ def _speed(
                 prefix = Path(folder) / str(count)
                 runs[count].append(_preprocess(inputs, model, prefix, count))
                 if _hash(usual) != _hash(Path(f"{prefix}_text_document.bin")):
-                    raise SystemExit(f"{name}: the bytes differ from those of the usual loop")
+                    raise SystemExit(f"{name}: the bytes differ from the usual loop's")
     usual_run = _median(runs[0])
     for count, found in runs.items():
         run = _median(found)

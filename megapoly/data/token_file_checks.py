@@ -119,7 +119,7 @@ def _tokenizer_warnings(token_file: TokenFile, theirs: str, ours: str) -> list[s
     if theirs == ours:
         return []
     return [
-        f"`{token_file.prefix}` was made with another tokenizer.json than that of `data.tokenizer` "
+        f"`{token_file.prefix}` was made with another tokenizer.json than `data.tokenizer` "
         f"(SHA-256 {theirs[:12]}.. in its manifest, {ours[:12]}.. here); its ids may mean other "
         "tokens"
     ]

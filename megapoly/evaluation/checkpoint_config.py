@@ -67,7 +67,7 @@ def configure_evaluation(
     Args:
         checkpoint: ``RUN_DIR/checkpoints/iter_0000100``.
         overrides: command-line arguments ``--section.field value``.
-        needs_validation: validation sets are evaluated; otherwise those of the checkpoint's run
+        needs_validation: validation sets are evaluated; otherwise the files of the run's sets
             need not exist.
 
     Returns:

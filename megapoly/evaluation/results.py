@@ -39,7 +39,7 @@ class TaskResult:
         task: the task.
         metric: name of the metric that ``score`` shows.
         metrics: every metric of the harness by name, or by ``name,filter`` if the task has filters.
-        num_questions: number of questions that were asked.
+        num_questions: number of questions that were answered.
         num_questions_in_split: number of questions in the split.
         num_fewshot: answered examples before each question.
         split: split of the data.

@@ -25,7 +25,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Return those of some modules that are not installed; import none of them."""
+    """Return the modules that are not installed; import none."""
     return [module for module in modules if not _is_installed(module)]
 
 

@@ -22,7 +22,7 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
     Args:
         *paths: final names.
         folder: existing folder on the same disk, which only this process uses, for the temporary
-            files ``NAME.partial``; None: hidden files with unique names beside ``paths``.
+            files ``NAME.partial``; None: hidden files with unique names next to ``paths``.
 
     Raises:
         DataError: the disk is full; the temporary files are deleted.

@@ -258,7 +258,7 @@ def _position(state: TrainState) -> dict[str, Any]:
 
 
 def _layout(config: Config) -> dict[str, int]:
-    """Return what decides which rank has which part; each rank has its own random state."""
+    """Return the layout, by which ranks find their own random states."""
     parallel = config.parallel
     return {
         "world_size": dist.get_world_size(),

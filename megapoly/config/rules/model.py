@@ -118,7 +118,7 @@ def dense_width_has_effect(facts: Facts) -> Iterator[str]:
     """A layer of experts has no dense FFN; its width is only the default of the experts' width."""
     width = facts.config.model.moe_ffn_hidden_size
     if facts.is_moe and width not in (None, facts.config.model.ffn_hidden_size):
-        condition = f"beside `model.moe_ffn_hidden_size` ({width}) in a mixture of experts"
+        condition = f"with `model.moe_ffn_hidden_size` ({width}) in a mixture of experts"
         yield from have_no_effect(facts.config, ["model.ffn_hidden_size"], condition)
 
 

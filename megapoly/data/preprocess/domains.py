@@ -49,7 +49,7 @@ class DomainOptions:
 
     @property
     def recipe(self) -> Path:
-        """Recipe of the data, for ``--config`` beside that of a model."""
+        """Recipe of the data, for ``--config`` after a model's recipe."""
         return self.output / "data.yaml"
 
 

@@ -59,7 +59,7 @@ class PreprocessResult:
     Args:
         manifest: the manifest as written.
         tokens: number of tokens of each source.
-        totals: counts of this run, without those of an interrupted run that it resumed.
+        totals: counts of this run, without the interrupted run that it resumed.
         seconds: wall time.
         cpu_seconds: CPU time of all processes.
     """
@@ -215,7 +215,7 @@ def _bytes_by_source(sources: Sequence[SourceFile], parts: Sequence[InputPart]) 
 
 
 def _is_complete(options: PreprocessOptions, inputs: PreprocessInputs) -> bool:
-    """Return whether the token files are those that this command would write."""
+    """Return whether the token files are what this command would write."""
     path = manifest_path(options.output_prefix)
     if not path.is_file() or plan_path(options.shard_folder).is_file():
         return False
@@ -231,7 +231,7 @@ def _is_complete(options: PreprocessOptions, inputs: PreprocessInputs) -> bool:
 
 
 def _is_same_source(record: SourceRecord, source: SourceFile) -> bool:
-    """Return whether a file is that of the manifest; if the times differ, compare the content."""
+    """Return whether a file is the manifest's; if the times differ, compare the content."""
     if (record.path, record.size_bytes) != (str(source.path), source.size_bytes):
         return False
     return record.modified_ns == source.modified_ns or record.sha256 == sha256_of(source.path)

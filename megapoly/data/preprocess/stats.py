@@ -2,7 +2,7 @@
 
     megapoly preprocess stats tokens/books --json stats.json
 
-PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+PREFIX is the path of a pair without .bin and .idx, or of PREFIX.manifest.json, which names all
 pairs of a run. One pair is described in full with a histogram of document lengths, several as a
 table.
 """

@@ -3,7 +3,7 @@
     megapoly preprocess verify tokens/books
     megapoly preprocess verify data/c4_text_document --vocab-size 50280 --quick
 
-PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+PREFIX is the path of a pair without .bin and .idx, or of PREFIX.manifest.json, which names all
 pairs of a run. Sizes and hashes are compared with the manifest, if it exists.
 
 The exit status is 0 if everything is correct, 1 if not, and 2 if a pair cannot be checked.

@@ -91,7 +91,7 @@ def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Differences:
 
 
 def _by_layer(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split the parameters by layer: in a checkpoint those of all layers are one tensor."""
+    """Split the parameters by layer: a checkpoint has one tensor for all layers."""
     stacked = {name: g for name, g in gradients.items() if name.startswith(_LAYERS)}
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}

@@ -1,6 +1,6 @@
 """Weights and gradients of the whole model, assembled from the shards of all ranks.
 
-Names and places of shards are those of checkpoints, which are the same at every layout.
+Shards have the names and places of checkpoints, which are the same at every layout.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megapoly.study.analysis.forward_pass import Findings, Place
 
 PARTS = ("rank", "similarity", "coefficients", "activations")
-# Those that run the model.
+# Parts that run the model.
 ON_TEXT = ("similarity", "activations")
 DEFAULT_TOKENS = 16384
 

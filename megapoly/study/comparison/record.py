@@ -56,7 +56,7 @@ class ComparisonRecord:
         )
 
     def forget(self, run_dir: Path) -> None:
-        """Drop the entry of a trial whose folder was deleted."""
+        """Drop the entry of a trial after its folder was deleted."""
         if not run_dir.exists():
             self.trials.pop(run_dir.name, None)
 
