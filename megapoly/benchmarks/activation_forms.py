@@ -1,7 +1,7 @@
 """Forms of PolyNorm and PolyReLU that ``operators.py`` compares, and their exact results.
 
-Every form gets the same tensors as leaves of its own graph. Its output and gradients are compared
-with the same formula in float64.
+Every form gets the same tensors as leaves of a separate graph. Its output and gradients are
+compared with the same formula in float64.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Candidate:
         forward: function that computes the output.
         exact: results in float64.
         num_tensors: tensors of the size of ``x`` that forward and backward must at least move.
-        to_exact_names: converts results to those of ``exact`` if parameters are stored differently.
+        to_exact_names: converts results to the form of ``exact`` if its parameters differ.
     """
 
     name: str

@@ -53,7 +53,7 @@ from megapoly.benchmarks.activation_forms import (
     make_inputs,
 )
 from megapoly.benchmarks.operators_report import Seconds, case_report, print_report
-from megapoly.config.command_line import Parser
+from megapoly.config.command_line import Parser, at_least
 from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform import extras
 from megapoly.platform.device import default_device
@@ -150,7 +150,7 @@ def build_parser() -> Parser:
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], help="(%(default)s)")
     add(
         "--experts",
-        type=_positive,
+        type=at_least(1),
         help="rows sorted by expert, in uneven numbers, with coefficients for each expert and a "
         "router probability for each row (default: a dense layer)",
     )
@@ -168,8 +168,8 @@ def build_parser() -> Parser:
         default=["eager", "compile", "liger"],
         help="(%(default)s)",
     )
-    add("--rounds", type=_positive, help=f"turns of each candidate (default: {ROUNDS})")
-    add("--threads", type=_positive, help="of torch on CPU (default: chosen by torch)")
+    add("--rounds", type=at_least(1), help=f"turns of each candidate (default: {ROUNDS})")
+    add("--threads", type=at_least(1), help="of torch on CPU (default: chosen by torch)")
     add("--json", type=Path, help="file for the results")
     add("--plot", type=Path, help="PNG file for a bar chart (needs matplotlib)")
     return parser
@@ -181,12 +181,6 @@ def _default_shapes() -> str:
         for device, pairs in SHAPES.items()
     }
     return f"tokens and FFN width (default on CPU {shapes['cpu']}, on CUDA {shapes['cuda']})"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -68,7 +68,7 @@ class Seconds:
     backward: list[float] = field(default_factory=list)
 
     def of(self, pass_name: str) -> list[float]:
-        """Return those of ``forward``, ``backward``, or both in the same round."""
+        """Return the seconds of ``forward``, ``backward``, or both in the same round."""
         if pass_name == "both":
             return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
         return self.forward if pass_name == "forward" else self.backward

@@ -2,9 +2,9 @@
 
     megapoly benchmark preprocess --input corpora/*.jsonl --tokenizer olmo llama2
 
-Speed, for each tokenizer in turns: `usual`, the loop over `json.loads` and
+Speed, for each tokenizer: `usual`, the loop over `json.loads` and
 `tokenizers.Tokenizer.encode`, one document at a time, that each worker of other tools runs, in one
-process; and megapoly preprocess with each of `--workers`. CPU time is that of all processes from
+process; and megapoly preprocess with each of `--workers`. CPU time is of all processes from
 start to end, including imports and loading. Both must write the same bytes. `--copies` reads the
 input several times, which shows the speed without the start.
 
@@ -34,7 +34,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.config.command_line import Parser
+from megapoly.config.command_line import Parser, at_least
 from megapoly.platform import extras
 
 if TYPE_CHECKING:
@@ -138,20 +138,26 @@ def build_parser() -> Parser:
     add(
         "--workers",
         nargs="+",
-        type=int,
+        type=at_least(1),
         default=[1, os.cpu_count() or 1],
         metavar="N",
         help="numbers of processes (1, and one per core)",
     )
     add(
         "--copies",
-        type=int,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="read the input this often in one run (1)",
     )
-    add("--rounds", type=int, default=3, metavar="N", help="runs of each method (3)")
-    add("--hostile-mb", type=int, default=1000, metavar="N", help="MB of unrepeated words (1000)")
+    add("--rounds", type=at_least(1), default=3, metavar="N", help="runs of each method (3)")
+    add(
+        "--hostile-mb",
+        type=at_least(1),
+        default=1000,
+        metavar="N",
+        help="MB of unrepeated words (1000)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     return parser
 
@@ -193,7 +199,7 @@ def _speed(
                 prefix = Path(folder) / str(count)
                 runs[count].append(_preprocess(inputs, model, prefix, count))
                 if _hash(usual) != _hash(Path(f"{prefix}_text_document.bin")):
-                    raise SystemExit(f"{name}: the bytes differ from those of the usual loop")
+                    raise SystemExit(f"{name}: the bytes differ from the usual loop's")
     usual_run = _median(runs[0])
     for count, found in runs.items():
         run = _median(found)

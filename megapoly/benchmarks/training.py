@@ -34,7 +34,7 @@ from rich.table import Table
 from megapoly.benchmarks.plain_model import PlainModel, check_is_plain
 from megapoly.benchmarks.round_statistics import RoundStatistics
 from megapoly.config import Config
-from megapoly.config.command_line import Parser
+from megapoly.config.command_line import Parser, at_least
 from megapoly.errors import MegapolyError
 from megapoly.platform.device import select_platform
 from megapoly.pretrain import configure
@@ -108,11 +108,13 @@ def build_parser() -> Parser:
         default=["polynorm"],
         help="compared with swiglu (%(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=1, help="steps of a turn (%(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=30, help="turns of each candidate (%(default)s)"
+        "--steps", type=at_least(1), default=1, help="steps of a turn (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, help="of torch (default: chosen by torch)")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=30, help="turns of each candidate (%(default)s)"
+    )
+    parser.add_argument("--threads", type=at_least(1), help="of torch (default: chosen by torch)")
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser
 

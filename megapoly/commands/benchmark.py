@@ -4,7 +4,7 @@
     megapoly benchmark training      training speed on CPU against plain PyTorch
     megapoly benchmark preprocess    documents per CPU-second against the usual loop
 
-Each has options of its own: megapoly benchmark NAME --help.
+Each has its own options: megapoly benchmark NAME --help.
 """
 
 from __future__ import annotations

@@ -27,14 +27,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from megapoly.config import Config
-from megapoly.config.command_line import Parser, check_can_write, parse_with_overrides
+from megapoly.config.command_line import (
+    Parser,
+    at_least,
+    check_can_write,
+    number,
+    parse_with_overrides,
+)
 from megapoly.config.parsing import parse as parse_config
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
 from megapoly.platform.machine import CPU
-from megapoly.preflight.layouts import Layout, all_layouts, covering
-from megapoly.preflight.layouts import parse as parse_layout
+from megapoly.preflight.layouts import Layout, all_layouts, covering, parse_layout
 
 if TYPE_CHECKING:
     from megapoly.preflight.parallel_check.report import Report
@@ -86,14 +91,26 @@ def build_parser() -> Parser:
     add(
         "--world-size",
         nargs="+",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="numbers of processes (1 2 4 8); layouts by name are filled up with data parallelism, "
         "and without this option run on as many processes as they need",
     )
-    add("--steps", type=int, default=3, metavar="N", help="training steps at each layout (3)")
+    add(
+        "--steps",
+        type=at_least(1),
+        default=3,
+        metavar="N",
+        help="training steps at each layout (3)",
+    )
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the computation (fp32)")
-    add("--timeout-s", type=float, default=600.0, metavar="X", help="seconds for one layout (600)")
+    add(
+        "--timeout-s",
+        type=number(above=0.0, most=1e6),
+        default=600.0,
+        metavar="X",
+        help="seconds for one layout (600)",
+    )
     add("--json", type=Path, metavar="FILE", help="write a report with every parameter")
     return parser
 
@@ -162,14 +179,14 @@ def _problems(layout: Layout, small: Config) -> list[str]:
 
 def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s: float) -> None:
     from megapoly.preflight.parallel_check.comparison import compare
-    from megapoly.preflight.parallel_check.job import train
+    from megapoly.preflight.parallel_check.job import train_at
     from megapoly.preflight.parallel_check.report import Row
 
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("one process", total=len(layouts) + 1)
         try:
-            expected = train(report.config, Layout(), cache_dir=cache_dir, timeout_s=timeout_s)
+            expected = train_at(report.config, Layout(), cache_dir=cache_dir, timeout_s=timeout_s)
         except (RuntimeError, TimeoutError) as error:
             raise MegapolyError(f"The configuration fails on one process: {error}") from error
         bar.advance(task)
@@ -178,7 +195,7 @@ def _train_all(report: Report, layouts: list[Layout], cache_dir: Path, timeout_s
             bar.update(task, description=f"{layout.name}, {processes}")
             row, start = Row(layout, 0.0), time.perf_counter()
             try:
-                steps = train(report.config, layout, cache_dir=cache_dir, timeout_s=timeout_s)
+                steps = train_at(report.config, layout, cache_dir=cache_dir, timeout_s=timeout_s)
                 row.comparison = compare(steps, expected)
             except (RuntimeError, TimeoutError) as error:
                 row.failure = str(error)

@@ -4,7 +4,7 @@
     megapoly doctor --json
 
 Lists every package with what it is for, the GPUs, limits of the system, and which commands can run.
-Packages with code for GPUs are imported, each in a process of its own; nothing is computed, and no
+Packages with code for GPUs are imported, each in a separate process; nothing is computed, and no
 memory of a GPU is taken. The exit status is 0 when training can run here (also on CPU), 1 when
 something that it needs is missing, broken, or known not to work with the rest, 2 for a wrong
 option.

@@ -125,7 +125,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
             raise
         found = search(resolve(base), config, world_size, gpu, allows)
         values = {"problems": error.problems, "search": _found_values(found, options.search)}
-        if _writes(options, values):
+        if _write_json(options, values):
             print(error, file=sys.stderr)
             _show_search(found, options.search)
         return 2
@@ -138,7 +138,7 @@ def _plan(options: argparse.Namespace, config: Config) -> int:
     if options.search:
         found = search(plan.config, config, world_size, gpu, allows)
         values["search"] = _found_values(found, options.search)
-    if not _writes(options, values):
+    if not _write_json(options, values):
         return 0 if plan.fits else 1
     console = _Console()
     report.show(plan, console)
@@ -164,8 +164,8 @@ def _found_values(found: list[FittingLayout], limit: int) -> list[dict[str, Any]
     ]
 
 
-def _writes(options: argparse.Namespace, values: dict[str, Any]) -> bool:
-    """Write JSON as requested; return whether tables are to be printed."""
+def _write_json(options: argparse.Namespace, values: dict[str, Any]) -> bool:
+    """Write JSON as requested; return whether to print tables."""
     text = json.dumps(values, indent=2)
     if options.json == "-":
         print(text, flush=True)

@@ -38,7 +38,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from megapoly.config.command_line import Parser, status_of
+from megapoly.config.command_line import Parser, at_least, number, status_of
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.threads import use_one_thread
 
@@ -225,7 +225,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--max-document-mib",
-        type=_positive(float),
+        type=number(above=0.0, most=1e6),
         default=16.0,
         metavar="MIB",
         help="a longer line, row or text file is a bad line (16)",
@@ -271,7 +271,7 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
     add("--use-gigatoken", action="store_true", help="same as --tokenizer-backend gigatoken")
     add(
         "--check-every",
-        type=_positive(int),
+        type=at_least(1),
         default=500,
         metavar="N",
         help="compare every N-th document of a worker with tokenizers (500)",
@@ -289,14 +289,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--workers",
-        type=_positive(int),
+        type=at_least(1),
         default=os.cpu_count() or 1,
         metavar="N",
         help="number of processes (one per core)",
     )
     add(
         "--part-mib",
-        type=_positive(float),
+        type=number(above=0.0, most=1e6),
         metavar="MIB",
         help="size of a part, the most work that an interruption costs a worker (1 to 64, by the "
         "size of the input; 256 of the text of a compressed file)",
@@ -304,14 +304,3 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--dry-run", action="store_true", help="read a sample and print expected size and time")
     add("--restart", action="store_true", help="delete the shards of an interrupted run")
     add("--overwrite", action="store_true", help="replace token files that exist")
-
-
-def _positive(type_: type) -> type:
-    def convert(text: str) -> float:
-        value: float = type_(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    convert.__name__ = f"{type_.__name__} above 0"
-    return convert  # type: ignore[return-value] # argparse takes any callable

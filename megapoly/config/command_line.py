@@ -1,4 +1,4 @@
-"""What the commands' parsers share: options, numbers with a range, exit statuses."""
+"""Shared by the commands: the parser, options, numbers with a range, exit statuses."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def validation_sets(data: DataConfig) -> dict[str, ValidationSet]:
 
 
 def token_file_prefixes(path: str) -> list[str]:
-    """Return the prefixes that a path stands for: itself, or those that it matches, sorted.
+    """Return the prefixes that a path names: itself, or all that match the pattern, sorted.
 
     Returns:
         Empty if the path is a pattern and no ``.idx`` file matches it.

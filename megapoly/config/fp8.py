@@ -1,4 +1,4 @@
-"""FP8 recipes: the devices that support them, and what sizes must be multiples of.
+"""FP8 recipes: the devices that support them, and the multiples that sizes must be.
 
 Source: ``transformer_engine/pytorch/quantization.py`` (``check_recipe_support``,
 ``get_align_size_for_quantization``), ``pytorch/utils.py`` (``assert_dim_for_fp8_exec``) and
@@ -23,7 +23,7 @@ FP8_OPTIONS = (
 
 @dataclass(frozen=True)
 class FP8Recipe:
-    """What an FP8 recipe requires of the machine and of sizes.
+    """Requirements of an FP8 recipe on the machine and on sizes.
 
     Args:
         capability: lowest compute capability that supports it.

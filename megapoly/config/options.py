@@ -105,7 +105,7 @@ def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
     Args:
         key: dotted name as it was written.
         place: where it was written, such as `` in recipe.yaml``.
-        flags: what the command takes beside the configuration's options, such as ``--config``.
+        flags: other flags that the command takes, such as ``--config``.
     """
     if key in SECTIONS:
         return f"`{key}`{place} is a section; set its options, such as `{_first_option(key)}`"

@@ -114,8 +114,8 @@ def override(config: Config, arguments: Sequence[str]) -> list[str]:
     problems = list(given.problems)
     if given.recipes or given.print_config or given.help or given.dry_run or given.of_dry_run:
         problems.append(
-            "`--config`, `--print-config`, `--dry-run` and its options, and `--help` cannot stand "
-            "among overrides"
+            "`--config`, `--print-config`, `--dry-run` and its options, and `--help` are not "
+            "options of the configuration; leave them out"
         )
     values = _read_overrides(given.overrides, problems)
     if problems:

@@ -29,7 +29,7 @@ def resolve(
     tokenizer_vocab_size: int,
     machine: Machine,
 ) -> Config:
-    """Return a copy in which every null that stands for another value is replaced by it.
+    """Return a copy in which every null that means another value is replaced by it.
 
     Lengths in tokens become lengths in steps and their token forms null, so that the result obeys
     "one of the two". Nulls that mean "none" stay (experts, recomputation, data, ``eval_iters``).

@@ -76,7 +76,7 @@ def _wrong_type(option: Option, value: Any) -> str:
 
 
 def _convert_entries(option: Option, entry: type, value: Any) -> Any:
-    """Convert a list or dictionary in which mappings stand for ``entry``."""
+    """Convert a list or dictionary of which mappings become ``entry``."""
     is_named = get_origin(option.base) is dict
     if not isinstance(value, Mapping if is_named else list):
         raise ConfigError([_wrong_type(option, value)])

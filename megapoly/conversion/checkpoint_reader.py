@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megapoly.config import Config, load_yaml
 from megapoly.errors import CheckpointError
+from megapoly.platform.run_folder import complete_checkpoints
 
 # A checkpoint also holds the optimizer's state, and states of random generators and of engine
 # modules, which are not tensors.
@@ -157,8 +158,7 @@ def find_checkpoint(path: Path) -> Path | None:
     """Return ``path`` if it is a checkpoint, the newest one if it is a run, else None."""
     if (path / "run.json").is_file():
         return path
-    found = sorted((path / "checkpoints").glob("iter_*/run.json"))
-    return found[-1].parent if found else None
+    return next(reversed(complete_checkpoints(path)), None)
 
 
 def checkpoint_of_model(path: Path) -> Path | None:

@@ -70,7 +70,7 @@ def write_tensors(
     except CheckpointException as error:  # a list of what each rank raised
         ((cause, _),) = error.failures.values()
         raise cause from None
-    # The engine also needs files of its own (megatron/core/dist_checkpointing/core.py).
+    # The engine also needs its own files (megatron/core/dist_checkpointing/core.py).
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(backends | versions))

@@ -1,6 +1,6 @@
 """Outputs of a checkpoint's own model, computed by the engine.
 
-The engine says where each of its weights lies in the checkpoint, so the result does not depend on
+The engine says where each weight is in the checkpoint, so the result does not depend on
 :mod:`megapoly.conversion.tensor_map`. One layer at a time is in memory.
 """
 
@@ -93,26 +93,19 @@ class _Loader:
 
     @torch.no_grad()
     def __call__(self, module: torch.nn.Module, prefix: str) -> None:
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-        from megapoly.model.builder import checkpoint_metadata
+        from megapoly.model.shards import shards_of, tensor_entries
 
         module.to_empty(device="cpu")
-        entries = self.model.sharded_state_dict(metadata=checkpoint_metadata())
-        for name, entry in entries.items():
-            if not name.startswith(prefix):
-                continue
-            if isinstance(entry, ShardedTensorFactory):  # splits a gated FC1 into its halves
-                for part in entry.build():
-                    self._fill(part)
-            elif isinstance(entry, ShardedTensor):
-                self._fill(entry)
+        for name, entry in tensor_entries(self.model).items():
+            if name.startswith(prefix):
+                for shard in shards_of(entry):
+                    self._fill(shard)
 
-    def _fill(self, part: Any) -> None:
-        """Read one part; vocabulary padding that the checkpoint does not have is zero."""
-        stored = torch.zeros(part.data.shape, dtype=self.reader.dtype(part.key))
-        self.reader.read_into(stored, part.key, part.global_offset)
-        part.data.copy_(stored.to(self.dtype))
+    def _fill(self, shard: Any) -> None:
+        """Read one shard; vocabulary padding that the checkpoint does not have is zero."""
+        stored = torch.zeros(shard.data.shape, dtype=self.reader.dtype(shard.key))
+        self.reader.read_into(stored, shard.key, shard.global_offset)
+        shard.data.copy_(stored.to(self.dtype))
 
 
 def _forget(module: torch.nn.Module) -> None:

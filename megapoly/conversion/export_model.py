@@ -62,8 +62,8 @@ class ExportOptions:
 def export_model(options: ExportOptions, console: Console) -> Parity | None:
     """Convert a checkpoint and prove that the result is the same model.
 
-    Everything is written to a hidden folder beside ``output``, which is renamed when it is complete
-    and the comparison has passed.
+    Everything is written to a hidden folder next to ``output``, which is renamed when it is
+    complete and the comparison has passed.
 
     Returns:
         The comparison; None if it was skipped.

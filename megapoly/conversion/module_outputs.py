@@ -45,7 +45,7 @@ class ModuleOutputs:
 def expert_probe_rows(router_weight: Tensor) -> Tensor:
     """Return for each expert the direction in which its router logit grows fastest.
 
-    Rows have a root mean square of 4, a few times that of a layer's input.
+    Rows have a root mean square of 4, a few times larger than a layer's input.
 
     Args:
         router_weight: [experts, h].

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.conversion.parity import ParityError
-from megapoly.data.files import full_disk_explained
 from megapoly.errors import CheckpointError, DataError
+from megapoly.platform.files import full_disk_explained
 
 # Every folder that a conversion has written has one of these.
 _CONVERSION_REPORTS = ("parity.json", "import.json")
@@ -24,7 +24,7 @@ _FULL_DISK_BYTES = 1 << 20
 
 @contextmanager
 def output_folder(output: Path, *, source: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a hidden folder beside ``output``; rename it if the body succeeds.
+    """Yield a hidden folder next to ``output``; rename it if the body succeeds.
 
     Args:
         output: final name of the folder.
@@ -64,7 +64,7 @@ def output_folder(output: Path, *, source: Path, overwrite: bool) -> Iterator[Pa
 def _check(output: Path, source: Path, overwrite: bool) -> None:
     if output == source or output in source.parents or source in output.parents:
         raise CheckpointError(
-            f"`--output` ({output}) must neither lie in the source ({source}) nor contain it; give "
+            f"`--output` ({output}) must neither be in the source ({source}) nor contain it; give "
             "another folder."
         )
     if not output.exists():
@@ -85,7 +85,7 @@ def _check(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def _failed_name(output: Path, source: Path) -> Path:
-    """Return a free name, or that of another conversion's folder, never the source's."""
+    """Return a free name, or the name of another conversion's folder; never the source's."""
     for number in itertools.count():
         name = f"{output.name}.failed" + (f".{number}" if number else "")
         failed = output.with_name(name)

@@ -185,8 +185,8 @@ def _return_freed_memory() -> None:
     """Make malloc return large blocks to the system when they are freed.
 
     By default glibc keeps blocks of up to 32 MB once one was freed. Small, long-lived objects then
-    occupy the space of an expert's matrices, and those of the next layer go elsewhere. Peak memory
-    for the 6.9B mixture was 7 GB without this setting and 3 GB with it (glibc 2.36).
+    occupy the space of an expert's matrices, and the next layer's matrices go elsewhere. Peak
+    memory for the 6.9B mixture was 7 GB without this setting and 3 GB with it (glibc 2.36).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc only

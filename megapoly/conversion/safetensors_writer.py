@@ -39,7 +39,7 @@ def plan_shards(
 ) -> list[SafetensorsShard]:
     """Split the tensors, in their order, into files of at most ``max_shard_size`` bytes.
 
-    A larger tensor gets a file of its own. A single file is named ``model.safetensors``.
+    A larger tensor gets its own file. A single file is named ``model.safetensors``.
     """
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0

@@ -39,7 +39,7 @@ class SpecialTokenIds:
     Args:
         bos: id before a text; None if there is none.
         eos: id that ends a document.
-        pad: id of padding; None if it has no id of its own.
+        pad: id of padding; None if it has no separate id.
     """
 
     bos: int | None

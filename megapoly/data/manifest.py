@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megapoly.data.files import write_text
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 FORMAT_VERSION = 1
 
@@ -183,7 +183,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def find_manifest(prefix: str | Path) -> Path | None:
-    """Return the path of the manifest that describes a pair; None if there is none beside it.
+    """Return the path of the manifest that describes a pair; None if there is none next to it.
 
     A pair is named ``PREFIX_KEY_document``, its manifest ``PREFIX.manifest.json``. A key may
     contain underscores, so every beginning of the name that ends before an underscore is tried.

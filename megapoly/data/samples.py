@@ -15,11 +15,11 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megapoly.data.files import save_arrays
 from megapoly.data.token_file_checks import beyond_vocabulary
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.files import renamed_when_complete
 
 
 class PackedDataset(GPTDataset):
@@ -62,7 +62,7 @@ class PackedDataset(GPTDataset):
                 self.config.sequence_length,
                 keep_partial=self.index_split == Split.valid,
             )
-            save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
+            _save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
         documents, bounds = (np.load(path, mmap_mode="r") for path in paths)
         return documents, bounds, range(len(bounds) - 1)
 
@@ -177,3 +177,11 @@ def sample_bounds(lengths: np.ndarray, seq_length: int, *, keep_partial: bool) -
     document = np.searchsorted(ends, first, side="right")
     bounds = np.stack([document, first - (ends - lengths)[document]], axis=1)
     return bounds.astype(np.int32 if bounds.max() <= np.iinfo(np.int32).max else np.int64)
+
+
+def _save_arrays(arrays: dict[Path, np.ndarray]) -> None:
+    """Write ``.npy`` files; all of them are complete before the first is renamed."""
+    with renamed_when_complete(*arrays) as temporary:
+        for path, array in zip(temporary, arrays.values(), strict=True):
+            with path.open("wb") as stream:
+                np.save(stream, array)

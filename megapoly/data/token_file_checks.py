@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.files import write_text
 from megapoly.data.manifest import PairRecord, find_manifest, read_manifest
 from megapoly.data.token_files import TokenFile, open_token_file, pair_paths
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 20
@@ -119,7 +119,7 @@ def _tokenizer_warnings(token_file: TokenFile, theirs: str, ours: str) -> list[s
     if theirs == ours:
         return []
     return [
-        f"`{token_file.prefix}` was made with another tokenizer.json than that of `data.tokenizer` "
+        f"`{token_file.prefix}` was made with another tokenizer.json than `data.tokenizer` "
         f"(SHA-256 {theirs[:12]}.. in its manifest, {ours[:12]}.. here); its ids may mean other "
         "tokens"
     ]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.files import renamed_when_complete
 from megapoly.data.index_file import read_index, token_dtype, write_index
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.files import renamed_when_complete
 
 _ENCODE_AT_ONCE = 64
 _SAMPLED_BYTES = 1 << 20

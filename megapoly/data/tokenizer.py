@@ -81,7 +81,7 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_with_special_tokens(self, text: str) -> list[int]:
-        """Return the ids of one text with those of the post-processor, such as ``<s>``."""
+        """Return the ids of one text, with the post-processor's ids such as ``<s>``."""
         return self._tokenizer.encode(text, add_special_tokens=True).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -118,14 +118,14 @@ class Tokenizer:
         raise DataError(
             f"A tokenizer must have an end-of-document token; `{self.path}` has none of "
             f"{', '.join(names)}. Name one of its tokens as `eos_token` in a "
-            f"tokenizer_config.json beside it."
+            f"tokenizer_config.json next to it."
         )
 
 
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
     """Load a tokenizer.
 
-    The end-of-document token is the ``eos_token`` of a ``tokenizer_config.json`` beside the file,
+    The end-of-document token is the ``eos_token`` of a ``tokenizer_config.json`` next to the file,
     or else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
 
     Args:

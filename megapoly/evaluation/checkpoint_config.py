@@ -21,6 +21,7 @@ from megapoly.config.schema import (
 from megapoly.config.startup import check_and_resolve
 from megapoly.data.tokenizer import tokenizer_vocab_size
 from megapoly.errors import CheckpointError
+from megapoly.platform.run_folder import run_of
 
 # Options that affect an evaluation and may differ from the checkpoint's.
 EVALUATION_OPTIONS = (
@@ -60,13 +61,13 @@ def configure_evaluation(
 ) -> Config:
     """Configure the evaluation of a checkpoint by this job.
 
-    ``training.device`` is ``auto`` unless set. ``run_dir`` is the folder that the checkpoint lies
-    in, even if it was moved; ``data.cache_dir`` follows unless the run had set it.
+    ``training.device`` is ``auto`` unless set. ``run_dir`` is the folder that contains
+    the checkpoint, even if it was moved; ``data.cache_dir`` follows unless the run had set it.
 
     Args:
         checkpoint: ``RUN_DIR/checkpoints/iter_0000100``.
         overrides: command-line arguments ``--section.field value``.
-        needs_validation: validation sets are evaluated; otherwise those of the checkpoint's run
+        needs_validation: validation sets are evaluated; otherwise the files of the run's sets
             need not exist.
 
     Returns:
@@ -105,9 +106,7 @@ def configure_evaluation(
 
 def _evaluation_config(saved: Config, checkpoint: Path) -> Config:
     """Take from a run's configuration what an evaluation needs; the rest keeps valid defaults."""
-    run_dir = checkpoint.resolve().parent
-    if run_dir.name == "checkpoints":
-        run_dir = run_dir.parent
+    run_dir = run_of(checkpoint) or checkpoint.resolve().parent
     timeout, old = saved.parallel.distributed_timeout_minutes, saved.training
     is_own_cache = saved.data.cache_dir == str(Path(saved.run_dir) / "cache")
     return Config(

@@ -23,7 +23,7 @@ from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
 from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, EvaluationRequest, find_problems
-from megapoly.evaluation.results import TaskResults, as_json, write_json
+from megapoly.evaluation.results import TaskResults, as_json, write_results
 from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import select
 from megapoly.platform import launcher
@@ -65,7 +65,7 @@ def evaluate(request: EvaluationRequest) -> None:
         outcome = _evaluate_in_one_process(request, checkpoint)
     if request.output is not None and _is_first():
         content = as_json(outcome.model, tasks=outcome.tasks, perplexity=outcome.perplexity)
-        write_json(request.output, content)
+        write_results(request.output, content)
 
 
 def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None) -> _Outcome:

@@ -178,8 +178,8 @@ def _write_one(task: EvalTask, folder: Path, task_data: Path | None) -> None:
     if task_data is not None:
         local = QUESTION_FILES[task.name]
         content |= _data_source(folder, {local.split: task_data / local.file})
-        # As the "test" split, whatever it is: only of that one does the harness keep the question
-        # that is asked out of the examples (0.4.13, lm_eval/api/task.py, fewshot_context).
+        # Always as the "test" split: for other splits the harness does not exclude the question
+        # itself from the examples (0.4.13, lm_eval/api/task.py, fewshot_context).
         content |= {"training_split": None, "validation_split": None}
         content |= {"test_split": local.split, "fewshot_split": local.split, **local.overrides}
     elif task.split == "validation":

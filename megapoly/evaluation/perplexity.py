@@ -1,7 +1,7 @@
 """Perplexity of a checkpoint on named validation sets, one for each domain.
 
-The computation is that of ``val/NAME`` in training (:mod:`megapoly.training.evaluation`), so
-results are the same at every layout.
+The computation is the same as of ``val/NAME`` in training (:mod:`megapoly.training.evaluation`),
+so results are the same at every layout.
 """
 
 from __future__ import annotations

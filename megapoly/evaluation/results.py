@@ -39,7 +39,7 @@ class TaskResult:
         task: the task.
         metric: name of the metric that ``score`` shows.
         metrics: every metric of the harness by name, or by ``name,filter`` if the task has filters.
-        num_questions: number of questions that were asked.
+        num_questions: number of questions that were answered.
         num_questions_in_split: number of questions in the split.
         num_fewshot: answered examples before each question.
         split: split of the data.
@@ -166,7 +166,7 @@ def as_json(
     return content
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
     """Write the content of :func:`as_json` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -64,8 +64,7 @@ def build_model(config: Config, platform: Platform) -> list[DistributedDataParal
     """
     chunks = build_chunks(config, platform)
     for chunk in chunks:
-        seed = config.training.seed
-        initialize_weights(unwrap(chunk), config.model, seed, checkpoint_metadata())
+        initialize_weights(unwrap(chunk), config.model, config.training.seed)
     return [
         DistributedDataParallel(
             chunk.config,
@@ -106,19 +105,6 @@ def _data_parallel_config(config: Config) -> DistributedDataParallelConfig:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # train_step checks the loss and the gradient norm
     )
-
-
-def checkpoint_metadata() -> dict[str, Any]:
-    """Return the metadata of the layout for the engine's ``sharded_state_dict``.
-
-    ``fully_reshardable`` is the form of the distributed optimizer's state that loads at any layout.
-    """
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
 
 
 def decoder_layers(chunks: Iterable[torch.nn.Module]) -> Iterator[Any]:

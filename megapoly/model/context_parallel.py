@@ -24,7 +24,7 @@ def pieces_of_rank(group: ProcessGroup) -> tuple[int, int]:
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """Gather whole sequences on every rank: [s / cp, ...] -> [s, ...], in the order of the text.
 
-    The gradient is summed over the ranks, and each rank gets that of its own pieces.
+    The gradient is summed over the ranks, and each rank gets the gradient of its own pieces.
     """
     return _in_text_order(gather_from_sequence_parallel_region(x, group=group), group)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 
 from megapoly.config import ModelConfig
 from megapoly.model.initial_values import initial_value
+from megapoly.model.shards import shards_of, tensor_entries
 
 # Coefficients, which FFNActivation sets and marks. Those of experts are split over expert-parallel
 # ranks, not over tensor-parallel ranks.
@@ -18,9 +16,7 @@ _SET_ELSEWHERE = ".activation_func."
 
 
 @torch.no_grad()
-def initialize_weights(
-    chunk: MegatronModule, model: ModelConfig, seed: int, metadata: dict[str, Any]
-) -> None:
+def initialize_weights(chunk: MegatronModule, model: ModelConfig, seed: int) -> None:
     """Set every parameter of a model chunk, in place, and mark those that are split over ranks.
 
     Matrices are normal with ``init_method_std`` (``truncated_normal``: truncated at 3 std), which
@@ -33,35 +29,21 @@ def initialize_weights(
         chunk: the model, or the part of it on this pipeline stage.
         model: distribution and std.
         seed: seed of the run.
-        metadata: of the layout, for ``sharded_state_dict``.
     """
     missed = {id(p): name for name, p in chunk.named_parameters()}
-    sharded = chunk.sharded_state_dict(metadata=metadata)
-    for entry in sharded.values():
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data is not None:
-            if missed.pop(id(entry.data), None) is None:
-                continue  # a buffer
-            if _SET_ELSEWHERE in entry.key:
-                continue
-            for shard in _shards(entry):
-                if not shard.data.is_meta:
-                    _fill(shard, model, seed)
-                if shard.local_shape != shard.global_shape[shard.prepend_axis_num :]:
-                    # The engine marks these only where it sets weights itself
-                    # (tensor_parallel/layers.py:130); the gradient norm counts unmarked parameters
-                    # on the first tensor-parallel rank alone.
-                    entry.data.tensor_model_parallel = True
+    for entry in tensor_entries(chunk).values():
+        if missed.pop(id(entry.data), None) is None or _SET_ELSEWHERE in entry.key:
+            continue  # a buffer, or set elsewhere
+        for shard in shards_of(entry):
+            if not shard.data.is_meta:
+                _fill(shard, model, seed)
+            if shard.local_shape != shard.global_shape[shard.prepend_axis_num :]:
+                # The engine marks these only where it sets weights itself
+                # (tensor_parallel/layers.py:130); the gradient norm counts unmarked parameters on
+                # the first tensor-parallel rank alone.
+                entry.data.tensor_model_parallel = True
     # With tied embeddings the output layer is another name for the input's weight.
     assert not missed, f"parameters without a place in the checkpoint: {sorted(missed.values())}"
-
-
-def _shards(entry: ShardedTensor | ShardedTensorFactory) -> Iterator[ShardedTensor]:
-    """Yield the entry, or the parts into which a factory splits it (halves of a gated FC1)."""
-    if isinstance(entry, ShardedTensor):
-        yield entry
-        return
-    parts: Iterable[ShardedTensor] = entry.build()
-    yield from parts
 
 
 def _fill(shard: ShardedTensor, model: ModelConfig, seed: int) -> None:

@@ -43,7 +43,7 @@ class ProjectionRMSNorm(MegatronModule):
         y = w x / sqrt(mean(x^2) + eps),   the mean over all heads of all tensor-parallel ranks
 
     Source: OLMoE (arXiv:2409.02060); fills ``q_layernorm`` / ``k_layernorm`` of the engine's
-    ``SelfAttentionSubmodules``, whose own norms are over each head.
+    ``SelfAttentionSubmodules``; the engine's own norms are over each head.
 
     Args:
         config: the engine's configuration.

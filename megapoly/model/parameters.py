@@ -12,7 +12,7 @@ class ParameterCount(NamedTuple):
 
     Args:
         total: all parameters.
-        active: parameters that one token uses, all but those of the experts it is not routed to.
+        active: parameters that one token uses: all except the experts that it is not routed to.
     """
 
     total: int

@@ -98,7 +98,7 @@ def _moe_arguments(config: Config) -> dict[str, object]:
 def _fp8_arguments(config: Config) -> dict[str, object]:
     """Use FP8 for matrix products alone; weights (`fp8_param`) and attention stay in bf16.
 
-    Initial weights, the optimizer's master weights and checkpoints are then those of bf16.
+    Initial weights, the optimizer's master weights and checkpoints are then the same as in bf16.
     """
     training = config.training
     if training.fp8 is None:

@@ -31,8 +31,8 @@ def exclude_padding(output_layer: ColumnParallelLinear, vocab_size: int) -> None
         logits = output[0]
         width = logits.shape[-1]
         first = 0 if width == layer.output_size else layer.tp_group.rank() * width
-        # Hidden from autograd, which would copy the gradient of all logits to set that of the
-        # padding to zero; in a softmax it already is p = exp(-inf) = 0.
+        # Hidden from autograd, which would copy the gradient of all logits to set the padding's
+        # to zero; in a softmax it already is p = exp(-inf) = 0.
         with torch.no_grad():
             logits[..., max(0, vocab_size - first) :] = -torch.inf
 

@@ -71,13 +71,13 @@ def check_eps(eps: float) -> None:
 
 
 def check_order(order: int) -> None:
-    """Raise ValueError for an order that the operators do not have."""
+    """Raise ValueError for an order that the operators do not support."""
     if order not in ORDERS:
         raise ValueError(f"`order` ({order}) is not valid; must be one of {ORDERS}.")
 
 
 def check_norm(norm: str) -> None:
-    """Raise ValueError for a name that is not a norm's."""
+    """Raise ValueError for an unknown norm."""
     if norm not in get_args(Norm):
         raise ValueError(f"`norm` ({norm}) is not valid; must be rms or l2.")
 
@@ -158,7 +158,7 @@ def expert_offsets(tokens_per_expert: Tensor, device: torch.device | None = None
 
     Args:
         tokens_per_expert: [experts] integers, rows of each expert.
-        device: of the result; None: that of ``tokens_per_expert``.
+        device: of the result; None: the device of ``tokens_per_expert``.
 
     Returns:
         [experts + 1] int32: the ``offsets`` of the operators.

@@ -63,7 +63,7 @@ def _triton_is_installed() -> bool:
 
 
 def check_backend(backend: str) -> None:
-    """Raise ValueError for a name that is not a backend's."""
+    """Raise ValueError for an unknown backend."""
     if backend not in get_args(Backend):
         names = ", ".join(get_args(Backend))
         raise ValueError(f"`backend` ({backend}) is not valid; must be one of {names}.")

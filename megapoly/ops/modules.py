@@ -92,7 +92,7 @@ class _PolynomialActivation(torch.nn.Module):
         """
         if gate is not None and not self.gated:
             raise ValueError(
-                "`gate` has no use in an ungated activation; construct it with gated=True."
+                "`gate` has no effect in an ungated activation; construct it with gated=True."
             )
         if self.gated and gate is None:
             if x.shape[-1] % 2:
@@ -157,7 +157,7 @@ class PolyNorm(_PolynomialActivation):
         num_experts: coefficient sets for rows sorted by expert; None: one set for all rows.
         eps: added to the mean square; 1e-30 to 1e6.
         norm: divides a power by its root mean square (``rms``) or its L2 norm (``l2``).
-        gated: multiply by a gate u, the second half of the input or an input of its own.
+        gated: multiply by a gate u, the second half of the input or a separate input.
         group: ranks that share one row, each with the same number of columns.
         deterministic: give the same bits on 1, 2, 4 and 8 ranks.
         backend: ``auto``, ``reference``, ``compiled`` or ``triton``.
@@ -227,7 +227,7 @@ class PolyReLU(_PolynomialActivation):
         num_experts: coefficient sets for rows sorted by expert; None: one set for all rows.
         slope: initial value of the learned slope below zero (PolyPReLU's is 0.25); None: the slope
             is 0 and not learned.
-        gated: multiply by a gate u, the second half of the input or an input of its own.
+        gated: multiply by a gate u, the second half of the input or a separate input.
         group: ranks that share one row.
         deterministic: give the same bits on 1, 2, 4 and 8 ranks.
         backend: ``auto``, ``reference``, ``compiled`` or ``triton``.

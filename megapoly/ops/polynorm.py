@@ -47,9 +47,9 @@ def polynorm(
             the columns of all of them. One all-reduce forward and one backward, of r fp64 and r + 1
             fp32 numbers per row.
         offsets: [experts + 1] int32 for rows sorted by expert, ascending from 0 to at most the
-            number of rows, see :func:`expert_offsets`; ``x`` is then [rows, d / tp]. It stays on
-            the device. Rows from offsets[experts] on are padding: output and gradients are 0 there,
-            whatever ``x`` holds.
+            number of rows, see :func:`megapoly.ops.expert_offsets`; ``x`` is then [rows, d / tp].
+            It stays on the device. Rows from offsets[experts] on are padding: output and gradients
+            are 0 there, whatever ``x`` holds.
         probs: p, one per row (the router probability).
         gate: u, of the shape of ``x`` (the gated form).
         deterministic: give the same bits on 1, 2, 4 and 8 ranks: 8 segments of a row are added in a

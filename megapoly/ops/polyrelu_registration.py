@@ -103,7 +103,7 @@ def polyrelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute gradients of x, coefficients, slope, probs and gate.
 
-    Those of coefficients, slope and probs are sums over the row and share one all-reduce.
+    Gradients of coefficients, slope and probs are sums over the row and share one all-reduce.
     """
     num_ranks = size_of(group)
     if deterministic:

@@ -1,1 +1,1 @@
-"""The machine and its launcher, the engine's work-arounds, what is logged."""
+"""Machine, launcher, work-arounds for the engine, files, logs and progress bars."""

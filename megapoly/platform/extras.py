@@ -25,7 +25,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Return those of some modules that are not installed; import none of them."""
+    """Return the modules that are not installed; import none."""
     return [module for module in modules if not _is_installed(module)]
 
 
@@ -42,7 +42,12 @@ def require(purpose: str, extra: str, modules: Iterable[str]) -> None:
     """
     absent = missing(modules)
     if absent:
-        raise UnavailableError(f"{purpose} needs {with_remedy({extra: absent})}")
+        raise unavailable(purpose, extra, absent)
+
+
+def unavailable(purpose: str, extra: str, modules: Iterable[str]) -> UnavailableError:
+    """Return the error that :func:`require` raises, for modules that cannot be imported."""
+    return UnavailableError(f"{purpose} needs {with_remedy({extra: modules})}")
 
 
 def with_remedy(absent: Mapping[str, Iterable[str]]) -> str:

@@ -31,7 +31,7 @@ class GPU:
     """One kind of GPU in its usual node.
 
     Args:
-        name: what options call it, such as ``a100-80g``.
+        name: value of ``--gpu``, such as ``a100-80g``.
         device_names: torch's names of it, without the leading ``NVIDIA``, which old drivers leave
             out. Names match in full: one may be part of another (H200, GH200, H200 NVL).
         compute_capability: major and minor.
@@ -39,7 +39,7 @@ class GPU:
         memory_bandwidth: bytes a second.
         bf16_flops: operations a second of dense matrix products in bf16.
         fp8_flops: the same in FP8; None without FP8 units.
-        link_bandwidth: bytes a second and direction from one GPU to those of its node.
+        link_bandwidth: bytes a second and direction from one GPU to the others of its node.
         network_bandwidth: bytes a second and direction from one GPU to other nodes.
         source: number in the list of this module.
         gpus_per_node: in the usual node.

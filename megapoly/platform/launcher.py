@@ -1,4 +1,4 @@
-"""What the launcher tells this process, and what the process tells the launcher.
+"""Environment variables, files and exit statuses between launcher and process.
 
 torchrun and ``megapoly launch`` set ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without them the
 job is one process.

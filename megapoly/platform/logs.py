@@ -1,4 +1,4 @@
-"""What is shown of the logs and warnings of this project, the engine and other libraries."""
+"""Select the logs and warnings to show: of this project, the engine and other libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def configure_logging(*, is_rank_zero: bool) -> None:
-    """Show this project's log on rank 0, and only what goes wrong of the engine's.
+    """Show this project's log on rank 0, and only errors of the engine.
 
     For jobs of several processes, such as training.
     """

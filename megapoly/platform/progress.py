@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -49,13 +50,16 @@ def counting_bar(
 
 
 @contextmanager
-def bytes_bar(description: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+def bytes_bar(
+    description: str, total: int, console: Console, *, transient: bool = False
+) -> Iterator[Callable[[int], None]]:
     """Show how many bytes are finished; yield the function to call with each part's bytes.
 
     Args:
         description: text before the bar.
         total: bytes in total.
         console: where to show it.
+        transient: remove the bar at the end, and show none if the output is not a terminal.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -64,6 +68,6 @@ def bytes_bar(description: str, total: int, console: Console) -> Iterator[Callab
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(description, total=total)
+    with Progress(*columns, console=console, transient=transient) as progress:
+        bar = progress.add_task(escape(description), total=total)
         yield lambda num_bytes: progress.advance(bar, num_bytes)

@@ -82,7 +82,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Sizes above 1 and options, such as ``tp2-ep4-etp1-dp2-distopt``; :func:`parse` reads it.
+        """Sizes above 1 and options, as :func:`parse_layout` reads them: ``tp2-ep4-etp1-distopt``.
 
         ``etp`` is named if it is not the tensor-parallel size.
         """
@@ -124,7 +124,7 @@ class Layout:
         return config
 
 
-def parse(name: str) -> Layout:
+def parse_layout(name: str) -> Layout:
     """Parse a name such as ``tp2-pp2-vpp2``; without ``dp``, the fewest replicas for the experts.
 
     Raises:

@@ -78,7 +78,7 @@ def _function(name: str) -> Any:
 def import_without_kernels(
     folder: Path, kernels: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 ) -> types.ModuleType:
-    """Import ``transformer_engine`` from a folder; once, in a process of its own.
+    """Import ``transformer_engine`` from a folder; once, in a separate process.
 
     Call it before the engine is imported and the platform is selected. Transformer Engine then
     finds a Hopper GPU in this process.
@@ -109,7 +109,7 @@ def import_without_kernels(
     )
     spec.loader.exec_module(package)
     importlib.import_module("transformer_engine.pytorch")  # its own import hides what goes wrong
-    # Modules ask for a device when they are made (pytorch/module/base.py:606, pytorch/utils.py).
+    # Constructors look up a device (pytorch/module/base.py:606, pytorch/utils.py).
     is_available = torch.cuda.is_available
     torch.cuda.is_available = lambda: is_available() or called_by_transformer_engine()
     torch.cuda.get_device_properties = lambda *args: types.SimpleNamespace(major=9, minor=0)  # type: ignore[assignment]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,15 @@ import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
-from megapoly.model.builder import checkpoint_metadata, unwrap
+from megapoly.model.builder import unwrap
+from megapoly.model.shards import checkpoint_metadata
+from megapoly.platform.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
 from megapoly.training.random_state import random_state, set_random_state
 from megapoly.training.state import ModelState, TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"iter_(\d{7})")
 
 # Fields of the model that may differ between a checkpoint and the run that loads it: they change
 # how the model is computed or trained, not what its weights mean.
@@ -55,17 +54,6 @@ _MAY_CHANGE = {
 }
 
 
-def checkpoints_folder(config: Config) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(config.run_dir) / "checkpoints"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a folder, oldest first."""
-    found = [path.parent for path in folder.glob("iter_*/run.json")]
-    return sorted(path for path in found if _NAME.fullmatch(path.name))
-
-
 def save_checkpoint(state: TrainState) -> Path:
     """Write everything that the run needs to resume; collective.
 
@@ -75,14 +63,13 @@ def save_checkpoint(state: TrainState) -> Path:
     Returns:
         The checkpoint's folder.
     """
-    folder = checkpoints_folder(state.config)
-    final = folder / f"iter_{state.iteration:07d}"
-    partial = folder / f".{final.name}.partial"
-    if final in complete_checkpoints(folder):
+    final = checkpoint_path(state.config.run_dir, state.iteration)
+    partial = final.with_name(f".{final.name}.partial")
+    if final in complete_checkpoints(state.config.run_dir):
         return final  # the run resumed from it, and nothing has been trained since
     dist.barrier()
     if is_rank_zero():
-        for unfinished in folder.glob(".iter_*.partial"):
+        for unfinished in final.parent.glob(".iter_*.partial"):
             shutil.rmtree(unfinished)
         partial.mkdir(parents=True)
     dist.barrier()
@@ -93,7 +80,7 @@ def save_checkpoint(state: TrainState) -> Path:
         (partial / "config.yaml").write_text(to_yaml(state.config))
         (partial / "run.json").write_text(json.dumps(_position(state), indent=2) + "\n")
         partial.rename(final)
-        _delete_old(folder, state.config.checkpoint.keep)
+        _delete_old(state.config.run_dir, state.config.checkpoint.keep)
     dist.barrier()
     return final
 
@@ -109,12 +96,11 @@ def restore(state: TrainState) -> Path | None:
             checkpoint does not fit.
     """
     settings = state.config.checkpoint
-    folder = checkpoints_folder(state.config)
-    own = complete_checkpoints(folder)
+    own = complete_checkpoints(state.config.run_dir)
     if own and not settings.resume:
         raise CheckpointError(
-            f"`checkpoint.resume` is false and {folder} holds {own[-1].name}; choose another "
-            "`run_dir`, or delete the folder."
+            f"`checkpoint.resume` is false and {state.config.run_dir} has {own[-1].name}; choose "
+            "another `run_dir`, or delete the folder."
         )
     if own:
         load_checkpoint(state, own[-1])
@@ -272,7 +258,7 @@ def _position(state: TrainState) -> dict[str, Any]:
 
 
 def _layout(config: Config) -> dict[str, int]:
-    """Return what decides which rank has which part; each rank has its own random state."""
+    """Return the layout, by which ranks find their own random states."""
     parallel = config.parallel
     return {
         "world_size": dist.get_world_size(),
@@ -340,7 +326,7 @@ def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None
         )
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    for path in complete_checkpoints(folder)[:-keep] if keep else []:
+def _delete_old(run_dir: str, keep: int) -> None:
+    for path in complete_checkpoints(run_dir)[:-keep] if keep else []:
         # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
-        shutil.rmtree(path.rename(folder / f".{path.name}.partial"))
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))

@@ -123,7 +123,7 @@ def forward_flops_per_token(config: Config) -> ForwardFlops:
 
 
 def training_flops_per_token(config: Config) -> int:
-    """Return the model FLOPs to train on one token: 3 times those of the forward pass.
+    """Return the model FLOPs to train on one token: 3 times the forward pass.
 
     Args:
         config: as of :func:`forward_flops_per_token`.

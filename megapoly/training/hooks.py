@@ -1,7 +1,6 @@
 """Hooks: what a run does around its steps. The protocol, and the small built-in hooks.
 
-``build_hooks`` in ``megapoly/pretrain.py`` lists the hooks of a run. Larger ones have their own
-modules:
+``build_hooks`` in ``megapoly/pretrain.py`` lists the hooks of a run. Larger ones are in
 :mod:`megapoly.training.profiling`, :mod:`megapoly.training.tensorboard` and
 :mod:`megapoly.evaluation.task_scores`.
 """
@@ -44,7 +43,7 @@ class StepRecord:
 
 
 class Hook:
-    """Something that is done around the steps of a run; a subclass overrides what it needs.
+    """Base class of what runs around the steps of a run; a subclass overrides what it needs.
 
     Every rank builds the hooks after the run is restored and calls them in the same order, so they
     may be collective. The built-in hooks do not change what a step computes.

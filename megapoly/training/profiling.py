@@ -18,7 +18,7 @@ _TABLE_ROWS = 25
 
 
 def disturbed_steps(config: Config) -> range:
-    """Return the steps whose time does not count: those of the trace and the one before.
+    """Return the steps that do not count for the speed: the traced ones and the one before.
 
     The profiler starts in the step before the trace, which takes seconds on a GPU.
     """
@@ -101,7 +101,7 @@ class ProfileHook(Hook):
             dist.barrier()
 
     def _action(self, step: int) -> ProfilerAction:
-        step = max(step, self._begin)  # torch asks for step 0 before its number can be set
+        step = max(step, self._begin)  # torch starts with step 0, before its number can be set
         if step < self._first:
             return ProfilerAction.WARMUP
         if step < self._last:

@@ -140,8 +140,8 @@ class RankZeroFirst:
         theirs = self._store.get(key).decode()
         if theirs != value:
             raise DataError(
-                f"All ranks must read the same {what}; that of rank {self._rank} has fingerprint "
-                f"{value}, that of rank 0 {theirs}. Copy the files of rank 0's host to this one."
+                f"All ranks must read the same {what}; on rank {self._rank} it has fingerprint "
+                f"{value}, on rank 0 {theirs}. Copy the files of rank 0's host to this one."
             )
 
     def _wait(self, is_done: Callable[[], bool], for_what: str) -> None:

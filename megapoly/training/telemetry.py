@@ -96,7 +96,7 @@ def _coefficients(layer_tag: str, name: str, module: FFNActivation) -> dict[str,
 
 
 def kind_of_ffn(name: str, module: FFNActivation) -> str:
-    """Return whose activation it is: ``ffn``, ``experts`` or ``shared_experts``.
+    """Return what the activation belongs to: ``ffn``, ``experts`` or ``shared_experts``.
 
     Args:
         name: of the module within its layer.

@@ -87,3 +87,17 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_
     monkeypatch.setattr(check_parallel, "_train_all", lambda *_: pytest.fail("it trains"))
     assert main([*DENSE, "--layouts", "tp2", "--json", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"`--json` ({tmp_path}) cannot be written: Is a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "--steps: 0 must be a whole number, 1 or more"),
+        (["--world-size", "2", "-1"], "--world-size: -1 must be a whole number, 1 or more"),
+        (["--timeout-s", "nan"], "--timeout-s: nan must be above 0"),
+    ],
+)
+def test_numbers_that_check_nothing_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        main([*DENSE, *words])
+    assert message in capsys.readouterr().err

@@ -77,7 +77,7 @@ CASES: list[dict[str, Any]] = [
     dict(
         rule="source_names_differ",
         wrong=blend(FILES, source("b", epochs=1.0), source("tokens", epochs=1.0)),
-        words=["2 sources of the name `tokens`", "a `name` of its own"],
+        words=["2 sources of the name `tokens`", "its own `name`"],
         right=blend(FILES, source("b", epochs=1.0)),
     ),
     dict(

@@ -72,13 +72,13 @@ CASES: list[dict[str, Any]] = [
         right={FUSED: True, "machine": machine((8, 0), apex=True)},
     ),
     dict(
-        rule="fp8_options_are_read",
+        rule="fp8_options_have_effect",
         wrong={RECIPE: "delayed"},
         words=["`training.fp8_recipe` (delayed)", "without `training.fp8`", "hybrid"],
         right=FP8 | {RECIPE: "delayed"},
     ),
     dict(
-        rule="fp8_options_are_read",
+        rule="fp8_options_have_effect",
         base=FP8,
         wrong={"training.fp8_amax_history_len": 16},
         words=["`training.fp8_amax_history_len` (16)", "(tensorwise)", "take delayed"],

@@ -241,18 +241,18 @@ CASES: list[dict[str, Any]] = [
         },
     ),
     dict(
-        rule="recomputation_options_are_read",
+        rule="recomputation_options_have_effect",
         wrong={METHOD: "block"},
         words=["(block)", "(null)", "full"],
     ),
     dict(
-        rule="recomputation_options_are_read",
+        rule="recomputation_options_have_effect",
         wrong={MODULES: ["mlp"]},
         words=["(['mlp'])", "selective"],
         right={MODULES: ["mlp"], GRANULARITY: "selective"},
     ),
     dict(
-        rule="recomputation_options_are_read",
+        rule="recomputation_options_have_effect",
         wrong={GRANULARITY: "selective", COUNT: 1},
         words=["(1)", "(selective)"],
     ),

@@ -12,7 +12,7 @@ from megapoly.config.rules import profile
 PROFILE = {"logging.profile": True}
 CASES: list[dict[str, Any]] = [
     dict(
-        rule="profile_options_are_read",
+        rule="profile_options_have_effect",
         wrong={"logging.profile_step_end": 20, "logging.profile_ranks": [1]},
         words=["`logging.profile_step_end` (20)", "`logging.profile_ranks` ([1])", "no effect"],
         right=PROFILE | {"logging.profile_step_end": 20},

@@ -29,7 +29,7 @@ CASES: list[dict[str, Any]] = [
         words=["([])", "[arc_easy]"],
     ),
     dict(
-        rule="task_options_are_read",
+        rule="task_options_have_effect",
         wrong={"training.eval_tasks_limit": 10, "training.eval_tasks_data": "HERE"},
         words=["`training.eval_tasks_limit` (10), `training.eval_tasks_data`", "no effect"],
         right=TASKS

@@ -8,7 +8,7 @@ import pytest
 from conversions import export_and_compare
 
 from megapoly.activations import registry
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.testing import run_job, run_on_ranks
 
 # Weights, coefficients and norms are far from where they began, and from each other.
@@ -97,7 +97,7 @@ def trained(tmp_path_factory):
     @functools.cache
     def train(name):
         (recipe, widths), layout, options = MODELS[name]
-        layout = parse(layout)
+        layout = parse_layout(layout)
         run_dir = tmp_path_factory.mktemp(name)
         if registry.get(options.get("model.activation", "polynorm")).has_coefficients:
             options = options | {"model.activation_backend": "reference"}  # nothing to compile

@@ -200,7 +200,7 @@ def test_the_source_is_left_alone(trained):
     checkpoint = trained("dense")
     before = sorted(checkpoint.parents[1].rglob("*"))
     for output in (checkpoint, checkpoint.parents[1], checkpoint / "hf"):
-        with pytest.raises(CheckpointError, match="neither lie in the source"):
+        with pytest.raises(CheckpointError, match="neither be in the source"):
             export_model(ExportOptions(checkpoint, output, overwrite=True), QUIET)
     assert sorted(checkpoint.parents[1].rglob("*")) == before
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.testing import run_job, run_on_ranks
 
 TINY = {
@@ -105,7 +105,7 @@ def evaluated(trained, task_folder):
     @functools.cache
     def evaluate(model, name):
         checkpoint, _ = trained(model)
-        layout = parse(name)
+        layout = parse_layout(name)
         overrides = [f"--{key}={value}" for key, value in layout.options.items()]
         greedy = None if name == "1" else evaluate(model, "1")[0].greedy_requests
         arguments = checkpoint, overrides, task_folder, greedy, (model, name) in WITH_HARNESS

@@ -8,7 +8,7 @@ from questions import ShortAnswers
 
 from megapoly.evaluation.harness import evaluate_tasks
 from megapoly.evaluation.local_tasks import QUESTION_FILES
-from megapoly.evaluation.results import as_json, write_json
+from megapoly.evaluation.results import as_json, write_results
 from megapoly.evaluation.tasks import GROUPS, select
 
 
@@ -20,7 +20,7 @@ def table1(task_data):
 def test_json(table1, tmp_path):
     path = tmp_path / "of" / "run.json"
     model = {"path": "somewhere", "dtype": "float32"}
-    write_json(path, as_json(model, tasks=table1, perplexity={"mean": {"loss": 2.5}}))
+    write_results(path, as_json(model, tasks=table1, perplexity={"mean": {"loss": 2.5}}))
     content = json.loads(path.read_text())
     assert content["model"] == model and content["perplexity"] == {"mean": {"loss": 2.5}}
     assert content["asked_for"] == ["table1", "coqa"] and content["limit"] is None

@@ -15,8 +15,9 @@ from layouts import Result, _agreed, random_batches, result_of_model, small_conf
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
 from megapoly.config import Config
-from megapoly.model.builder import checkpoint_metadata, gpt_model, unwrap
+from megapoly.model.builder import gpt_model, unwrap
 from megapoly.model.initialization import _shards
+from megapoly.model.shards import checkpoint_metadata
 from megapoly.model.transformer_config import transformer_config
 from megapoly.platform.device import Platform
 from megapoly.preflight.parallel_check.whole_model import weight_shards

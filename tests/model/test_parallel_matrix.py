@@ -14,7 +14,7 @@ from layouts import run_models, small_config
 from megapoly.config import ModelConfig
 from megapoly.config.rules import find_problems
 from megapoly.platform.machine import CPU
-from megapoly.preflight.layouts import all_layouts, covering, parse
+from megapoly.preflight.layouts import all_layouts, covering, parse_layout
 
 pytestmark = pytest.mark.parallel
 
@@ -118,7 +118,7 @@ def one_process(kind):
 
 @pytest.mark.parametrize(("kind", "name"), [*cases("dense"), *cases("moe")])
 def test_gradients_are_those_of_one_process(kind, name):
-    layout = parse(name)
+    layout = parse_layout(name)
     results = run_models(models_at(kind, layout), layout.world_size, layout.options)
     assert results
     for model, actual in results.items():

@@ -167,7 +167,7 @@ def with_other_files() -> tuple[str, str]:
 def test_a_rank_with_other_files_ends_the_job():
     *others, (kind, text) = run_on_ranks(with_other_files, 3)
     assert kind == "DataError"
-    assert "of rank 2 has fingerprint xyz, that of rank 0 abc" in text
+    assert "on rank 2 it has fingerprint xyz, on rank 0 abc" in text
     assert others == [("PeerError", f"rank 2: {text}")] * 2
 
 

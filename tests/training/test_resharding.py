@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.testing import run_job
 
 TINY = {
@@ -74,7 +74,7 @@ LONG_CHAINS = {
 
 def options_of(name):
     """Return the command-line options of a layout, and its number of processes."""
-    layout = parse(name)
+    layout = parse_layout(name)
     return layout.options, layout.world_size
 
 

@@ -92,7 +92,7 @@ def source_names_differ(facts: Facts) -> Iterator[str]:
         if count > 1:
             yield (
                 f"`data.blend` has {count} sources of the name `{name}` (which is the last part of "
-                "`path` unless set); give each a `name` of its own"
+                "`path` unless set); give each its own `name`"
             )
 
 
@@ -181,7 +181,7 @@ def evaluation_has_data(facts: Facts) -> Iterator[str]:
     data, interval = facts.config.data, facts.config.training.eval_interval
     if interval > 0 and data.blend is not None and data.validation is None:
         yield (
-            f"`training.eval_interval` ({interval}) needs `data.validation` (null) beside "
+            f"`training.eval_interval` ({interval}) needs `data.validation` (null) with "
             "`data.blend`; name a validation set, or set the interval to 0"
         )
 

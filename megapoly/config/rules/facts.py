@@ -1,4 +1,4 @@
-"""What rules read, and the wording that they share."""
+"""Facts that rules read, and the wording that rules share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Facts:
     """A configuration and the machine that is to run it; arguments of ``find_problems``.
 
-    ``lm_eval_available`` tells whether LM Evaluation Harness is installed.
+    ``lm_eval_available``: whether LM Evaluation Harness is installed.
     """
 
     config: Config

@@ -48,7 +48,7 @@ def fusions_are_installed(facts: Facts) -> Iterator[str]:
         )
 
 
-def fp8_options_are_read(facts: Facts) -> Iterator[str]:
+def fp8_options_have_effect(facts: Facts) -> Iterator[str]:
     """Options of FP8 need FP8, those of one recipe need that recipe."""
     training = facts.config.training
     if training.fp8 is None:
@@ -182,7 +182,7 @@ def _range(recipe: FP8Recipe) -> str:
 RULES: tuple[Rule, ...] = (
     transformer_engine_version_fits,
     fusions_are_installed,
-    fp8_options_are_read,
+    fp8_options_have_effect,
     fp8_layers_fit_recipe,
     fp8_has_what_it_needs,
     fp8_recipe_runs_on_device,

@@ -239,7 +239,7 @@ def recomputation_of_layers_is_complete(facts: Facts) -> Iterator[str]:
         )
 
 
-def recomputation_options_are_read(facts: Facts) -> Iterator[str]:
+def recomputation_options_have_effect(facts: Facts) -> Iterator[str]:
     """Each granularity of recomputation has its own options."""
     granularity = facts.config.parallel.recompute_granularity
     for reader, keys in (
@@ -284,6 +284,6 @@ RULES: tuple[Rule, ...] = (
     sequence_parallel_fits,
     overlap_has_what_it_needs,
     recomputation_of_layers_is_complete,
-    recomputation_options_are_read,
+    recomputation_options_have_effect,
     recomputed_modules_exist,
 )

@@ -89,7 +89,7 @@ def activation_is_known(facts: Facts) -> Iterator[str]:
         yield from error.problems
 
 
-def activation_options_are_read(facts: Facts) -> Iterator[str]:
+def activation_options_have_effect(facts: Facts) -> Iterator[str]:
     """Options of polynomials and of their norm need an activation that has them."""
     activation, config = facts.activation, facts.config
     if activation is None:
@@ -103,7 +103,7 @@ def activation_options_are_read(facts: Facts) -> Iterator[str]:
             yield from have_no_effect(config, keys, condition)
 
 
-def moe_options_are_read(facts: Facts) -> Iterator[str]:
+def moe_options_have_effect(facts: Facts) -> Iterator[str]:
     """Options of experts need experts."""
     if not facts.is_moe:
         yield from have_no_effect(
@@ -114,11 +114,11 @@ def moe_options_are_read(facts: Facts) -> Iterator[str]:
         )
 
 
-def dense_width_is_read(facts: Facts) -> Iterator[str]:
+def dense_width_has_effect(facts: Facts) -> Iterator[str]:
     """A layer of experts has no dense FFN; its width is only the default of the experts' width."""
     width = facts.config.model.moe_ffn_hidden_size
     if facts.is_moe and width not in (None, facts.config.model.ffn_hidden_size):
-        condition = f"beside `model.moe_ffn_hidden_size` ({width}) in a mixture of experts"
+        condition = f"with `model.moe_ffn_hidden_size` ({width}) in a mixture of experts"
         yield from have_no_effect(facts.config, ["model.ffn_hidden_size"], condition)
 
 
@@ -157,9 +157,9 @@ RULES: tuple[Rule, ...] = (
     query_groups_fit_heads,
     vocabulary_covers_tokenizer,
     activation_is_known,
-    activation_options_are_read,
-    moe_options_are_read,
-    dense_width_is_read,
+    activation_options_have_effect,
+    moe_options_have_effect,
+    dense_width_has_effect,
     coefficients_per_expert_need_experts,
     router_choice_is_possible,
 )

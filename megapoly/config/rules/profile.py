@@ -11,7 +11,7 @@ from megapoly.config.rules.schedule import has_lengths
 OPTIONS = ("logging.profile_step_start", "logging.profile_step_end", "logging.profile_ranks")
 
 
-def profile_options_are_read(facts: Facts) -> Iterator[str]:
+def profile_options_have_effect(facts: Facts) -> Iterator[str]:
     """Options of the trace need a trace."""
     if not facts.config.logging.profile:
         condition, alternative = "with `logging.profile` (False)", ", or set that to true"
@@ -58,7 +58,7 @@ def profile_ranks_exist(facts: Facts) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    profile_options_are_read,
+    profile_options_have_effect,
     profile_steps_are_in_the_run,
     profile_ranks_exist,
 )

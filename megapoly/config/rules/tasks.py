@@ -27,7 +27,7 @@ def tasks_have_an_interval(facts: Facts) -> Iterator[str]:
         )
 
 
-def task_options_are_read(facts: Facts) -> Iterator[str]:
+def task_options_have_effect(facts: Facts) -> Iterator[str]:
     """Options of tasks need tasks."""
     keys = ["training.eval_tasks_limit", "training.eval_tasks_data"]
     if facts.config.training.eval_tasks is None:
@@ -56,7 +56,7 @@ def harness_is_installed(facts: Facts) -> Iterator[str]:
 
 RULES: tuple[Rule, ...] = (
     tasks_have_an_interval,
-    task_options_are_read,
+    task_options_have_effect,
     task_data_exists,
     harness_is_installed,
 )

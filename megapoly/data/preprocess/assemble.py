@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import megapoly
-from megapoly.data.files import renamed_when_complete
 from megapoly.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -34,6 +33,7 @@ from megapoly.data.preprocess.shards import (
 from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.data.preprocess.tokenization import TokenizerSettings
 from megapoly.errors import DataError
+from megapoly.platform.files import renamed_when_complete
 
 _MANIFEST_EXAMPLES = 100
 

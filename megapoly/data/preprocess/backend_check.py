@@ -82,7 +82,7 @@ def compare_backends(fast: Backend, reference: ReferenceBackend, texts: Sequence
 
 
 def compare_ids(name: str, ids: np.ndarray, reference: ReferenceBackend, text: str) -> None:
-    """Check that the ids of a text are those of the reference.
+    """Check that a text has the same ids as with the reference.
 
     Args:
         name: name of the backend that gave the ids.

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapoly.data.preprocess.missing_package import missing_package
 from megapoly.data.preprocess.text_extraction import BadRecord, RecordRules, Rejection, TextBatch
 from megapoly.errors import DataError
+from megapoly.platform import extras
 
 if TYPE_CHECKING:
     import pyarrow
@@ -125,7 +125,7 @@ def _import_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise missing_package("Reading Parquet and Arrow files", "pyarrow") from error
+        raise extras.unavailable("Reading Parquet and Arrow files", "data", ["pyarrow"]) from error
     return pyarrow
 
 

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from megapoly.config.data_sources import MEAN
 from megapoly.data.builtin import BUILTIN_TEXT, builtin_documents
-from megapoly.data.files import write_text
 from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import preprocess
 from megapoly.data.token_files import sha256_of
 from megapoly.data.tokenizer_training import train_tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 # The document of each `held_out` that is validation: not the first, which may be a preface.
 _OFFSET = 10
@@ -49,7 +49,7 @@ class DomainOptions:
 
     @property
     def recipe(self) -> Path:
-        """Recipe of the data, for ``--config`` beside that of a model."""
+        """Recipe of the data, for ``--config`` after a model's recipe."""
         return self.output / "data.yaml"
 
 

@@ -22,7 +22,7 @@ from megapoly.data.preprocess.tokenization import Backend, add_ids
 # Of text, in all files.
 _SAMPLE_BYTES = 32 << 20
 _MAX_FILES = 64
-# Workers beside each other are slower than one alone, and joining takes time.
+# Several workers at once are slower than one alone, and joining takes time.
 _OVERHEAD = 1.15
 
 

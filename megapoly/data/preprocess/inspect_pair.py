@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megapoly.config.command_line import at_least
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines, write_histogram
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer-model", metavar="PATH", help="tokenizer (default: from the manifest)")
     add(
         "--max-tokens",
-        type=int,
+        type=at_least(0),
         default=200,
         metavar="N",
         help="tokens to print of a document (200)",

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megapoly.data.preprocess.missing_package import missing_package
 from megapoly.data.preprocess.text_extraction import (
     OversizedLine,
     RecordRules,
@@ -16,6 +15,7 @@ from megapoly.data.preprocess.text_extraction import (
     TextBatch,
     parse_lines,
 )
+from megapoly.platform import extras
 
 READ_BYTES = 4 << 20
 # This much of a compressed file may be counted as read before its text is.
@@ -237,7 +237,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise missing_package("Reading .zst", "zstandard") from error
+        raise extras.unavailable("Reading .zst", "data", ["zstandard"]) from error
     # Frames of `zstd --long=31` need a window of 2 GiB.
     context = zstandard.ZstdDecompressor(max_window_size=2**31)
     decompressor, begun = context.decompressobj(), True

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from megapoly.data.preprocess.length_statistics import LengthStatistics
-from megapoly.data.preprocess.missing_package import missing_package
+from megapoly.platform import extras
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 40
@@ -77,8 +77,8 @@ def write_histogram(statistics: LengthStatistics, title: str, path: Path) -> Non
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise missing_package(
-            "A histogram in a file (`--histogram -` draws in the terminal)", "matplotlib"
+        raise extras.unavailable(
+            "A histogram in a file (`--histogram -` draws in the terminal)", "data", ["matplotlib"]
         ) from error
     bins = length_histogram(statistics, bins_per_octave=2)
     figure = Figure(figsize=(8, 5.5), layout="constrained")

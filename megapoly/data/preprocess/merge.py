@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 import megapoly
 from megapoly.data.index_file import Index, read_index
@@ -29,7 +30,6 @@ from megapoly.data.manifest import (
     manifest_path,
     write_manifest,
 )
-from megapoly.data.preprocess.console_output import byte_progress
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import PairWithManifest
@@ -37,6 +37,7 @@ from megapoly.data.preprocess.pair_writer import PairContent, PairHashes, write_
 from megapoly.data.preprocess.work_folder import locked, remove_work_folder
 from megapoly.data.token_files import open_token_file, pair_paths
 from megapoly.errors import DataError
+from megapoly.platform.progress import bytes_bar
 
 _AT_ONCE = 1 << 20
 
@@ -187,7 +188,8 @@ def _added(tokenizer: TokenizerRecord | None) -> tuple[object, ...]:
 def _write_with_progress(
     prefix: Path, content: PairContent, folder: Path, inputs: Sequence[_InputPair]
 ) -> PairHashes:
-    with byte_progress("merging", content.bin_bytes) as advance:
+    console = Console(stderr=True)
+    with bytes_bar("merging", content.bin_bytes, console, transient=True) as advance:
 
         def on_block(number: int, block: bytes) -> None:
             inputs[number].update(block)

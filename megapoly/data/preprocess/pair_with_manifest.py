@@ -61,7 +61,7 @@ def find_pairs(prefix: Path) -> list[PairWithManifest]:
 
 
 def find_tokenizer(path: str | None, manifest: Manifest | None) -> Tokenizer | None:
-    """Return the tokenizer of a path, or that of the manifest if its file has not changed.
+    """Return the tokenizer of a path, or the manifest's if its file has not changed.
 
     Args:
         path: a ``tokenizer.json`` or its folder, named by the user; None: the manifest's.

@@ -11,10 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from megapoly.data.files import renamed_when_complete
 from megapoly.data.index_file import Chunks, write_index
 from megapoly.data.token_files import pair_paths
 from megapoly.errors import DataError
+from megapoly.platform.files import renamed_when_complete
 
 _BLOCK_BYTES = 8 << 20
 

@@ -29,7 +29,7 @@ _MAX_FILES = 6
 
 @dataclass
 class Totals:
-    """Counts of this run, without those of an interrupted run that it resumes.
+    """Counts of this run, without the interrupted run that it resumes.
 
     Args:
         source_bytes: bytes of the input.

@@ -13,7 +13,7 @@ from rich.console import Console
 from megapoly.data.manifest import Manifest, PairRecord, SourceRecord, manifest_path, read_manifest
 from megapoly.data.preprocess.assemble import FinishedWork, assemble
 from megapoly.data.preprocess.backend_check import choose_backend
-from megapoly.data.preprocess.console_output import byte_progress, print_plain
+from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.input_parts import InputPart, split_into_parts
 from megapoly.data.preprocess.input_sample import sample_texts
 from megapoly.data.preprocess.options import PreprocessOptions
@@ -34,6 +34,7 @@ from megapoly.data.preprocess.work_folder import (
 from megapoly.data.preprocess.worker import Task, Worker, WorkerConfig
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.errors import DataError
+from megapoly.platform.progress import bytes_bar
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PreprocessResult:
     Args:
         manifest: the manifest as written.
         tokens: number of tokens of each source.
-        totals: counts of this run, without those of an interrupted run that it resumed.
+        totals: counts of this run, without the interrupted run that it resumed.
         seconds: wall time.
         cpu_seconds: CPU time of all processes.
     """
@@ -142,7 +143,7 @@ def preprocess(options: PreprocessOptions, console: Console) -> PreprocessResult
         totals = _make_shards(options, inputs, parts, (backend, reference), console, continued)
         work = FinishedWork(options, inputs.sources, inputs.settings, backend.name, parts)
         print_plain(console, f"joining shards to {work.bin_bytes / 1e6:,.1f} MB")
-        with byte_progress("joining", work.bin_bytes, console) as advance:
+        with bytes_bar("joining", work.bin_bytes, console, transient=True) as advance:
             manifest, tokens = assemble(work, advance=advance)
         remove_work_folder(options.shard_folder)
     return PreprocessResult(manifest, tokens, totals, time.monotonic() - start, _cpu_seconds())
@@ -214,7 +215,7 @@ def _bytes_by_source(sources: Sequence[SourceFile], parts: Sequence[InputPart]) 
 
 
 def _is_complete(options: PreprocessOptions, inputs: PreprocessInputs) -> bool:
-    """Return whether the token files are those that this command would write."""
+    """Return whether the token files are what this command would write."""
     path = manifest_path(options.output_prefix)
     if not path.is_file() or plan_path(options.shard_folder).is_file():
         return False
@@ -230,7 +231,7 @@ def _is_complete(options: PreprocessOptions, inputs: PreprocessInputs) -> bool:
 
 
 def _is_same_source(record: SourceRecord, source: SourceFile) -> bool:
-    """Return whether a file is that of the manifest; if the times differ, compare the content."""
+    """Return whether a file is the manifest's; if the times differ, compare the content."""
     if (record.path, record.size_bytes) != (str(source.path), source.size_bytes):
         return False
     return record.modified_ns == source.modified_ns or record.sha256 == sha256_of(source.path)

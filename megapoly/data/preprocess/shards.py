@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from megapoly.data.files import full_disk_explained, write_text
 from megapoly.data.preprocess.text_extraction import Rejection
 from megapoly.data.preprocess.tokenization import TokenBatch
+from megapoly.platform.files import full_disk_explained, write_text
 
 LENGTH_DTYPE = np.dtype("<i4")
 # In each shard; the file of rejected lines holds all of them.

@@ -144,7 +144,7 @@ def _source(path: Path) -> SourceFile:
     format_ = _format(path)
     if format_ is None:
         raise DataError(
-            f"`{path}` must end with one of {', '.join(FORMATS)}, which tells its format; rename "
+            f"`{path}` must end with one of {', '.join(FORMATS)}, which sets its format; rename "
             "it, or link to it under such a name."
         )
     if not path.is_file():

@@ -2,7 +2,7 @@
 
     megapoly preprocess stats tokens/books --json stats.json
 
-PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+PREFIX is the path of a pair without .bin and .idx, or of PREFIX.manifest.json, which names all
 pairs of a run. One pair is described in full with a histogram of document lengths, several as a
 table.
 """
@@ -20,7 +20,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from megapoly.data.files import write_text
 from megapoly.data.index_file import read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -35,6 +34,7 @@ from megapoly.data.token_files import (
     pair_paths,
     token_counts,
 )
+from megapoly.platform.files import write_text
 
 _MOST_FREQUENT = 20
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megapoly.data.preprocess.missing_package import missing_package
+from megapoly.platform import extras
 
 try:
     import orjson
 except ImportError as error:
-    raise missing_package("The preprocessor", "orjson") from error
+    raise extras.unavailable("The preprocessor", "data", ["orjson"]) from error
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import tokenizers
 
 from megapoly.data.index_file import token_dtype
 from megapoly.data.manifest import TokenizerRecord
-from megapoly.data.preprocess.missing_package import missing_package
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.errors import DataError
+from megapoly.platform import extras
 
 _PROBE = "a"
 # `tokenizers` needs about 150 bytes of memory for each byte of a batch.
@@ -241,7 +241,9 @@ class GigatokenBackend:
         try:
             import gigatoken
         except ImportError as error:
-            raise missing_package("--tokenizer-backend gigatoken", "gigatoken") from error
+            raise extras.unavailable(
+                "--tokenizer-backend gigatoken", "data", ["gigatoken"]
+            ) from error
         self.name = f"gigatoken {importlib.metadata.version('gigatoken')}"
         self._json = _without_special_tokens(settings)
         self._reference = reference or ReferenceBackend(settings)

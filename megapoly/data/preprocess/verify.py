@@ -3,7 +3,7 @@
     megapoly preprocess verify tokens/books
     megapoly preprocess verify data/c4_text_document --vocab-size 50280 --quick
 
-PREFIX is the path of a pair without .bin and .idx, or that of PREFIX.manifest.json, which names all
+PREFIX is the path of a pair without .bin and .idx, or of PREFIX.manifest.json, which names all
 pairs of a run. Sizes and hashes are compared with the manifest, if it exists.
 
 The exit status is 0 if everything is correct, 1 if not, and 2 if a pair cannot be checked.
@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
+from megapoly.config.command_line import at_least
 from megapoly.data.index_file import Index, read_index
-from megapoly.data.preprocess.console_output import byte_progress
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, find_pairs
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.progress import bytes_bar
 
 _BLOCK_BYTES = 16 << 20
 
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
     add(
         "--vocab-size",
-        type=int,
+        type=at_least(1),
         metavar="N",
         help="token ids must be below N (default: from the manifest)",
     )
@@ -124,7 +126,8 @@ def verify_with_progress(
 ) -> PairReport:
     """Call :func:`verify` with a progress bar."""
     path = pair_paths(pair.prefix)[0]
-    with byte_progress(path.name, path.stat().st_size if path.is_file() else 0) as advance:
+    size, console = path.stat().st_size if path.is_file() else 0, Console(stderr=True)
+    with bytes_bar(path.name, size, console, transient=True) as advance:
         return verify(pair, expected, quick=quick, advance=advance)
 
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megapoly.data.files import full_disk_explained, write_text
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.errors import DataError
+from megapoly.platform.files import full_disk_explained, write_text
 
 if TYPE_CHECKING:
     from megapoly.data.preprocess.tokenization import TokenizerSettings

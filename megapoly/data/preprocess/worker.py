@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.files import write_text
 from megapoly.data.preprocess.backend_check import COMPARED_CHARS, compare_backends, compare_ids
 from megapoly.data.preprocess.input_parts import FileRange, InputPart, read_file_range, rows_before
 from megapoly.data.preprocess.shards import ShardFolder, ShardWriter, source_hash_path
@@ -26,6 +25,7 @@ from megapoly.data.preprocess.tokenization import (
 )
 from megapoly.data.token_files import sha256_of
 from megapoly.errors import DataError
+from megapoly.platform.files import write_text
 
 # A part of the input, or the index of a source file to hash.
 Task = InputPart | int

@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 # assembler's report for sm_80 and sm_90 with Triton 3.7
 # (`python -m megapoly.ops.triton.ahead_of_time`): no spills, and at most 64 registers at 16 warps,
 # so that two programs share a multiprocessor. Backward passes of longer rows take 32 warps and a
-# multiprocessor of their own.
+# whole multiprocessor.
 _LIMITS = {
     (1, 2): Limits(512, 16384),
     (1, 3): Limits(512, 16384),

@@ -1,1 +1,1 @@
-"""What is installed on this machine, what it is for, and whether it works together."""
+"""Check what is installed on this machine, and whether it works together."""

@@ -33,7 +33,7 @@ class Line:
         status: ``optional`` means missing, and not needed.
         found: version or size, or why there is none.
         use: what it is for here.
-        remedy: how to mend what is wrong, or to install what is missing.
+        remedy: how to repair what is wrong, or install what is missing.
     """
 
     part: str
@@ -114,7 +114,7 @@ def _describe_torch(torch: TorchFacts | None) -> str:
 
 
 def _gloo(torch: TorchFacts) -> Line:
-    use = "collectives between CPUs; beside nccl on GPUs"
+    use = "collectives between CPUs, and next to nccl on GPUs"
     if torch.gloo:
         return Line("gloo", "ok", "in torch", use)
     return Line("gloo", "wrong", "not in this torch", use, "install a torch from PyPI or NVIDIA")

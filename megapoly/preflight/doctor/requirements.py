@@ -61,7 +61,7 @@ GPU |= {name: text for name, text in packages_of(_REQUIREMENTS, "gpu").items() i
 KNOWN_COMBINATIONS = (
     "With megatron-core 0.16: torch 2.13.0, with which this project's tests pass on CPU (2.7 to "
     "2.13 can be installed); Transformer Engine 2.9 to 2.11, the releases that the engine's own "
-    "package asks for, as in NVIDIA's PyTorch images 25.11 (2.9.0) to 26.01 (2.11.0, torch 2.10)."
+    "package requires, as in NVIDIA's PyTorch images 25.11 (2.9.0) to 26.01 (2.11.0, torch 2.10)."
 )
 
 

@@ -33,7 +33,7 @@ BF16 = Tolerance(loss=5e-3, grad_norm=1e-2, gradient=3e-1)
 
 
 @dataclasses.dataclass
-class Comparison:
+class Differences:
     """Largest relative differences over all steps.
 
     Args:
@@ -69,7 +69,7 @@ class Comparison:
         )
 
 
-def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Comparison:
+def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Differences:
     """Compare step by step; both must have the same losses and parameters."""
     losses, norms = [], []
     gradients: dict[str, list[float]] = {name: [] for name in _by_layer(expected[0].gradients)}
@@ -82,7 +82,7 @@ def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Comparison:
         pairs = _by_layer(a.gradients), _by_layer(e.gradients)
         for name, values in gradients.items():
             values.append(_difference(*(of_run[name] for of_run in pairs)))
-    return Comparison(
+    return Differences(
         _largest(losses),
         _largest(norms),
         {name: _largest(values) for name, values in gradients.items()},
@@ -91,7 +91,7 @@ def compare(actual: Sequence[Step], expected: Sequence[Step]) -> Comparison:
 
 
 def _by_layer(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Split the parameters by layer: in a checkpoint those of all layers are one tensor."""
+    """Split the parameters by layer: a checkpoint has one tensor for all layers."""
     stacked = {name: g for name, g in gradients.items() if name.startswith(_LAYERS)}
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}

@@ -52,7 +52,7 @@ class _RankStep:
     gradients: list[ParameterShard]
 
 
-def train(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) -> list[Step]:
+def train_at(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: float) -> list[Step]:
     """Train on CPU processes, one thread each, with gloo.
 
     Args:

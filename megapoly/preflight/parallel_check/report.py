@@ -13,7 +13,7 @@ from rich.table import Table
 from megapoly.config import Config
 from megapoly.config.parsing import to_dict
 from megapoly.preflight.layouts import Layout
-from megapoly.preflight.parallel_check.comparison import Comparison, Tolerance
+from megapoly.preflight.parallel_check.comparison import Differences, Tolerance
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class Row:
 
     layout: Layout
     seconds: float
-    comparison: Comparison | None = None
+    comparison: Differences | None = None
     failure: str | None = None
 
     def is_right(self, tolerance: Tolerance) -> bool:

@@ -1,6 +1,6 @@
 """Weights and gradients of the whole model, assembled from the shards of all ranks.
 
-Names and places of shards are those of checkpoints, which are the same at every layout.
+Shards have the names and places of checkpoints, which are the same at every layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megapoly.preflight.parameter_shards import parameter_shards
+from megapoly.model.builder import unwrap
+from megapoly.model.shards import parameter_shards
 
 _VOCABULARY_ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -94,7 +95,7 @@ def _shards(
 ) -> list[ParameterShard]:
     """Return the values of parameters (by identity) with their places in a checkpoint."""
     found = []
-    for shard in parameter_shards(chunks, values):
+    for shard in parameter_shards(map(unwrap, chunks), values):
         axes = shard.prepend_axis_num  # layer and expert
         begins = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
         place = (*shard.global_offset[:axes], *(slice(i, i + n) for i, n in begins))

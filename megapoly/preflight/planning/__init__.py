@@ -1,1 +1,1 @@
-"""What a job needs of machines that are not available: computed, and built without them."""
+"""Memory, messages and time of a job on machines that are not available."""

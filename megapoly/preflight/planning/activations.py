@@ -37,7 +37,7 @@ class ActivationBytes:
 
     Args:
         kept: from a forward pass until its backward pass, by model chunk of the rank.
-        passing: the maximum beside ``kept`` of all chunks at one time, while a pass runs.
+        passing: the maximum in addition to ``kept`` of all chunks, while a pass runs.
     """
 
     kept: tuple[int, ...]
@@ -170,7 +170,7 @@ def kept_by_schedule(config: Config, kept: Sequence[int], num_microbatches: int)
 
 @contextlib.contextmanager
 def _as_in_training() -> Iterator[None]:
-    """Replace what passes without data cannot run."""
+    """Replace functions that cannot run without data."""
     # Tensors are made on the CPU by default, as in training: the engine reads some of them.
     with _even_routing(), _no_traces(), _shapes_of_cuda(), torch.device("cpu"):
         yield

@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megapoly.config import Config
-from megapoly.model.builder import build_model
+from megapoly.model.builder import build_model, unwrap
+from megapoly.model.shards import parameter_shards
 from megapoly.platform.device import Platform
-from megapoly.preflight.parameter_shards import parameter_shards
 from megapoly.training.optimizer import build_optimizer
 
 
@@ -151,7 +151,7 @@ def _saved(chunks: list[DistributedDataParallel]) -> tuple[dict[ShardPlace, int]
     saved: dict[ShardPlace, int] = {}
     global_sizes: dict[str, int] = {}
     parameters = {id(p): p for chunk in chunks for p in chunk.parameters()}
-    for shard in parameter_shards(chunks, parameters):
+    for shard in parameter_shards(map(unwrap, chunks), parameters):
         global_sizes[shard.key] = math.prod(shard.global_shape)
         if is_main_replica(shard.replica_id):
             place = ShardPlace(shard.key, tuple(shard.global_offset))

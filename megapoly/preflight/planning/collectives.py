@@ -1,6 +1,6 @@
 """Every message of one step: its group, its bytes, its number of calls, and the link it crosses.
 
-Sizes are those of Megatron-Core 0.16.1 and of the operators here. Messages of a few numbers per
+Sizes are for Megatron-Core 0.16.1 and the operators here. Messages of a few numbers per
 layer or step are left out: router statistics, gradient norm, losses, coefficients of activations.
 """
 
@@ -267,7 +267,7 @@ def _context_parallel(counter: _Counter) -> Iterator[Collective]:
         )
         return
     size = tokens * keys * counter.item * counter.grid.sizes["cp"]
-    ring = parallel.cp_comm_type == "p2p"  # Transformer Engine's, beside the attention
+    ring = parallel.cp_comm_type == "p2p"  # Transformer Engine's, at the same time as attention
     name = "keys and values, context"
     yield from counter.make(name, "all-gather", axes, size, forward + ring * backward, hidden=ring)
     name = "their gradients, context"

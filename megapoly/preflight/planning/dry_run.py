@@ -2,7 +2,7 @@
 
 The rules, specs, builder, gradient buffers and optimizer are those of training; there are no data
 and no other processes (:mod:`megapoly.preflight.planning.fake_job`). Import this after
-:func:`megapoly.platform.select_platform`, as everything that imports the engine.
+:func:`megapoly.platform.device.select_platform`, as everything that imports the engine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RankClass:
         activation_bytes: the maximum that forward passes keep for their backward passes at one
             time, with the configuration's recomputation and pipeline schedule; None: not built.
         activation_bytes_of_pass: what the forward pass of one micro-batch keeps, by model chunk.
-        passing_bytes: the maximum beside it while a pass of one micro-batch runs: temporary
+        passing_bytes: the maximum in addition while a pass of one micro-batch runs: temporary
             tensors, recomputed activations, gradients on their way to the buffers.
     """
 

@@ -43,7 +43,7 @@ def fake_rank(config: Config, rank: int, world_size: int) -> Iterator[Platform]:
     if dist.is_initialized():
         raise UnavailableError(
             "a dry run builds one rank after another, and this process is already part of a job; "
-            "start it in a process of its own"
+            "start it in a separate process"
         )
     dist.init_process_group(META.backend, store=FakeStore(), rank=rank, world_size=world_size)
     try:

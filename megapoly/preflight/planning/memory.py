@@ -326,7 +326,7 @@ def _temporary_bytes(config: Config, stage: int) -> float:
     gradients = _gradients_of_ffn(config) * item
     logits = head = 0.0
     if stage == parallel.pipeline_model_parallel_size - 1:
-        # In the model's precision beside the softmax in fp32, and later their gradient.
+        # In the model's precision, with the softmax in fp32, and later their gradient.
         logits = padded_vocab_size(config) / tensor * item
         head = sum(saved.size for saved in head_activations(config))
     buffer = model.hidden_size * item if parallel.sequence_parallel else 0

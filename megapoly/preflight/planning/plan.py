@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def fullest(self) -> int:
-        """The stage whose ranks need most memory."""
+        """The stage that needs most memory on each rank."""
         return max(range(self.num_stages), key=lambda stage: self.memory[stage].total)
 
     @property

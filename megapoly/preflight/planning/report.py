@@ -168,7 +168,7 @@ def _peaks(plan: Plan) -> str:
     bf16 = f"{plan.gpu.bf16_flops / 1e12:g}"
     unit = "TFLOP/s"
     if not plan.config.training.bf16:
-        return f"{bf16} {unit}, the peak of bf16; that of fp32 is far below"
+        return f"{bf16} {unit}, the peak of bf16; the peak of fp32 is far lower"
     if plan.config.training.fp8 is None:
         return f"{bf16} {unit}"
     assert plan.gpu.fp8_flops is not None, "the rules refuse FP8 on such a GPU"

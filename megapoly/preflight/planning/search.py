@@ -33,7 +33,7 @@ class FittingLayout:
 
     Args:
         layout: the layout.
-        options: options that set it, by dotted names, beside those that were given.
+        options: options that set it, by dotted names, in addition to the given ones.
         plan: its plan.
     """
 

@@ -14,7 +14,7 @@ def coefficient_series(run: Path | None, iteration: int) -> dict[str, Any]:
 
     Args:
         run: folder of the run, with ``tensorboard`` and ``metrics.jsonl``; None without a run.
-        iteration: last step to read, that of the checkpoint.
+        iteration: last step to read, the checkpoint's.
 
     Returns:
         ``tokens``: number consumed at each step; ``series`` by tag, such as

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megapoly.data.files import write_text
-from megapoly.errors import CheckpointError, MegapolyError, UnavailableError
-from megapoly.platform import launcher
+from megapoly.errors import MegapolyError
+from megapoly.platform import extras, launcher
+from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
+from megapoly.platform.run_folder import run_of
 from megapoly.study.comparison.outcome import chosen_runs
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from megapoly.study.analysis.forward_pass import Findings, Place
 
 PARTS = ("rank", "similarity", "coefficients", "activations")
-# Those that run the model.
+# Parts that run the model.
 ON_TEXT = ("similarity", "activations")
 DEFAULT_TOKENS = 16384
 
@@ -71,7 +72,11 @@ def analyze(request: AnalysisRequest) -> Path:
     """
     assert request.checkpoint is not None
     _check(request)
-    checkpoint, run = _find(request.checkpoint)
+    from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
+    from megapoly.platform.device import default_device
+
+    reader = CheckpointReader(find_checkpoint(request.checkpoint) or request.checkpoint)
+    run = run_of(reader.path)
     output = request.output or (run / "analysis" if run else None)
     if output is None:
         raise AnalysisError(
@@ -79,16 +84,12 @@ def analyze(request: AnalysisRequest) -> Path:
             "`analysis`; give a folder with --output."
         )
     _check_replaces(output, request.parts)
-    from megapoly.conversion.checkpoint_reader import CheckpointReader
-    from megapoly.platform.device import default_device
-
-    reader = CheckpointReader(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     device = request.device or default_device()
-    analysis = _description(request, checkpoint, reader.config, reader.run)
+    analysis = _description(request, reader.path, reader.config, reader.run)
     # First, because the engine must be imported before anything changes the process.
     if set(request.parts) & set(ON_TEXT):
-        analysis |= _on_text(request, checkpoint, reader.config.model.activation, device)
+        analysis |= _on_text(request, reader.path, reader.config.model.activation, device)
     if "rank" in request.parts:
         from megapoly.study.analysis.effective_rank import effective_ranks
 
@@ -158,12 +159,7 @@ def _written(output: Path) -> dict[str, Any]:
     try:
         content = json.loads((output / "analysis.json").read_text(encoding="utf-8"))
         return {"parts": list(content["parts"]), "asked": dict(content["asked"])}
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # damaged, or another file
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or another file
         return {"parts": [], "asked": {}}
 
 
@@ -194,31 +190,11 @@ def _check(request: AnalysisRequest) -> None:
     for override in request.overrides:
         if override.partition("=")[0] == "--training.device":
             raise AnalysisError("`--training.device`: use `--device`, which is for every part")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(
-            "The figures need matplotlib: `pip install 'megapoly[report]'`."
-        ) from error
+    extras.require("A figure", "report", ["matplotlib"])
     from megapoly.platform.device import check_device
 
     if request.device is not None:
         check_device("--device", request.device)
-
-
-def _find(path: Path) -> tuple[Path, Path | None]:
-    """Return the checkpoint, and the run that contains it."""
-    from megapoly.conversion.checkpoint_reader import find_checkpoint
-
-    checkpoint = find_checkpoint(path)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"`{path}` is not a checkpoint: a complete checkpoint `iter_*` has a run.json, and a "
-            "run has such a checkpoint in its `checkpoints`"
-            + ("" if path.exists() else "; the path does not exist")
-        )
-    folder = checkpoint.resolve().parent
-    return checkpoint, folder.parent if folder.name == "checkpoints" else None
 
 
 def _description(

@@ -1,6 +1,6 @@
 """Run a checkpoint's model on its validation text and collect states and activations.
 
-Import it after :func:`megapoly.platform.select_platform`: it imports the engine.
+Import it after :func:`megapoly.platform.device.select_platform`: it imports the engine.
 """
 
 from __future__ import annotations

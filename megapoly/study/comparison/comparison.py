@@ -14,8 +14,8 @@ from rich.console import Console
 from megapoly.config import Config, load_yaml, to_yaml
 from megapoly.config.parsing import to_dict
 from megapoly.config.resolve import train_iters
-from megapoly.data.files import write_text
 from megapoly.errors import ConfigError
+from megapoly.platform.files import write_text
 from megapoly.study.comparison.jobs import JobRunner, TrialJob
 from megapoly.study.comparison.lock import sole_use
 from megapoly.study.comparison.outcome import final_validation_loss, is_complete

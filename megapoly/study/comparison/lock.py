@@ -20,8 +20,8 @@ def sole_use(folder: Path) -> Iterator[int | None]:
 
     Yields:
         The file descriptor of the lock, or None if the file system has no locks. A process that
-        inherits the descriptor also holds the lock, so that a second command does not start beside
-        jobs that outlive this process.
+        inherits the descriptor also holds the lock, so that a second command does not start while
+        jobs that outlive this process run.
 
     Raises:
         ConfigError: another process holds it.

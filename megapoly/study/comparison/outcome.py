@@ -9,6 +9,7 @@ from typing import Any
 
 from megapoly.config.data_sources import MEAN
 from megapoly.errors import CheckpointError, DataError
+from megapoly.platform.run_folder import checkpoint_path
 
 COMPARISON_FILE = "comparison.json"
 
@@ -37,7 +38,7 @@ def last_record(run_dir: Path) -> dict[str, Any]:
 
 def is_complete(run_dir: Path, steps: int) -> bool:
     """Return whether a run has made its last step and saved it."""
-    saved = run_dir / "checkpoints" / f"iter_{steps:07d}" / "run.json"
+    saved = checkpoint_path(run_dir, steps) / "run.json"
     return saved.exists() and last_record(run_dir).get("iteration") == steps
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import megapoly
-from megapoly.data.files import write_text
+from megapoly.platform.files import write_text
 from megapoly.preflight.doctor.facts import system_facts
 from megapoly.study.comparison.outcome import COMPARISON_FILE, read_comparison
 
@@ -56,7 +56,7 @@ class ComparisonRecord:
         )
 
     def forget(self, run_dir: Path) -> None:
-        """Drop the entry of a trial whose folder was deleted."""
+        """Drop the entry of a trial after its folder was deleted."""
         if not run_dir.exists():
             self.trials.pop(run_dir.name, None)
 

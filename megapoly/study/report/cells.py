@@ -32,7 +32,7 @@ class Table:
 
     Args:
         title: caption.
-        columns: headings; the first is that of the row names.
+        columns: headings; the first is for the row names.
         rows: name and cells of each.
         notes: sentences below the table.
         of_paper: index of the first column that is from the paper.

@@ -47,7 +47,7 @@ class Picture:
         """Draw the figure as the page shows it."""
         with drawing():
             figure = self.draw()
-            # The page has title and command beside the figure.
+            # The page has title and command next to the figure.
             figure.suptitle("").set_visible(False)
             if self.section == THEORY:
                 figure.supxlabel("").set_visible(False)

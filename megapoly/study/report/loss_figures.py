@@ -149,7 +149,7 @@ def _tokens_axis(axes: Axes, group: RunGroup) -> None:
 
 
 def _set_range(axes: Axes, start: float) -> None:
-    """Set the vertical range by what lies right of ``start``: lines, bands and level lines."""
+    """Set the vertical range by what is right of ``start``: lines, bands and level lines."""
     lines = {line: np.column_stack((line.get_xdata(), line.get_ydata())) for line in axes.lines}
     level = [float(xy[0, 1]) for xy in lines.values() if len(xy) and np.ptp(xy[:, 1]) == 0]
     bands = [path.vertices for band in axes.collections for path in band.get_paths()]

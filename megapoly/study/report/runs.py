@@ -17,6 +17,7 @@ from megapoly.config import load_yaml
 from megapoly.config.data_sources import MEAN
 from megapoly.config.parsing import to_dict
 from megapoly.errors import DataError
+from megapoly.platform.run_folder import complete_checkpoints
 from megapoly.study.report.statistics import thinned, trailing_mean
 
 # Share of a run's steps over which the trailing mean is taken.
@@ -248,11 +249,8 @@ def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _position(folder: Path) -> dict[str, Any]:
     """Return run.json of the newest checkpoint; empty without a checkpoint."""
-    found = sorted(
-        (folder / "checkpoints").glob("iter_*/run.json"),
-        key=lambda path: int(path.parent.name.removeprefix("iter_")),
-    )
-    return (_read_json(found[-1]) or {}) if found else {}
+    found = complete_checkpoints(folder)
+    return (_read_json(found[-1] / "run.json") or {}) if found else {}
 
 
 def _data(position: dict[str, Any]) -> dict[str, Any] | None:

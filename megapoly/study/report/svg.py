@@ -74,7 +74,7 @@ def _with_own_ids(text: str, name: str) -> str:
 def _follow_page(tag: re.Match[str]) -> str:
     """Return a tag with colours as variables, the page's font, and coordinates to 0.01 point.
 
-    Text that is not in the ink colour stays as it is: it stands on something coloured.
+    Text that is not in the ink colour does not change: its background is coloured.
     """
     is_text = tag.group().startswith(("<text", "<tspan"))
 

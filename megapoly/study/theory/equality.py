@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional
 
 from megapoly.errors import UnavailableError
-from megapoly.ops import polyrelu
+from megapoly.ops.modules import PolyReLU
 from megapoly.polynomial import DEFAULT_ORDER
 
 RELU_FUNCTIONS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 RELU_METHODS = ("relu", "relu_")
-
-
-class PolyReLU(nn.Module):
-    """``megapoly.ops.polyrelu``, uncompiled, with its own coefficients, ascending powers."""
-
-    def __init__(self, coefficients: Sequence[float], dtype: torch.dtype):
-        super().__init__()
-        self.coefficients = nn.Parameter(torch.tensor(coefficients, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply PolyReLU to ``x`` of any shape; shape and dtype are kept."""
-        return polyrelu(x, self.coefficients, backend="reference")
 
 
 def relu_to_polyrelu(network: nn.Module, order: int = DEFAULT_ORDER) -> fx.GraphModule:
@@ -80,8 +67,11 @@ def relu_to_polyrelu(network: nn.Module, order: int = DEFAULT_ORDER) -> fx.Graph
     return traced
 
 
+@torch.no_grad()
 def _as_relu(order: int, dtype: torch.dtype) -> PolyReLU:
-    return PolyReLU([0.0, 1.0] + [0.0] * (order - 1), dtype)
+    unit = PolyReLU(order, backend="reference", dtype=dtype)
+    unit.coefficients.copy_(torch.tensor([0.0, 1.0] + [0.0] * (order - 1)))
+    return unit
 
 
 def _is_relu_call(node: fx.Node) -> bool:

@@ -130,7 +130,7 @@ def polyrelu_network(function: Wave, n: int, num_cells: int, order: int = DEFAUL
 
 
 def relu_network(function: Wave, n: int, num_cells: int) -> Network:
-    """Return f_N by ReLU units, with products whose error is within that of f_N itself.
+    """Return f_N by ReLU units, with an error of the products within the error of f_N itself.
 
     Source: Yarotsky (2017), Theorem 1: O(eps^(-d/n) ln(1 / eps)) parameters, because each product
     needs O(ln(1 / eps)).

@@ -36,5 +36,5 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, rules,
     with pytest.raises(UnavailableError) as error:
         USES[package](tmp_path / "file", rules)
     message = str(error.value)
-    assert message.endswith(f" needs the package {package}: pip install 'megapoly[data]'.")
+    assert message.endswith(f" needs {package}: pip install 'megapoly[data]'")
     assert message.count(". ") == 0 and "\n" not in message

@@ -16,7 +16,7 @@ from megapoly.config import load_yaml
 from megapoly.model import experts, norms
 from megapoly.model.ffn_activation import FFNActivation
 from megapoly.ops import collectives, polynorm_registration, polyrelu_registration
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.preflight.parallel_check import job
 from megapoly.preflight.parallel_check.comparison import FP32, compare
 from megapoly.preflight.parallel_check.scaled import scaled_down
@@ -125,14 +125,14 @@ def small(recipe, options):
 
 
 def train(config, layout):
-    return job.train(config, layout, cache_dir=Path(shared_cache().name), timeout_s=120)
+    return job.train_at(config, layout, cache_dir=Path(shared_cache().name), timeout_s=120)
 
 
 @pytest.mark.parametrize("break_it", CASES, ids=lambda break_it: break_it.__name__)
 def test_a_missing_reduction_is_noticed(monkeypatch, break_it):
     recipe, options, name, finding = CASES[break_it]
-    config, layout = small(recipe, options), parse(name)
-    expected = train(config, parse("1"))
+    config, layout = small(recipe, options), parse_layout(name)
+    expected = train(config, parse_layout("1"))
     assert compare(train(config, layout), expected).is_within(FP32)
     monkeypatch.setattr(job, "steps_of_rank", functools.partial(broken_steps, break_it))
     found = compare(train(config, layout), expected)

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from megapoly.config import Config
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.preflight.parallel_check.comparison import FP32, compare
 from megapoly.preflight.parallel_check.job import Step
 from megapoly.preflight.parallel_check.report import Report, Row
@@ -92,9 +92,9 @@ def test_report(tmp_path):
         Config(),
         FP32,
         [
-            Row(parse("tp2"), 1.5, compare([step()], [step()])),
-            Row(parse("ep2"), 2.5, compare([wrong], [step()])),
-            Row(parse("pp2"), 0.5, failure="Traceback\nValueError: no such stage\n"),
+            Row(parse_layout("tp2"), 1.5, compare([step()], [step()])),
+            Row(parse_layout("ep2"), 2.5, compare([wrong], [step()])),
+            Row(parse_layout("pp2"), 0.5, failure="Traceback\nValueError: no such stage\n"),
         ],
     )
     assert not report.is_right

@@ -6,7 +6,7 @@ import pytest
 
 from megapoly.config import Config
 from megapoly.errors import ConfigError
-from megapoly.preflight.layouts import Layout, all_layouts, covering, parse
+from megapoly.preflight.layouts import Layout, all_layouts, covering, parse_layout
 
 WORLD_SIZES = (1, 2, 4, 8)
 
@@ -22,7 +22,7 @@ def test_a_name_says_everything(world_size, num_experts):
     assert len({layout.name for layout in layouts}) == len(layouts)
     for layout in layouts:
         assert layout.world_size == world_size
-        read = parse(layout.name)
+        read = parse_layout(layout.name)
         config = Config()
         assert read.applied_to(config) == layout.applied_to(config)
         assert read.world_size == world_size
@@ -30,7 +30,7 @@ def test_a_name_says_everything(world_size, num_experts):
 
 def test_a_name_becomes_options():
     config = Config()
-    parallel = parse("tp2-cp2-pp2-vpp3-ep4-etp1-dp2-a2a-distopt").applied_to(config).parallel
+    parallel = parse_layout("tp2-cp2-pp2-vpp3-ep4-etp1-dp2-a2a-distopt").applied_to(config).parallel
     assert parallel.tensor_model_parallel_size == 2
     assert parallel.context_parallel_size == 2
     assert parallel.pipeline_model_parallel_size == 2
@@ -41,7 +41,7 @@ def test_a_name_becomes_options():
     assert parallel.cp_comm_type == "a2a"
     assert parallel.use_distributed_optimizer
     assert parallel.overlap_grad_reduce and parallel.overlap_param_gather
-    assert parse("tp2-nosp").applied_to(config).parallel.sequence_parallel is False
+    assert parse_layout("tp2-nosp").applied_to(config).parallel.sequence_parallel is False
     assert config == Config()
 
 
@@ -50,18 +50,18 @@ def test_a_name_becomes_options():
     [("1", 1), ("tp2", 2), ("ep4", 4), ("tp2-ep4", 8), ("tp2-ep4-etp1", 4), ("tp2-dp3", 6)],
 )
 def test_experts_bring_the_replicas_that_they_need(name, world_size):
-    assert parse(name).world_size == world_size
+    assert parse_layout(name).world_size == world_size
 
 
 @pytest.mark.parametrize("name", ["tp", "xp2", "tp2-", "tp0", "tp2_pp2", ""])
 def test_unknown_names_are_refused(name):
     with pytest.raises(ConfigError, match=r"parts are tp2, cp2, .*, nosp, a2a, distopt"):
-        parse(name)
+        parse_layout(name)
 
 
 def test_replicas_fill_the_processes():
-    assert parse("tp2").at(8) == Layout(tensor_model_parallel_size=2, data_parallel_size=4)
-    assert parse("tp4").at(6) is None
+    assert parse_layout("tp2").at(8) == Layout(tensor_model_parallel_size=2, data_parallel_size=4)
+    assert parse_layout("tp4").at(6) is None
 
 
 def test_all_layouts_of_two_processes():

@@ -8,7 +8,7 @@ import pytest
 from megapoly.config import load_yaml
 from megapoly.config.rules import find_problems
 from megapoly.platform.machine import CPU
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.preflight.parallel_check.scaled import scaled_down
 from megapoly.testing.jobs import RECIPES
 
@@ -58,7 +58,7 @@ def test_recipes_scale_down(recipe):
     assert activations_in == pytest.approx(activations_out)
     for name, processes in {"1": 1, "tp2-pp2-vpp2": 4, "cp4-dp2-distopt": 8, "pp4": 4}.items():
         problems = find_problems(
-            parse(name).applied_to(small),
+            parse_layout(name).applied_to(small),
             world_size=processes,
             machine=CPU,
         )

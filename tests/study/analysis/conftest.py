@@ -10,7 +10,7 @@ from analysis_jobs import NUM_TOKENS, analysed
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
 from megapoly.data.tokenizer import load_tokenizer
-from megapoly.preflight.layouts import parse
+from megapoly.preflight.layouts import parse_layout
 from megapoly.testing import run_job, run_on_ranks
 
 TINY = {
@@ -49,7 +49,7 @@ def trained(tmp_path_factory, text):
 
     @functools.cache
     def train(name):
-        layout, run_dir = parse(name), tmp_path_factory.mktemp("run")
+        layout, run_dir = parse_layout(name), tmp_path_factory.mktemp("run")
         options = TINY | {"data.blend": f"[{text}]", "data.validation": f"{{a: {text}}}"}
         options |= layout.options
         run_job("moe_tiny", run_dir, options, num_ranks=layout.world_size)

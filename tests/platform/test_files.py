@@ -1,6 +1,6 @@
 import pytest
 
-from megapoly.data.files import renamed_when_complete
+from megapoly.platform.files import renamed_when_complete
 
 
 @pytest.mark.parametrize("in_folder", [False, True])

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from megapoly.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -24,7 +22,7 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
     Args:
         *paths: final names.
         folder: existing folder on the same disk, which only this process uses, for the temporary
-            files ``NAME.partial``; None: hidden files with unique names beside ``paths``.
+            files ``NAME.partial``; None: hidden files with unique names next to ``paths``.
 
     Raises:
         DataError: the disk is full; the temporary files are deleted.
@@ -68,14 +66,6 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with renamed_when_complete(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")
-
-
-def save_arrays(arrays: dict[Path, np.ndarray]) -> None:
-    """Write ``.npy`` files; all of them are complete before the first is renamed."""
-    with renamed_when_complete(*arrays) as temporary:
-        for path, array in zip(temporary, arrays.values(), strict=True):
-            with path.open("wb") as stream:
-                np.save(stream, array)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -1,0 +1,30 @@
+"""Where a run keeps its checkpoints: ``RUN_DIR/checkpoints/iter_0000100``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_FOLDER = "checkpoints"
+_NAME = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:
+    """Return the folder of the checkpoint after a step."""
+    return Path(run_dir) / _FOLDER / f"iter_{iteration:07d}"
+
+
+def complete_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first; folders of other names are ignored.
+
+    ``run.json`` is written last, so a checkpoint that has it is complete.
+    """
+    found = [path.parent for path in (Path(run_dir) / _FOLDER).glob("iter_*/run.json")]
+    by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
+    return [path for _, path in sorted(by_step.items())]
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run that contains a checkpoint; None if it is in another folder."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == _FOLDER else None
