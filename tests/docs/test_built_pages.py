@@ -46,6 +46,7 @@ def numbers(texts):
     return found
 
 
+@pytest.mark.slow  # three processes that import torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client")
 def test_the_notebook_prints_what_it_shows():
     committed = nbformat.read(NOTEBOOK, as_version=4)
