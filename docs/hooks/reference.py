@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from megapoly import polynomial
 from megapoly.commands import COMMANDS, module_of
 from megapoly.commands.benchmark import BENCHMARKS
 from megapoly.commands.preprocess import SUBCOMMANDS, subcommand_parser
@@ -44,8 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, page: object, config: MkDocsConfig, files: Files) -> str:
-    """Leave out the roles that docstrings put before names, such as ``:func:``."""
-    return re.sub(r":\w+:(?=<code>)", "", html)
+    """Leave out roles such as ``:func:`` before names; show the values of shared defaults."""
+    html = re.sub(r":\w+:(?=<code>)", "", html)
+    return re.sub(r"\bDEFAULT_\w+", lambda name: str(getattr(polynomial, name[0])), html)
 
 
 def configuration_page() -> str:

@@ -46,6 +46,7 @@ def numbers(texts):
     return found
 
 
+@pytest.mark.slow  # three processes that import torch
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client")
 def test_the_notebook_prints_what_it_shows():
     committed = nbformat.read(NOTEBOOK, as_version=4)
@@ -107,6 +108,12 @@ def test_commands_page_has_every_option(reference):
 )
 def test_docstrings_become_markdown(reference, text, markdown):
     assert "\n".join(reference._paragraph(text)) == markdown
+
+
+def test_api_shows_the_values_of_defaults(reference):
+    page = "see :func:<code>f</code>, order = DEFAULT_ORDER, eps = DEFAULT_EPS"
+    shown = reference.on_page_content(page, None, None, None)
+    assert shown == "see <code>f</code>, order = 3, eps = 1e-06"
 
 
 def test_figure_is_what_its_command_draws(tmp_path):

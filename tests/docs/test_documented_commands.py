@@ -20,7 +20,7 @@ from megapoly.config.parsing import override, parse
 from megapoly.config.recipes import recipe_path
 
 # Of other projects. What they start of ours is parsed below.
-OTHERS = {"cd", "git", "kubectl", "mkdir", "scancel", "tensorboard"}
+OTHERS = {"cd", "du", "enroot", "git", "kubectl", "mkdir", "scancel", "tensorboard"}
 # They take fields of the configuration besides their own options.
 WITH_OVERRIDES = {"analyze", "check-parallel", "compare", "evaluate", "plan"}
 FOUND = [(page, words) for page in PAGES for words in commands(page)]
@@ -37,7 +37,7 @@ def test_is_taken(page, words, monkeypatch, capsys):
 
 
 def check(words):
-    while re.fullmatch("[A-Z_]+=.*", words[0]):  # a variable of this command
+    while words[0] == "time" or re.fullmatch("[A-Z_]+=.*", words[0]):  # a variable of this command
         words = words[1:]
     program, *rest = words
     if program in OTHERS:
@@ -230,7 +230,9 @@ def test_yaml_and_python_blocks_are_read():
             compile(block, page.name, "exec")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/explanation/operators.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/explanation/operators.md", "docs/how-to/own_model.md"]
+)
 def test_python_blocks_run(page):
     """Those that need nothing that the reader has to make first."""
     found = blocks(ROOT / page, "python")
