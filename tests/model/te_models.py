@@ -16,8 +16,7 @@ from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_t
 
 from megapoly.config import Config
 from megapoly.model.builder import gpt_model, unwrap
-from megapoly.model.initialization import _shards
-from megapoly.model.shards import checkpoint_metadata
+from megapoly.model.shards import checkpoint_metadata, shards_of
 from megapoly.model.transformer_config import transformer_config
 from megapoly.platform.device import Platform
 from megapoly.preflight.parallel_check.whole_model import weight_shards
@@ -110,7 +109,7 @@ def description(config: Config) -> Description:
     tensors = [entry for entry in tensors if "_extra_state" not in entry.key]
     return Description(
         {name: f"{type(m).__module__}.{type(m).__name__}" for name, m in gpt.named_modules()},
-        {part.key: tuple(part.global_shape) for entry in tensors for part in _shards(entry)},
+        {part.key: tuple(part.global_shape) for entry in tensors for part in shards_of(entry)},
         {entry.key: {mark: getattr(entry.data, mark, None) for mark in MARKS} for entry in tensors},
         sum(parameter.numel() for parameter in gpt.parameters()),
     )
