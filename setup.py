@@ -112,6 +112,10 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
+    # An editable install then puts this folder on the path. Without it setuptools installs a finder
+    # that comes after the path, where a clone named `megapoly`, seen from the folder it is in, is
+    # an empty package.
+    package_dir={"": "."},
     packages=find_packages(include=["megapoly", "megapoly.*"]),
     package_data={
         "megapoly": ["py.typed"],

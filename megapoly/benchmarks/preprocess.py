@@ -34,7 +34,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megapoly.config.command_line import Parser, at_least
+from megapoly.config.command_line import Parser, at_least, status_of
 from megapoly.platform import extras
 
 if TYPE_CHECKING:
@@ -99,8 +99,12 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, write the JSON file and return 0."""
+    """Measure, print the tables and write the JSON file; return 2 if it cannot run."""
     options = build_parser().parse_args(argv)
+    return status_of(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
     extras.require("The benchmark", "data", ("psutil", *extras.EXTRAS["data"]))
     console = Console()
     with tempfile.TemporaryDirectory(prefix="benchmark-preprocess-") as name:

@@ -20,6 +20,7 @@ from typing import ParamSpec
 from megapoly.platform import extras
 
 P = ParamSpec("P")
+
 _ENGINE = {"train": extras.EXTRAS["train"]}
 _HUGGING_FACE = {"hf": extras.EXTRAS["hf"]}
 _FIGURES = {"report": ("matplotlib",)}

@@ -21,6 +21,7 @@ from megapoly.config.recipes import recipe_names, recipe_path
 from megapoly.config.schema import Config
 from megapoly.config.typed_values import convert, convert_text, read_yaml
 from megapoly.errors import ConfigError
+from megapoly.platform.gpus import GPUS
 
 # Two forms of one quantity: setting one in a later source replaces the other of an earlier source.
 STEP_AND_TOKEN_FORMS = (
@@ -226,7 +227,7 @@ def option_parser(program: str, default_recipe: str | Path) -> ArgumentParser:
         "--gpu",
         metavar="VALUE",
         default=DryRunOptions.gpu,
-        help="GPU that each rank is meant to run on, by its name in megapoly/platform/gpus.py",
+        help=f"GPU that each rank is meant to run on: {', '.join(GPUS)}",
     )
     groups = {
         name: parser.add_argument_group(f"{name}: {title[0].lower()}{title[1:].rstrip('.')}")
@@ -332,7 +333,7 @@ def _dry_run_options(given: _GivenArguments, problems: list[str]) -> DryRunOptio
         problems.append(f"`--world-size` ({size or ''}) must be a number of ranks, 1 or more")
         return None
     if gpu is None:
-        problems.append("`--gpu` needs a name of `megapoly/platform/gpus.py`, such as a100-80g")
+        problems.append(f"`--gpu` needs a name: {', '.join(GPUS)}")
         return None
     if not given.dry_run:
         return None

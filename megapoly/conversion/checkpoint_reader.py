@@ -148,8 +148,8 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
             raise ValueError("run.json is not an object")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder, "
-            "such as runs/NAME/checkpoints/iter_0000100."
+            f"{path} is not a complete checkpoint ({error}); give a run that has one, or the "
+            "path of an `iter_*` folder, such as runs/NAME/checkpoints/iter_0000100."
         ) from error
     return config, run
 

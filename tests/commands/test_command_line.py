@@ -246,6 +246,15 @@ def test_a_missing_extra(
     assert run(name, "--no-such-option") == (2, f"megapoly {name} needs {message}\n")
 
 
+def test_the_benchmark_of_preprocessing_names_all_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in ("psutil", "orjson"):
+        monkeypatch.setitem(sys.modules, module, None)
+    expected = "The benchmark needs psutil and orjson: pip install 'megapoly[data]'\n"
+    assert run("benchmark", "preprocess") == (2, expected)
+
+
 def test_missing_packages_of_several_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("psutil", "safetensors", "transformers"):
         monkeypatch.setitem(sys.modules, module, None)

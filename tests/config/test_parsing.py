@@ -331,7 +331,7 @@ def test_dry_run_has_options_of_its_own(recipe: Path) -> None:
         (["--world-size", "64"], "without `--dry-run`"),
         (["--dry-run", "--world-size", "0"], r"\(0\) must be a number of ranks"),
         (["--dry-run", "--world-size"], "must be a number of ranks"),
-        (["--dry-run", "--gpu"], "`--gpu` needs a name"),
+        (["--dry-run", "--gpu"], "`--gpu` needs a name: a100-80g, "),
         (["--dry-run", "--print_config"], "choose one"),
     ):
         with pytest.raises(ConfigError, match=problem):
