@@ -233,15 +233,15 @@ def _on_text(
     if registry.get(activation).has_coefficients:
         # Compiling kernels would take longer than a few thousand tokens.
         overrides.insert(0, "--model.activation_backend=reference")
-    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as loaded:
         from megapoly.study.analysis.forward_pass import run_on_text
 
-        for warning in opened.warnings:
+        for warning in loaded.warnings:
             _messages().print(f"note: {warning}", markup=False, soft_wrap=True)
         with counting_bar("the model on text, tokens", _messages()) as on_progress:
             findings = run_on_text(
-                opened.model,
-                opened.validation,
+                loaded.model,
+                loaded.validation,
                 request.tokens or DEFAULT_TOKENS,
                 with_similarity="similarity" in request.parts,
                 with_activations="activations" in request.parts,
