@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megapoly.config import Config, to_yaml
 from megapoly.config.parsing import parse
 from megapoly.config.resolve import tokens_per_step
-from megapoly.config.startup import check_and_resolve
+from megapoly.config.this_job import check_and_resolve
 from megapoly.errors import ConfigError, DivergenceError, MegapolyError
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import configure_logging

@@ -3,7 +3,7 @@
     megapoly benchmark operators --json ops.json --plot ops.png
     megapoly benchmark operators --operators polynorm polyrelu --dtypes bf16 fp32 --experts 8
 
-The candidates are megapoly's operator on each of ``--backends``, and those of ``--against``:
+The candidates are megapoly's operator on each of ``--backends``, and ``--against``:
 ``eager`` (the authors' form in plain PyTorch: a power, then its norm, in fp32), ``compile``
 (torch.compile of that), ``liger`` (Liger-Kernel's PolyNorm, on CUDA) and ``swiglu`` (silu(x) u of
 the same width, in plain PyTorch). They take turns, so that other work on the machine affects all of

@@ -173,8 +173,8 @@ def run(name: str, argv: Sequence[str]) -> int:
         SIGPIPE as of :func:`main`.
     """
     command = COMMANDS[name]
-    asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
-    if not asks_for_help and (absent := command.missing()):
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    if not wants_help and (absent := command.missing()):
         print(f"megapoly {name} needs {extras.with_remedy(absent)}", file=sys.stderr)
         return 2
     work: Callable[[], int] = lambda: module_of(name).main(argv)  # noqa: E731

@@ -16,8 +16,8 @@ similarity    cosine similarity between layers' hidden states, in MoE models als
 coefficients  the activations' coefficients through training, from the run's TensorBoard files
 activations   each layer's learned curve, share of each power, saturation and outliers
 
-similarity and activations run the model in this process, on the validation sets of the run or on
-those of --data.validation. Other options of the configuration, `--section.field value`, apply as in
+similarity and activations run the model in this process, on the validation sets of the run or of
+--data.validation. Other options of the configuration, `--section.field value`, apply as in
 megapoly evaluate. The command writes analysis.json and PNGs, by default to RUN/analysis.
 Formulas and methods: docs/reference/analysis.md.
 

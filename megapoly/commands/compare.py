@@ -51,7 +51,7 @@ from megapoly.config.command_line import (
 )
 from megapoly.errors import ConfigError
 from megapoly.platform.logs import show_errors_only
-from megapoly.polynomial import ORDERS
+from megapoly.polynomial import DEFAULT_ORDER, ORDERS
 
 if TYPE_CHECKING:
     from megapoly.config import Config
@@ -104,7 +104,7 @@ def build_parser() -> Parser:
         type=int,
         choices=ORDERS,
         metavar="R",
-        help="orders of polynomial activations: 2, 3, 4 (default: 3)",
+        help=f"orders of polynomial activations: {ORDERS} (default: {DEFAULT_ORDER})",
     )
     add("--seeds", nargs="+", type=at_least(0), default=[1], metavar="N", help="default: 1")
     add(

@@ -11,7 +11,7 @@ AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) in transformer
 Tensors are converted one at a time, so little memory is needed.
 
 Then DIR is opened as users would open it, and its logits on real text are compared in fp32 with
-those of the checkpoint's own model. DIR/parity.json has the result.
+the logits of the checkpoint's own model. DIR/parity.json has the result.
 
 The exit status is 0; 1 if the logits differ by more than the tolerance, with the first module that
 differs; 2 if the checkpoint or the output cannot be used.

@@ -32,6 +32,7 @@ from rich.table import Table
 from megapoly.config.command_line import Parser, add_conversion_options, at_least
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
+from megapoly.polynomial import DEFAULT_ORDER
 
 if TYPE_CHECKING:
     from megapoly.conversion.import_model import ImportReport
@@ -109,7 +110,7 @@ def build_parser() -> Parser:
         "--activation-order",
         type=at_least(2),
         metavar="R",
-        help="its highest power (default: 3)",
+        help=f"its highest power (default: {DEFAULT_ORDER})",
     )
     add(
         "--ffn-hidden-size",

@@ -137,7 +137,7 @@ class ParallelConfig:
         overlap_grad_reduce: reduce gradients while the backward pass runs.
         overlap_param_gather: gather updated parameters while the forward pass runs; needs
             ``use_distributed_optimizer`` and ``overlap_grad_reduce``.
-        recompute_granularity: activations to recompute in the backward pass: those of whole layers
+        recompute_granularity: activations to recompute in the backward pass: of whole layers
             (``full``), or of ``recompute_modules`` (``selective``); null: none.
         recompute_method: layers to recompute with ``full``: every group of ``recompute_num_layers``
             layers (``uniform``), or the first ``recompute_num_layers`` of each stage (``block``).
@@ -301,7 +301,7 @@ class TrainingConfig:
             layout.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
         fp8: multiply the matrices of the layers in FP8, with Transformer Engine; the rest stays in
-            bfloat16, and weights are those of ``bf16``. ``e4m3``: all in this format, ``hybrid``:
+            bfloat16, also the weights. ``e4m3``: all products in this format, ``hybrid``:
             gradients in e5m2; null: no FP8.
         fp8_recipe: which values share a scaling factor in FP8: a tensor, scaled by its current
             values (``tensorwise``) or by those of earlier steps (``delayed``); blocks of 128 values

@@ -1,4 +1,4 @@
-"""Check parity of a checkpoint and a Hugging Face folder, each opened in its own way."""
+"""Check parity of a checkpoint and a Hugging Face folder: run both models and compare."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _LAYERS_ON_DISK = {
 def check_export_parity(
     checkpoint: Path, folder: Path, dtype: torch.dtype, tolerance: float, console: Console
 ) -> Parity:
-    """Compare an export with its checkpoint; the export is opened as users open it.
+    """Compare an export with its checkpoint; the export is loaded as users load it.
 
     Args:
         checkpoint: an ``iter_*`` folder.

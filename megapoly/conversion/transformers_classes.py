@@ -1,4 +1,4 @@
-"""Choose the transformers classes that a model is opened with."""
+"""Choose the transformers classes that load a model."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class BuildCoordinator(Protocol):
         """Return the result of the function on this process.
 
         Args:
-            what: description of the function that completes "waits for rank 0 to".
+            what: what the function does; completes the sentence "waits for rank 0 to".
             build: builds files that do not exist, and opens them.
         """
 
@@ -131,7 +131,7 @@ def load_validation(
 
 @dataclass(frozen=True)
 class _FileGroup:
-    """Token files that are read together: those of a source or of a validation set."""
+    """Token files that are read together: of a source or of a validation set."""
 
     name: str
     paths: list[str]

@@ -50,8 +50,8 @@ class EpochOrder:
         if epoch not in self._permutations:
             # A batch may cross the boundary of two epochs: keep the previous one.
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            # The seed of the first source has two numbers, and that of a block (below) ends in 0:
-            # no two streams are the same.
+            # The seed of the first source has two numbers, and the seed of a block (below) ends in
+            # 0: no two streams are the same.
             seed = [self.seed, epoch, *([self._source] if self._source else [])]
             permutation = np.random.RandomState(seed).permutation(self.num_samples)
             narrow = self.num_samples <= np.iinfo(np.uint32).max

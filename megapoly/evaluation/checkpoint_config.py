@@ -18,7 +18,7 @@ from megapoly.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
-from megapoly.config.startup import check_and_resolve
+from megapoly.config.this_job import check_and_resolve
 from megapoly.data.tokenizer import tokenizer_vocab_size
 from megapoly.errors import CheckpointError
 from megapoly.platform.run_folder import run_of

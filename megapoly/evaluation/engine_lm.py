@@ -254,7 +254,7 @@ class EngineLM(TemplateLM):
             seq_length=length,
             forward_only=True,
         )
-        # Tensor-parallel ranks have equal scores; those of context-parallel ranks add up.
+        # Tensor-parallel ranks have equal scores; scores of context-parallel ranks add up.
         if results and parallel_state.get_tensor_model_parallel_rank() == 0:
             for requests, result in zip(mine, results, strict=True):
                 places = [request.place for request in requests]

@@ -147,7 +147,7 @@ class GroupedLinear(MegatronModule):
     """One linear map per local expert, applied to rows sorted by expert.
 
     Source: constructor, parameter names (``weight0``, ``weight1``, ..) and checkpoint layout are
-    those of ``TEColumnParallelGroupedLinear`` and ``TERowParallelGroupedLinear``
+    as in ``TEColumnParallelGroupedLinear`` and ``TERowParallelGroupedLinear``
     (extensions/transformer_engine.py), so that ``TEGroupedMLP`` works with either.
 
     Args:

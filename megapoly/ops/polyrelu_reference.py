@@ -1,6 +1,6 @@
 """PolyReLU on rows in plain PyTorch; every backend computes the same.
 
-Shapes are those of :mod:`megapoly.ops.polynorm_reference`; ``slope`` is [1] or [experts, 1], or
+Shapes are as in :mod:`megapoly.ops.polynorm_reference`; ``slope`` is [1] or [experts, 1], or
 None for 0.
 """
 
@@ -55,7 +55,7 @@ def backward(
         dx = p g u P'(h) (1 where x > 0, else slope)
         dslope = sum_rows p sum_j g u P'(h) min(x, 0)
 
-    Gradients of coefficients and slope are fp64, those of probs in the dtype of computation.
+    Gradients of coefficients and slope are fp64, of probs in the dtype of computation.
     They are partial sums if ``x`` is a part of each row.
     """
     expert = None if offsets is None else expert_of_row(offsets, x.shape[0])

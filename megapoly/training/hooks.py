@@ -26,7 +26,7 @@ class StepRecord:
         step_time_s: seconds from its start to its end, without hooks and reports.
         stop: the run ends after this step; the same on every rank.
         metrics: scalars for ``metrics.jsonl`` and TensorBoard, by name. In
-            :meth:`Hook.after_record` rank 0 also has those of the step itself.
+            :meth:`Hook.after_record` rank 0 also has the scalars of the step itself.
         details: scalars for TensorBoard only.
     """
 

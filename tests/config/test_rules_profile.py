@@ -1,4 +1,4 @@
-"""Each rule of profile has cases that break it alone, beside a configuration that is right."""
+"""Each rule of profile refuses a valid configuration with one change that breaks it."""
 
 from __future__ import annotations
 

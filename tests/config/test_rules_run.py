@@ -1,4 +1,4 @@
-"""Each rule of run has cases that break it alone, beside a configuration that is right."""
+"""Each rule of run refuses a valid configuration with one change that breaks it."""
 
 from __future__ import annotations
 

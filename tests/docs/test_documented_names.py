@@ -96,6 +96,35 @@ def test_a_wrong_name_is_found(tmp_path):
     assert resolve("megapoly.study.report") is report
 
 
+def is_defined(dotted):
+    """Look for the names in the module's text: importing it would import the engine."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:end])
+        for file in (path.with_suffix(".py"), path / "__init__.py"):
+            if file.is_file():
+                text = file.read_text()
+                return all(re.search(rf"\b{name}\b", text) for name in parts[end:])
+    return False
+
+
+def wrong_references(source):
+    """Return the cross-references of docstrings and comments that name nothing."""
+    found = re.findall(r":(?:mod|func|class|meth|data|attr):`~?(megapoly[\w.]*)`", source)
+    return [dotted for dotted in found if not is_defined(dotted)]
+
+
+def test_references_in_the_code_exist():
+    wrong = {
+        path: found
+        for path in files()
+        if path.startswith("megapoly/") and path.endswith(".py")
+        if (found := wrong_references((ROOT / path).read_text()))
+    }
+    assert not wrong
+    assert wrong_references(":func:`megapoly.platform.none`") == ["megapoly.platform.none"]
+
+
 def test_readme_is_short_and_says_first_what_is_not_proven():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1000

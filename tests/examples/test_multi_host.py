@@ -33,7 +33,7 @@ OPTIONS = {
     "training.global_batch_size": BATCH,
     "training.eval_interval": 0,
     "optimizer.lr_warmup_iters": 1,
-    "optimizer.lr_decay_iters": 400,  # the same rates, however many steps are asked for
+    "optimizer.lr_decay_iters": 400,  # the same rates, however many steps are run
     "logging.tensorboard": False,
 }
 LAYOUT = {

@@ -1,4 +1,4 @@
-"""Layers of Transformer Engine beside local ones on a GPU, in bf16 and in FP8.
+"""Layers of Transformer Engine are compared with local ones on a GPU, in bf16 and in FP8.
 
 The functions are those that ``tests/model/test_transformer_engine.py`` runs on CPU, there with
 kernels written in torch. Here the kernels are Transformer Engine's, and the attention flash-attn's

@@ -260,7 +260,7 @@ def test_bash_of_macos_reads_every_pattern(path: str) -> None:
 
 
 class Engine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
-    """Docker's engine as far as its client asks before a container starts; then it declines."""
+    """Docker's engine as far as its client calls it before a container starts; then it declines."""
 
     daemon_threads = True
     created: dict

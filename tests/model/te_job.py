@@ -3,7 +3,7 @@
     python te_job.py FOLDER_OF_THE_WHEEL OUTPUT        on one process
     RANK=.. WORLD_SIZE=2 python te_job.py ..           each rank writes OUTPUT with its number
 
-A process of its own, for the engine looks for Transformer Engine when it is imported.
+A separate process, because the engine looks for Transformer Engine when it is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of Transformer Engine's layers beside the same models of local ones.
+"""Models of Transformer Engine's layers, and the same models of local layers.
 
 What tests compare: on CPU with Transformer Engine's kernels written in torch (``te_kernels.py``),
 and on a GPU with the real ones.
@@ -140,7 +140,7 @@ def weights_of(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 def there_and_back(options: dict[str, Any], platform: Platform, folder: Any) -> dict[str, Any]:
-    """A run that changes its layers twice by a checkpoint, beside one that never does.
+    """Compare a run that changes its layers at two checkpoints with one that never does.
 
     Returns:
         Losses of three steps of each, and whether the second's weights and those that the first

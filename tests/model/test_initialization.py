@@ -1,4 +1,4 @@
-"""Distribution of the initial weights; that they do not depend on the layout is tested beside."""
+"""Distribution of the initial weights; test_parallel_gradients.py tests them at all layouts."""
 
 from __future__ import annotations
 

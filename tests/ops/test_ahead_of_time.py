@@ -35,7 +35,7 @@ WITHOUT_OPTIONS = OF_NO_WIDTH | {"polynorm_split_row.square_sums_kernel"}
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[Resources]:
-    """In a process of its own: a process that interprets kernels cannot compile them."""
+    """In a separate process: a process that interprets kernels cannot compile them."""
     directory = tmp_path_factory.mktemp("kernels")
     report = directory / "kernels.json"
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}

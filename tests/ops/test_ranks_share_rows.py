@@ -76,7 +76,7 @@ def test_no_rows():
 
 
 def collectives():
-    """A sum of r + 1 over ranks r, beside what is summed."""
+    """Return a sum of r + 1 over ranks r, and what is summed."""
     dist.init_process_group("gloo")
     group, rank = dist.group.WORLD, dist.get_rank()
     try:

@@ -100,7 +100,7 @@ def test_image_runs_as_a_user_and_asks_doctor(dockerfile: str) -> None:
     assert check.endswith('CMD ["megapoly", "doctor"]')
     (base,) = [rest for word, rest in found if word == "FROM"]
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a stated release"
-    # Any user may write there (--user), and nothing of a build's own home is asked for.
+    # Any user may write there (--user), and nothing in a home folder of the build is needed.
     assert any("chmod 0777 /home/megapoly" in rest for word, rest in found if word == "RUN")
     assert any("HOME=/home/megapoly USER=" in rest for word, rest in found if word == "ENV")
     # Dependencies are a layer below the sources.
@@ -122,7 +122,7 @@ def test_gpu_image_has_what_setup_takes() -> None:
     (torch,) = [r for r in lists[""] if r.name == "torch"]
     (engine,) = [r for r in lists["gpu"] if r.name == "transformer-engine"]
     (triton,) = [r for r in lists["test"] if r.name == "triton"]
-    # As pip asks of what is installed.
+    # As pip checks what is installed.
     assert torch.specifier.contains(GPU_IMAGE["torch"], prereleases=True)
     assert not torch.specifier.contains("2.14.0a0+x.nv27.01", prereleases=True)
     assert engine.specifier.contains(GPU_IMAGE["transformer_engine"])

@@ -49,7 +49,7 @@ def fusions_are_installed(facts: Facts) -> Iterator[str]:
 
 
 def fp8_options_have_effect(facts: Facts) -> Iterator[str]:
-    """Options of FP8 need FP8, those of one recipe need that recipe."""
+    """Options of FP8 need FP8; options of one recipe need that recipe."""
     training = facts.config.training
     if training.fp8 is None:
         options = [f"training.{name}" for name in FP8_OPTIONS]

@@ -76,7 +76,7 @@ def write_pair(
         before_naming: called when both files are complete, before they get their names; may raise.
 
     Raises:
-        DataError: the disk has not enough space, or the sizes are not those of ``content``.
+        DataError: the disk has not enough space, or the sizes differ from ``content``.
     """
     check_free_space(prefix, content.bin_bytes + content.idx_bytes)
     with renamed_when_complete(*pair_paths(prefix), folder=folder) as temporary:

@@ -131,7 +131,7 @@ def _gpu_lines(facts: DoctorFacts) -> Iterator[Line]:
         return
     for name in dict.fromkeys(gpu.name for gpu in facts.gpus):
         same = [gpu for gpu in facts.gpus if gpu.name == name]
-        memory = same[0].memory_mib  # "[N/A]" where it is that of the CPU
+        memory = same[0].memory_mib  # "[N/A]" where the GPU shares the CPU's
         size = f", {int(memory) / 1024:.0f} GiB" if memory.isdecimal() else ""
         found = f"{len(same)} x {name}{size}"
         yield Line("GPU", "ok", found, _describe_gpu(same[0]))

@@ -1,6 +1,6 @@
 """Build every distinct rank of a job in this process, and prove that the ranks add up.
 
-The rules, specs, builder, gradient buffers and optimizer are those of training; there are no data
+It uses the rules, specs, builder, gradient buffers and optimizer of training; there are no data
 and no other processes (:mod:`megapoly.preflight.planning.fake_job`). Import this after
 :func:`megapoly.platform.device.select_platform`, as everything that imports the engine.
 """
@@ -38,8 +38,8 @@ class RankClass:
         coordinates: of the first of these ranks.
         first_rank: the first of these ranks.
         num_ranks: number of these ranks.
-        dense_parameters: parameters that each holds, without those of routed experts.
-        expert_parameters: parameters that each holds of routed experts.
+        dense_parameters: parameters that each holds, without routed experts.
+        expert_parameters: parameters of routed experts that each holds.
         weight_bytes: parameters, with the padding of their buffers.
         gradient_bytes: gradient buffers, with their padding.
         optimizer_bytes: moments and fp32 copies of the parameters, of the rank with most. Shards of
@@ -164,7 +164,7 @@ def dry_run(
     select_platform("cpu")
     unusable = _transformer_engine_is_unusable(config, machine)
     if config.training.fp8 is not None and config.model.transformer_engine is None:
-        # Check the rules of FP8 as for a machine that supports it; the weights are those of bf16.
+        # Check the rules of FP8 as for a machine that supports it; weights are as in bf16.
         has_it = dataclasses.replace(machine, transformer_engine=True)
         planned_config(config, world_size, has_it, problems=unusable)
         config = copy.deepcopy(config)

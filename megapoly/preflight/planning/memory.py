@@ -344,6 +344,6 @@ def _gradients_of_ffn(config: Config) -> float:
         return sum(rows) * width
     assert model.moe_ffn_hidden_size is not None
     width = ffn_width(model, model.moe_ffn_hidden_size) / parallel.expert_tensor_parallel_size
-    # Or those of the experts' tokens, which are sent, gathered and sorted: measured in dry runs.
+    # Or of the experts' tokens, which are sent, gathered and sorted: measured in dry runs.
     copies = 4 if parallel.expert_tensor_parallel_size == 1 else 6
     return rows_of_experts(config) * max(sum(rows) * width, copies * model.hidden_size)

@@ -143,7 +143,7 @@ def output_parts(config: Config) -> list[ModelPart]:
 
 
 def stage_parts(config: Config, stage: int) -> list[ModelPart]:
-    """Return every part of a pipeline stage, those of layers once for each layer."""
+    """Return every part of a pipeline stage, parts of layers once for each layer."""
     stages = config.parallel.pipeline_model_parallel_size
     parts = layer_parts(config) * (config.model.num_layers // stages)
     if stage == 0:
@@ -176,7 +176,7 @@ def total_parameters(config: Config) -> int:
 
 
 def active_parameters(config: Config) -> int:
-    """Return the number of parameters that one token uses: all but those of unused experts."""
+    """Return the number of parameters that one token uses: all except unused experts."""
     model = config.model
     if not model.num_moe_experts:
         return total_parameters(config)

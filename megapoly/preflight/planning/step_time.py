@@ -47,7 +47,7 @@ class StepTime:
     Args:
         products: matrix products of the slowest stage, all micro-batches.
         operators: its other operators.
-        messages: its messages that are waited for, without those of data parallelism.
+        messages: its messages that are waited for, without data parallelism.
         bubble: the work of the stages before the slowest, for one micro-batch.
         data_parallel: messages of data parallelism beyond what one micro-batch hides.
         optimizer: reading and writing the optimizer's state.
@@ -124,7 +124,7 @@ def step_time(
     ]
     chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
     slowest, before = pipeline_bound([stage.total for stage in stages], batches, chunks)
-    # After the last backward pass of the slowest stage come those of the stages before it.
+    # After the last backward pass of the slowest stage, the stages before it run theirs.
     exposed = [_exposed_time(messages, stage) for messages, stage in zip(sent, stages, strict=True)]
     ends = [(max(0.0, exposed[i] - waiting), i) for i, waiting in ((0, 0.0), (slowest, before))]
     data_parallel, last = max(ends)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megapoly.errors import MegapolyError
+from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.platform import extras, launcher
 from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
@@ -72,11 +72,8 @@ def analyze(request: AnalysisRequest) -> Path:
     """
     assert request.checkpoint is not None
     _check(request)
-    from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
-    from megapoly.platform.device import default_device
-
-    reader = CheckpointReader(find_checkpoint(request.checkpoint) or request.checkpoint)
-    run = run_of(reader.path)
+    checkpoint = _find(request.checkpoint)
+    run = run_of(checkpoint)
     output = request.output or (run / "analysis" if run else None)
     if output is None:
         raise AnalysisError(
@@ -84,12 +81,16 @@ def analyze(request: AnalysisRequest) -> Path:
             "`analysis`; give a folder with --output."
         )
     _check_replaces(output, request.parts)
+    from megapoly.conversion.checkpoint_reader import CheckpointReader
+    from megapoly.platform.device import default_device
+
+    reader = CheckpointReader(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     device = request.device or default_device()
-    analysis = _description(request, reader.path, reader.config, reader.run)
+    analysis = _description(request, checkpoint, reader.config, reader.run)
     # First, because the engine must be imported before anything changes the process.
     if set(request.parts) & set(ON_TEXT):
-        analysis |= _on_text(request, reader.path, reader.config.model.activation, device)
+        analysis |= _on_text(request, checkpoint, reader.config.model.activation, device)
     if "rank" in request.parts:
         from megapoly.study.analysis.effective_rank import effective_ranks
 
@@ -197,6 +198,19 @@ def _check(request: AnalysisRequest) -> None:
         check_device("--device", request.device)
 
 
+def _find(path: Path) -> Path:
+    from megapoly.conversion.checkpoint_reader import find_checkpoint
+
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"`{path}` is not a checkpoint: a complete checkpoint `iter_*` has a run.json, and a "
+            "run has such a checkpoint in its `checkpoints`"
+            + ("" if path.exists() else "; the path does not exist")
+        )
+    return checkpoint
+
+
 def _description(
     request: AnalysisRequest, checkpoint: Path, config: Config, run: dict[str, Any]
 ) -> dict[str, Any]:
@@ -233,15 +247,15 @@ def _on_text(
     if registry.get(activation).has_coefficients:
         # Compiling kernels would take longer than a few thousand tokens.
         overrides.insert(0, "--model.activation_backend=reference")
-    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as opened:
+    with loaded_checkpoint(checkpoint, overrides, with_validation=True) as loaded:
         from megapoly.study.analysis.forward_pass import run_on_text
 
-        for warning in opened.warnings:
+        for warning in loaded.warnings:
             _messages().print(f"note: {warning}", markup=False, soft_wrap=True)
         with counting_bar("the model on text, tokens", _messages()) as on_progress:
             findings = run_on_text(
-                opened.model,
-                opened.validation,
+                loaded.model,
+                loaded.validation,
                 request.tokens or DEFAULT_TOKENS,
                 with_similarity="similarity" in request.parts,
                 with_activations="activations" in request.parts,

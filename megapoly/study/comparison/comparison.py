@@ -39,7 +39,7 @@ class Comparison:
         output: folder of the trials.
         launcher: command that starts a job; ``--config FILE`` is appended.
         at_once: number of jobs that run at the same time.
-        environment: variables of the jobs, in addition to those of this process.
+        environment: variables of the jobs, in addition to this process's.
     """
 
     base: Config

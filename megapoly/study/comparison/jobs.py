@@ -40,7 +40,7 @@ class TrialJob:
         run_dir: folder in which it writes ``metrics.jsonl``.
         log: file of its output.
         steps: of the run.
-        environment: variables in addition to those of this process.
+        environment: variables in addition to this process's.
     """
 
     name: str

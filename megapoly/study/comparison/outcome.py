@@ -43,7 +43,7 @@ def is_complete(run_dir: Path, steps: int) -> bool:
 
 
 def validation_loss(record: Mapping[str, Any]) -> float | None:
-    """Return a step's loss over all validation sets, or that of the only one.
+    """Return a step's loss over all validation sets, or on the only one.
 
     Args:
         record: line of ``metrics.jsonl``.

@@ -100,7 +100,7 @@ def render(content: Content, recipes: Path) -> tuple[str, dict[str, bytes]]:
 def _contents(
     content: Content, sections: Sequence[dict[str, Any]], theory: Sequence[Drawn]
 ) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return id and title of each section, and those of its tables and figures."""
+    """Return id and title of each section, and of its tables and figures."""
     found: list[tuple[str, str, list[tuple[str, str]]]] = []
     if content.notes:
         found.append(("findings", "Findings", []))

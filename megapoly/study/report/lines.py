@@ -29,7 +29,7 @@ def dots(entry: Entry) -> dict[str, Any]:
 def line_styles(entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
     """Return arguments of ``Axes.plot`` by label.
 
-    Colour and marker are those of the activation. Dashes distinguish entries of one activation;
+    The activation sets colour and marker. Dashes distinguish entries of one activation;
     the plain one of the default order is solid.
     """
     counts: dict[str, int] = {}

@@ -129,7 +129,7 @@ def _band(
         axes: to draw on.
         seeds: values by tokens.
         style: of the line.
-        phase: shift of the markers, of their distance, so that those of two lines do not coincide.
+        phase: shift of the markers, of their distance, so that two lines' do not coincide.
     """
     tokens = [t for t in seeds[0] if all(s.get(t) is not None for s in seeds)] if seeds else []
     at = [[value for s in seeds if (value := s[token]) is not None] for token in tokens]

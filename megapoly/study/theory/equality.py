@@ -31,7 +31,7 @@ def relu_to_polyrelu(network: nn.Module, order: int = DEFAULT_ORDER) -> fx.Graph
 
     Returns:
         A copy with r + 1 additional coefficients for each ReLU (a module that is called twice
-        counts once); depth, width and weights are those of ``network``.
+        counts once); depth, width and weights stay the same.
 
     Raises:
         UnavailableError: the network cannot be traced, or has no ReLU.

@@ -23,7 +23,7 @@ class Size:
         depth: hidden layers.
         width: units of the widest hidden layer.
         units: of all hidden layers.
-        weights: weights and biases that are not zero, including those of the output.
+        weights: weights and biases that are not zero, including the output's.
         coefficients: r + 1 for each unit, including zeros; 0 in a ReLU network, which has none.
     """
 

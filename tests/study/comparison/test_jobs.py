@@ -14,7 +14,7 @@ from rich.console import Console
 from megapoly.study.comparison.jobs import JobRunner, TrialError, TrialJob
 from megapoly.study.comparison.outcome import is_complete, last_record, validation_loss
 
-# Told to end, it says so and takes a while.
+# After SIGTERM it saves, which takes a while.
 SAVES = """
 import signal, sys, time
 def save(*_):
@@ -40,7 +40,7 @@ sys.exit(end_on_signals(lambda: runner.run(jobs) or 0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.Signals) -> None:
+def test_requested_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.Signals) -> None:
     for name in "abc":
         (tmp_path / name).mkdir()
     (tmp_path / "job.py").write_text(SAVES)

@@ -108,7 +108,7 @@ def test_answer_says_what_the_numbers_say(group):
     assert first.startswith("In validation loss PolyNorm ends below SwiGLU by 0.167")
     assert "GELU by 0.250" in first and "each in 3 of 3 seeds. " in first
     # Differences -0.2, -0.1, -0.2 and -0.3, -0.05, -0.4: below zero by five standard errors and
-    # by 2.4, of which Student's t with two degrees of freedom asks 4.3.
+    # by 2.4, of which Student's t with two degrees of freedom requires 4.3.
     assert first.replace("\u00a0", " ").endswith(
         "PolyNorm cannot be distinguished from GELU: the 95 % interval of the difference "
         "(Student's t) contains zero."

@@ -297,7 +297,7 @@ def gradients_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Compute the gradients of x and probs, and each row's terms of that of the coefficients."""
+    """Compute the gradients of x and probs, and each row's terms for the coefficients."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

@@ -198,7 +198,7 @@ def backward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Compute gradients of x, gate and probs, and the row's terms of that of the coefficients."""
+    """Compute gradients of x, gate and probs, and the row's terms for the coefficients."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)

@@ -131,7 +131,7 @@ def backward_kernel(
     HAS_PROBS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
 ):
-    """Compute gradients of x, gate and probs, and the row's terms of coefficients and slope."""
+    """Compute gradients of x, gate and probs, and the row's terms for coefficients and slope."""
     row = tl.program_id(0).to(tl.int64)
     x_stride = aligned(x_stride, ALIGN)
     gate_stride = aligned(gate_stride, ALIGN)
