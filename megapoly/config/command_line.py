@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -183,8 +184,9 @@ def status_of(work: Callable[[], int]) -> int:
     except MegapolyError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `megapoly.commands.main` ends the program
-        raise
+    except BrokenPipeError:  # the reader of the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except OSError as error:
         print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)
         return 2
