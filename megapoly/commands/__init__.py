@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import ParamSpec
 
 from megapoly.platform import extras
+from megapoly.platform.logs import discard_output
 
 P = ParamSpec("P")
 
@@ -129,7 +129,7 @@ def ends_with_its_reader(work: Callable[P, int]) -> Callable[P, int]:
             finally:
                 sys.stdout.flush()  # here, not when the interpreter ends, which prints a traceback
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             return 128 + signal.SIGPIPE
 
     return quiet

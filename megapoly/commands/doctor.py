@@ -13,7 +13,6 @@ option.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from dataclasses import asdict
 from megapoly.commands import COMMANDS
 from megapoly.config.command_line import Parser
 from megapoly.platform import extras
+from megapoly.platform.logs import discard_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print_lines(lines, command_lines(missing))
     except (BrokenPipeError, SystemExit):  # rich's; the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
     return 0 if usable else 1
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NoReturn
 
 from megapoly.config.options import OPTIONS, nearest
 from megapoly.errors import MegapolyError, UnavailableError
+from megapoly.platform.logs import discard_output
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -185,7 +185,7 @@ def status_of(work: Callable[[], int]) -> int:
         print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 2
     except OSError as error:
         print(f"`{error.filename}`: {error.strerror or error}", file=sys.stderr)

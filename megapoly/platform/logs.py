@@ -1,9 +1,10 @@
-"""Select the logs and warnings to show: of this project, the engine and other libraries."""
+"""Logs and warnings to show of this project, the engine and libraries; output without a reader."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 
@@ -51,3 +52,8 @@ def silence_evaluation_libraries() -> None:
     warnings.filterwarnings("ignore", module="transformers|datasets|torch")
     for name in ("transformers", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def discard_output() -> None:
+    """Write the rest of the output to nowhere, because its reader, such as ``head``, has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
