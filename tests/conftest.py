@@ -1,8 +1,11 @@
-"""Triton's interpreter runs the kernels where there is no GPU; Ctrl-C reaches what tests start."""
+"""Triton's interpreter runs the kernels where there is no GPU; processes end with their test."""
 
 import os
 import signal
+from collections.abc import Collection, Iterator
 
+import processes
+import pytest
 import torch
 
 # Triton looks at it when it is imported, and Megatron-Core imports it: before any test module.
@@ -12,3 +15,24 @@ if not torch.cuda.is_available():
 # A shell starts background jobs with it ignored, which all their children would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+processes.follow_processes()
+
+
+_BEFORE = pytest.StashKey[Collection[int]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[_BEFORE] = processes.children()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Kill what a test or its fixtures leave running: the next test must not pay for it."""
+    try:
+        return (yield)
+    finally:
+        running = processes.end_new_children(item.stash[_BEFORE])
+        assert not running, f"still running at the end of the test: {running}"

@@ -48,15 +48,15 @@ def run_on_ranks(
     context = _CONTEXT_OF_GPUS if device == "cuda" else _CONTEXT
     processes: list[Any] = []
     connections: list[Connection] = []
-    for rank in range(num_ranks):
-        receiver, sender = context.Pipe(duplex=False)
-        environment = _environment(rank, num_ranks, port)
-        process = context.Process(target=_worker, args=(sender, environment, function, args))
-        process.start()
-        sender.close()
-        processes.append(process)
-        connections.append(receiver)
     try:
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            environment = _environment(rank, num_ranks, port)
+            process = context.Process(target=_worker, args=(sender, environment, function, args))
+            process.start()
+            sender.close()
+            processes.append(process)
+            connections.append(receiver)
         return _collect(connections, timeout_s)
     finally:
         for process in processes:

@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import num_lines, wait_until
 
 from megapoly import pretrain
 from megapoly.commands import launch, train
@@ -40,7 +40,7 @@ def start(folder, *arguments):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate()
     assert process.returncode == 0, output + errors
     return output
 
@@ -57,8 +57,7 @@ def steps(run_dir):
 def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
     """In an empty folder: the recipe is found by its name."""
     process = start(tmp_path, "megapoly", "train", "--nproc-per-node", "2", *TINY)
-    while len(lines_of(tmp_path / "run")) < 3 and process.poll() is None:
-        time.sleep(0.05)
+    wait_until(lambda: num_lines(tmp_path / "run" / "metrics.jsonl") >= 3, process)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
     output = finish(process)
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()

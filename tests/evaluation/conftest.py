@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from evaluation_jobs import evaluate_everything
+from evaluation_jobs import WITH_HARNESS, evaluate_everything
 from questions import write_folder
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +39,6 @@ MODELS = {
         {"model.moe_ffn_hidden_size": 96, "model.activation_coefficients": "per_expert"},
     ),
 }
-WITH_HARNESS = [("dense", "1"), ("dense", "dp2")]
 QUESTIONS = [
     ("The captain of the whale ship was", ["Ahab", "Hamlet", "a white sail"], 0),
     ("To be, or not", ["the whale", "to be", "sing of man"], 1),

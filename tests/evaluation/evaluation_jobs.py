@@ -27,6 +27,8 @@ TEXTS = [
     ("a", " b"),
     ("It is", " a way"),
 ]
+# Models and layouts that the harness evaluates also.
+WITH_HARNESS = [("dense", "1"), ("dense", "dp2")]
 
 
 @dataclasses.dataclass

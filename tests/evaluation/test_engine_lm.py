@@ -3,8 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from conftest import WITH_HARNESS
-from evaluation_jobs import TEXTS
+from evaluation_jobs import TEXTS, WITH_HARNESS
 
 pytest.importorskip("lm_eval")
 

@@ -20,7 +20,6 @@ ROOT = Path(__file__).parents[2]
 TUTORIAL = (ROOT / "docs" / "tutorials" / "laptop_to_cluster.md").read_text()
 ADDRESSES = {"first": "198.51.100.1", "second": "198.51.100.2"}
 CABLE = "cable0"  # name of the interface on either host
-TIMEOUT_S = 240
 
 STEPS, LAYERS, SEQUENCE, HIDDEN, BATCH = 3, 2, 64, 64, 4
 OPTIONS = {
@@ -174,13 +173,10 @@ def start(hosts, launcher, run_dir, options, *, caches=None, **of_host):
 
 
 def wait_until(condition, hosts):
-    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
-        failed = [host.name for host in hosts if host.process.poll()]
-        late = time.monotonic() > deadline
-        if failed or late:
+        if failed := [host.name for host in hosts if host.process.poll()]:
             logs = "\n".join(f"{host.name}: {host.log.read_text()[-6000:]}" for host in hosts)
-            pytest.fail(f"{f'not within {TIMEOUT_S} s' if late else f'failed: {failed}'}\n{logs}")
+            pytest.fail(f"failed: {failed}\n{logs}")
         time.sleep(0.1)
 
 

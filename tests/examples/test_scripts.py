@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import num_lines, wait_until
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapoly.commands import launch
@@ -46,16 +46,6 @@ def start(command, num_processes="2"):
     )
 
 
-def wait_for_steps(run_dir, process, steps, timeout_s=120):
-    deadline = time.monotonic() + timeout_s
-    metrics = run_dir / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) >= steps:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no {steps} steps: {process.communicate()[0]}")
-
-
 def test_stops_on_request_and_resumes(tmp_path):
     """bash starts it, SIGTERM stops it (saved, status 0), torchrun resumes it to the end.
 
@@ -64,9 +54,9 @@ def test_stops_on_request_and_resumes(tmp_path):
     run_dir = tmp_path / "run"
     options = [*TINY, "--training.train_iters", "400", "--run_dir", str(run_dir)]
     process = start(["bash", str(EXAMPLES / "pretrain_moe.sh"), *options])
-    wait_for_steps(run_dir, process, 3)
+    wait_until(lambda: num_lines(run_dir / "metrics.jsonl") >= 3, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     stopped_at = int(checkpoint.name.removeprefix("iter_"))
@@ -83,7 +73,7 @@ def test_stops_on_request_and_resumes(tmp_path):
         str(EXAMPLES / "pretrain_moe.sh"),
     ]
     process = start([*launch, *options, "--training.train_iters", end, decay])
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert f"at step {stopped_at}" in output
     assert max(losses(run_dir)) == stopped_at + 2
@@ -100,7 +90,7 @@ def test_five_mistakes_give_five_messages_and_start_nothing(tmp_path):
     ]
     script = str(EXAMPLES / "pretrain_dense.sh")
     process = start(["bash", script, *mistakes, "--run_dir", str(run_dir)], num_processes="1")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 2, output
     assert "The configuration has 5 problems:" in output
     for word in ("(swiglue)", "(7)", "(1.0)", "(1.5)", "absent.json"):
@@ -114,7 +104,7 @@ def test_a_loss_that_is_not_finite_has_a_status_of_its_own(tmp_path):
     script = str(EXAMPLES / "pretrain_dense.sh")
     command = ["bash", script, *TINY, *too_fast, "--run_dir", str(tmp_path / "run")]
     process = start(command, num_processes="1")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == DIVERGED == 3, output
     assert "both must be finite" in output
 
@@ -122,7 +112,7 @@ def test_a_loss_that_is_not_finite_has_a_status_of_its_own(tmp_path):
 def test_unknown_option_names_the_nearest(tmp_path):
     script = str(EXAMPLES / "pretrain_dense.sh")
     process = start(["bash", script, "--model.num_layer", "4"], num_processes="1")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
     assert process.returncode == 2
     assert "`model.num_layer`" in output and "`model.num_layers`" in output
 

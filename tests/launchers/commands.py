@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,6 @@ class Programs:
         self.folder = folder
         self.path = folder / "bin"
         self.path.mkdir()
-        self.started: list[subprocess.Popen[str]] = []
 
     def add(self, name: str, body: str = "") -> None:
         """Write a program that records its arguments and then runs ``body``."""
@@ -61,7 +59,7 @@ class Programs:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         scripts = str(Path(sys.executable).parent)  # megapoly-launch
         path = os.pathsep.join([str(self.path), scripts, os.environ["PATH"]])
-        process = subprocess.Popen(
+        return subprocess.Popen(
             args,
             cwd=cwd,
             env=inherited | {"PATH": path} | dict(variables or {}),
@@ -69,34 +67,14 @@ class Programs:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self.started.append(process)
-        return process
-
-    def stop(self) -> None:
-        """End the commands that still run; launchers end their workers on SIGTERM."""
-        running = [process for process in self.started if process.poll() is None]
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.communicate(timeout=180)
 
     def run(
         self, args: list[str], variables: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> tuple[int, str]:
         """Return the status and output of a command; see :meth:`start`."""
         process = self.start(args, variables, cwd)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate()
         return process.returncode, output
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Wait until a condition holds; fail with the output if the process ends before."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
-            raise AssertionError(process.communicate()[0])
-        time.sleep(0.05)
 
 
 def steps(run_dir: Path) -> list[int]:

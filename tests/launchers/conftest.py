@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ from commands import Programs
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Iterator[Programs]:
-    """Give programs for the PATH of the commands that a test starts; all end with the test."""
-    programs = Programs(tmp_path)
-    yield programs
-    programs.stop()
+def programs(tmp_path: Path) -> Programs:
+    """Give programs for the PATH of the commands that a test starts."""
+    return Programs(tmp_path)

@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Programs, wait_until
+from commands import ROOT, Programs
+from processes import wait_until
 
 LAUNCH = str(ROOT / "docker/launch.sh")
 USER = f"{os.getuid()}:{os.getgid()}"
@@ -137,12 +138,12 @@ def test_exported_variables_that_help_names_are_passed_on(docker: Programs) -> N
 def test_sigterm_is_dockers(docker: Programs) -> None:
     """As a service or a scheduler sends it, to one process; docker's client forwards it."""
     wait = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    wait += "(folder / 'ready').touch()\ntime.sleep(60)\n"
+    wait += "(folder / 'ready').touch()\nsignal.pause()\n"
     docker.add("docker", wait)
     process = docker.start(["bash", LAUNCH, *SCRIPT], cwd=docker.folder)
     wait_until((docker.folder / "ready").exists, process)
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate()
     assert process.returncode == 75
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from commands import Programs, wait_until
+from commands import Programs
+from processes import wait_until
 
 # torchrun as in torch 2.10, which does not read the variable. Its 30 seconds are one here.
 OLD_TORCHRUN = """
@@ -33,7 +34,7 @@ def save(*signal_and_frame):
 
 signal.signal(signal.SIGTERM, save)
 pathlib.Path(sys.argv[1]).touch()
-time.sleep(60)
+signal.pause()
 """
 
 
@@ -48,6 +49,6 @@ def test_workers_have_time_to_save_by_an_older_torchrun(tmp_path: Path, programs
     process = programs.start([*args, str(tmp_path / "worker.py"), str(began)], variables)
     wait_until(began.exists, process)
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 75, output
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, TINY, Programs, steps, wait_until
+from commands import ROOT, TINY, Programs, steps
+from processes import num_lines, wait_until
 
 from megapoly.config import load_recipe
 from megapoly.config.rules import find_problems
@@ -124,7 +125,7 @@ def test_task_of_an_array_is_requeued_alone(slurm: Programs) -> None:
     process = slurm.start(["bash", str(SBATCH), *MOE], variables)
     wait_until(lambda: bool(slurm.calls("srun")), process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert slurm.calls("scancel") == [["--signal", "TERM", "4711_1"]]
     assert slurm.calls("scontrol")[-1] == ["requeue", "4711_1"]
@@ -137,7 +138,7 @@ def test_less_time_than_the_signal_has_is_no_loop(slurm: Programs) -> None:
     process = slurm.start(["bash", str(SBATCH), *MOE], variables)
     wait_until(lambda: bool(slurm.calls("srun")), process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate()
     assert process.returncode == 75 and "`--time`" in output and not requeued(slurm)
 
 
@@ -149,7 +150,7 @@ def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
     process = slurm.start(["bash", str(SBATCH), *MOE], JOB)
     wait_until(lambda: bool(slurm.calls("srun")), process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate()
     assert process.returncode == 0 and "cancelled" in output and "Invalid" not in output
     assert not requeued(slurm)
     assert slurm.calls("scancel") == [["--signal", "TERM", "4711"]]
@@ -221,9 +222,9 @@ def test_saves_and_resumes_in_a_container(tmp_path: Path, slurm: Programs) -> No
     variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     args = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]
     process = slurm.start(args, variables)
-    wait_until(lambda: len(steps(run_dir)) >= 2, process)
+    wait_until(lambda: num_lines(run_dir / "metrics.jsonl") >= 2, process)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert slurm.calls("scancel") == [["--signal", "TERM", "4711"]]
     assert requeued(slurm), output

@@ -125,7 +125,7 @@ def small(recipe, options):
 
 
 def train(config, layout):
-    return job.train_at(config, layout, cache_dir=Path(shared_cache().name), timeout_s=120)
+    return job.train_at(config, layout, cache_dir=Path(shared_cache().name), timeout_s=300)
 
 
 @pytest.mark.parametrize("break_it", CASES, ids=lambda break_it: break_it.__name__)

@@ -5,10 +5,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes import wait_until
 from rich.console import Console
 
 from megapoly.study.comparison.jobs import JobRunner, TrialError, TrialJob
@@ -23,7 +23,7 @@ def save(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
 open(sys.argv[1] + "/begun", "w").close()
-time.sleep(60)
+signal.pause()
 """
 RUNS_TWO = """
 import sys
@@ -48,11 +48,9 @@ def test_requested_to_stop_it_lets_its_jobs_save(tmp_path: Path, number: signal.
         [sys.executable, "-c", RUNS_TWO, str(tmp_path), str(tmp_path / "job.py")]
     )
     for name in "ab":
-        while not (tmp_path / name / "begun").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_until((tmp_path / name / "begun").exists, process)
     os.kill(process.pid, number)
-    assert process.wait(timeout=20) == 128 + number
+    assert process.wait() == 128 + number
     assert [(tmp_path / name / "saved").exists() for name in "abc"] == [True, True, False]
     assert not (tmp_path / "c/begun").exists()
 
@@ -75,10 +73,7 @@ def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: P
             runner.run([job])
     finally:
         signal.signal(signal.SIGALRM, previous)
-    deadline = time.monotonic() + 10
-    while not (tmp_path / "saved").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "saved").exists)
 
 
 def test_a_job_that_is_killed_is_told_so(tmp_path: Path) -> None:
