@@ -75,7 +75,8 @@ def build(kind: str, engine: TransformerConfig, coefficients: str, name: str = "
     activation = ModuleSpec(FFNActivation, params={"settings": settings})
     groups = ProcessGroupCollection.use_mpu_process_groups()
     count = EXPERTS // groups.ep.size()
-    return module(count, engine, MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation), groups), groups
+    submodules = MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2, activation_func=activation)
+    return module(count, engine, submodules, groups), groups
 
 
 def activate(layout):
