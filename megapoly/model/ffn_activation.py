@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -31,6 +35,9 @@ class ActivationSettings:
     deterministic: bool = False
 
 
+Slot = Literal["ffn", "experts", "one expert"]
+
+
 class FFNActivation(MegatronModule):
     """Activation between FC1 and FC2, of a dense FFN, a shared expert or a layer's routed experts.
 
@@ -40,7 +47,12 @@ class FFNActivation(MegatronModule):
     Args:
         config: the engine's configuration.
         settings: of the activation.
-        num_local_experts: routed experts on this rank; None for a dense FFN or shared expert.
+        num_local_experts: routed experts on this rank, for one activation of all of them, as
+            :mod:`megapoly.model.experts` builds it; None for a dense FFN or shared expert, and in
+            the engine's own modules of routed experts, which are recognised.
+
+    Raises:
+        ValueError: the engine's own module of routed experts cannot have these coefficients.
 
     Note:
         Parameters are named as in the registry, each [n] or, with one set per expert,
@@ -50,6 +62,10 @@ class FFNActivation(MegatronModule):
         the tokens of all ranks. The ranks of one row have the same sum, so each contributes its
         share, and the engine adds the shares over the tensor-parallel group as it does for layer
         norms (``param.sequence_parallel``), then over the data-parallel group.
+
+        The engine's ``SequentialMLP`` builds an activation for each expert, so it can have a set
+        per expert only; its ``TEGroupedMLP`` builds one for all and does not tell it whose the rows
+        are, so it can have a shared set only. Both multiply by the router probability themselves.
     """
 
     def __init__(
@@ -62,15 +78,22 @@ class FFNActivation(MegatronModule):
         super().__init__(config=config)
         self.settings = settings
         self.activation = registry.get(settings.name)
-        self.is_expert = num_local_experts is not None
+        self.slot: Slot = _slot_of_engine() if num_local_experts is None else "experts"
+        self.is_expert = self.slot != "ffn"
         self.per_expert = self.is_expert and settings.coefficients == "per_expert"
+        if self.activation.has_coefficients:
+            _check_slot(self.slot, settings, num_local_experts)
         self.row_group = (
             parallel_state.get_expert_tensor_parallel_group()
             if self.is_expert
             else parallel_state.get_tensor_model_parallel_group()
         )
         # In a checkpoint the engine distinguishes the replicas of a parameter by `tp_group`.
-        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.tp_group = (
+            self.row_group
+            if self.slot == "one expert"
+            else parallel_state.get_tensor_model_parallel_group()
+        )
         self.coefficient_names: list[str] = []
         if self.activation.coefficients is not None:
             for name, values in self.activation.coefficients(settings.order).items():
@@ -80,13 +103,15 @@ class FFNActivation(MegatronModule):
         self, name: str, values: list[float], num_local_experts: int | None
     ) -> None:
         value = torch.tensor(values, dtype=self.config.params_dtype)
-        if self.per_expert:
-            assert num_local_experts is not None
+        if num_local_experts is not None and self.per_expert:
             value = value.repeat(num_local_experts, 1)
         parameter = torch.nn.Parameter(value)
         if self.per_expert:
             # Expert buffers, optimizer and data-parallel group, at every expert-parallel size.
             parameter.allreduce = False  # type: ignore[attr-defined]
+            if self.slot == "one expert" and self.row_group.size() == 1:
+                # Other tensor-parallel ranks have other experts: each counts in the gradient norm.
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         else:
             parameter.sequence_parallel = self.is_expert  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
@@ -120,7 +145,7 @@ class FFNActivation(MegatronModule):
             # dispatcher sums over these ranks (moe/token_dispatcher.py, gather of probs).
             probs = scale_gradient(probs, 1.0 / self.row_group.size())
         offsets: Tensor | None = None
-        if self.per_expert and expert is None:
+        if self.per_expert and self.slot == "experts" and expert is None:
             assert tokens_per_expert is not None, "one set per expert needs `tokens_per_expert`"
             offsets = expert_offsets(tokens_per_expert, x.device)
         return self.activation.function(
@@ -153,7 +178,8 @@ class FFNActivation(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return entries, sharded along the expert axis or, if experts share a set, replicated."""
-        if not self.per_expert:
+        if not self.per_expert or self.slot == "one expert":
+            # The engine's SequentialMLP adds the expert's place to `sharded_offsets`.
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         expert_axis = len(sharded_offsets)
         expert_rank = parallel_state.get_expert_model_parallel_rank()
@@ -170,3 +196,37 @@ class FFNActivation(MegatronModule):
             )
             for name in self.coefficient_names
         }
+
+
+def _slot_of_engine() -> Slot:
+    """Return for what the engine is building the activation that is under construction.
+
+    The engine passes an activation its configuration alone (transformer/mlp.py:136,
+    moe/experts.py:555): only the constructor that builds it knows that it is a routed expert's.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, TEGroupedMLP):
+            return "experts"
+        if isinstance(owner, MLP):
+            return "one expert" if frame.f_locals.get("is_expert") else "ffn"
+        frame = frame.f_back
+    return "ffn"
+
+
+def _check_slot(slot: Slot, settings: ActivationSettings, num_local_experts: int | None) -> None:
+    """Raise :class:`ValueError` where the engine's own experts cannot have these coefficients."""
+    if slot == "one expert" and settings.coefficients == "shared":
+        module, reason, ours = "SequentialMLP", "an activation for each expert", "SequentialExperts"
+    elif slot == "experts" and num_local_experts is None and settings.coefficients == "per_expert":
+        module, ours = "TEGroupedMLP", "GroupedExperts"
+        reason = "one activation for all experts and does not tell it whose the rows are"
+    else:
+        return
+    other = "per_expert" if settings.coefficients == "shared" else "shared"
+    raise ValueError(
+        f"The engine's {module} builds {reason}, so its {settings.name} cannot have "
+        f"`coefficients={settings.coefficients!r}`. Set `coefficients={other!r}`, or make "
+        f"`megapoly.model.experts.{ours}` the module of the experts' spec."
+    )

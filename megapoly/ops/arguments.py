@@ -6,7 +6,6 @@ from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from megapoly.errors import ShapeError
 from megapoly.polynomial import ORDERS, Norm
@@ -43,9 +42,7 @@ def as_rows(
 
     Raises:
         ShapeError: the arguments do not fit together.
-        NotImplementedError: one of them carries a tangent of forward-mode differentiation.
     """
-    _refuse_tangents(x, coefficients, probs, gate)
     _check_tensors(x=x, coefficients=coefficients, offsets=offsets, probs=probs, gate=gate)
     _check_shapes(x, coefficients, offsets, probs, gate)
     rows = row_major(x.reshape(-1, x.shape[-1]))
@@ -82,21 +79,16 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"`norm` ({norm}) is not valid; must be rms or l2.")
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Registered operators drop tangents: without this error a derivative would be a silent 0."""
-    if forward_ad._current_level < 0:  # outside of `dual_level` and `torch.func.jvp`
-        return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "PolyCom operators have no forward-mode derivative; use reverse mode "
-                "(`backward`, `torch.autograd.grad`)."
-            )
-
-
 def _check_tensors(**tensors: Tensor | None) -> None:
-    """Check devices and dtypes."""
+    """Check kinds, devices and dtypes."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in given.items():
+        if placements := getattr(tensor, "placements", None):
+            raise ShapeError(
+                f"`{name}` must be a local tensor, got a DTensor with placements "
+                f"{placements}; pass `{name}.to_local()`, and where ranks hold parts of a "
+                "row, their process group as `group` (`device_mesh.get_group(..)`)."
+            )
     devices = {name: str(tensor.device) for name, tensor in given.items()}
     if len(set(devices.values())) > 1:
         raise ShapeError(f"All arguments must be on one device, got {devices}; move them.")

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 NAMESPACE = "megapoly"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -46,18 +49,55 @@ def differentiate(
     save: Callable[..., None],
     backward: Callable[..., Any],
 ) -> None:
-    """Register the gradient of an operator.
+    """Register the gradient of an operator, for ``backward`` and for ``torch.func``.
+
+    ``torch.library.register_autograd`` would ignore the tangents of forward-mode differentiation,
+    whose result would be a silent 0, and its functions do not work in ``torch.func.grad``.
 
     Args:
         operator: from :func:`operator`.
         save: ``save(ctx, inputs, output)`` in the forward pass.
         backward: ``backward(ctx, *grads)``: one gradient or None for each input.
     """
-    torch.library.register_autograd(operator, backward, setup_context=save, lib=_LIBRARY)
+
+    # The dispatcher calls it for each level of `torch.func` by itself; `torch.autograd.Function`
+    # would begin with the levels anew.
+    class Gradient(_SingleLevelFunction):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return _below_autograd(operator, inputs)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"{operator} has no forward-mode derivative; use reverse mode (`backward`, "
+                "`torch.autograd.grad`, `torch.func.grad`, `torch.func.jacrev`)."
+            )
+
+    Gradient.setup_context = staticmethod(save)  # type: ignore[method-assign]
+    Gradient.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Gradient.__name__ = Gradient.__qualname__ = f"Gradient of {operator}"
+
+    def call(*inputs: Any) -> Any:
+        reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        if reverse or forward_ad._current_level >= 0:  # in `dual_level` or `torch.func.jvp`
+            with enable_single_level_autograd_function():
+                return Gradient.apply(*inputs)  # type: ignore[attr-defined]
+        return _below_autograd(operator, inputs)
+
+    _LIBRARY.impl(operator._opname, call, "Autograd")
 
 
-def refuse_second_derivative(operator: torch._ops.OpOverload) -> None:
-    """Make it an error to differentiate a backward operator; torch would only warn."""
+def _below_autograd(operator: torch._ops.OpOverload, inputs: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def refuse_derivative(operator: torch._ops.OpOverload) -> None:
+    """Make it an error to differentiate an operator; torch would only warn.
+
+    Such are backward operators, and statistics whose derivative their user's gradient includes.
+    """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass

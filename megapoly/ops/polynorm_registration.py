@@ -25,7 +25,7 @@ from megapoly.ops.library import (
     operator,
     or_absent,
     present,
-    refuse_second_derivative,
+    refuse_derivative,
 )
 from megapoly.polynomial import Backend
 
@@ -255,6 +255,7 @@ def _backward_of_evaluate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
     return grad_x, None, *others, *(None,) * 5
 
 
-refuse_second_derivative(polynorm_backward)
+refuse_derivative(polynorm_rsqrt)
+refuse_derivative(polynorm_backward)
 differentiate(polynorm_forward, save=_save_forward, backward=_backward_of_forward)
 differentiate(polynorm_evaluate, save=_save_evaluate, backward=_backward_of_evaluate)

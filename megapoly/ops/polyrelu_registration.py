@@ -20,7 +20,7 @@ from megapoly.ops.library import (
     operator,
     or_absent,
     present,
-    refuse_second_derivative,
+    refuse_derivative,
 )
 from megapoly.polynomial import Backend
 
@@ -170,5 +170,5 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-refuse_second_derivative(polyrelu_backward)
+refuse_derivative(polyrelu_backward)
 differentiate(polyrelu_forward, save=_save, backward=_gradients)
