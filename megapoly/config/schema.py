@@ -62,8 +62,9 @@ class ModelConfig:
         moe_router_pre_softmax: softmax before the top-k, without renormalising (as in the paper);
             false: softmax over the chosen k.
         moe_router_dtype: precision of routing; null: the model's.
-        moe_aux_loss_coeff: weight of the load-balancing loss (0: none).
-        moe_z_loss_coeff: weight of the router z-loss (0: none).
+        moe_aux_loss_coeff: weight of the load-balancing loss of each layer, as in Megatron; the
+            losses of the layers are added (0: none).
+        moe_z_loss_coeff: weight of the router z-loss of each layer, likewise (0: none).
         moe_token_dispatcher_type: how tokens are sent to their experts.
         moe_grouped_gemm: use one grouped linear layer for all experts of a rank; false: run one
             expert after another. Weights and checkpoints are the same.
@@ -297,6 +298,9 @@ class TrainingConfig:
         micro_batch_size: samples in one forward pass of one rank.
         global_batch_size: samples in one step over all ranks; gradients of several forward passes
             are accumulated.
+        calculate_per_token_loss: train on the mean over all unmasked tokens of a step, which does
+            not depend on ``micro_batch_size``; false: on the mean over micro-batches of the mean
+            of each. Without masked tokens the two are the same; null: as ``data.eod_mask_loss``.
         seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
             layout.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
@@ -331,6 +335,7 @@ class TrainingConfig:
     seq_length: int = 256
     micro_batch_size: int = 4
     global_batch_size: int = 8
+    calculate_per_token_loss: bool | None = None
     seed: int = 1234
     bf16: bool = False
     fp8: Literal["e4m3", "hybrid"] | None = None

@@ -39,7 +39,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     small = copy.deepcopy(config)
     vocab_size = load_tokenizer(None).vocab_size
     _scale_model(small.model, vocab_size)
-    small.data = type(small.data)(seed=config.data.seed)
+    small.data = type(small.data)(seed=config.data.seed, eod_mask_loss=config.data.eod_mask_loss)
     small.logging = type(small.logging)(tensorboard=False)
     small.checkpoint = type(small.checkpoint)(save=False)
     small.training = TrainingConfig(
@@ -47,6 +47,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=GLOBAL_BATCH_SIZE,
+        calculate_per_token_loss=config.training.calculate_per_token_loss,
         seed=config.training.seed,
         bf16=bf16,
     )
