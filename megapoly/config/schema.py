@@ -254,7 +254,8 @@ class OptimizerConfig:
         min_lr: learning rate at the end of the schedule.
         lr_decay_style: shape of the schedule after warm-up; ``WSD`` stays at ``lr`` and decays over
             the last ``lr_wsd_decay_iters`` (or ``lr_wsd_decay_tokens``).
-        lr_warmup_iters: steps of linear warm-up from 0; null: none.
+        lr_warmup_init: learning rate at which the warm-up begins.
+        lr_warmup_iters: steps of linear warm-up from ``lr_warmup_init``; null: none.
         lr_warmup_tokens: length of the warm-up in tokens; at most one of the two.
         lr_decay_iters: steps until ``min_lr`` is reached, warm-up included; null: the whole run (if
             that ends within the warm-up, one step longer than it).
@@ -262,8 +263,8 @@ class OptimizerConfig:
         lr_wsd_decay_iters: steps of the decay at the end of ``WSD``.
         lr_wsd_decay_tokens: length of that decay in tokens; at most one of the two.
         lr_wsd_decay_style: shape of that decay.
-        weight_decay: decoupled weight decay of matrices; norms, biases and activation coefficients
-            are never decayed.
+        weight_decay: decoupled weight decay of matrices; activation coefficients are never decayed.
+        decay_norms: decay the weights of norms also.
         adam_beta1: decay rate of the first moment.
         adam_beta2: decay rate of the second moment.
         adam_eps: added to the square root of the second moment.
@@ -273,6 +274,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     min_lr: float = 1e-4
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_warmup_init: float = 0.0
     lr_warmup_iters: int | None = None
     lr_warmup_tokens: int | None = None
     lr_decay_iters: int | None = None
@@ -281,6 +283,7 @@ class OptimizerConfig:
     lr_wsd_decay_tokens: int | None = None
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     weight_decay: float = 0.1
+    decay_norms: bool = False
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8

@@ -54,6 +54,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     optimizer = small.optimizer
     optimizer.lr = optimizer.min_lr = _LEARNING_RATE
     optimizer.lr_decay_style, optimizer.lr_warmup_iters = "constant", 0
+    optimizer.lr_warmup_init = 0.0
     optimizer.lr_warmup_tokens = optimizer.lr_decay_iters = optimizer.lr_decay_tokens = None
     optimizer.lr_wsd_decay_iters = optimizer.lr_wsd_decay_tokens = None
     _one_process(small)
