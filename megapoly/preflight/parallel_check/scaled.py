@@ -26,7 +26,8 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     4, for heads, experts and vocabulary up to 8, for FFN widths up to 8 and 3. Initial weights grow
     as the width shrinks, so that activations keep their size. The learning rate is 1e-4 from the
     first step on. Dropout is disabled, since its random numbers differ between layouts, and
-    activations are not compiled.
+    activations are not compiled. With ``eod_mask_loss`` tokens are masked, and their mean is the
+    configuration's.
 
     Args:
         config: resolved or not; not changed.
