@@ -45,3 +45,11 @@ def test_micro_batches_and_replicas_give_the_same_run(tmp_path, overrides):
         for name in ("lm_loss", "grad_norm", *(key for key in expected if key.startswith("val/"))):
             assert line[name] == pytest.approx(expected[name], rel=1e-5), name
     assert "val/text/loss" in whole[-1]
+
+
+@pytest.mark.slow
+def test_a_validation_set_without_unmasked_tokens_is_refused(tmp_path, overrides):
+    write_token_file(tmp_path / "empty", [""] * 40, load_tokenizer(None))
+    empty = {"data.validation": f"{{blank: {tmp_path}/empty}}", "training.train_iters": 1}
+    with pytest.raises(RuntimeError, match="DataError: `data.validation` `blank` must have tokens"):
+        run_job("dense_tiny", tmp_path / "run", overrides | empty)
