@@ -65,6 +65,7 @@ def train_step(
         stop_requested: whether this process was requested to stop.
 
     Raises:
+        DataError: every token of the step is masked.
         DivergenceError: loss or gradient norm is not finite.
     """
     with record_function("gradients"):
