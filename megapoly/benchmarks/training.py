@@ -170,6 +170,8 @@ def _configure(recipe: Path, activation: str, folder: str) -> Config:
         "model.activation": activation,
         "optimizer.lr_decay_style": "constant",
         "optimizer.lr_warmup_iters": 0,
+        "optimizer.lr_warmup_init": 0,
+        "optimizer.decay_norms": "false",
         "data.eod_mask_loss": "false",
         "training.device": "cpu",
     }

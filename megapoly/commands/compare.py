@@ -112,7 +112,8 @@ def build_parser() -> Parser:
         nargs="+",
         type=rate,
         metavar="X",
-        help="grid (default: the rate of the configuration); optimizer.min_lr keeps its ratio",
+        help="grid (default: the rate of the configuration); optimizer.min_lr and "
+        "optimizer.lr_warmup_init keep their ratios",
     )
     add(
         "--margin",

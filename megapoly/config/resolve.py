@@ -57,6 +57,8 @@ def resolve(
     )
     _resolve_fusions(resolved, machine)
     parallel.cp_comm_type = cp_comm_type(resolved)
+    if resolved.training.calculate_per_token_loss is None:
+        resolved.training.calculate_per_token_loss = resolved.data.eod_mask_loss
     resolved.data.blend = _with_names(resolved)
     if resolved.data.cache_dir is None:
         resolved.data.cache_dir = str(Path(resolved.run_dir) / "cache")

@@ -62,8 +62,9 @@ class ModelConfig:
         moe_router_pre_softmax: softmax before the top-k, without renormalising (as in the paper);
             false: softmax over the chosen k.
         moe_router_dtype: precision of routing; null: the model's.
-        moe_aux_loss_coeff: weight of the load-balancing loss (0: none).
-        moe_z_loss_coeff: weight of the router z-loss (0: none).
+        moe_aux_loss_coeff: weight of the load-balancing loss of each layer, as in Megatron; the
+            losses of the layers are added (0: none).
+        moe_z_loss_coeff: weight of the router z-loss of each layer, likewise (0: none).
         moe_token_dispatcher_type: how tokens are sent to their experts.
         moe_grouped_gemm: use one grouped linear layer for all experts of a rank; false: run one
             expert after another. Weights and checkpoints are the same.
@@ -253,7 +254,8 @@ class OptimizerConfig:
         min_lr: learning rate at the end of the schedule.
         lr_decay_style: shape of the schedule after warm-up; ``WSD`` stays at ``lr`` and decays over
             the last ``lr_wsd_decay_iters`` (or ``lr_wsd_decay_tokens``).
-        lr_warmup_iters: steps of linear warm-up from 0; null: none.
+        lr_warmup_init: learning rate at which the warm-up begins.
+        lr_warmup_iters: steps of linear warm-up from ``lr_warmup_init``; null: none.
         lr_warmup_tokens: length of the warm-up in tokens; at most one of the two.
         lr_decay_iters: steps until ``min_lr`` is reached, warm-up included; null: the whole run (if
             that ends within the warm-up, one step longer than it).
@@ -261,8 +263,8 @@ class OptimizerConfig:
         lr_wsd_decay_iters: steps of the decay at the end of ``WSD``.
         lr_wsd_decay_tokens: length of that decay in tokens; at most one of the two.
         lr_wsd_decay_style: shape of that decay.
-        weight_decay: decoupled weight decay of matrices; norms, biases and activation coefficients
-            are never decayed.
+        weight_decay: decoupled weight decay of matrices; activation coefficients are never decayed.
+        decay_norms: decay the weights of norms also.
         adam_beta1: decay rate of the first moment.
         adam_beta2: decay rate of the second moment.
         adam_eps: added to the square root of the second moment.
@@ -272,6 +274,7 @@ class OptimizerConfig:
     lr: float = 1e-3
     min_lr: float = 1e-4
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_warmup_init: float = 0.0
     lr_warmup_iters: int | None = None
     lr_warmup_tokens: int | None = None
     lr_decay_iters: int | None = None
@@ -280,6 +283,7 @@ class OptimizerConfig:
     lr_wsd_decay_tokens: int | None = None
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
     weight_decay: float = 0.1
+    decay_norms: bool = False
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
@@ -297,6 +301,9 @@ class TrainingConfig:
         micro_batch_size: samples in one forward pass of one rank.
         global_batch_size: samples in one step over all ranks; gradients of several forward passes
             are accumulated.
+        calculate_per_token_loss: train on the mean over all unmasked tokens of a step, which does
+            not depend on ``micro_batch_size``; false: on the mean over micro-batches of the mean
+            of each. Without masked tokens the two are the same; null: as ``data.eod_mask_loss``.
         seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
             layout.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
@@ -331,6 +338,7 @@ class TrainingConfig:
     seq_length: int = 256
     micro_batch_size: int = 4
     global_batch_size: int = 8
+    calculate_per_token_loss: bool | None = None
     seed: int = 1234
     bf16: bool = False
     fp8: Literal["e4m3", "hybrid"] | None = None

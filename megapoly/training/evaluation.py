@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megapoly.config.data_sources import MEAN, validation_sets
 from megapoly.data.loader import evaluation_batches, num_evaluation_steps
 from megapoly.data.samples import SamplePool
+from megapoly.errors import DataError
 from megapoly.training.distributed import owns_loss, sum_over_all
 from megapoly.training.state import ModelState, evaluation_mode
 from megapoly.training.step import run_microbatches
@@ -47,16 +48,20 @@ def evaluate_validation_sets(
 
     Returns:
         Results by name; with several sets also their ``mean``, which comes last.
+
+    Raises:
+        DataError: a set has no unmasked token.
     """
     with evaluation_mode(state):
-        results = {name: _evaluate(state, pool) for name, pool in validation.items()}
+        results = {name: _evaluate(state, name, pool) for name, pool in validation.items()}
     if len(results) > 1:
         sets = validation_sets(state.config.data)
         results[MEAN] = weighted_mean(results, {name: sets[name].weight for name in results})
     return results
 
 
-def _evaluate(state: ModelState, pool: SamplePool) -> Evaluation:
+def _evaluate(state: ModelState, name: str, pool: SamplePool) -> Evaluation:
+    """Return the mean over all unmasked tokens of the set."""
     eval_iters = state.config.training.eval_iters
     batches = evaluation_batches(
         pool, state.layout, eval_iters=eval_iters, pin_memory=state.platform.is_cuda
@@ -68,6 +73,12 @@ def _evaluate(state: ModelState, pool: SamplePool) -> Evaluation:
     counted = losses if owns_loss() else []
     local = [sum(float(loss[key]) for loss in counted) for key in ("sum", "num_tokens")]
     loss_sum, num_tokens = sum_over_all(local, state.platform)
+    if num_tokens == 0:
+        raise DataError(
+            f"`data.validation` `{name}` must have tokens that are not masked, and all that were "
+            "read are: with `data.eod_mask_loss` its documents have no token but their end. Use "
+            "another set, or set `data.eod_mask_loss` to false."
+        )
     return Evaluation(loss_sum / num_tokens, int(num_tokens))
 
 

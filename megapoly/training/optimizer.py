@@ -18,7 +18,11 @@ from megapoly.config import Config
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Build AdamW over this rank's parameters; vectors and activation coefficients do not decay."""
+    """Build AdamW over this rank's parameters.
+
+    Activation coefficients do not decay, norms only with ``optimizer.decay_norms``. Norms are the
+    only other vectors: there are no biases.
+    """
     optimizer = config.optimizer
     engine = OptimizerConfig(
         optimizer="adam",
@@ -35,9 +39,10 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
     is_vector = ParamPredicate(name="is_vector", fn=lambda parameter: parameter.dim() == 1)
-    undecayed = ParamKey(name="*.activation_func.*", predicate=is_vector)
+    undecayed = [ParamKey(name="*.activation_func.*")]
+    undecayed += [] if optimizer.decay_norms else [ParamKey(predicate=is_vector)]
     result = get_megatron_optimizer(
-        engine, chunks, config_overrides={undecayed: ParamGroupOverride(wd_mult=0.0)}
+        engine, chunks, config_overrides={key: ParamGroupOverride(wd_mult=0.0) for key in undecayed}
     )
     _count_expert_gradients_once(result)
     return result
@@ -56,12 +61,12 @@ def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build the learning-rate schedule: linear warm-up from 0, then ``lr_decay_style``."""
+    """Build the learning-rate schedule: linear warm-up, then ``lr_decay_style``."""
     settings = config.optimizer
     assert settings.lr_warmup_iters is not None and settings.lr_decay_iters is not None
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=settings.lr_warmup_iters,

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import (
@@ -25,9 +24,9 @@ from torch.profiler import record_function
 from megapoly.data.loader import Batch
 from megapoly.errors import DivergenceError
 from megapoly.training.distributed import owns_loss, sum_over_all
+from megapoly.training.loss import Losses, masked_mean, mean_tokens_per_microbatch
 from megapoly.training.state import ModelState, TrainState
 
-Losses = dict[str, Tensor]
 T = TypeVar("T")
 # Takes the next micro-batch. Returns the model's output and a function that turns the last stage's
 # output into this rank's share of the loss and something to collect.
@@ -41,7 +40,7 @@ class StepResult:
     """Result of one step.
 
     Args:
-        lm_loss: mean over micro-batches of the mean cross-entropy of their tokens, nats.
+        lm_loss: mean cross-entropy that the step trained on (:mod:`megapoly.training.loss`), nats.
         grad_norm: global norm before clipping.
         learning_rate: the one that the step used.
         stop_requested: some process was requested to stop.
@@ -66,6 +65,7 @@ def train_step(
         stop_requested: whether this process was requested to stop.
 
     Raises:
+        DataError: every token of the step is masked.
         DivergenceError: loss or gradient norm is not finite.
     """
     with record_function("gradients"):
@@ -79,7 +79,12 @@ def compute_gradients(state: TrainState, batches: Iterator[Batch]) -> list[Losse
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    return run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    number, divisor = state.layout.num_microbatches, None
+    if state.config.training.calculate_per_token_loss:
+        # The tokens of the whole step are counted before its first backward pass.
+        step = list(itertools.islice(batches, number))
+        batches, divisor = iter(step), mean_tokens_per_microbatch(step, state.platform)
+    return run_microbatches(state, batches, number, forward_only=False, divisor=divisor)
 
 
 def update_parameters(
@@ -101,13 +106,26 @@ def update_parameters(
 
 
 def run_microbatches(
-    state: ModelState, batches: Iterator[Batch], num_microbatches: int, *, forward_only: bool
+    state: ModelState,
+    batches: Iterator[Batch],
+    num_microbatches: int,
+    *,
+    forward_only: bool,
+    divisor: float | None = None,
 ) -> list[Losses]:
-    """Return the cross-entropy of each micro-batch on the last stage; an empty list elsewhere."""
+    """Return the cross-entropy of each micro-batch on the last stage; an empty list elsewhere.
+
+    Args:
+        state: has the model.
+        batches: this rank's micro-batches.
+        num_microbatches: number of them.
+        forward_only: compute no gradients.
+        divisor: of :func:`megapoly.training.loss.masked_mean`.
+    """
     training = state.config.training
     return run_schedule(
         state,
-        partial(_forward_step, state.platform.device),
+        partial(_forward_step, state.platform.device, divisor),
         batches,
         num_microbatches,
         micro_batch_size=training.micro_batch_size,
@@ -156,7 +174,7 @@ def run_schedule(
 
 
 def _forward_step(
-    device: torch.device, batches: Iterator[Batch], model: torch.nn.Module
+    device: torch.device, divisor: float | None, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Losses]]]:
     """Run the model on a micro-batch; the engine's schedules call it."""
     batch = {key: value.to(device, non_blocking=True) for key, value in next(batches).items()}
@@ -164,27 +182,11 @@ def _forward_step(
     token_losses = model(
         batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
     )
-    return token_losses, partial(_masked_mean, batch["loss_mask"])
-
-
-def _masked_mean(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Losses]:
-    """Return the mean of [b, s / cp] losses over the unmasked tokens of whole sequences.
-
-    The first result is this rank's share of the mean: the engine multiplies it by the
-    context-parallel size, divides it by the number of micro-batches and averages the gradients over
-    the ranks (pipeline_parallel/schedules.py:268). The whole mean is what is logged.
-    """
-    loss_sum = (token_losses.float() * loss_mask).sum()
-    sums = torch.stack([loss_sum.detach(), loss_mask.sum()])
-    if parallel_state.get_context_parallel_world_size() > 1:
-        dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
-    total, num_tokens = sums.unbind()
-    divisor = num_tokens.clamp_min(1.0)
-    return loss_sum / divisor, {"mean": total / divisor, "sum": total, "num_tokens": num_tokens}
+    return token_losses, partial(masked_mean, divisor, batch["loss_mask"])
 
 
 def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) -> tuple[float, bool]:
-    """Return the mean over all micro-batches and whether any process was requested to stop."""
+    """Return the mean over the micro-batches of all ranks, and whether any was asked to stop."""
     means = [loss["mean"] for loss in losses] if owns_loss() else []
     local_sum = torch.stack(means).sum().item() if means else 0.0
     total, count, stop = sum_over_all(

@@ -42,7 +42,20 @@ def test_every_null_that_stands_for_a_value_is_filled() -> None:
     assert resolved.optimizer.lr_warmup_iters == 0
     assert resolved.optimizer.lr_decay_iters == 10
     assert resolved.training.device == "cpu"
+    assert resolved.training.calculate_per_token_loss is False
     assert resolved.data.cache_dir == "out/cache"
+
+
+@pytest.mark.parametrize(
+    ("given", "masks", "expected"),
+    [(None, True, True), (None, False, False), (False, True, False), (True, False, True)],
+)
+def test_mean_over_tokens_is_the_default_where_tokens_are_masked(
+    given: bool | None, masks: bool, expected: bool
+) -> None:
+    config = make(calculate_per_token_loss=given)
+    config.data.eod_mask_loss = masks
+    assert resolve(config).training.calculate_per_token_loss is expected
 
 
 def test_nulls_that_mean_none_stay() -> None:

@@ -50,6 +50,24 @@ CASES: list[dict[str, Any]] = [
         right={"optimizer.min_lr": 1e-3},
     ),
     dict(
+        rule="learning_rates_are_ordered",
+        wrong={"optimizer.lr_warmup_init": 2e-3, WARMUP: 10},
+        words=["`optimizer.lr_warmup_init` (0.002)", "(0.001)"],
+        right={"optimizer.lr_warmup_init": 1e-3, WARMUP: 10},
+    ),
+    dict(
+        rule="warmup_has_steps",
+        wrong={"optimizer.lr_warmup_init": 1e-4},
+        words=["`optimizer.lr_warmup_init` (0.0001)", "without a warm-up"],
+        right={"optimizer.lr_warmup_init": 1e-4, "optimizer.lr_warmup_tokens": 20_480},
+    ),
+    dict(
+        rule="decay_of_norms_has_a_rate",
+        wrong={"optimizer.decay_norms": True, "optimizer.weight_decay": 0.0},
+        words=["`optimizer.decay_norms` (True)", "(0)"],
+        right={"optimizer.decay_norms": True},
+    ),
+    dict(
         rule="warmup_ends_before_decay",
         wrong={WARMUP: 100, DECAY: 100},
         words=["(100 steps)", "at most 99"],

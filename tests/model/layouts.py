@@ -33,7 +33,7 @@ from megapoly.preflight.parallel_check.whole_model import (
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.state import TrainState, build_state
-from megapoly.training.step import run_microbatches
+from megapoly.training.step import compute_gradients
 
 # Weights are large enough for every power of the activation to matter.
 SMALL = {
@@ -130,10 +130,7 @@ def result_of_model(config: Config, platform: Any) -> RankResult:
         for name, parameter in unwrap(chunk).named_parameters()
     }
     weights = weight_shards(state.chunks)
-    for chunk in state.chunks:
-        chunk.zero_grad_buffer()
-    batches = random_batches(config, state.layout)
-    losses = run_microbatches(state, batches, state.layout.num_microbatches, forward_only=False)
+    losses = compute_gradients(state, random_batches(config, state.layout))
     gradients = gradient_shards(state.chunks)
     decay = _decay(state, parameters)
     _, grad_norm, _ = state.optimizer.step()
@@ -141,19 +138,25 @@ def result_of_model(config: Config, platform: Any) -> RankResult:
     return RankResult(weights, gradients, means, float(grad_norm), decay)
 
 
-def random_batches(config: Config, layout: BatchLayout) -> Iterator[Batch]:
-    """This rank's micro-batches of the first step; a sample depends on its place alone."""
+def random_batches(config: Config, layout: BatchLayout, *, step: int = 0) -> Iterator[Batch]:
+    """This rank's micro-batches of a step; a sample depends on its place alone.
+
+    With ``eod_mask_loss`` samples have very different numbers of unmasked tokens, every fourth has
+    none.
+    """
     length, vocab_size = config.training.seq_length, config.model.vocab_size
-    for places in layout.micro_batches(0):
-        samples = [
-            torch.randint(vocab_size, (length + 1,), generator=torch.Generator().manual_seed(place))
-            for place in places
-        ]
+    for places in layout.micro_batches(step * layout.global_batch_size):
+        samples, masks = [], []
+        for place in places:
+            generator = torch.Generator().manual_seed(place)
+            samples.append(torch.randint(vocab_size, (length + 1,), generator=generator))
+            kept = (0.9, 0.2, 0.0, 0.5)[place % 4] if config.data.eod_mask_loss else 1.0
+            masks.append((torch.rand(length, generator=generator) < kept).float())
         tokens = torch.stack(samples)
         yield {
             "tokens": tokens[:, :-1],
             "labels": tokens[:, 1:],
-            "loss_mask": torch.ones(len(tokens), length),
+            "loss_mask": torch.stack(masks),
             "position_ids": torch.arange(length).expand(len(tokens), -1),
         }
 

@@ -15,7 +15,11 @@ MODELS = {
         "model.qk_norm": "full",
         "model.untie_embeddings_and_output_weights": False,
     },
-    "dense polyprelu": {"model.activation": "polyprelu", "model.qk_norm": "head"},
+    "dense polyprelu": {
+        "model.activation": "polyprelu",
+        "model.qk_norm": "head",
+        "optimizer.decay_norms": True,
+    },
     "experts polynorm, shared expert": EXPERTS
     | {"model.moe_shared_expert_intermediate_size": 24, "model.qk_norm": "head"},
     "experts polynorm per expert": EXPERTS
@@ -26,7 +30,7 @@ MODELS = {
     },
     "experts gated_polynorm per expert": EXPERTS
     | {"model.activation": "gated_polynorm", "model.activation_coefficients": "per_expert"},
-    "experts polyrelu": EXPERTS | {"model.activation": "polyrelu"},
+    "experts polyrelu": EXPERTS | {"model.activation": "polyrelu", "optimizer.decay_norms": True},
     "experts polyprelu per expert": EXPERTS
     | {"model.activation": "polyprelu", "model.activation_coefficients": "per_expert"},
 }
@@ -130,13 +134,13 @@ def test_gradient_norm_counts_every_parameter_once(layout, model):
 
 
 @pytest.mark.parametrize("layout", ["one process", "TP 2", "TP 2 x EP 2, whole experts"])
-def test_matrices_decay_and_vectors_and_coefficients_do_not(layout):
+def test_matrices_decay_coefficients_do_not_and_norms_on_request(layout):
     results = one_process() if layout == "one process" else at_layout(layout)
     for model, result in results.items():
-        matrices = {
-            name
-            for name in result.decay
-            if not name.endswith("norm.weight") and ".activation_func." not in name
-        }
-        assert {name for name, decays in result.decay.items() if decays} == matrices, model
-        assert any(".activation_func." in name for name in result.decay)
+        norms = {name for name in result.decay if name.endswith("norm.weight")}
+        coefficients = {name for name in result.decay if ".activation_func." in name}
+        expected = result.decay.keys() - coefficients
+        if not MODELS[model].get("optimizer.decay_norms"):
+            expected -= norms
+        assert norms and coefficients
+        assert {name for name, decays in result.decay.items() if decays} == expected, model

@@ -48,6 +48,13 @@ def test_styles(style):
     assert rates == pytest.approx(expected(SHAPES[style])[:steps])
 
 
+def test_warmup_begins_at_its_own_rate():
+    """As in OLMo's, which the released mixture of experts uses: by default at a tenth."""
+    rates = learning_rates(6, lr_warmup_init=0.1)
+    assert rates[:5] == pytest.approx([0.1 + 0.9 * step / 4 for step in range(5)])
+    assert rates[5] == pytest.approx(SHAPES["cosine"](1 / 16))
+
+
 def test_wsd_is_flat_and_then_falls():
     rates = learning_rates(21, lr_decay_style="WSD", lr_wsd_decay_iters=5)
     assert rates[4:16] == pytest.approx([1.0] * 12)

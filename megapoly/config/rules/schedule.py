@@ -1,4 +1,4 @@
-"""Rules on the length of the run, the batch and the learning rate."""
+"""Rules on the length of the run, the batch, the learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -44,12 +44,36 @@ def batch_divides(facts: Facts) -> Iterator[str]:
 
 
 def learning_rates_are_ordered(facts: Facts) -> Iterator[str]:
-    """The learning rate decays."""
+    """The learning rate rises and then decays."""
     optimizer = facts.config.optimizer
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield (
+            f"`optimizer.lr_warmup_init` ({optimizer.lr_warmup_init}) must not exceed "
+            f"`optimizer.lr` ({optimizer.lr}); 0 is usual"
+        )
     if optimizer.min_lr > optimizer.lr:
         yield (
             f"`optimizer.min_lr` ({optimizer.min_lr}) must not exceed `optimizer.lr` "
             f"({optimizer.lr}); a tenth of it, {optimizer.lr / 10:g}, is usual"
+        )
+
+
+def decay_of_norms_has_a_rate(facts: Facts) -> Iterator[str]:
+    """Without weight decay, norms do not decay either."""
+    if facts.config.optimizer.weight_decay == 0:
+        yield from have_no_effect(
+            facts.config, ["optimizer.decay_norms"], "with `optimizer.weight_decay` (0)"
+        )
+
+
+def warmup_has_steps(facts: Facts) -> Iterator[str]:
+    """Only a warm-up begins at a rate of its own."""
+    if has_lengths(facts) and not resolve.lr_warmup_iters(facts.config):
+        yield from have_no_effect(
+            facts.config,
+            ["optimizer.lr_warmup_init"],
+            "without a warm-up",
+            ", or set `optimizer.lr_warmup_iters`",
         )
 
 
@@ -129,6 +153,8 @@ RULES: tuple[Rule, ...] = (
     parts_have_one_length,
     batch_divides,
     learning_rates_are_ordered,
+    decay_of_norms_has_a_rate,
+    warmup_has_steps,
     warmup_ends_before_decay,
     wsd_has_its_options,
     wsd_decay_fits,

@@ -49,6 +49,7 @@ AT_LEAST_ZERO = (
     "model.moe_z_loss_coeff",
     "data.num_workers",
     "optimizer.min_lr",
+    "optimizer.lr_warmup_init",
     "optimizer.lr_warmup_iters",
     "optimizer.lr_warmup_tokens",
     "optimizer.weight_decay",

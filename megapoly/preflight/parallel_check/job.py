@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from megapoly.config import Config
 from megapoly.data.corpus import load_corpus
+from megapoly.data.loader import Batch
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.platform.device import select_platform
 from megapoly.preflight.layouts import Layout
@@ -91,6 +92,8 @@ def steps_of_rank(config: Config) -> list[_RankStep]:
 
 def _steps(state: TrainState) -> list[_RankStep]:
     batches = state.training_batches()
+    if state.config.data.eod_mask_loss:
+        batches = _with_masked_tokens(batches)
     steps = []
     for _ in itertools.repeat(None, state.config.training.train_iters or 0):
         losses = compute_gradients(state, batches)
@@ -100,3 +103,9 @@ def _steps(state: TrainState) -> list[_RankStep]:
             _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, gradients)
         )
     return steps
+
+
+def _with_masked_tokens(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Mask what follows every third token id: short samples have hardly an end of document."""
+    for batch in batches:
+        yield batch | {"loss_mask": batch["loss_mask"] * (batch["tokens"] % 3 > 0)}

@@ -26,7 +26,8 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     4, for heads, experts and vocabulary up to 8, for FFN widths up to 8 and 3. Initial weights grow
     as the width shrinks, so that activations keep their size. The learning rate is 1e-4 from the
     first step on. Dropout is disabled, since its random numbers differ between layouts, and
-    activations are not compiled.
+    activations are not compiled. With ``eod_mask_loss`` tokens are masked, and their mean is the
+    configuration's.
 
     Args:
         config: resolved or not; not changed.
@@ -39,7 +40,7 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
     small = copy.deepcopy(config)
     vocab_size = load_tokenizer(None).vocab_size
     _scale_model(small.model, vocab_size)
-    small.data = type(small.data)(seed=config.data.seed)
+    small.data = type(small.data)(seed=config.data.seed, eod_mask_loss=config.data.eod_mask_loss)
     small.logging = type(small.logging)(tensorboard=False)
     small.checkpoint = type(small.checkpoint)(save=False)
     small.training = TrainingConfig(
@@ -47,12 +48,14 @@ def scaled_down(config: Config, *, steps: int, bf16: bool) -> Config:
         seq_length=SEQ_LENGTH,
         micro_batch_size=1,
         global_batch_size=GLOBAL_BATCH_SIZE,
+        calculate_per_token_loss=config.training.calculate_per_token_loss,
         seed=config.training.seed,
         bf16=bf16,
     )
     optimizer = small.optimizer
     optimizer.lr = optimizer.min_lr = _LEARNING_RATE
     optimizer.lr_decay_style, optimizer.lr_warmup_iters = "constant", 0
+    optimizer.lr_warmup_init = 0.0
     optimizer.lr_warmup_tokens = optimizer.lr_decay_iters = optimizer.lr_decay_tokens = None
     optimizer.lr_wsd_decay_iters = optimizer.lr_wsd_decay_tokens = None
     _one_process(small)

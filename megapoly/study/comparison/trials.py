@@ -64,7 +64,9 @@ class Trial:
         config.run_dir = str(output / self.name)
         config.model.activation = self.variant.activation
         config.model.activation_order = self.variant.order or DEFAULT_ORDER
-        config.optimizer.min_lr = self.lr * (base.optimizer.min_lr / base.optimizer.lr)
+        for name in ("min_lr", "lr_warmup_init"):  # fractions of the highest rate
+            fraction = getattr(base.optimizer, name) / base.optimizer.lr
+            setattr(config.optimizer, name, self.lr * fraction)
         config.optimizer.lr = self.lr
         config.training.seed = config.data.seed = self.seed
         return config

@@ -146,9 +146,10 @@ def _group(slug: str, runs: list[Run], diverged: list[Run], reference: str) -> R
 def _own_options(complete: Sequence[Run], runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Return, by key of a run, its options that differ from most of the complete runs."""
     options = {run.key: options_of(run) for run in runs}
-    if len({round(run.config["optimizer"]["min_lr"] / run.lr, 6) for run in complete}) == 1:
-        for values in options.values():  # a minimum that is proportional to the rate is one choice
-            del values["optimizer.min_lr"]
+    for name in ("min_lr", "lr_warmup_init"):  # one choice if it is proportional to the rate
+        rates = {round(run.config["optimizer"].get(name, 0.0) / run.lr, 6) for run in complete}
+        for values in options.values() if len(rates) == 1 else []:
+            values.pop(f"optimizer.{name}", None)
     base = {}
     for name in {name for values in options.values() for name in values}:
         present = [json.dumps(v[name]) for run in complete if name in (v := options[run.key])]

@@ -65,6 +65,16 @@ def test_recipes_scale_down(recipe):
         assert problems == []
 
 
+def test_masked_tokens_and_their_mean_are_the_configurations():
+    config = load_yaml(RECIPES / "moe_7b_released.yaml")
+    assert not scaled_down(config, steps=1, bf16=False).training.calculate_per_token_loss
+    config.data.eod_mask_loss = True
+    small = scaled_down(config, steps=1, bf16=False)
+    assert small.data.eod_mask_loss and small.training.calculate_per_token_loss
+    config.training.calculate_per_token_loss = False
+    assert not scaled_down(config, steps=1, bf16=False).training.calculate_per_token_loss
+
+
 def test_odd_sizes_stay_odd():
     config = load_yaml(RECIPES / "dense_tiny.yaml")
     model = config.model

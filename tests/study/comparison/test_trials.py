@@ -27,6 +27,7 @@ def base(name: str = "dense_miniature") -> Config:
 def test_a_trial_sets_activation_rate_seed_and_folder_alone() -> None:
     common = base()
     common.optimizer.lr, common.optimizer.min_lr = 3e-3, 1.5e-4
+    common.optimizer.lr_warmup_init = 3e-4
     trial = Trial(Variant("polyrelu", 4), lr=6e-3, seed=2)
     config = trial.config(common, Path("out"))
     assert trial.name == "polyrelu_order_4.lr_0.006.seed_2"
@@ -34,6 +35,7 @@ def test_a_trial_sets_activation_rate_seed_and_folder_alone() -> None:
     assert (config.model.activation, config.model.activation_order) == ("polyrelu", 4)
     assert config.optimizer.lr == 6e-3
     assert config.optimizer.min_lr == pytest.approx(3e-4)
+    assert config.optimizer.lr_warmup_init == pytest.approx(6e-4)
     assert (config.training.seed, config.data.seed) == (2, 2)
     assert common.training.seed == common.data.seed == 1234, "the base stays as it is"
     config.run_dir, config.model, config.optimizer = common.run_dir, common.model, common.optimizer

@@ -33,6 +33,7 @@ def write_run(
     config.model.vocab_size = 512
     config.model.activation = activation
     config.optimizer.lr, config.optimizer.min_lr = lr, lr / 10
+    config.optimizer.lr_warmup_init = lr / 100
     config.training.seed = config.data.seed = seed
     config.training.train_iters = steps or len(losses)
     config.training.global_batch_size, config.training.seq_length = BATCH, SEQUENCE
