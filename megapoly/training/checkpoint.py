@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
+from megapoly.config.resolve import sequence_parts
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import unwrap
@@ -27,7 +28,7 @@ from megapoly.model.shards import checkpoint_metadata
 from megapoly.platform.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
-from megapoly.training.random_state import random_state, set_random_state
+from megapoly.training.random_state import random_state, seed_generators, set_random_state
 from megapoly.training.state import ModelState, TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
@@ -134,19 +135,21 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     _check_model(state.config, path)
     with torch.no_grad():
         _check_data(state, position, path)
-        same_ranks = position["layout"] == _layout(state.config)
+        own = {"layout": _layout(state.config), "generators": _generators(state)}
+        has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
-        if same_ranks:
+        if has_state:
             expected["random_state"] = _random_state_entry(state)
         loaded = dist_checkpointing.load(expected, str(path))
         # "model" is absent if the optimizer's state has all parameters.
         _load_model_state(state, loaded.get("model", {}))
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
         state.scheduler.load_state_dict(loaded["scheduler"])
-    if same_ranks:
+    if has_state:
         set_random_state(loaded["random_state"], state.platform)
     else:
-        logger.info("the layout differs from the checkpoint's: random state (dropout) starts again")
+        logger.info("no random state of this layout and device: dropout draws from other seeds")
+        seed_generators(state.config.training.seed, consumed_samples=position["consumed_samples"])
     state.iteration = position["iteration"]
 
 
@@ -253,8 +256,14 @@ def _position(state: TrainState) -> dict[str, Any]:
         "data_fingerprint": state.corpus.fingerprint,
         "data": state.corpus.description,
         "layout": _layout(state.config),
+        "generators": _generators(state),
         "megapoly_version": megapoly.__version__,
     }
+
+
+def _generators(state: TrainState) -> dict[str, str]:
+    """Return what a random state fits: devices have other generators, and replicas other seeds."""
+    return {"device": state.platform.device.type, "seeds": "one for each replica"}
 
 
 def _layout(config: Config) -> dict[str, int]:
@@ -266,6 +275,7 @@ def _layout(config: Config) -> dict[str, int]:
         "pipeline": parallel.pipeline_model_parallel_size,
         "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size or 1,
         "context": parallel.context_parallel_size,
+        "sequence": sequence_parts(parallel),
         "expert": parallel.expert_model_parallel_size,
         "expert_tensor": parallel.expert_tensor_parallel_size or 1,
     }
