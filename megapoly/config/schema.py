@@ -363,6 +363,8 @@ class CheckpointConfig:
             position.
         accept_other_data: resume from a checkpoint of other training data (sources, shares, seed,
             tokenizer or ``seq_length``), at its step; false: refuse it, and report what differs.
+        accept_other_batch: resume from a checkpoint of another ``training.global_batch_size``,
+            after the samples that it has consumed; false: refuse it.
     """
 
     save: bool = True
@@ -372,6 +374,7 @@ class CheckpointConfig:
     load: str | None = None
     load_weights_only: bool = False
     accept_other_data: bool = False
+    accept_other_batch: bool = False
 
 
 @dataclass
