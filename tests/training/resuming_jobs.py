@@ -13,7 +13,7 @@ from megapoly.config.recipes import FOLDER as RECIPES
 from megapoly.pretrain import configure, pretrain
 from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import shared_cache
-from megapoly.training import step
+from megapoly.training import loop, step
 
 TINY = {
     "model.num_layers": 1,
@@ -56,9 +56,17 @@ class Job:
 
 def train(run_dir, options, *, num_ranks=1):
     """Run a job of ``dense_tiny``, made smaller, to its end."""
+    return Job(run_dir, run_on_ranks(_job, num_ranks, _arguments(run_dir, options)))
+
+
+def optimizer_groups(run_dir, options):
+    """Return the parameter groups of the optimizer, without parameters, when a job has resumed."""
+    return run_on_ranks(_groups, 1, _arguments(run_dir, options))[0]
+
+
+def _arguments(run_dir, options):
     fixed = {"run_dir": run_dir, "data.cache_dir": shared_cache().name}
-    argv = [f"--{name}={value}" for name, value in (TINY | fixed | options).items()]
-    return Job(run_dir, run_on_ranks(_job, num_ranks, argv))
+    return [f"--{name}={value}" for name, value in (TINY | fixed | options).items()]
 
 
 def checkpoint(run_dir: Path, iteration: int) -> Path:
@@ -76,5 +84,21 @@ def _job(argv):
 
     step.get_batch_on_this_cp_rank = noting  # in this process alone, which ends with the job
     with contextlib.redirect_stdout(printed):
-        pretrain(configure(argv, default_recipe=RECIPES / "dense_tiny.yaml", program="pretrain"))
+        _pretrain(argv)
     return printed.getvalue(), torch.tensor(samples)
+
+
+def _groups(argv):
+    groups = []
+
+    def noting(state, *args):
+        for group in state.optimizer.param_groups:
+            groups.append({name: value for name, value in group.items() if name != "params"})
+
+    loop.train = noting
+    _pretrain(argv)
+    return groups
+
+
+def _pretrain(argv):
+    pretrain(configure(argv, default_recipe=RECIPES / "dense_tiny.yaml", program="pretrain"))

@@ -1,8 +1,9 @@
-"""What a resumed run says about changes since its checkpoint."""
+"""What a resumed run says about options that differ from its checkpoint's, and does with them."""
 
 import copy
 
 import pytest
+from resuming_jobs import optimizer_groups, train
 
 from megapoly.config import load_recipe
 from megapoly.config.resolve import resolve
@@ -69,3 +70,27 @@ def test_every_option_with_an_effect_on_training_is_named(name):
 
 def test_other_options_are_not_named():
     assert changed_options(*changed(UNIMPORTANT)) == []
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_the_optimizer_has_the_options_of_the_run_that_resumes(tmp_path, distributed):
+    kept = {"training.bf16": True, "parallel.use_distributed_optimizer": distributed}
+    train(tmp_path, kept | {"training.train_iters": 2})
+    options = {
+        "training.train_iters": 6,
+        "optimizer.lr": 0.9,
+        "optimizer.min_lr": 0.4,
+        "optimizer.lr_decay_style": "linear",
+        "optimizer.lr_warmup_iters": 0,
+        "optimizer.weight_decay": 0.3,
+        "optimizer.adam_beta1": 0.7,
+        "optimizer.adam_beta2": 0.8,
+        "optimizer.adam_eps": 1e-3,
+    }
+    decays = set()
+    for group in optimizer_groups(tmp_path, kept | options):
+        assert group["step"] == 2  # Adam's own state goes on
+        assert group["lr"] == pytest.approx(0.9 - 0.5 * 2 / 6)
+        assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-3)
+        decays.add(group["weight_decay"])
+    assert decays == {0.0, 0.3}
