@@ -128,7 +128,8 @@ def allowed(shape):
 )
 def ranks(request, tmp_path_factory):
     """What :func:`train_at` returns on each of two ranks, by layout: pairs of dictionaries."""
-    results = run_on_ranks(train_at, 2, request.param, tmp_path_factory.mktemp(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
+    results = run_on_ranks(train_at, 2, request.param, folder, timeout_s=1000)
     return {layout: [rank[layout] for rank in results] for layout in results[0]}
 
 
