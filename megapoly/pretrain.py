@@ -114,6 +114,7 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.loop import train
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
+    from megapoly.training.resume_notes import resume_notes
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
 
@@ -135,6 +136,8 @@ def pretrain(config: Config) -> bool:
                 reporter.begin()
                 if loaded is not None:
                     reporter.message(f"loaded {loaded}, at step {state.iteration}")
+                    for line in resume_notes(state, loaded, num_processes=num_devices):
+                        reporter.message(line)
                 stop = StopRequest()
                 train(state, reporter, build_hooks(state, reporter, stop), stop)
     return state.iteration >= state.train_iters

@@ -47,7 +47,7 @@ class ModelConfig:
         vocab_size: number of token ids of the model; null: the tokenizer's.
         make_vocab_size_divisible_by: pad embedding and output layer to a multiple of this and of
             ``tensor_model_parallel_size``. Padding changes neither losses nor weights.
-        hidden_dropout: dropout of the outputs of attention and FFN.
+        hidden_dropout: dropout of the embeddings and of the outputs of attention and FFN.
         attention_dropout: dropout of attention probabilities.
         init_method: distribution of the initial weights; ``truncated_normal`` is cut at 3 sigma.
         init_method_std: standard deviation of the initial weights.
@@ -305,7 +305,7 @@ class TrainingConfig:
             not depend on ``micro_batch_size``; false: on the mean over micro-batches of the mean
             of each. Without masked tokens the two are the same; null: as ``data.eod_mask_loss``.
         seed: seed of the initial weights and of dropout; the weights depend on it alone, not on the
-            layout.
+            layout. Dropout is drawn separately for every sample and every part of a sequence.
         bf16: compute in bfloat16 with fp32 master weights; false: fp32.
         fp8: multiply the matrices of the layers in FP8, with Transformer Engine; the rest stays in
             bfloat16, also the weights. ``e4m3``: all products in this format, ``hybrid``:
@@ -371,6 +371,8 @@ class CheckpointConfig:
             position.
         accept_other_data: resume from a checkpoint of other training data (sources, shares, seed,
             tokenizer or ``seq_length``), at its step; false: refuse it, and report what differs.
+        accept_other_batch: resume from a checkpoint of another ``training.global_batch_size``,
+            after the samples that it has consumed; false: refuse it.
     """
 
     save: bool = True
@@ -380,6 +382,7 @@ class CheckpointConfig:
     load: str | None = None
     load_weights_only: bool = False
     accept_other_data: bool = False
+    accept_other_batch: bool = False
 
 
 @dataclass

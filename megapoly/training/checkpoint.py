@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 import megapoly
 from megapoly.config import Config, load_yaml, to_yaml
+from megapoly.config.resolve import sequence_parts
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import unwrap
@@ -27,8 +28,8 @@ from megapoly.model.shards import checkpoint_metadata
 from megapoly.platform.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.training import optimizer_state
 from megapoly.training.distributed import is_rank_zero
-from megapoly.training.random_state import random_state, set_random_state
-from megapoly.training.state import ModelState, TrainState, gathered_parameters
+from megapoly.training.random_state import random_state, seed_generators, set_random_state
+from megapoly.training.state import ModelState, Position, TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
             so for an imported checkpoint, which has none of them.
 
     Raises:
-        CheckpointError: the checkpoint is not complete, of another model, or of other data.
+        CheckpointError: the checkpoint is not complete, or of another model, data or batch size
+            that the configuration does not accept.
     """
     position = read_position(path)
     imported = position.get("weights_only", False)
@@ -134,20 +136,24 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     _check_model(state.config, path)
     with torch.no_grad():
         _check_data(state, position, path)
-        same_ranks = position["layout"] == _layout(state.config)
+        _check_batch(state.config, path)
+        own = {"layout": _layout(state.config), "generators": _generators(state)}
+        has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
-        if same_ranks:
+        if has_state:
             expected["random_state"] = _random_state_entry(state)
         loaded = dist_checkpointing.load(expected, str(path))
         # "model" is absent if the optimizer's state has all parameters.
         _load_model_state(state, loaded.get("model", {}))
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
-        state.scheduler.load_state_dict(loaded["scheduler"])
-    if same_ranks:
+    state.start_from(
+        Position(position["iteration"], position["consumed_samples"], position["consumed_tokens"])
+    )
+    if has_state:
         set_random_state(loaded["random_state"], state.platform)
     else:
-        logger.info("the layout differs from the checkpoint's: random state (dropout) starts again")
-    state.iteration = position["iteration"]
+        logger.info("no random state of this layout and device: dropout draws from other seeds")
+        seed_generators(state.config.training.seed, consumed_samples=state.consumed_samples)
 
 
 def load_weights(state: ModelState, path: Path) -> None:
@@ -175,7 +181,6 @@ def _state_to_save(state: TrainState) -> dict[str, Any]:
     return {
         "model": model,
         "optimizer": optimizer_state.state_to_save(state.optimizer, model, checkpoint_metadata()),
-        "scheduler": state.scheduler.state_dict(),
         "random_state": _random_state_entry(state),
     }
 
@@ -195,7 +200,6 @@ def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
         "optimizer": optimizer_state.state_to_load(
             state.optimizer, model, saved_in_bf16=saved.training.bf16
         ),
-        "scheduler": state.scheduler.state_dict(),
     }
 
 
@@ -253,8 +257,14 @@ def _position(state: TrainState) -> dict[str, Any]:
         "data_fingerprint": state.corpus.fingerprint,
         "data": state.corpus.description,
         "layout": _layout(state.config),
+        "generators": _generators(state),
         "megapoly_version": megapoly.__version__,
     }
+
+
+def _generators(state: TrainState) -> dict[str, str]:
+    """Return what a random state fits: devices have other generators, and replicas other seeds."""
+    return {"device": state.platform.device.type, "seeds": "one for each replica"}
 
 
 def _layout(config: Config) -> dict[str, int]:
@@ -266,6 +276,7 @@ def _layout(config: Config) -> dict[str, int]:
         "pipeline": parallel.pipeline_model_parallel_size,
         "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size or 1,
         "context": parallel.context_parallel_size,
+        "sequence": sequence_parts(parallel),
         "expert": parallel.expert_model_parallel_size,
         "expert_tensor": parallel.expert_tensor_parallel_size or 1,
     }
@@ -302,7 +313,6 @@ def _check_model(config: Config, path: Path) -> None:
 
 
 def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None:
-    batch = state.config.training.global_batch_size
     if position["data_fingerprint"] != state.corpus.fingerprint:
         saved = position.get("data")
         found = "the checkpoint does not say which"
@@ -318,11 +328,17 @@ def _check_data(state: TrainState, position: dict[str, Any], path: Path) -> None
         logger.info(
             "the data differs from the checkpoint's after step %d: %s", position["iteration"], found
         )
-    if position["consumed_samples"] != position["iteration"] * batch:
+
+
+def _check_batch(config: Config, path: Path) -> None:
+    saved = load_yaml(path / "config.yaml").training.global_batch_size
+    batch = config.training.global_batch_size
+    if saved != batch and not config.checkpoint.accept_other_batch:
         raise CheckpointError(
-            f"{path} was trained with another `training.global_batch_size` "
-            f"({position['consumed_samples'] // max(1, position['iteration'])}, here {batch}); use "
-            "that one, so that the position in the data is known."
+            f"{path} was trained with another `training.global_batch_size` ({saved}, here "
+            f"{batch}): use that one, or add `--checkpoint.accept_other_batch true` to resume "
+            "after its samples. Lengths in steps then count steps of the batch size here; lengths "
+            "in tokens stay the same."
         )
 
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megapoly.config import Config
 from megapoly.platform import launcher
 from megapoly.platform.device import Platform
-from megapoly.platform.engine_workarounds import seed_model_parallel_rng
+from megapoly.training.random_state import seed_generators
 
 
 @contextlib.contextmanager
@@ -61,9 +61,7 @@ def model_groups(config: Config) -> Iterator[None]:
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
             distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
-        # Dropout differs between pipeline stages, as it does between layers.
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        seed_model_parallel_rng(config.training.seed + 100 * stage)
+        seed_generators(config.training.seed)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -61,24 +64,46 @@ def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build the learning-rate schedule: linear warm-up, then ``lr_decay_style``."""
-    settings = config.optimizer
+    """Build the learning-rate schedule: linear warm-up, then ``lr_decay_style``.
+
+    It counts samples, as Megatron-LM's does: the configuration's steps are of its
+    ``training.global_batch_size``, earlier steps may have had another.
+    """
+    settings, batch = config.optimizer, config.training.global_batch_size
     assert settings.lr_warmup_iters is not None and settings.lr_decay_iters is not None
+    wsd_decay = settings.lr_wsd_decay_iters
     return OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=settings.lr_decay_iters,
+        lr_warmup_steps=settings.lr_warmup_iters * batch,
+        lr_decay_steps=settings.lr_decay_iters * batch,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=settings.lr_decay_iters,
+        wd_incr_steps=settings.lr_decay_iters * batch,
         wd_incr_style="constant",
-        # On resume the position comes from the checkpoint, the shape from the configuration.
+        # For `load_state_dict`, which is not used: a run that resumes has its configuration's
+        # schedule, at its position (`TrainState.start_from`).
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=settings.lr_wsd_decay_iters,
+        wsd_decay_steps=None if wsd_decay is None else wsd_decay * batch,
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
+
+
+def learning_rate_at(config: Config, consumed_samples: int) -> float:
+    """Return the learning rate of the step that begins after a number of samples."""
+    # The part of an optimizer that the engine's scheduler uses.
+    group: dict[str, float] = {}
+    optimizer = SimpleNamespace(param_groups=[group])
+    scheduler = build_scheduler(config, cast(MegatronOptimizer, optimizer))
+    scheduler.step(increment=consumed_samples)
+    return group["lr"]
+
+
+def train_samples(config: Config) -> int:
+    """Return the number of samples of the whole run."""
+    assert config.training.train_iters is not None, "resolved"
+    return config.training.train_iters * config.training.global_batch_size

@@ -110,6 +110,7 @@ class Reporter:
         state, result = self._state, step.result
         metrics = {
             "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
             "consumed_tokens": state.consumed_tokens,
             "lm_loss": result.lm_loss,
             "grad_norm": result.grad_norm,

@@ -19,7 +19,7 @@ from megapoly.data.corpus import Corpus
 from megapoly.data.loader import Batch, BatchLayout, training_batches
 from megapoly.model.builder import build_model
 from megapoly.platform.device import Platform
-from megapoly.training.optimizer import build_optimizer, build_scheduler
+from megapoly.training.optimizer import build_optimizer, build_scheduler, train_samples
 
 
 @dataclass
@@ -39,6 +39,21 @@ class ModelState:
     layout: BatchLayout
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far a run is, all ranks together.
+
+    Args:
+        iteration: finished steps.
+        samples: samples that they trained on.
+        tokens: tokens that they trained on.
+    """
+
+    iteration: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
 @dataclass
 class TrainState(ModelState):
     """Model, optimizer, data and position.
@@ -50,8 +65,10 @@ class TrainState(ModelState):
         layout: how a global batch is split.
         corpus: training and validation samples.
         optimizer: of the engine.
-        scheduler: of the engine; counts steps.
+        scheduler: of the engine; counts samples.
         iteration: number of finished steps.
+        start: position from which this job trains, set by :meth:`start_from`. Earlier steps may
+            have had another batch size or sequence length.
     """
 
     chunks: list[DistributedDataParallel]
@@ -59,23 +76,36 @@ class TrainState(ModelState):
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
+    start: Position = Position()
+
+    def start_from(self, start: Position) -> None:
+        """Move to a position, of data and schedule also."""
+        self.start, self.iteration = start, start.iteration
+        self.scheduler.num_steps = start.samples
+        self.scheduler.step(increment=0)
 
     @property
     def train_iters(self) -> int:
-        """Steps of the whole run."""
-        train_iters = self.config.training.train_iters
-        assert train_iters is not None, "resolved"
-        return train_iters
+        """Number of the run's last step.
+
+        The run ends after as many samples as ``training.train_iters`` steps of its batch size have,
+        so this is another number after steps of another batch size.
+        """
+        remaining = train_samples(self.config) - self.start.samples
+        steps = -(-remaining // self.config.training.global_batch_size)
+        return self.start.iteration + max(0, steps)
 
     @property
     def consumed_samples(self) -> int:
         """Samples that the run has trained on, all ranks together."""
-        return self.iteration * self.config.training.global_batch_size
+        steps = self.iteration - self.start.iteration
+        return self.start.samples + steps * self.config.training.global_batch_size
 
     @property
     def consumed_tokens(self) -> int:
         """Tokens that the run has trained on, all ranks together."""
-        return self.consumed_samples * self.config.training.seq_length
+        samples = self.consumed_samples - self.start.samples
+        return self.start.tokens + samples * self.config.training.seq_length
 
     @property
     def learning_rate(self) -> float:

@@ -93,7 +93,7 @@ def update_parameters(
     """Clip the gradients, update the parameters and move to the next step."""
     learning_rate = state.learning_rate
     _, grad_norm, _ = state.optimizer.step()
-    state.scheduler.step(increment=1)
+    state.scheduler.step(increment=state.config.training.global_batch_size)
     state.iteration += 1
     lm_loss, stop = _mean_loss(state, losses, stop_requested)
     if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):

@@ -48,6 +48,12 @@ CASES: list[dict[str, Any]] = [
         words=["`checkpoint.accept_other_data` (True)", "has no effect", "(False)", "remove it"],
         right={"checkpoint.accept_other_data": True},
     ),
+    dict(
+        rule="loading_is_possible",
+        wrong={"checkpoint.accept_other_batch": True, "checkpoint.resume": False},
+        words=["`checkpoint.accept_other_batch` (True)", "has no effect", "(False)", "remove it"],
+        right={"checkpoint.accept_other_batch": True},
+    ),
 ]
 
 

@@ -66,6 +66,7 @@ def test_every_step_has_its_line(run):
     _, metrics = run
     assert [line["iteration"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     for line in metrics:
+        assert line["consumed_samples"] == line["iteration"] * 4
         assert line["consumed_tokens"] == line["iteration"] * 4 * 32
         assert line["tokens_per_second"] == pytest.approx(4 * 32 / line["step_time_s"])
         assert line["mfu"] == pytest.approx(line["tflops_per_device"] / 0.25)
@@ -163,6 +164,7 @@ def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[
         platform=SimpleNamespace(is_cuda=False, describe=lambda: "CPU, 1 thread"),
         iteration=10,
         train_iters=20,
+        consumed_samples=0,
         consumed_tokens=0,
     )
     reporter = Reporter(state, num_devices=1, enabled=True)

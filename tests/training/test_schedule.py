@@ -5,8 +5,10 @@ import math
 import pytest
 
 from megapoly.config import Config
-from megapoly.config.schema import OptimizerConfig
-from megapoly.training.optimizer import build_scheduler
+from megapoly.config.schema import OptimizerConfig, TrainingConfig
+from megapoly.training.optimizer import build_scheduler, learning_rate_at
+
+BATCH = 12
 
 
 class Optimizer:
@@ -18,13 +20,15 @@ class Optimizer:
 
 def learning_rates(steps, **settings):
     fixed = {"lr": 1.0, "min_lr": 0.1, "lr_warmup_iters": 4, "lr_decay_iters": 20}
-    config = Config(optimizer=OptimizerConfig(**(fixed | settings)))
+    training = TrainingConfig(global_batch_size=BATCH)
+    config = Config(optimizer=OptimizerConfig(**(fixed | settings)), training=training)
     optimizer = Optimizer()
     scheduler = build_scheduler(config, optimizer)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
-        scheduler.step(increment=1)
+        scheduler.step(increment=config.training.global_batch_size)
+    assert [learning_rate_at(config, n * BATCH) for n in range(steps)] == rates
     return rates
 
 

@@ -39,11 +39,13 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
             "`checkpoint.load_weights_only` (True) needs `checkpoint.load` (null); name a "
             "checkpoint, or set it to false"
         )
-    if checkpoint.accept_other_data and checkpoint.load is None and not checkpoint.resume:
-        yield (
-            "`checkpoint.accept_other_data` (True) has no effect with `checkpoint.resume` (False) "
-            "and `checkpoint.load` (null), which start a run from nothing; remove it"
-        )
+    starts_from_nothing = checkpoint.load is None and not checkpoint.resume
+    for name in ("accept_other_data", "accept_other_batch"):
+        if getattr(checkpoint, name) and starts_from_nothing:
+            yield (
+                f"`checkpoint.{name}` (True) has no effect with `checkpoint.resume` (False) "
+                "and `checkpoint.load` (null), which start a run from nothing; remove it"
+            )
 
 
 def checkpoint_exists(facts: Facts) -> Iterator[str]:

@@ -101,9 +101,13 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are made and, if there are evaluations, the last one is at the end."""
-        evaluated = self.validation["tokens"]
-        return self.iteration >= self.steps and (not evaluated or evaluated[-1] >= self.tokens)
+        """Whether the run is at its end and, if there are evaluations, the last one is there too.
+
+        Steps of another batch size or sequence length change how many steps, or tokens, it has.
+        """
+        evaluated, trained = self.validation["tokens"], self.training["tokens"]
+        at_end = self.iteration >= self.steps or (bool(trained) and trained[-1] >= self.tokens)
+        return at_end and (not evaluated or evaluated[-1] == trained[-1])
 
     @property
     def training_loss(self) -> float | None:
