@@ -44,8 +44,8 @@ class TokenizerSettings:
     Args:
         type: Megatron's name for its type.
         path: file that it was read from.
-        json: content of its ``tokenizer.json``.
-        sha256: hash of that content on disk.
+        json: see :class:`megapoly.data.tokenizer.Tokenizer`.
+        sha256: its fingerprint.
         num_tokens: tokens in the vocabulary.
         vocab_size: rows that an embedding needs: the highest id plus one.
         eod: id that ends a document.
@@ -113,8 +113,8 @@ def load_settings(
         merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
 
     Raises:
-        DataError: it cannot be read, has no end-of-document token, or its post-processor does more
-            than add ids before and after a text.
+        DataError: it cannot be read, has no single end-of-document token, or its post-processor
+            does more than add ids before and after a text.
     """
     if type_ == "GPT2BPETokenizer":
         if vocab_file is None or merge_file is None:
@@ -252,7 +252,7 @@ class GigatokenBackend:
         try:
             self._reload()
         except Exception as error:  # the library raises what its parsers raise
-            raise DataError(f"gigatoken cannot read this tokenizer: {error}") from error
+            raise DataError(f"{self.name} does not support this kind of tokenizer.") from error
 
     def _reload(self) -> None:
         self._tokenizer: Any = None  # frees the memory before the next one is created
