@@ -98,12 +98,8 @@ class Tokenizer:
             raise DataError(
                 f"`{path}` is not a tokenizer.json that can be read: {error}"
             ) from error
-        if cleared := _clear_truncation_and_padding(self._tokenizer):
+        if ignore_truncation_and_padding(self._tokenizer, path):
             self.json = self._tokenizer.to_str()
-            _say_once(
-                f"`{path}` was saved with {' and '.join(cleared)}; this is ignored: no text is cut "
-                "or padded"
-            )
         if added := add_tokens_of_other_files(path, self._tokenizer):
             self.json = self._tokenizer.to_str()
             self.fingerprint = hashlib.sha256(content + "\n".join(added).encode()).hexdigest()
@@ -182,12 +178,26 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _clear_truncation_and_padding(library: tokenizers.Tokenizer) -> list[str]:
-    """Clear what would cut or pad texts; return the names of what there was."""
-    found = {"truncation": library.truncation, "padding": library.padding}
+def ignore_truncation_and_padding(library: tokenizers.Tokenizer, path: Path) -> bool:
+    """Clear what would cut or pad texts, and say once which of it there was.
+
+    Args:
+        library: the tokenizer; changed.
+        path: file that it was read from.
+
+    Returns:
+        Whether there was any.
+    """
+    kept = {"truncation": library.truncation, "padding": library.padding}
+    found = [name for name, value in kept.items() if value is not None]
     library.no_truncation()
     library.no_padding()
-    return [name for name, value in found.items() if value is not None]
+    if found:
+        _say_once(
+            f"`{path}` was saved with {' and '.join(found)}; this is ignored: no text is cut or "
+            "padded"
+        )
+    return bool(found)
 
 
 @functools.cache

@@ -52,6 +52,8 @@ class TrainState(ModelState):
         optimizer: of the engine.
         scheduler: of the engine; counts steps.
         iteration: number of finished steps.
+        add_bos: benchmarks begin texts with BOS: recorded by the imported checkpoint that the run
+            started from.
     """
 
     chunks: list[DistributedDataParallel]
@@ -59,6 +61,7 @@ class TrainState(ModelState):
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
+    add_bos: bool = False
 
     @property
     def train_iters(self) -> int:
