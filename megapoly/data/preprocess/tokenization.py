@@ -24,6 +24,7 @@ import tokenizers
 
 from megapoly.data.index_file import token_dtype
 from megapoly.data.manifest import TokenizerRecord
+from megapoly.data.special_tokens import read_tokenizer_config
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.errors import DataError
 from megapoly.platform import extras
@@ -108,7 +109,8 @@ def load_settings(
         append_eod: end every document with the end-of-document token.
         include_special_tokens: add the ids of the tokenizer's post-processor, such as Llama's
             ``<s>``.
-        split_special_tokens: see :class:`TokenizerSettings`.
+        split_special_tokens: see :class:`TokenizerSettings`; also true if the tokenizer's
+            ``tokenizer_config.json`` says so, as in transformers.
         vocab_file: ``vocab.json`` of a ``GPT2BPETokenizer``.
         merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
 
@@ -124,6 +126,7 @@ def load_settings(
         tokenizer = Tokenizer.from_gpt2_files(Path(vocab_file), Path(merge_file))
     else:
         tokenizer = load_tokenizer(path)
+    config = read_tokenizer_config(tokenizer.path.parent)
     prefix, suffix = _added_ids(tokenizer) if include_special_tokens else ((), ())
     return TokenizerSettings(
         type=type_,
@@ -136,7 +139,7 @@ def load_settings(
         append_eod=append_eod,
         prefix=prefix,
         suffix=suffix,
-        split_special_tokens=split_special_tokens,
+        split_special_tokens=split_special_tokens or config.get("split_special_tokens") is True,
     )
 
 
