@@ -15,7 +15,7 @@ _NO_FILTER = "none"
 
 
 def collect_results(
-    raw: Mapping[str, Any], task: EvalTask, members: Mapping[str, Any], limit: int | None
+    raw: Mapping[str, Any], task: EvalTask, members: Mapping[str, Any], limit: int | None = None
 ) -> Iterator[TaskResult]:
     """Yield the result of a task, or of its members if it is a tag or a group without a mean.
 
