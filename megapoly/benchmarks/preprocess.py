@@ -50,7 +50,7 @@ import tokenizers
 from megapoly.data.tokenizer import load_tokenizer
 model, output, *paths = sys.argv[1:]
 eod = load_tokenizer(model).eod
-tokenizer = tokenizers.Tokenizer.from_file(str(load_tokenizer(model).path))
+tokenizer = tokenizers.Tokenizer.from_str(load_tokenizer(model).json)
 with open(output, "wb") as stream:
     for path in paths:
         for line in open(path, encoding="utf-8"):

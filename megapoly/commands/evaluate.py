@@ -28,6 +28,7 @@ The exit status is 0, or 2 with the reason.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
@@ -101,9 +102,10 @@ def build_parser() -> Parser:
     )
     add(
         "--add-bos",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="begin every text of a task with the token that the tokenizer puts there, such as <s> "
-        "(default: not for models trained here; for others the tokenizer decides)",
+        "(default: an imported checkpoint records it; not for models trained here; for others the "
+        "tokenizer decides)",
     )
     add("--dtype", choices=DTYPES, default="auto", help="dtype to compute in (default: as stored)")
     add("--device", help="device such as cpu or cuda (default: cuda if available, else cpu)")

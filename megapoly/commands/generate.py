@@ -34,6 +34,7 @@ def _generate(options: argparse.Namespace) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
+    from megapoly.conversion.bos_rule import bos_rule
     from megapoly.conversion.transformers_model import load_transformers_model
     from megapoly.platform.device import check_device
 
@@ -44,7 +45,9 @@ def _generate(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     model, tokenizer = load_transformers_model(options.model, dtype=dtype, device=options.device)
     torch.manual_seed(options.seed)
-    ids = tokenizer(options.prompt)["input_ids"]
+    ids = tokenizer(options.prompt, add_special_tokens=bos_rule(options.model) is not False)[
+        "input_ids"
+    ]
     if not ids:  # in training, documents begin after this token
         ids = [tokenizer.eos_token_id]
     prompt = torch.tensor([ids], device=options.device)

@@ -4,8 +4,8 @@ r"""Turn text into Megatron's token files (.bin and .idx); check, merge and insp
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --append-eod
 
 writes tokens/books_text_document.bin and .idx, byte for byte as Megatron-LM's
-tools/preprocess_data.py does, and tokens/books.manifest.json, which describes them. To resume an
-interrupted run, run the same command again.
+tools/preprocess_data.py does with the same tokenizer.json, and tokens/books.manifest.json, which
+describes them. To resume an interrupted run, run the same command again.
 
 Input: .jsonl and .json (one JSON object per line), also compressed as .gz or .zst; .parquet;
 .arrow; .txt (one document per file); folders of these; folders of `datasets.save_to_disk`.
@@ -19,8 +19,8 @@ Sub-commands, each with its own --help:
 
 `megapoly prepare-domains` makes a tokenizer, token files and a recipe of several domains.
 
-The exit status is 0; 1 if verify finds a problem; 2 for an error, with its reason; 130 after Ctrl-C
-or SIGTERM.
+The exit status is 0; 1 if verify finds a problem, or if every line of the input is rejected; 2 for
+an error, with its reason; 130 after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ def _preprocess(args: Sequence[str]) -> int:
         parser.error("--use-gigatoken and --tokenizer-backend tokenizers exclude each other")
     options = _options(arguments)
     # Imported here so that --help is fast.
+    from megapoly.data.manifest import manifest_path, read_manifest
     from megapoly.data.preprocess.dry_run import dry_run
     from megapoly.data.preprocess.run import preprocess
-    from megapoly.data.preprocess.summary import show_summary
+    from megapoly.data.preprocess.summary import nothing_left, show_summary
 
     console = Console(stderr=True)
     if arguments.dry_run:
@@ -145,7 +146,10 @@ def _preprocess(args: Sequence[str]) -> int:
         )
     else:
         show_summary(options, result, Console())
-    return 0
+    problem = nothing_left(read_manifest(manifest_path(options.output_prefix)))
+    if problem is not None:
+        print(problem, file=sys.stderr)
+    return 0 if problem is None else 1
 
 
 def _options(arguments: argparse.Namespace) -> PreprocessOptions:

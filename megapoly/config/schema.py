@@ -228,7 +228,8 @@ class DataConfig:
             ``{path: data/wiki, weight: 2}``; null: the built-in books' validation part, or none
             when ``blend`` is given.
         tokenizer: a ``tokenizer.json``, or a folder with one or with GPT-2's ``vocab.json`` and
-            ``merges.txt``; null: the built-in tokenizer.
+            ``merges.txt``; null: the built-in tokenizer. Files beside it may name the end of a
+            document and further tokens.
         cache_dir: folder for token files of the built-in text and sample indices; null:
             ``RUN_DIR/cache``.
         seed: seed of the order.
@@ -325,7 +326,8 @@ class TrainingConfig:
         eval_interval: steps between evaluations (0: none); the last step is also evaluated.
         eval_iters: global batches of one evaluation of each validation set; null: the whole set.
         eval_tasks: benchmark tasks and groups, by their names in LM Evaluation Harness, that are
-            evaluated during training (``task/NAME``, in percent); null: none.
+            evaluated during training (``task/NAME`` in percent, with its standard error as
+            ``task_stderr/NAME``); null: none.
         eval_tasks_interval: steps between evaluations of ``eval_tasks`` (0: none); the last step
             is also evaluated.
         eval_tasks_limit: number of questions of each task, from the first; null: all.

@@ -88,7 +88,12 @@ def _write(
     mappings = checked_mappings(reader)
     dtype = options.dtype or reader.dtype(mappings[0].key)
     source = tokenizer_source(reader, options.tokenizer)
-    special = write_tokenizer(source, folder, seq_length=reader.config.training.seq_length)
+    special = write_tokenizer(
+        source,
+        folder,
+        seq_length=reader.config.training.seq_length,
+        add_bos=bool(reader.run.get("add_bos")),
+    )
     if options.tokenizer is not None and not is_trained_with(reader, source):
         console.print(f"note: {source} is not the file that the run's tokenizer was read from")
     config = hf_config_of(reader, special, dtype)

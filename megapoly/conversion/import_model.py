@@ -25,6 +25,7 @@ from megapoly.conversion.activation_change import (
     names_outside_ffn,
 )
 from megapoly.conversion.architecture import max_positions, model_config
+from megapoly.conversion.bos_rule import rule_of_import
 from megapoly.conversion.checkpoint_model import check_finite
 from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
 from megapoly.conversion.output_folder import output_folder, write_json
@@ -131,24 +132,30 @@ def _write(
     # Training does not support fp16; fp32 represents it exactly.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=seed)
-    _write_tokenizer(options.tokenizer or str(options.model), folder, config)
+    add_bos = _write_tokenizer(options, folder, config)
     config.data.tokenizer = str(options.output.resolve() / "tokenizer")
     report = _write_tensors(options, source, original, config, folder, dtype, console)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
-    write_json(folder / "run.json", _run_description(options))
+    write_json(folder / "run.json", _run_description(options) | {"add_bos": add_bos})
     if options.skip_parity or options.activation is not None:
         return dataclasses.replace(report, skipped=options.skip_parity)
     result = check_import_parity(folder, options.model, dtype, options.tolerance, console)
     return dataclasses.replace(report, parity=result)
 
 
-def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
-    """Write the tokenizer, and check that training accepts it and the model."""
+def _write_tokenizer(options: ImportOptions, folder: Path, config: Config) -> bool:
+    """Write the tokenizer, and check that training accepts it and the model.
+
+    Returns:
+        Whether texts of the model begin with BOS.
+    """
+    source = options.tokenizer or str(options.model)
     check_vocabulary(source, config.model)
     place = folder / "tokenizer"
     place.mkdir()
     write_tokenizer(source, place, seq_length=config.training.seq_length)
+    add_bos = rule_of_import(options.model, options.tokenizer, place)
     config.data.tokenizer = str(place)
     problems = find_problems(
         config,
@@ -158,6 +165,7 @@ def _write_tokenizer(source: str, folder: Path, config: Config) -> None:
     )
     if problems:
         raise ConfigError(problems)
+    return add_bos
 
 
 def _write_tensors(

@@ -26,6 +26,7 @@ from megapoly.conversion.transformers_classes import (
     config_and_model_class,
 )
 from megapoly.conversion.transformers_outputs import transformers_module_outputs
+from megapoly.conversion.transformers_tokenizer import open_in_transformers
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -132,9 +133,7 @@ def texts_tokenized_differently(folder: Path, tokenizer: Tokenizer) -> list[str]
 
     Special tokens at the start of a text do not count; the tokenizer's files decide about them.
     """
-    from transformers import AutoTokenizer
-
-    others = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    others = open_in_transformers(folder, run_code=True)
     found = []
     for document in builtin_documents()[::40]:
         text = f" {document.text[:500]}  \n\n\n{document.text[500:520]}\n"

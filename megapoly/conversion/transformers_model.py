@@ -21,6 +21,7 @@ from megapoly.conversion.transformers_classes import (
     class_without_remote_code,
     config_and_model_class,
 )
+from megapoly.conversion.transformers_tokenizer import open_in_transformers
 from megapoly.errors import CheckpointError
 from megapoly.platform import extras
 
@@ -61,20 +62,16 @@ def model_from_folder(folder: Path) -> tuple[Any, Any]:
     Raises:
         CheckpointError: transformers cannot open it.
     """
-    from transformers import PreTrainedTokenizerFast
-
     opener = class_without_remote_code(read_json(folder / "config.json"))
     try:
         model = opener.from_pretrained(folder, local_files_only=True, dtype="auto")
-        return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return model, open_in_transformers(folder, run_code=False)
     except Exception as error:  # files, configurations and weights raise their own
         raise CheckpointError(f"{folder} cannot be opened by transformers: {error}") from error
 
 
 def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
     """Convert a checkpoint in memory; return model and tokenizer as its export would open."""
-    from transformers import PreTrainedTokenizerFast
-
     reader = CheckpointReader(checkpoint)
     mappings = checked_mappings(reader)
     with tempfile.TemporaryDirectory(prefix="megapoly-tokenizer-") as folder:
@@ -83,7 +80,7 @@ def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
             Path(folder),
             seq_length=reader.config.training.seq_length,
         )
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = open_in_transformers(Path(folder), run_code=False)
     dtype = reader.dtype(mappings[0].key)
     config, model_class = config_and_model_class(hf_config_of(reader, special, dtype))
     weights = {mapping.name: tensor for mapping, tensor in read_tensors(reader, mappings)}

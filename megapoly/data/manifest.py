@@ -84,7 +84,7 @@ class TokenizerRecord:
     Args:
         type: Megatron's name for it, such as ``HuggingFaceTokenizer``.
         path: file that it was read from.
-        sha256: of its ``tokenizer.json``.
+        sha256: of its ``tokenizer.json``, and of tokens that only the files beside it name.
         vocab_size: rows that an embedding needs: the highest id plus one.
         eod: id that ends a document.
         appends_eod: whether every document ends with it.

@@ -8,14 +8,13 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megapoly.data.token_file_checks import beyond_vocabulary
+from megapoly.data.token_file_checks import outside_vocabulary
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
@@ -112,9 +111,11 @@ class SamplePool(Dataset[dict[str, Tensor]]):
             return sample
         file = bisect_right(self._starts, index) - 1
         sample = self.datasets[file][index - self._starts[file]]
-        highest = int(torch.maximum(sample["tokens"].max(), sample["labels"].max()))
-        if highest >= self.vocab_size:
-            raise DataError(beyond_vocabulary(self.token_files[file], highest, self.vocab_size))
+        ids = [sample["tokens"], sample["labels"]]
+        extremes = min(int(x.min()) for x in ids), max(int(x.max()) for x in ids)
+        problem = outside_vocabulary(self.token_files[file], extremes, self.vocab_size)
+        if problem is not None:
+            raise DataError(problem)
         return sample
 
 

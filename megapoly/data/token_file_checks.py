@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from megapoly.data.manifest import PairRecord, find_manifest, read_manifest
-from megapoly.data.token_files import TokenFile, open_token_file, pair_paths
+from megapoly.data.token_files import TokenFile, negative_id, open_token_file, pair_paths
 from megapoly.errors import DataError
 from megapoly.platform.files import write_text
 
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 20
+
+Extremes = tuple[int, int]  # the lowest and the highest token id
 
 
 def check_token_files(
@@ -31,24 +33,24 @@ def check_token_files(
 ) -> tuple[list[TokenFile], list[str]]:
     """Open pairs, check them against their manifests and their token ids against the vocabulary.
 
-    The highest id comes from the manifest. Without a manifest it comes from 64 blocks of one
-    mebibyte, spread evenly over the file (all of a smaller file). This can miss an id, so every
-    sample is checked again when it is read. The result is kept in ``cache_dir``, so that one
-    process reads the blocks.
+    The highest id comes from the manifest; what megapoly writes has no negative ids. Without a
+    manifest the lowest and the highest come from 64 blocks of one mebibyte, spread evenly over the
+    file (all of a smaller file). This can miss an id, so every sample is checked again when it is
+    read. The result is kept in ``cache_dir``, so that one process reads the blocks.
 
     Args:
         prefixes: paths without ``.bin`` and ``.idx``.
         min_tokens: tokens that one sample needs.
         tokenizer: fingerprint of the run's tokenizer.
         vocab_size: size of the model's vocabulary.
-        cache_dir: folder for the highest ids.
+        cache_dir: folder for the lowest and highest ids.
 
     Returns:
         The pairs, and warnings: a sentence for each pair whose manifest names another tokenizer.
 
     Raises:
         DataError: a file is missing, damaged or too short, its size or index differs from the
-            manifest, or an id is not below ``vocab_size``.
+            manifest, or an id is negative or not below ``vocab_size``.
     """
     token_files = [open_token_file(prefix) for prefix in prefixes]
     warnings = []
@@ -59,20 +61,20 @@ def check_token_files(
                 f"one label (2 for validation); `{token_file.prefix}` has "
                 f"{token_file.num_tokens}. Use more text or a smaller `training.seq_length`."
             )
-        highest, origin, found = _highest_id(token_file, tokenizer, cache_dir)
-        if highest >= vocab_size:
-            raise DataError(beyond_vocabulary(token_file, highest, vocab_size, origin))
+        extremes, origin, found = _extreme_ids(token_file, tokenizer, cache_dir)
+        if (problem := outside_vocabulary(token_file, extremes, vocab_size, origin)) is not None:
+            raise DataError(problem)
         warnings += found
     return token_files, warnings
 
 
-def _highest_id(
+def _extreme_ids(
     token_file: TokenFile, tokenizer: str, cache_dir: Path
-) -> tuple[int, str, list[str]]:
-    """Return the highest id, where it comes from, and warnings."""
+) -> tuple[Extremes, str, list[str]]:
+    """Return the lowest and the highest id, where they come from, and warnings."""
     path = find_manifest(token_file.prefix)
     if path is None:
-        return _sampled_highest_id(token_file, cache_dir), "holds", []
+        return _sampled_extremes(token_file, cache_dir), "holds", []
     manifest = read_manifest(path)
     record = manifest.pair(Path(token_file.prefix).name)
     assert record is not None, "find_manifest looked"
@@ -80,13 +82,26 @@ def _highest_id(
     warnings = []
     if manifest.tokenizer is not None:
         warnings = _tokenizer_warnings(token_file, manifest.tokenizer.sha256, tokenizer)
-    return record.highest_token_id, f"(according to its manifest {path}) holds", warnings
+    highest = record.highest_token_id
+    return (min(0, highest), highest), f"(according to its manifest {path}) holds", warnings
 
 
-def beyond_vocabulary(
-    token_file: TokenFile, highest: int, vocab_size: int, origin: str = "holds"
-) -> str:
-    """Return the message about a token id outside the model's vocabulary."""
+def outside_vocabulary(
+    token_file: TokenFile, extremes: Extremes, vocab_size: int, origin: str = "holds"
+) -> str | None:
+    """Return the message about a token id outside the model's vocabulary; None if all are inside.
+
+    Args:
+        token_file: the pair.
+        extremes: its lowest and its highest id.
+        vocab_size: size of the model's vocabulary.
+        origin: verb of the message, with where the ids come from.
+    """
+    lowest, highest = extremes
+    if lowest < 0:
+        return negative_id(f"{token_file.prefix}.bin", lowest, token_file.dtype)
+    if highest < vocab_size:
+        return None
     return (
         f"Token ids must be below the size of the vocabulary ({vocab_size}); "
         f"`{token_file.prefix}.bin` {origin} {highest}. Set `data.tokenizer` to the tokenizer that "
@@ -125,22 +140,24 @@ def _tokenizer_warnings(token_file: TokenFile, theirs: str, ours: str) -> list[s
     ]
 
 
-def _sampled_highest_id(token_file: TokenFile, cache_dir: Path) -> int:
+def _sampled_extremes(token_file: TokenFile, cache_dir: Path) -> Extremes:
     kept = cache_dir / "token_ids" / f"{token_file.fingerprint}.json"
-    if kept.is_file():
-        return int(json.loads(kept.read_text())["highest_sampled_id"])
-    highest = _highest_id_of_blocks(token_file)
-    write_text(kept, json.dumps({"highest_sampled_id": highest}) + "\n")
-    return highest
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    if "lowest_sampled_id" not in found:
+        lowest, highest = _extremes_of_blocks(token_file)
+        found = {"lowest_sampled_id": lowest, "highest_sampled_id": highest}
+        write_text(kept, json.dumps(found) + "\n")
+    return int(found["lowest_sampled_id"]), int(found["highest_sampled_id"])
 
 
-def _highest_id_of_blocks(token_file: TokenFile) -> int:
+def _extremes_of_blocks(token_file: TokenFile) -> Extremes:
     if token_file.num_tokens == 0:
-        return -1
+        return 0, -1
     tokens = np.memmap(f"{token_file.prefix}.bin", token_file.dtype, mode="r")
     length = _BLOCK_BYTES // token_file.dtype.itemsize
     if len(tokens) <= _BLOCKS * length:
         starts = np.arange(0, len(tokens), length)
     else:  # the first and the last block are at the ends
         starts = np.linspace(0, len(tokens) - length, _BLOCKS).astype(np.int64)
-    return max(int(tokens[start : start + length].max()) for start in starts)
+    blocks = [tokens[start : start + length] for start in starts]
+    return min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)

@@ -151,15 +151,28 @@ def token_counts(prefix: str | Path) -> np.ndarray:
     tokens = np.memmap(f"{prefix}.bin", dtype=token_file.dtype, mode="r")
     for start in range(0, len(tokens), _COUNT_AT_ONCE):
         lowest, highest = (f(tokens[start : start + _COUNT_AT_ONCE]) for f in (np.min, np.max))
-        if lowest < 0 or highest >= _MOST_IDS:
+        if lowest < 0:
+            raise DataError(negative_id(f"{prefix}.bin", int(lowest), token_file.dtype))
+        if highest >= _MOST_IDS:
             raise DataError(
-                f"`{prefix}.bin` must hold ids from 0 to {_MOST_IDS - 1}; it has "
-                f"{lowest if lowest < 0 else highest}. It is damaged: copy or create it again."
+                f"`{prefix}.bin` must hold ids from 0 to {_MOST_IDS - 1}; it has {highest}. It is "
+                "damaged: copy or create it again."
             )
         total = np.bincount(tokens[start : start + _COUNT_AT_ONCE], minlength=len(counts))
         total[: len(counts)] += counts
         counts = total
     return counts
+
+
+def negative_id(path: str | Path, token_id: int, dtype: np.dtype) -> str:
+    """Return the message about a negative token id in a ``.bin``."""
+    wrapped = ""
+    if dtype.itemsize < 4:
+        wrapped = f", or its ids were too large for {dtype.name}: write them as uint16 or int32"
+    return (
+        f"Token ids must not be negative; `{path}` holds {token_id} ({dtype.name}). It is damaged: "
+        f"copy or create it again{wrapped}."
+    )
 
 
 def entropy_of(counts: np.ndarray) -> float:

@@ -1,21 +1,50 @@
-"""A tokenizer: a ``tokenizer.json`` and the id that ends a document."""
+"""A tokenizer: a ``tokenizer.json`` and the id that ends a document.
+
+Every tokenizer of training, preprocessing, conversion and evaluation is read by
+:func:`load_tokenizer` or :meth:`Tokenizer.from_gpt2_files`; other libraries get
+:attr:`Tokenizer.json`.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megapoly.config.data_sources import tokenizer_file
+from megapoly.data.special_tokens import (
+    END_OF_DOCUMENT_NAMES,
+    add_tokens_of_other_files,
+    find_end_of_document,
+)
 from megapoly.errors import DataError
+from megapoly.platform import launcher
+
+if TYPE_CHECKING:
+    import tokenizers
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_TOKENIZER = Path(__file__).parent / "builtin" / "tokenizer.json"
-END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eos>")
 
 
 class Tokenizer:
-    """Encodes text without adding special tokens.
+    """Encodes text without adding special tokens, and never cuts or pads it.
+
+    ``truncation`` and ``padding`` of the file, which transformers saves with the tokenizer, are
+    cleared. Tokens that only the files beside it name are added
+    (:mod:`megapoly.data.special_tokens`).
+
+    Attributes:
+        path: the file.
+        json: content of the ``tokenizer.json`` with these changes.
+        fingerprint: SHA-256 of the file, and of the tokens that were added.
+        num_tokens: number of tokens in the vocabulary.
+        vocab_size: rows that an embedding needs: the highest id plus one.
+        eod: id that ends a document.
 
     Has the attributes of ``GPTDatasetConfig.tokenizer`` that the engine reads: ``vocab_size``,
     ``eod`` and ``unique_identifiers`` (megatron/core/datasets/gpt_dataset.py). It deliberately has
@@ -69,12 +98,17 @@ class Tokenizer:
             raise DataError(
                 f"`{path}` is not a tokenizer.json that can be read: {error}"
             ) from error
+        if ignore_truncation_and_padding(self._tokenizer, path):
+            self.json = self._tokenizer.to_str()
+        if added := add_tokens_of_other_files(path, self._tokenizer):
+            self.json = self._tokenizer.to_str()
+            self.fingerprint = hashlib.sha256(content + "\n".join(added).encode()).hexdigest()
         # A document that mentions "<|endoftext|>" must not end there.
         self._tokenizer.encode_special_tokens = True
         self.num_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
         # Ids may have gaps, so the number of tokens is not the size that an embedding needs.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eod = self._find_eod()
+        self.eod = find_end_of_document(path, self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
@@ -108,25 +142,12 @@ class Tokenizer:
         """Entries that the engine adds to the description of a sample index."""
         return {"class": type(self).__name__, "fingerprint": self.fingerprint}
 
-    def _find_eod(self) -> int:
-        configured = _configured_eos(self.path.with_name("tokenizer_config.json"))
-        names = (configured,) if configured is not None else END_OF_DOCUMENT_NAMES
-        for name in names:
-            token_id = self._tokenizer.token_to_id(name)
-            if token_id is not None:
-                return token_id
-        raise DataError(
-            f"A tokenizer must have an end-of-document token; `{self.path}` has none of "
-            f"{', '.join(names)}. Name one of its tokens as `eos_token` in a "
-            f"tokenizer_config.json next to it."
-        )
-
 
 def load_tokenizer(path: str | Path | None) -> Tokenizer:
-    """Load a tokenizer.
+    """Load a tokenizer; the files beside it are read as transformers reads them.
 
-    The end-of-document token is the ``eos_token`` of a ``tokenizer_config.json`` next to the file,
-    or else the first of ``END_OF_DOCUMENT_NAMES`` that the vocabulary has.
+    They name the end-of-document token, see
+    :func:`megapoly.data.special_tokens.find_end_of_document`.
 
     Args:
         path: a ``tokenizer.json``, or a folder that holds one or GPT-2's ``vocab.json`` and
@@ -157,15 +178,32 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _configured_eos(path: Path) -> str | None:
-    """Return the ``eos_token`` of the file: a string, or the ``content`` of an object."""
-    if not path.is_file():
-        return None
-    try:
-        token = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"`{path}` must be a JSON object: {error}") from error
-    return token.get("content") if isinstance(token, dict) else token
+def ignore_truncation_and_padding(library: tokenizers.Tokenizer, path: Path) -> bool:
+    """Clear what would cut or pad texts, and say once which of it there was.
+
+    Args:
+        library: the tokenizer; changed.
+        path: file that it was read from.
+
+    Returns:
+        Whether there was any.
+    """
+    kept = {"truncation": library.truncation, "padding": library.padding}
+    found = [name for name, value in kept.items() if value is not None]
+    library.no_truncation()
+    library.no_padding()
+    if found:
+        _say_once(
+            f"`{path}` was saved with {' and '.join(found)}; this is ignored: no text is cut or "
+            "padded"
+        )
+    return bool(found)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    if launcher.rank() == 0:
+        logger.warning(message)
 
 
 def tokenizer_vocab_size(tokenizer: str | None) -> int | None:

@@ -19,6 +19,7 @@ def bos_token_id(ids_of_empty_text: Sequence[int]) -> int:
     if not ids_of_empty_text:
         raise EvaluationError(
             "`--add-bos` needs a tokenizer that puts a token before a text, and this model's does "
-            "not; leave the option out"
+            "not; leave the option out, or where an imported checkpoint records it, give "
+            "`--no-add-bos` or the import's own tokenizer"
         )
     return ids_of_empty_text[0]

@@ -89,7 +89,8 @@ def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None
         batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
         add_bos=request.add_bos,
     )
-    model = _entry(request, dtype=str(lm.model.dtype).removeprefix("torch."), device=device)
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    model = _entry(request, dtype=dtype, device=device, add_bos=lm.adds_bos)
     with _answers_bar() as on_progress:
         tasks = _run_tasks(request, lm, on_progress)
     _show(request, tasks)
@@ -116,7 +117,7 @@ def _evaluate_on_ranks(request: EvaluationRequest, checkpoint: Path) -> _Outcome
                     loaded.model,
                     loaded.tokenizer,
                     batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
-                    add_bos=request.add_bos,
+                    add_bos=_adds_bos(request, loaded),
                     on_progress=on_progress,
                 )
                 outcome.tasks = _run_tasks(request, lm, None)
@@ -170,10 +171,15 @@ def _engine_entry(request: EvaluationRequest, loaded: LoadedCheckpoint) -> dict[
         request,
         dtype="bfloat16" if config.training.bf16 else "float32",
         device=loaded.model.platform.device.type,
+        add_bos=_adds_bos(request, loaded),
     )
 
 
-def _entry(request: EvaluationRequest, *, dtype: str, device: str) -> dict[str, Any]:
+def _adds_bos(request: EvaluationRequest, loaded: LoadedCheckpoint) -> bool:
+    return loaded.add_bos if request.add_bos is None else request.add_bos
+
+
+def _entry(request: EvaluationRequest, *, dtype: str, device: str, add_bos: bool) -> dict[str, Any]:
     """Return how the figures were computed, for the JSON."""
     entry = {
         "path": str((checkpoint_of_model(request.model) or request.model).resolve()),
@@ -184,7 +190,7 @@ def _entry(request: EvaluationRequest, *, dtype: str, device: str) -> dict[str, 
     }
     if request.tasks:
         entry["batch_size"] = request.batch_size or DEFAULT_BATCH_SIZE
-        entry["add_bos"] = request.add_bos
+        entry["add_bos"] = add_bos
     return entry
 
 

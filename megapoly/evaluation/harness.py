@@ -102,7 +102,9 @@ def evaluate_tasks(
             )
     if raw is None:
         return None
-    results = tuple(result for task in tasks for result in collect_results(raw, task, loaded[task]))
+    results = tuple(
+        result for task in tasks for result in collect_results(raw, task, loaded[task], limit)
+    )
     return TaskResults(
         selection=selection,
         tasks=results,

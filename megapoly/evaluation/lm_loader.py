@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
+from megapoly.conversion.transformers_tokenizer import open_in_transformers
 from megapoly.errors import CheckpointError, UnavailableError
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_lm(
-    path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool = False
+    path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool | None = None
 ) -> TransformersLM:
     """Load a model for the harness; nothing is downloaded.
 
@@ -25,7 +26,8 @@ def load_lm(
         dtype: one of :data:`megapoly.evaluation.request.DTYPES`; ``auto`` is the stored one.
         device: device by torch's name.
         batch_size: sequences per forward pass.
-        add_bos: see :class:`megapoly.evaluation.transformers_lm.TransformersLM`.
+        add_bos: see :class:`megapoly.evaluation.transformers_lm.TransformersLM`; None: as a
+            checkpoint or an export records it (:mod:`megapoly.conversion.bos_rule`).
 
     Raises:
         CheckpointError: ``path`` is not a model, a file is missing or damaged, or the weights do
@@ -42,6 +44,7 @@ def load_lm(
         ) from error
     import torch
 
+    from megapoly.conversion.bos_rule import bos_rule, is_export
     from megapoly.conversion.transformers_model import model_from_checkpoint
     from megapoly.platform.device import check_device
 
@@ -56,18 +59,16 @@ def load_lm(
         model.to(device),
         tokenizer,
         batch_size=batch_size,
-        trained_here=checkpoint is not None or _is_export(path),
-        add_bos=add_bos,
+        trained_here=checkpoint is not None or is_export(path),
+        add_bos=bos_rule(path) if add_bos is None else add_bos,
     )
 
 
 def _load_folder(path: Path, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=True, local_files_only=True
-        )
+        tokenizer = open_in_transformers(path, run_code=True)
         model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -82,15 +83,6 @@ def _load_folder(path: Path, dtype: str) -> tuple[Any, Any]:
         ) from error
     _check_weights(path, loading)
     return model, tokenizer
-
-
-def _is_export(path: Path) -> bool:
-    """Check whether ``megapoly export`` wrote a folder; a plain Llama is known by its report."""
-    from megapoly.conversion.architecture import MODEL_TYPE
-    from megapoly.conversion.safetensors_reader import read_json
-
-    kind = read_json(path / "config.json").get("model_type")
-    return kind == MODEL_TYPE or (path / "parity.json").is_file()
 
 
 def _check_weights(path: Path, loading: dict) -> None:

@@ -29,6 +29,7 @@ class LoadedCheckpoint:
         iteration: number of steps that it was trained.
         model: this rank's part of the model.
         tokenizer: tokenizer of its training data.
+        add_bos: whether its texts begin with BOS, as an import records.
         validation: samples of the validation sets, by name.
         warnings: messages about the files of validation sets.
     """
@@ -37,6 +38,7 @@ class LoadedCheckpoint:
     iteration: int
     model: ModelState
     tokenizer: Tokenizer
+    add_bos: bool
     validation: dict[str, SamplePool] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -98,7 +100,13 @@ def loaded_checkpoint(
             model = load_model(config, platform, path)
             try:
                 yield LoadedCheckpoint(
-                    path, position["iteration"], model, tokenizer, validation, warnings
+                    path,
+                    position["iteration"],
+                    model,
+                    tokenizer,
+                    position.get("add_bos", False),
+                    validation,
+                    warnings,
                 )
             except MegapolyError:
                 # Ranks that fail alike report it before a launcher ends all of them.

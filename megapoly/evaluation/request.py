@@ -30,7 +30,8 @@ class EvaluationRequest:
         limit: number of questions per task; None: all.
         num_fewshot: examples before each question; None: each task's own number.
         batch_size: sequences per forward pass; None: ``DEFAULT_BATCH_SIZE``.
-        add_bos: put before every text what the tokenizer puts there.
+        add_bos: put before every text what the tokenizer puts there; None: as the checkpoint
+            records it, and as the tokenizer does for other projects' folders.
         dtype: dtype to compute in; ``auto``: as stored.
         device: device by torch's name; None: a GPU if available.
         output: file for all figures; None: not written.
@@ -45,7 +46,7 @@ class EvaluationRequest:
     limit: int | None = None
     num_fewshot: int | None = None
     batch_size: int | None = None
-    add_bos: bool = False
+    add_bos: bool | None = None
     dtype: str = "auto"
     device: str | None = None
     output: Path | None = None
@@ -88,7 +89,8 @@ def _without_tasks(request: EvaluationRequest) -> Iterator[str]:
         "--limit": request.limit is not None,
         "--num-fewshot": request.num_fewshot is not None,
         "--batch-size": request.batch_size is not None,
-        "--add-bos": request.add_bos,
+        "--add-bos": request.add_bos is True,
+        "--no-add-bos": request.add_bos is False,
     }
     for name in (name for name, is_given in given.items() if is_given):
         yield f"`{name}` has no effect without `--tasks`; leave it out"

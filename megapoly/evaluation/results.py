@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from typing import Any
 from megapoly.evaluation.tasks import GROUPS, EvalTask, Selection
 
 # Metrics between 0 and 1, shown in percent.
-PROPORTIONS = frozenset(
-    {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "em", "exact_match", "f1"}
-)
+ACCURACIES = frozenset({"acc", "acc_norm", "acc_bytes", "acc_mutual_info"})
+PROPORTIONS = ACCURACIES | {"em", "exact_match", "f1"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class TaskResult:
         num_fewshot: answered examples before each question.
         split: split of the data.
         subtasks: metrics of each member of a group such as MMLU.
+        chance: accuracy of choosing answers at random, 0 to 1; None for other metrics.
     """
 
     task: EvalTask
@@ -54,6 +54,7 @@ class TaskResult:
     num_fewshot: int
     split: str
     subtasks: Mapping[str, Mapping[str, Metric]]
+    chance: float | None
 
     @property
     def in_percent(self) -> bool:
@@ -70,6 +71,11 @@ class TaskResult:
         """Standard error of the score, in its unit."""
         stderr = self.metrics[self.metric].stderr
         return None if stderr is None else stderr * (100 if self.in_percent else 1)
+
+    @property
+    def chance_score(self) -> float | None:
+        """Score of choosing answers at random, in percent."""
+        return None if self.chance is None else 100 * self.chance
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,37 @@ class TaskResults:
         Returns:
             None if a task was not run, a score is not a percentage, or there is no task.
         """
-        results = self.tasks if names is None else [self.find(name) for name in names]
-        scores = [result.score for result in results if result and result.in_percent]
-        if not scores or len(scores) < len(results):
+        return _mean([result.score for result in self._in_percent(names)])
+
+    def average_stderr(self, names: tuple[str, ...] | None = None) -> float | None:
+        """Return the standard error of :meth:`average`; the errors of tasks are independent.
+
+            sqrt(sum_t stderr_t^2) / tasks
+
+        Returns:
+            None without a mean, or if the error of a task is unknown.
+        """
+        errors = [result.stderr for result in self._in_percent(names)]
+        known = [error for error in errors if error is not None]
+        if not known or len(known) < len(errors):
             return None
-        return math.fsum(scores) / len(scores)
+        return math.hypot(*known) / len(known)
+
+    def average_chance(self, names: tuple[str, ...] | None = None) -> float | None:
+        """Return the mean score of choosing answers at random; None if one is unknown."""
+        return _mean([result.chance_score for result in self._in_percent(names)])
+
+    def _in_percent(self, names: tuple[str, ...] | None) -> list[TaskResult]:
+        """Return the results that have a mean; none if one is missing or not a percentage."""
+        results = self.tasks if names is None else [self.find(name) for name in names]
+        found = [result for result in results if result and result.in_percent]
+        return found if len(found) == len(results) else []
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None without values, or if one is None."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def as_json(
@@ -179,9 +211,16 @@ def _tasks_as_json(results: TaskResults) -> dict[str, Any]:
         "seconds": round(results.seconds, 3),
         "asked_for": list(selection.names),
         "limit": results.limit,
-        "averages": {
-            "all": results.average(),
-            **{table: results.average(GROUPS[table]) for table in selection.tables},
+        **{
+            name: {
+                "all": average(),
+                **{table: average(GROUPS[table]) for table in selection.tables},
+            }
+            for name, average in (
+                ("averages", results.average),
+                ("averages_stderr", results.average_stderr),
+                ("averages_chance", results.average_chance),
+            )
         },
         "tasks": {result.task.name: _task_as_json(result) for result in results.tasks},
         "skipped": {skipped.task.name: list(skipped.missing) for skipped in results.skipped},
@@ -202,6 +241,7 @@ def _task_as_json(result: TaskResult) -> dict[str, Any]:
         "metric": result.metric,
         "score": result.score,
         "stderr": result.stderr,
+        "chance": result.chance_score,
         "unit": "%" if result.in_percent else None,
         "metrics": _metrics_as_json(result.metrics),
     }

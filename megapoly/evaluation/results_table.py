@@ -15,7 +15,7 @@ _NONE = "-"
 
 
 def show_results(results: TaskResults, model: str, console: Console) -> None:
-    """Print the requested tables of the paper, then every task with its standard error.
+    """Print the requested tables of the paper, then every task; with standard errors and chance.
 
     Args:
         results: the results.
@@ -49,9 +49,13 @@ def _paper_table(results: TaskResults, name: str, model: str) -> Table:
     for column in (*paper.columns, "Avg."):
         table.add_column(column, justify="right", no_wrap=True)
     found = [results.find(task) for task in GROUPS[name]]
-    average = results.average(GROUPS[name])
-    figures = (_number(result.score if result else None) for result in found)
-    table.add_row(escape(model), *figures, _number(average), style="bold", end_section=True)
+    names = GROUPS[name]
+    figures = [_number(result.score if result else None) for result in found]
+    errors = [_number(result.stderr if result else None) for result in found]
+    chances = [_number(result.chance_score if result else None) for result in found]
+    table.add_row(escape(model), *figures, _number(results.average(names)), style="bold")
+    table.add_row("standard error", *errors, _number(results.average_stderr(names)))
+    table.add_row("chance", *chances, _number(results.average_chance(names)), end_section=True)
     for activation, accuracies in paper.rows.items():
         cells = (f"{accuracy:.2f}" for accuracy in (*accuracies, paper.averages[activation]))
         table.add_row(f"paper: {activation}", *cells, style="dim")
@@ -89,7 +93,7 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
         title=f"All tasks: {escape(model)}",
         caption=None if results.limit is None else escape(_limit_text(results)),
         box=SIMPLE_HEAD,
-        collapse_padding=True,
+        padding=0,  # eight columns and the longest name must fit 80 characters
         title_justify="left",
         caption_justify="left",
     )
@@ -98,7 +102,7 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
     for column in ("shots", "asked"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("metric", overflow="fold")
-    for column in ("score", "error"):
+    for column in ("score", "error", "chance"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results.tasks:
         table.add_row(
@@ -109,13 +113,15 @@ def _all_tasks(results: TaskResults, model: str) -> Table:
             escape(result.metric),
             _number(result.score),
             _number(result.stderr, "±"),
+            _number(result.chance_score),
         )
     for skipped in results.skipped:
         table.add_row(escape(skipped.task.name), "no data", style="dim")
     average = results.average()
     if average is not None and len(results.tasks) > 1:
         table.add_section()
-        table.add_row("mean", *[""] * 4, _number(average))
+        error, chance = results.average_stderr(), results.average_chance()
+        table.add_row("mean", *[""] * 4, _number(average), _number(error, "±"), _number(chance))
     return table
 
 

@@ -20,9 +20,10 @@ class TasksStopped(Exception):
 class TaskHook(Hook):
     """Evaluates ``training.eval_tasks`` every ``training.eval_tasks_interval`` steps.
 
-    Adds ``task/NAME`` to the metrics. Tasks take long: a checkpoint that is due at the same step is
-    saved first, and a request to stop ends them. Building the hook evaluates one question of each
-    task, so that an error in a task or its questions is reported at the start of the run.
+    Adds ``task/NAME`` and its standard error ``task_stderr/NAME`` to the metrics. Tasks take long:
+    a checkpoint that is due at the same step is saved first, and a request to stop ends them.
+    Building the hook evaluates one question of each task, so that an error in a task or its
+    questions is reported at the start of the run.
 
     Args:
         state: the run.
@@ -52,7 +53,7 @@ class TaskHook(Hook):
         except TasksStopped:
             step.stop = True
         else:
-            step.metrics |= {f"task/{name}": score for name, score in scores.items()}
+            step.metrics |= scores
 
 
 def task_scores(
@@ -69,7 +70,7 @@ def task_scores(
         stop_requested: whether this process was requested to stop; checked after every batch.
 
     Returns:
-        Percent by task, on rank 0; on others it may be empty.
+        Metrics, in percent, on rank 0; on others it may be empty. A single question has no error.
 
     Raises:
         TasksStopped: on all processes, when one of them was requested to stop.
@@ -92,10 +93,20 @@ def task_scores(
 
     with preserved_random_state(state.platform):
         results = evaluate_tasks(
-            EngineLM(state, state.corpus.tokenizer, on_progress=stop_together),
+            EngineLM(
+                state,
+                state.corpus.tokenizer,
+                add_bos=state.add_bos,
+                on_progress=stop_together,
+            ),
             select(training.eval_tasks),
             limit=limit,
             task_data=None if folder is None else Path(folder),
         )
     # The harness gives results to one process of each host.
-    return {} if results is None else {each.task.name: each.score for each in results.tasks}
+    metrics = {}
+    for each in () if results is None else results.tasks:
+        metrics[f"task/{each.task.name}"] = each.score
+        if each.stderr is not None:
+            metrics[f"task_stderr/{each.task.name}"] = each.stderr
+    return metrics

@@ -37,7 +37,7 @@ class TransformersLM(HFLM):
         tokenizer: tokenizer of the model; changed if the model was trained here.
         batch_size: sequences per forward pass.
         trained_here: see above.
-        add_bos: put before every text what the tokenizer puts there.
+        add_bos: put before every text what the tokenizer puts there; None: the tokenizer decides.
 
     Raises:
         EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
@@ -46,11 +46,18 @@ class TransformersLM(HFLM):
     _max_length: int | None  # attribute of the harness's class; None: the model's
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int, trained_here: bool, add_bos: bool
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int,
+        trained_here: bool,
+        add_bos: bool | None,
     ) -> None:
         bos, prefix = None, None
+        added = tokenizer("", add_special_tokens=True)["input_ids"]
         if add_bos:
-            bos = bos_token_id(tokenizer("", add_special_tokens=True)["input_ids"])
+            bos = bos_token_id(added)
         if trained_here:
             tokenizer.split_special_tokens = True
             prefix = tokenizer.eos_token_id if bos is None else bos
@@ -63,12 +70,13 @@ class TransformersLM(HFLM):
                 tokenizer=tokenizer,
                 batch_size=batch_size,
                 softmax_dtype="float32",
-                add_bos_token=add_bos if add_bos or trained_here else None,
+                add_bos_token=add_bos,
                 prefix_token_id=prefix,
             )
         finally:
             logger.setLevel(level)
         self._trained_here = trained_here
+        self.adds_bos = bool(added) if add_bos is None else add_bos
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate continuations of texts.

@@ -26,9 +26,11 @@ def configure_logging(*, is_rank_zero: bool) -> None:
 def show_errors_only() -> None:
     """Show only errors of what the engine and libraries log, and none of their warnings.
 
-    For commands of one process, which report in their own way.
+    For commands of one process, which report in their own way. What this project says about the
+    user's data and tokenizer is shown.
     """
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    logging.getLogger("megapoly.data").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
 
 

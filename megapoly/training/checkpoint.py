@@ -127,6 +127,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     """
     position = read_position(path)
     imported = position.get("weights_only", False)
+    state.add_bos = position.get("add_bos", False)
     if imported:
         logger.info("%s has only weights: optimizer and schedule start from the beginning", path)
     if weights_only or imported:
@@ -258,6 +259,7 @@ def _position(state: TrainState) -> dict[str, Any]:
         "data": state.corpus.description,
         "layout": _layout(state.config),
         "generators": _generators(state),
+        "add_bos": state.add_bos,
         "megapoly_version": megapoly.__version__,
     }
 

@@ -69,6 +69,8 @@ class TrainState(ModelState):
         iteration: number of finished steps.
         start: position from which this job trains, set by :meth:`start_from`. Earlier steps may
             have had another batch size or sequence length.
+        add_bos: benchmarks begin texts with BOS: recorded by the imported checkpoint that the run
+            started from.
     """
 
     chunks: list[DistributedDataParallel]
@@ -77,6 +79,7 @@ class TrainState(ModelState):
     scheduler: OptimizerParamScheduler
     iteration: int = 0
     start: Position = Position()
+    add_bos: bool = False
 
     def start_from(self, start: Position) -> None:
         """Move to a position, of data and schedule also."""

@@ -223,6 +223,20 @@ def test_flags_of_megatrons_tool(corpus, tmp_path):
     assert status == 2 and "--split-sentences is not supported: sentences are for BERT" in errors
 
 
+def test_a_run_without_a_valid_line_is_no_success(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n{"content": "two"}\nbad\n{}\n')
+    args = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "out")]
+    args += ["--on-bad-line", "skip", "--workers", "1"]
+    for _ in range(2):  # the second finds the token files of the first
+        assert preprocess.main(args) == 1
+        error = capsys.readouterr().err
+        assert "all 4 were rejected: " in error and "--json-keys" in error
+        assert error.count(f"{tmp_path}/a.jsonl, ") == 3 and "; .." in error
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write('{"text": "three"}\n')
+    assert preprocess.main([*args, "--overwrite"]) == 0
+
+
 def test_invalid_requests_are_refused_with_the_reason(corpus, tmp_path):
     for more, message in (
         (["--part-mib", "1e-7"], "--part-mib (1e-07) must be at least 0.004"),

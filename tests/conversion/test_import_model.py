@@ -18,6 +18,7 @@ from transformers import (
 
 from megapoly.config import ModelConfig, load_yaml
 from megapoly.conversion.activation_change import ActivationChange, change_activation
+from megapoly.conversion.bos_rule import bos_rule
 from megapoly.conversion.checkpoint_reader import CheckpointReader
 from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
@@ -99,12 +100,16 @@ def test_llama_there_and_back_and_on_at_other_layouts(tmp_path):
     assert_same_tensors(folder, back)
     assert json.loads((back / "config.json").read_text())["model_type"] == "llama"
     assert load_yaml(checkpoint / "config.yaml").model.rotary_base == 50_000
+    described = json.loads((checkpoint / "run.json").read_text())
+    assert described["add_bos"] is False
+    (checkpoint / "run.json").write_text(json.dumps(described | {"add_bos": True}))
     recipe = checkpoint / "recipe"
     alone = run(recipe, tmp_path / "alone", 1)
     cut = run(recipe, tmp_path / "cut", 3, **{"parallel.tensor_model_parallel_size": 3})
     for a, b in zip(alone, cut, strict=True):
         assert a["lm_loss"] == pytest.approx(b["lm_loss"], abs=1e-5)
     assert alone[0]["lm_loss"] != pytest.approx(alone[1]["lm_loss"], abs=1e-3)
+    assert bos_rule(checkpoint) and bos_rule(tmp_path / "cut")  # the run keeps the record
 
 
 def test_olmoe_there_and_back_in_bf16(tmp_path):

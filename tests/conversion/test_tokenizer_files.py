@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from megapoly.conversion.tokenizer_files import write_tokenizer
@@ -49,6 +50,27 @@ def test_ids_and_files(source, tmp_path):
         text = f"  {document.text[:200]}\n\n\n x"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == load_tokenizer(source).encode(text)
+
+
+def test_what_only_other_files_say_is_written_to_the_two(source, tmp_path):
+    """Truncation and padding are left out; added tokens and the end of a document are in."""
+    library = Tokenizer.from_file(str(source / "tokenizer.json"))
+    library.enable_truncation(4)
+    library.enable_padding(length=8)
+    library.save(str(source / "tokenizer.json"))
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"eos_token": None}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "added_tokens.json").write_text('{"<|call|>": 4096}')
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<|call|>"}')
+    output = tmp_path / "output"
+    output.mkdir()
+    assert write_tokenizer(source, output, seq_length=77).eos == 4096
+    written = json.loads((output / "tokenizer.json").read_text())
+    assert written["truncation"] is written["padding"] is None
+    opened = AutoTokenizer.from_pretrained(output)
+    assert (opened.eos_token_id, opened("a<|call|>")["input_ids"][1:]) == (4096, [4096])
+    assert load_tokenizer(output).eod == 4096
+    assert not (output / "special_tokens_map.json").exists()
 
 
 def test_a_special_token_that_there_is_not_is_refused(source, tmp_path):

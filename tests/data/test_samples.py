@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,18 @@ def test_the_least_tokens_make_one_sample(make_pool, tokenizer, tmp_path, split,
     text = tokenizer.decode([tokenizer.encode(" whale")[0]] * (needed - 1))
     write_token_file(tmp_path / "enough", [text], tokenizer)
     assert len(make_pool(split, prefixes=[tmp_path / "enough"])) == 1
+
+
+def test_negative_ids_are_refused(make_pool, prefix, tmp_path):
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    index[17] = 3  # the type code of int16
+    (tmp_path / "signed.idx").write_bytes(index)
+    tokens = np.fromfile(f"{prefix}.bin", np.int16)
+    tokens[:] = -2
+    tokens.tofile(tmp_path / "signed.bin")
+    pool = make_pool(prefixes=[tmp_path / "signed"])
+    with pytest.raises(DataError, match=r"must not be negative; .*signed.bin` holds -2 \(int16\)"):
+        pool[0]
 
 
 def test_ids_beyond_the_vocabulary_are_refused(make_pool):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megapoly.data import token_file_checks
+from megapoly.data.index_file import write_index
 from megapoly.data.manifest import (
     Manifest,
     PairRecord,
@@ -16,7 +17,13 @@ from megapoly.data.manifest import (
     write_manifest,
 )
 from megapoly.data.token_file_checks import check_token_files
-from megapoly.data.token_files import TokenFile, open_token_file, sha256_of, write_token_file
+from megapoly.data.token_files import (
+    TokenFile,
+    open_token_file,
+    sha256_of,
+    token_counts,
+    write_token_file,
+)
 from megapoly.errors import DataError
 
 NAME = "text_text_document"
@@ -128,7 +135,7 @@ def test_without_a_manifest_ids_are_read(written, check, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=rf"vocabulary \({written}\).*bin` holds {written}\. Set"):
         check(vocab_size=written)
     # The result is kept: the file is not read again.
-    monkeypatch.setattr(token_file_checks, "_highest_id_of_blocks", None)
+    monkeypatch.setattr(token_file_checks, "_extremes_of_blocks", None)
     check(vocab_size=written + 1)
 
 
@@ -143,7 +150,48 @@ def test_the_sample_of_a_large_file_is_spread_over_it(tmp_path, monkeypatch, pla
     ids[place] = 999
     ids.tofile(tmp_path / "x.bin")
     token_file = TokenFile(str(tmp_path / "x"), np.dtype(np.uint16), 1, 1540, "", "")
-    assert token_file_checks._highest_id_of_blocks(token_file) == (999 if is_seen else 0)
+    assert token_file_checks._extremes_of_blocks(token_file) == (0, 999 if is_seen else 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_negative_ids(check, tmp_path, dtype):
+    """Without a manifest they are found before a model is built, whatever the highest id is."""
+    ids = np.arange(40, dtype=dtype)
+    ids[7] = -5
+    write_pair(tmp_path / "foreign", ids)
+    with pytest.raises(
+        DataError, match=r"must not be negative; `.*foreign.bin` holds -5 \(int"
+    ) as e:
+        check("foreign")
+    assert ("too large for int16: write them as uint16 or int32" in str(e.value)) == (
+        dtype == np.int16
+    )
+    with pytest.raises(DataError, match=r"must not be negative; .* holds -5"):
+        token_counts(tmp_path / "foreign")
+
+
+def write_pair(prefix, ids):
+    """Write one document of a foreign program."""
+    ids.tofile(f"{prefix}.bin")
+    with open(f"{prefix}.idx", "wb") as stream:
+        write_index(
+            stream,
+            ids.dtype,
+            num_sequences=1,
+            num_documents=1,
+            lengths=lambda: [np.array([len(ids)])],
+            sequences_per_document=lambda: [np.ones(1, np.int64)],
+        )
+
+
+def test_a_cache_without_the_lowest_id_is_read_again(written, check, tmp_path):
+    manifest_path(tmp_path / "text").unlink()
+    check()
+    (kept,) = (tmp_path / "cache" / "token_ids").iterdir()
+    both = kept.read_text()
+    kept.write_text('{"highest_sampled_id": 3}')
+    check()
+    assert kept.read_text() == both
 
 
 def test_a_file_too_short_for_a_sample_is_refused(check, tokenizer, tmp_path):

@@ -177,3 +177,9 @@ def encoded_by_engine_lm(folder: Path, texts: list[str], add_bos: bool) -> list[
     # The model is not read where text becomes ids.
     lm = EngineLM(None, load_tokenizer(folder), batch_size=1, add_bos=add_bos)
     return [*map(lm.tok_encode, texts), [lm.prefix_token_id]]
+
+
+def rule_of_loaded(checkpoint: Path) -> bool:
+    """Return whether a checkpoint's texts begin with BOS, as the engine's evaluation reads it."""
+    with loaded_checkpoint(checkpoint) as loaded:
+        return loaded.add_bos

@@ -142,6 +142,7 @@ NEEDS_TASKS = ["--limit", "1", "--batch-size", "2", "--add-bos", "--skip-missing
         ("run", ["--perplexity", "--training.device", "cpu"], ["use `--device`, which applies to"]),
         ("run", ["--perplexity", "--model.hidden_size", "32", "--optimizer.lr", "1"],
          ["`model.hidden_size` has no effect", "`optimizer.lr` has no effect"]),
+        ("run", ["--perplexity", "--no-add-bos"], ["`--no-add-bos` has no effect without"]),
         ("run", ["--tasks", "piqa", "--limit", "0"], ["`--limit` (0) must be at least 1"]),
         ("run", ["--tasks", "piqa", "--num-fewshot", "-1"], ["must not be negative"]),
         ("run", ["--tasks", "piqa", "--batch-size", "0"], ["`--batch-size` (0) must be at least"]),

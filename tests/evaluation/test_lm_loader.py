@@ -1,20 +1,26 @@
 """Loading a model from a folder or a checkpoint, and errors for others."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
-from evaluation_jobs import TEXTS, encoded_by_engine_lm
+from evaluation_jobs import TEXTS, encoded_by_engine_lm, rule_of_loaded
 from lm_eval.api.instance import Instance
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from megapoly.conversion.bos_rule import bos_rule
+from megapoly.conversion.export_model import ExportOptions, export_model
+from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.errors import CheckpointError, EvaluationError, UnavailableError
 from megapoly.evaluation.lm_loader import load_lm
 from megapoly.testing import run_on_ranks
 
+QUIET = Console(quiet=True)
 OPTIONS = {"dtype": "auto", "device": "cpu", "batch_size": 2}
 
 
@@ -72,6 +78,8 @@ def with_bos(export, tmp_path_factory):
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, 1)]
     )
     tokenizer.save(str(path))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": bos}))
     return folder
 
 
@@ -91,12 +99,46 @@ def test_bos_of_a_model_that_was_trained_here(with_bos, tmp_path, add_bos):
 
 
 def test_bos_of_a_model_of_others(with_bos, export):
-    for add_bos in (False, True):
+    for add_bos in (None, True):
         lm = load_lm(with_bos, **OPTIONS, add_bos=add_bos)
         ids = [lm.tok_encode(text) for text in BOS_TEXTS]
         assert [each[:1] for each in ids] == [[1]] * 3 and lm.tokenizer.eos_token_id in ids[2]
+    without = load_lm(with_bos, **OPTIONS, add_bos=False)
+    assert [without.tok_encode(text) for text in BOS_TEXTS] == [each[1:] for each in ids]
+    assert not without.adds_bos and not load_lm(export, **OPTIONS).adds_bos
     with pytest.raises(EvaluationError, match="`--add-bos` needs a tokenizer that puts a token"):
         load_lm(export, **OPTIONS, add_bos=True)
+
+
+def test_an_import_begins_texts_as_its_source_does(with_bos, export, tmp_path):
+    """And so does the export of the import; one process and the engine alike."""
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    import_model(ImportOptions(with_bos, imported, skip_parity=True), QUIET)
+    export_model(ExportOptions(imported, exported, skip_parity=True), QUIET)
+    (exported / "parity.json").touch()  # what tells a plain Llama from other projects'
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in TEXTS]
+    expected = load_lm(with_bos, **OPTIONS)
+    scores = expected.loglikelihood(requests)
+    for folder in (imported, exported):
+        lm = load_lm(folder, **OPTIONS)
+        assert expected.adds_bos and lm.adds_bos and bos_rule(folder)
+        for text in BOS_TEXTS[:2]:
+            assert lm.tok_encode(text) == expected.tok_encode(text) and lm.tok_encode(text)[0] == 1
+        for (score, _), (other, _) in zip(lm.loglikelihood(requests), scores, strict=True):
+            assert score == pytest.approx(other, abs=1e-4)
+    without = load_lm(imported, **OPTIONS, add_bos=False)
+    assert without.tok_encode("The whale") == expected.tok_encode("The whale")[1:]
+    assert run_on_ranks(rule_of_loaded, 1, imported) == [True]
+    import_model(ImportOptions(export, tmp_path / "plain", skip_parity=True), QUIET)
+    assert bos_rule(tmp_path / "plain") is False and bos_rule(with_bos) is None
+
+
+def test_a_tokenizer_that_replaces_the_models_decides(with_bos, export, tmp_path):
+    for tokenizer in (with_bos, with_bos / "tokenizer.json"):
+        options = ImportOptions(export, tmp_path / "a", str(tokenizer), overwrite=True)
+        import_model(dataclasses.replace(options, skip_parity=True), QUIET)
+        assert bos_rule(tmp_path / "a") is True
+        assert load_lm(tmp_path / "a", **OPTIONS).tok_encode("")[0] == 1
 
 
 def test_weights_that_are_not_there_are_not_drawn(copied):

@@ -36,6 +36,7 @@ def test_json(table1, tmp_path):
         "metric": "acc",
         "score": 50,
         "stderr": 50,
+        "chance": 50,
         "unit": "%",
         "metrics": {"acc": {"value": 0.5, "stderr": 0.5}},
     }
@@ -47,6 +48,24 @@ def test_json(table1, tmp_path):
     assert content["averages"]["all"] == pytest.approx(sum(scores.values()) / 7)
     assert content["averages"]["table1"] == pytest.approx((sum(scores.values()) - 75) / 6)
     assert scores["coqa"] == pytest.approx(75)
+    # CoQA's answers are not chosen from a list. SciQ and HellaSwag have four, the others two.
+    chances = {name: task["chance"] for name, task in content["tasks"].items()}
+    assert chances == dict.fromkeys(scores, 50) | {"sciq": 25, "hellaswag": 25, "coqa": None}
+    assert content["averages_chance"]["all"] is None
+    assert content["averages_chance"]["table1"] == pytest.approx((2 * 25 + 4 * 50) / 6)
+    variances = [content["tasks"][name]["stderr"] ** 2 for name in GROUPS["table1"]]
+    expected = (sum(variances) / 36) ** 0.5
+    assert content["averages_stderr"]["table1"] == pytest.approx(expected) and expected > 0
+
+
+def test_chance_follows_the_questions_that_were_asked(task_data):
+    """The first question has three answers, the second two."""
+    task = select(["arc_easy_validation"])
+    for limit, expected in ((1, 100 / 3), (None, (100 / 3 + 50) / 2)):
+        results = evaluate_tasks(ShortAnswers(), task, task_data=task_data, limit=limit)
+        assert results.tasks[0].chance_score == pytest.approx(expected)
+        assert results.average_chance() == pytest.approx(expected)
+    assert results.average_stderr() == pytest.approx(results.tasks[0].stderr)
 
 
 def test_no_average_where_a_task_is_missing(task_data, tmp_path):

@@ -31,7 +31,11 @@ def test_beside_the_papers_models(task_data):
     assert "paper: PolyNorm 59.68 29.01 50.86 69.15 87.20 56.20 58.68" in lines
     assert "this model: only the first question of each task" in lines
     assert "SciQ: validation split, without data of the test split" in lines
-    assert "piqa validation 0 1 acc_norm 0.00 -" in lines
+    assert "piqa validation 0 1 acc_norm 0.00 - 50.00" in lines
+    assert "standard error - - - - - - -" in lines
+    assert "chance 50.00 50.00 25.00 50.00 25.00 50.00 41.67" in lines
+    mean = sum(result.score for result in results.tasks) / 6
+    assert f"mean {mean:.2f} - 41.67" in lines
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -42,6 +46,10 @@ def test_without_some_of_the_data(task_data, tmp_path):
     selection = select(["table3"])
     results = evaluate_tasks(ShortAnswers(), selection, task_data=tmp_path, skip_missing=True)
     lines = [" ".join(line.split()) for line in printed(results).splitlines()]
+    errors = [line for line in lines if line.startswith("standard error")]
+    found = [results.find(name) for name in GROUPS["table3"]]
+    e = [f"{result.stderr:.2f}" if result else "-" for result in found]
+    assert errors == [f"standard error {' '.join(e)} -"]
     scores = [results.find(name) for name in GROUPS["table3"]]
     cells = [f"{result.score:.2f}" if result else "-" for result in scores]
     assert cells[0] == cells[-1] == "-" and f"a [model] {' '.join(cells)} -" in lines

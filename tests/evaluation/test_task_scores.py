@@ -63,6 +63,10 @@ def test_tasks_are_evaluated_when_due_and_change_no_step(tmp_path, tasks):
     assert [line["iteration"] for line in lines if "task/sciq" in line] == [2, 4, 5]
     for line in lines:
         assert round(line.get("task/sciq", 0.0) * 3 / 100, 6) in (0, 1, 2, 3)
+        if "task/sciq" in line:  # of the mean of three answers, each right or wrong
+            p = line["task/sciq"] / 100
+            error = 100 * (p * (1 - p) / 2) ** 0.5
+            assert line["task_stderr/sciq"] == pytest.approx(error)
     assert [line["lm_loss"] for line in lines] == [line["lm_loss"] for line in plain]
     events = EventAccumulator(str(tmp_path / "tasks" / "tensorboard"))
     events.Reload()

@@ -21,7 +21,7 @@ from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines, write_histogram
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import find_pairs, find_tokenizer
-from megapoly.data.token_files import open_token_file, pair_paths
+from megapoly.data.token_files import negative_id, open_token_file, pair_paths
 from megapoly.errors import DataError
 
 
@@ -125,7 +125,7 @@ def read_documents(
         max_tokens: tokens to read of each document.
 
     Raises:
-        DataError: a document does not exist.
+        DataError: a document does not exist, or has a negative id.
     """
     count = index.num_documents
     if count == 0:
@@ -144,5 +144,7 @@ def read_documents(
             stream.seek(offset)
             data = stream.read(min(num_tokens, max_tokens) * index.dtype.itemsize)
         ids = np.frombuffer(data, index.dtype).tolist()
+        if min(ids, default=0) < 0:
+            raise DataError(negative_id(pair_paths(prefix)[0], min(ids), index.dtype))
         documents.append(DocumentExcerpt(number % count, num_tokens, offset, ids))
     return documents

@@ -35,7 +35,7 @@ from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import PairWithManifest
 from megapoly.data.preprocess.pair_writer import PairContent, PairHashes, write_pair
 from megapoly.data.preprocess.work_folder import locked, remove_work_folder
-from megapoly.data.token_files import open_token_file, pair_paths
+from megapoly.data.token_files import negative_id, open_token_file, pair_paths
 from megapoly.errors import DataError
 from megapoly.platform.progress import bytes_bar
 
@@ -92,6 +92,8 @@ class _InputPair:
     def update(self, block: bytes) -> None:
         self.digest.update(block)
         ids = np.frombuffer(block, self.index.dtype)
+        if ids.min() < 0:
+            raise DataError(negative_id(self.bin_path, int(ids.min()), self.index.dtype))
         self.highest_token_id = max(self.highest_token_id, int(ids.max()))
 
     def check_hash(self) -> None:

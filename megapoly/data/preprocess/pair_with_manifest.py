@@ -12,7 +12,7 @@ from megapoly.data.manifest import (
     manifest_path,
     read_manifest,
 )
-from megapoly.data.token_files import pair_paths, sha256_of
+from megapoly.data.token_files import pair_paths
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.errors import DataError
 
@@ -75,4 +75,8 @@ def find_tokenizer(path: str | None, manifest: Manifest | None) -> Tokenizer | N
     record = manifest.tokenizer if manifest else None
     if record is None or not Path(record.path).is_file():
         return None
-    return Tokenizer(Path(record.path)) if sha256_of(Path(record.path)) == record.sha256 else None
+    try:
+        tokenizer = load_tokenizer(record.path)
+    except DataError:  # another file since
+        return None
+    return tokenizer if tokenizer.fingerprint == record.sha256 else None

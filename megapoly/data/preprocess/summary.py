@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from megapoly.data.manifest import SourceRecord, manifest_path
+from megapoly.data.manifest import Manifest, SourceRecord, manifest_path
 from megapoly.data.preprocess.console_output import print_plain
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.run import PreprocessResult
 
 _MAX_ROWS = 20
+_MAX_REASONS = 3
 _COUNTS = ("MB", "documents", "tokens", "rejected")
 
 
@@ -45,6 +46,23 @@ def show_summary(options: PreprocessOptions, result: PreprocessResult, console: 
         f"{totals.documents / seconds:,.0f} documents/s, "
         f"{totals.source_bytes / 1e6 / seconds:.1f} MB/s; {result.cpu_seconds:.1f} CPU-seconds: "
         f"{totals.documents / max(result.cpu_seconds, 1e-9):,.0f} documents/CPU-second",
+    )
+
+
+def nothing_left(manifest: Manifest) -> str | None:
+    """Return the message about a run that rejected every line, with the first reasons; else None.
+
+    Args:
+        manifest: of the run.
+    """
+    rejected = manifest.rejected
+    if not rejected.total or any(source.documents for source in manifest.sources):
+        return None
+    first = [f"{e['source']}, {e['line']:,}: {e['reason']}" for e in rejected.examples]
+    return (
+        f"At least one line must have a valid text; all {rejected.total:,} were rejected: "
+        f"{'; '.join(first[:_MAX_REASONS])}{'; ..' if rejected.total > _MAX_REASONS else ''}. Name "
+        "the key of the text with --json-keys, or correct the input."
     )
 
 

@@ -24,6 +24,7 @@ import tokenizers
 
 from megapoly.data.index_file import token_dtype
 from megapoly.data.manifest import TokenizerRecord
+from megapoly.data.special_tokens import read_tokenizer_config
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.errors import DataError
 from megapoly.platform import extras
@@ -44,8 +45,8 @@ class TokenizerSettings:
     Args:
         type: Megatron's name for its type.
         path: file that it was read from.
-        json: content of its ``tokenizer.json``.
-        sha256: hash of that content on disk.
+        json: see :class:`megapoly.data.tokenizer.Tokenizer`.
+        sha256: its fingerprint.
         num_tokens: tokens in the vocabulary.
         vocab_size: rows that an embedding needs: the highest id plus one.
         eod: id that ends a document.
@@ -108,13 +109,14 @@ def load_settings(
         append_eod: end every document with the end-of-document token.
         include_special_tokens: add the ids of the tokenizer's post-processor, such as Llama's
             ``<s>``.
-        split_special_tokens: see :class:`TokenizerSettings`.
+        split_special_tokens: see :class:`TokenizerSettings`; also true if the tokenizer's
+            ``tokenizer_config.json`` says so, as in transformers.
         vocab_file: ``vocab.json`` of a ``GPT2BPETokenizer``.
         merge_file: ``merges.txt`` of a ``GPT2BPETokenizer``.
 
     Raises:
-        DataError: it cannot be read, has no end-of-document token, or its post-processor does more
-            than add ids before and after a text.
+        DataError: it cannot be read, has no single end-of-document token, or its post-processor
+            does more than add ids before and after a text.
     """
     if type_ == "GPT2BPETokenizer":
         if vocab_file is None or merge_file is None:
@@ -124,6 +126,7 @@ def load_settings(
         tokenizer = Tokenizer.from_gpt2_files(Path(vocab_file), Path(merge_file))
     else:
         tokenizer = load_tokenizer(path)
+    config = read_tokenizer_config(tokenizer.path.parent)
     prefix, suffix = _added_ids(tokenizer) if include_special_tokens else ((), ())
     return TokenizerSettings(
         type=type_,
@@ -136,7 +139,7 @@ def load_settings(
         append_eod=append_eod,
         prefix=prefix,
         suffix=suffix,
-        split_special_tokens=split_special_tokens,
+        split_special_tokens=split_special_tokens or config.get("split_special_tokens") is True,
     )
 
 
@@ -252,7 +255,7 @@ class GigatokenBackend:
         try:
             self._reload()
         except Exception as error:  # the library raises what its parsers raise
-            raise DataError(f"gigatoken cannot read this tokenizer: {error}") from error
+            raise DataError(f"{self.name} does not support this kind of tokenizer.") from error
 
     def _reload(self) -> None:
         self._tokenizer: Any = None  # frees the memory before the next one is created

@@ -36,6 +36,18 @@ def test_documents_are_those_that_the_engine_reads(pair, max_tokens):
             read_beginnings(pair, index, [number], 1)
 
 
+def test_negative_ids_are_refused(pair):
+    bin_path, idx_path = (pair.with_name(f"{pair.name}.{ending}") for ending in ("bin", "idx"))
+    header = bytearray(idx_path.read_bytes())
+    header[17] = 3  # the type code of int16
+    idx_path.write_bytes(header)
+    ids = np.fromfile(bin_path, np.int16)
+    ids[2] = -7
+    ids.tofile(bin_path)
+    with pytest.raises(DataError, match=r"document.bin` holds -7 \(int16\)"):
+        read_beginnings(pair, read_index(idx_path), [1], 9)
+
+
 def run_command(capsys, *args) -> str:
     parser = argparse.ArgumentParser()
     inspect_pair.add_arguments(parser)

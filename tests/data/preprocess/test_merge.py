@@ -44,6 +44,16 @@ def test_the_bytes_are_those_of_one_run(run, tmp_path, texts):
     assert not list(tmp_path.glob("*.merge"))
 
 
+def test_negative_ids_are_refused(tmp_path):
+    write_pair(tmp_path / "a", [[3]], np.int16)
+    builder = IndexedDatasetBuilder(str(tmp_path / "b.bin"), dtype=np.int16)
+    builder.add_document(np.array([5, -7, 6]), [3])
+    builder.finalize(str(tmp_path / "b.idx"))
+    with pytest.raises(DataError, match=r"b.bin` holds -7 \(int16\)"):
+        merge_pairs([tmp_path / "a", tmp_path / "b"], tmp_path / "both", overwrite=False)
+    assert not (tmp_path / "both.bin").exists()
+
+
 def test_pairs_of_any_origin(tmp_path):
     """Without manifest, with several sequences a document and with empty documents."""
     write_pair(tmp_path / "a", [[3, 2], [], [4], [], [1, 1, 1]])

@@ -362,7 +362,7 @@ def test_another_end_of_document_is_another_run(run, tmp_path, texts):
     with pytest.raises(DataError, match="b.jsonl, line 1"):
         run(*inputs, **options)
     (model / "tokenizer_config.json").write_text('{"eos_token": "!"}')
-    with pytest.raises(DataError, match="differs in: added_ids"):
+    with pytest.raises(DataError, match="differs in: tokenizer, added_ids"):
         run(*inputs, **options)
     run(inputs[0], prefix="done", **options)
     (model / "tokenizer_config.json").write_text('{"eos_token": "?"}')

@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tokenizers
+from transformers import AutoTokenizer
 
 from megapoly.data.preprocess import tokenization
 from megapoly.data.preprocess.tokenization import (
@@ -40,6 +42,17 @@ def with_template(tmp_path):
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
+
+
+def test_a_tokenizer_that_splits_special_tokens(tmp_path):
+    """As in transformers, the file decides without the option."""
+    shutil.copy(BUILTIN_TOKENIZER, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"split_special_tokens": true}')
+    from_file = settings_of(path=str(tmp_path))
+    assert from_file.split_special_tokens and not settings_of().split_special_tokens
+    text = ["a<|endoftext|>b"]
+    expected = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert ReferenceBackend(from_file).encode(text).ids.tolist() == sum(expected, [])
 
 
 @pytest.mark.parametrize("split_special_tokens", [False, True])
