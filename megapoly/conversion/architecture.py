@@ -54,7 +54,7 @@ def hf_config(
     seq_length: int,
     dtype: str,
     bos: int | None,
-    eos: int,
+    eos: int | list[int],
     pad: int | None,
 ) -> dict[str, Any]:
     """Return the content of ``config.json`` for a model.
@@ -64,8 +64,8 @@ def hf_config(
         seq_length: sequence length that it was trained with.
         dtype: dtype of the weights by torch's name, such as ``float32``.
         bos: id that texts begin with; None if there is none.
-        eos: id that ends a document.
-        pad: id of padding; None if there is none.
+        eos: id that ends a document, or ids that end a text.
+        pad: id of padding; None if there is no separate one.
     """
     kind = model_type(model)
     common = {
@@ -77,7 +77,7 @@ def hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
-        "max_position_embeddings": seq_length,
+        "max_position_embeddings": model.max_position_embeddings or seq_length,
         "rms_norm_eps": model.normalization_eps,
         "rope_theta": float(model.rotary_base),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -204,6 +204,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         scale_gated_ffn=False,
         normalization_eps=config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5),
         rotary_base=rotary_base(config, source),
+        max_position_embeddings=max_positions(config),
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         vocab_size=config["vocab_size"],
         init_method_std=config.get("initializer_range", 0.02),

@@ -6,10 +6,13 @@ from conversions import compare_broken
 
 from megapoly.conversion.module_outputs import ModuleOutputs, expert_probe_rows
 from megapoly.conversion.parity import (
+    TOLERANCE,
     comparable_positions,
+    differing_module,
     experts_not_reached,
     measure_parity,
 )
+from megapoly.conversion.parity_check import far_positions
 from megapoly.testing import run_on_ranks
 
 
@@ -142,6 +145,24 @@ def groups_in_another_order(tensors, config):
     tensors[name] = tensors[name].view(2, 2, 12, 48).transpose(0, 1).reshape(48, 48)
 
 
+def change_a_matrix_a_little(tensors, config):
+    """By less than a module may be off when the modules before it add rounding."""
+    tensors["model.layers.1.self_attn.v_proj.weight"] *= 1 + 9e-5
+
+
+def scale_positions_beyond_the_longest(tensors, config):
+    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+
+
+def scale_positions_beyond_a_few(tensors, config):
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    config["rope_scaling"] = scaling | {
+        "factor": 2.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": 64,
+    }
+
+
 # By the model: what is changed, and the module that is to be named.
 BREAKS = {
     "moe": {
@@ -171,6 +192,7 @@ BREAKS = {
         groups_in_another_order: "model.layers.0.self_attn.q_proj",
         change_a_down_projection: "model.layers.2.mlp",
         ascending_coefficients: "model.layers.0.mlp",
+        change_a_matrix_a_little: "model.layers.1.self_attn.v_proj",
         swap_norms: "model.layers.1.input_layernorm",
         wrong_rope_theta: "model.layers.0.self_attn",
     },
@@ -179,6 +201,11 @@ BREAKS = {
         coefficients_of_the_first_expert: "model.layers.2.mlp",
         drop_shared_expert: "model.layers.1.mlp",
         groups_in_another_order: "model.layers.0.self_attn.q_norm",
+    },
+    # Its architecture in transformers has scaled positions, which a short text does not show.
+    "olmoe": {
+        scale_positions_beyond_the_longest: "model.layers.0.self_attn",
+        scale_positions_beyond_a_few: "model.layers.0.self_attn",
     },
 }
 
@@ -189,11 +216,20 @@ def test_every_break_is_noticed_and_located(trained, exported, tmp_path, model):
     breaks = {change.__name__: change for change in BREAKS[model]}
     (results,) = run_on_ranks(compare_broken, 1, trained(model), folder, breaks, tmp_path)
     expected = {change.__name__: module for change, module in BREAKS[model].items()}
-    assert {name: module for name, (_, module, _) in results.items()} == expected
-    assert not any(passed for passed, *_ in results.values())
+    assert {name: found["first_difference"] for name, found in results.items()} == expected
+    assert not any(found["passed"] for found in results.values())
+    if model == "olmoe":
+        for found in results.values():
+            assert found["near_difference"] <= TOLERANCE < 0.1 < found["far_difference"]
+            assert found["last_position"] == 127
     if model == "moe":
-        _, _, loading = results["drop_an_expert"]
+        loading = results["drop_an_expert"]["loading"]
         assert loading["missing_keys"] == ["model.layers.3.mlp.experts.7.down_proj.weight"]
+
+
+def test_far_positions_reach_twice_the_longest_text():
+    assert far_positions(4, 4).tolist() == [[0, 1, 6, 7]]
+    assert far_positions(3, 100).tolist() == [[0, 198, 199]]
 
 
 def recording(logits, probs=None):
@@ -217,7 +253,7 @@ def test_experts_that_the_text_leaves_out_are_compared():
     b.probe_outputs[place] = destroyed, rows
     result = compared(a, b)
     assert not result.passed
-    assert result.first_difference == "model.layers.0.mlp.experts"
+    assert differing_module(a, b) == "model.layers.0.mlp.experts"
     assert result.to_dict()["module_differences"]["model.layers.0.mlp.experts"] is None
     a.probe_outputs[place] = torch.ones(1, 3, 2), rows[:, :1].expand(1, 3, 3)
     assert experts_not_reached(a) == 1
@@ -243,7 +279,9 @@ def test_a_large_logit_excuses_its_position_alone():
 
 def compared(expected, found):
     tokens = torch.tensor([[1, 0, 1]])
-    return measure_parity(expected, found, tokens, {}, weights="float32", tolerance=1e-5)
+    return measure_parity(
+        expected, found, tokens, {}, weights="float32", tolerance=1e-5, last_position=2
+    )
 
 
 def test_figures_by_hand():
@@ -252,11 +290,11 @@ def test_figures_by_hand():
     b[0, 1, 0] = 0.5
     result = compared(recording(a), recording(b))
     assert not result.passed
+    assert differing_module(recording(a), recording(b)) == "lm_head"
     assert result.max_difference == 0.5
     assert result.mean_difference == pytest.approx(0.5 / 6)
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.0]).double().softmax(0)
     assert result.kl == pytest.approx((p * (p / q).log()).sum().item() / 3)
-    assert result.first_difference == "lm_head"
     assert result.module_differences["lm_head"] == pytest.approx(0.5 / 10**0.5)
     # The loss of token 0 after the first place, and of token 1 after the second.
     by_hand = -torch.tensor([a[0, 0].log_softmax(0)[0], a[0, 1].log_softmax(0)[1]]).mean().item()

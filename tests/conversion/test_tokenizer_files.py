@@ -35,7 +35,7 @@ def source(tmp_path):
 def test_ids_and_files(source, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
-    special = write_tokenizer(source, output, seq_length=77)
+    special = write_tokenizer(source, output, max_length=77)
     eod = load_tokenizer(source).eod
     assert (special.bos, special.eos, special.pad) == (10, eod, 11)
     config = json.loads((output / "tokenizer_config.json").read_text())
@@ -51,8 +51,22 @@ def test_ids_and_files(source, tmp_path):
         assert ids == load_tokenizer(source).encode(text)
 
 
+@pytest.mark.parametrize("pad", [None, 7])
+def test_batches_are_padded(tmp_path, pad):
+    """By the end of a document if there is no special token for it; an ordinary one is not cut."""
+    special = write_tokenizer(None, tmp_path, max_length=64, pad=pad)
+    assert special.pad == special.eos
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Call me Ishmael.", "(&)"]
+    ids = [load_tokenizer(None).encode(text) for text in texts]
+    missing = len(ids[0]) - len(ids[1])
+    batch = tokenizer(texts, padding=True)
+    assert batch["input_ids"] == [ids[0], ids[1] + [special.eos] * missing]
+    assert batch["attention_mask"][1] == [1] * len(ids[1]) + [0] * missing
+
+
 def test_a_special_token_that_there_is_not_is_refused(source, tmp_path):
     path = source / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
     with pytest.raises(DataError, match="`pad_token`.*'<pad>' is not"):
-        write_tokenizer(source, tmp_path, seq_length=8)
+        write_tokenizer(source, tmp_path, max_length=8)
