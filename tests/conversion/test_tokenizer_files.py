@@ -51,10 +51,15 @@ def test_ids_and_files(source, tmp_path):
         assert ids == load_tokenizer(source).encode(text)
 
 
-@pytest.mark.parametrize("pad", [None, 7])
+@pytest.mark.parametrize("pad", [None, 7, 4096])
 def test_batches_are_padded(tmp_path, pad):
-    """By the end of a document if there is no special token for it; an ordinary one is not cut."""
-    special = write_tokenizer(None, tmp_path, max_length=64, pad=pad)
+    """By the end of a document if there is no special token for it; others are part of texts."""
+    content = json.loads(BUILTIN_TOKENIZER.read_text())
+    (end,) = content["added_tokens"]
+    content["added_tokens"].append(end | {"id": 4096, "content": "<call>", "special": False})
+    source = tmp_path / "source.json"
+    source.write_text(json.dumps(content))
+    special = write_tokenizer(source, tmp_path, max_length=64, pad=pad)
     assert special.pad == special.eos
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     texts = ["Call me Ishmael.", "(&)"]
