@@ -16,7 +16,7 @@ from megapoly.conversion.rotary import rotary_base, unsupported_positions
 from megapoly.errors import CheckpointError
 
 ModelType = Literal["llama", "olmoe", "megapoly"]
-MODEL_TYPE: Literal["megapoly"] = "megapoly"
+MODEL_TYPE = "megapoly"
 CODE_FILES = ("configuration_megapoly.py", "modeling_megapoly.py")
 
 _AUTO_MAP = {
@@ -134,7 +134,7 @@ def _megapoly_fields(model: ModelConfig) -> dict[str, Any]:
         "num_experts": model.num_moe_experts,
         "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
         "shared_expert_intermediate_size": ffn_width(model, shared) if shared else None,
-        **_router_fields(model, MODEL_TYPE),
+        **_router_fields(model, "megapoly"),
     }
 
 
@@ -278,6 +278,8 @@ def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
     model.moe_aux_loss_coeff = _rounded((0.01 if coefficient is None else coefficient) / scale)
     if config.get("router_z_loss_coef") is not None:
         model.moe_z_loss_coeff = config["router_z_loss_coef"]
+    elif config["model_type"] == "olmoe":
+        model.moe_z_loss_coeff = 0.0  # transformers trains it without
 
 
 def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], source: str) -> None:

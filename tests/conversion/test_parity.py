@@ -4,6 +4,8 @@ import pytest
 import torch
 from conversions import compare_broken
 
+from megapoly.config import ModelConfig
+from megapoly.conversion.architecture import hf_config
 from megapoly.conversion.module_outputs import ModuleOutputs, expert_probe_rows
 from megapoly.conversion.parity import (
     TOLERANCE,
@@ -11,8 +13,11 @@ from megapoly.conversion.parity import (
     differing_module,
     experts_not_reached,
     measure_parity,
+    module_differences,
 )
 from megapoly.conversion.parity_check import far_positions
+from megapoly.conversion.transformers_classes import config_and_model_class
+from megapoly.conversion.transformers_outputs import transformers_module_outputs
 from megapoly.testing import run_on_ranks
 
 
@@ -230,6 +235,38 @@ def test_every_break_is_noticed_and_located(trained, exported, tmp_path, model):
 def test_far_positions_reach_twice_the_longest_text():
     assert far_positions(4, 4).tolist() == [[0, 1, 6, 7]]
     assert far_positions(3, 100).tolist() == [[0, 198, 199]]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "polynorm"])
+@pytest.mark.parametrize("num_experts", [None, 4])
+def test_an_error_does_not_reach_the_next_module(activation, num_experts):
+    """With the outputs of the right model in place of its own, only the wrong module differs."""
+    torch.manual_seed(0)
+    config = ModelConfig(num_layers=2, hidden_size=48, num_query_groups=2, kv_channels=12)
+    config.activation, config.vocab_size, config.ffn_hidden_size = activation, 99, 60
+    if num_experts is not None:
+        config.num_moe_experts, config.moe_ffn_hidden_size = num_experts, 60
+        config.qk_norm = "full"
+    fields = hf_config(config, seq_length=16, dtype="float32", bos=None, eos=0, pad=None)
+    settings, model_class = config_and_model_class(fields)
+    model = model_class(settings).eval()
+    places = [f"model.layers.{i}.mlp" for i in range(2 if num_experts else 0)]
+    rows = {
+        place: expert_probe_rows(model.get_parameter(f"{place}.gate.weight")) for place in places
+    }
+    tokens = torch.arange(32).view(2, 16)
+    expected = transformers_module_outputs(model, tokens, rows)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight *= 1.01
+    alone = transformers_module_outputs(model, tokens, rows, replacements=expected)
+    free = transformers_module_outputs(model, tokens, rows)
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    wrong, reached = (
+        {name for name, off in module_differences(expected, found, everywhere).items() if off > 0}
+        for found in (alone, free)
+    )
+    assert wrong == {"model.layers.0.self_attn.v_proj"}
+    assert {"model.layers.0.self_attn", "model.layers.1.mlp", "model.norm", "lm_head"} < reached
 
 
 def recording(logits, probs=None):

@@ -82,8 +82,12 @@ def test_z_loss_is_kept(activation):
     for z_loss in (0.0, 0.003):
         config = exported(moe(activation, 2, 2, moe_z_loss_coeff=z_loss))
         assert model_config(config, source="").moe_z_loss_coeff == z_loss
+
+
+def test_without_a_z_loss_in_its_config_an_olmoe_trains_without():
+    config = exported(moe("swiglu", 2, 2))
     del config["router_z_loss_coef"]
-    assert model_config(config, source="").moe_z_loss_coeff == ModelConfig().moe_z_loss_coeff
+    assert model_config(config, source="").moe_z_loss_coeff == 0.0
 
 
 def test_the_default_coefficient_is_that_of_transformers():
