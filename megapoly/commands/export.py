@@ -5,9 +5,10 @@
 MODEL is a run (its newest checkpoint) or a checkpoint `iter_*`, saved at any parallel layout. Needs
 `pip install 'megapoly[train,hf]'`.
 
-DIR gets safetensors, config.json, tokenizer and model card. Models that Llama or OLMoE describe
-(swiglu, geglu) become plain `llama` or `olmoe`. All others bring their own code, for
-AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) in transformers 4.57 or later.
+DIR gets safetensors, config.json, generation_config.json, tokenizer and model card. Models that
+Llama or OLMoE describe (swiglu, geglu) become plain `llama` or `olmoe`. All others bring their own
+code, for AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) in transformers 4.57 or
+later.
 Tensors are converted one at a time, so little memory is needed.
 
 Then DIR is opened as users would open it, and its logits on real text are compared in fp32 with
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(stderr=True)
     arguments = vars(options)
+    card = {name: arguments.pop(name) for name in ("license", "language", "datasets")}
+    arguments["card"] = {name: value for name, value in card.items() if value is not None}
     if options.dtype is not None:
         arguments["dtype"] = getattr(torch, options.dtype)
     if options.tolerance is None:
@@ -82,6 +85,10 @@ def build_parser() -> Parser:
         help="largest safetensors file, such as 500MB (default: %(default)s)",
     )
     add("--tokenizer", metavar="PATH", help="tokenizer.json or folder (default: the run's)")
+    source = "(default: that of the imported model)"
+    add("--license", metavar="ID", help=f"licence on the model card, such as apache-2.0 {source}")
+    add("--language", nargs="+", metavar="CODE", help=f"languages, such as en {source}")
+    add("--datasets", nargs="+", metavar="ID", help=f"training data on the Hub {source}")
     return parser
 
 

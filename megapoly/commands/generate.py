@@ -65,6 +65,7 @@ def _generate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer),
+        tokenizer=tokenizer,  # an imported model may stop at strings
         **sampling,
     )
     return 0

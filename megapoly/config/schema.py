@@ -43,6 +43,8 @@ class ModelConfig:
         qk_norm: RMSNorm on queries and keys: ``none``, of each head (``head``), or of the whole
             projection before it is split into heads (``full``, as in OLMoE and the paper's MoE).
         rotary_base: base (theta) of the rotary position embedding.
+        max_position_embeddings: longest sequence that an export says the model takes, at least
+            ``training.seq_length``; null: ``training.seq_length``. Losses do not depend on it.
         untie_embeddings_and_output_weights: use separate input and output embeddings.
         vocab_size: number of token ids of the model; null: the tokenizer's.
         make_vocab_size_divisible_by: pad embedding and output layer to a multiple of this and of
@@ -92,6 +94,7 @@ class ModelConfig:
     normalization_eps: float = 1e-5
     qk_norm: Literal["none", "head", "full"] = "none"
     rotary_base: int = 10_000
+    max_position_embeddings: int | None = None
     untie_embeddings_and_output_weights: bool = True
     vocab_size: int | None = None
     make_vocab_size_divisible_by: int = 128

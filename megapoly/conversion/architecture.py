@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megapoly.activations import registry
 from megapoly.config import ModelConfig, ffn_width
+from megapoly.conversion.rotary import rotary_base, unsupported_positions
 from megapoly.errors import CheckpointError
 
 ModelType = Literal["llama", "olmoe", "megapoly"]
@@ -28,9 +29,9 @@ _CLASSES = {
     "olmoe": "OlmoeForCausalLM",
     MODEL_TYPE: "MegapolyForCausalLM",
 }
-# Defaults of Llama and OLMoE if config.json does not set the value.
+# Defaults in transformers if config.json does not set the value.
 _DEFAULT_ACT = "silu"
-_DEFAULT_POSITIONS = 2048
+_DEFAULT_POSITIONS = {"llama": 2048, "olmoe": 4096, MODEL_TYPE: 4096}
 # Activations that a PolyCom release may name; case and underscores are ignored.
 _RELEASED_ACTS = ("polynorm", "polyrelu")
 
@@ -53,7 +54,7 @@ def hf_config(
     seq_length: int,
     dtype: str,
     bos: int | None,
-    eos: int,
+    eos: int | list[int],
     pad: int | None,
 ) -> dict[str, Any]:
     """Return the content of ``config.json`` for a model.
@@ -63,8 +64,8 @@ def hf_config(
         seq_length: sequence length that it was trained with.
         dtype: dtype of the weights by torch's name, such as ``float32``.
         bos: id that texts begin with; None if there is none.
-        eos: id that ends a document.
-        pad: id of padding; None if there is none.
+        eos: id that ends a document, or ids that end a text.
+        pad: id of padding; None if there is no separate one.
     """
     kind = model_type(model)
     common = {
@@ -76,7 +77,7 @@ def hf_config(
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
-        "max_position_embeddings": seq_length,
+        "max_position_embeddings": model.max_position_embeddings or seq_length,
         "rms_norm_eps": model.normalization_eps,
         "rope_theta": float(model.rotary_base),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
@@ -110,7 +111,7 @@ def _library_fields(model: ModelConfig) -> dict[str, Any]:
     return fields | {
         "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
         "num_experts": model.num_moe_experts,
-        **_router_fields(model),
+        **_router_fields(model, "olmoe"),
         "clip_qkv": None,
     }
 
@@ -133,18 +134,44 @@ def _megapoly_fields(model: ModelConfig) -> dict[str, Any]:
         "num_experts": model.num_moe_experts,
         "intermediate_size": ffn_width(model, model.moe_ffn_hidden_size),
         "shared_expert_intermediate_size": ffn_width(model, shared) if shared else None,
-        **_router_fields(model),
+        **_router_fields(model, "megapoly"),
     }
 
 
-def _router_fields(model: ModelConfig) -> dict[str, Any]:
+def _router_fields(model: ModelConfig, kind: ModelType) -> dict[str, Any]:
+    scale = aux_loss_scale(kind, model.num_layers, model.moe_router_topk)
     return {
         "num_experts_per_tok": model.moe_router_topk,
         # The softmax over the chosen logits is the softmax over all, divided by its sum over these.
         "norm_topk_prob": not model.moe_router_pre_softmax,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "router_aux_loss_coef": _rounded(model.moe_aux_loss_coeff * scale),
+        # transformers computes no z-loss; the value is for an import.
+        "router_z_loss_coef": model.moe_z_loss_coeff,
         "output_router_logits": False,
     }
+
+
+def aux_loss_scale(kind: ModelType, num_layers: int, topk: int) -> float:
+    r"""Return ``router_aux_loss_coef / moe_aux_loss_coeff`` for the same load-balancing loss.
+
+    With f_e the share of tokens that choose expert e and p_e its mean probability, the engine adds
+    :math:`c \sum_l E/k \sum_e f_{le} p_{le}` (``switch_load_balancing_loss_func``, for every
+    layer l). An export's own code has the mean over layers in place of the sum. OLMoE in
+    transformers has :math:`E \sum_e \bar f_e \bar p_e` with means over layers
+    (``load_balancing_loss_func``). That is k times a mean over layers if the layers' shares are
+    alike, as in a balanced model; no coefficient makes the two equal in every other case.
+
+    Args:
+        kind: architecture in transformers.
+        num_layers: number of layers.
+        topk: number of experts that each token is routed to.
+    """
+    return num_layers / topk if kind == "olmoe" else float(num_layers)
+
+
+def _rounded(coefficient: float) -> float:
+    """Remove the last bit, so that a coefficient that is scaled there and back is the same."""
+    return float(f"{coefficient:.15g}")
 
 
 def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
@@ -176,7 +203,8 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         scale_gated_ffn=False,
         normalization_eps=config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5),
-        rotary_base=_rotary_base(config, source),
+        rotary_base=rotary_base(config, source),
+        max_position_embeddings=max_positions(config),
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         vocab_size=config["vocab_size"],
         init_method_std=config.get("initializer_range", 0.02),
@@ -198,7 +226,8 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 def max_positions(config: Mapping[str, Any]) -> int:
     """Return the longest sequence that the model of a ``config.json`` takes."""
-    return int(config.get("max_position_embeddings", _DEFAULT_POSITIONS))
+    default = _DEFAULT_POSITIONS[config.get("model_type", MODEL_TYPE)]
+    return int(config.get("max_position_embeddings") or default)
 
 
 _SIZES = (
@@ -243,7 +272,14 @@ def _set_experts(model: ModelConfig, config: Mapping[str, Any]) -> None:
     model.moe_shared_expert_intermediate_size = config.get("shared_expert_intermediate_size")
     model.moe_router_topk = config["num_experts_per_tok"]
     model.moe_router_pre_softmax = not config.get("norm_topk_prob", False)
-    model.moe_aux_loss_coeff = config.get("router_aux_loss_coef", 0.01)
+    scale = aux_loss_scale(config["model_type"], model.num_layers, model.moe_router_topk)
+    coefficient = config.get("router_aux_loss_coef")
+    # The default of OLMoE and of exports, if config.json does not set it.
+    model.moe_aux_loss_coeff = _rounded((0.01 if coefficient is None else coefficient) / scale)
+    if config.get("router_z_loss_coef") is not None:
+        model.moe_z_loss_coeff = config["router_z_loss_coef"]
+    elif config["model_type"] == "olmoe":
+        model.moe_z_loss_coeff = 0.0  # transformers trains it without
 
 
 def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], source: str) -> None:
@@ -258,39 +294,23 @@ def _set_library_activation(model: ModelConfig, config: Mapping[str, Any], sourc
     model.activation = named[key]
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the rotary fields of transformers 4 (``rope_scaling``) and 5 (``rope_parameters``)."""
-    return (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
-
-
-def _rotary_base(config: Mapping[str, Any], source: str) -> int:
-    base = float(_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0)))
-    if base != int(base):
-        raise CheckpointError(f"`rope_theta` in {source} must be a whole number; it is {base}.")
-    return int(base)
-
-
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
-    rope = _rope(config)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     found = {
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "clip_qkv": config.get("clip_qkv"),
-        "rope_scaling": None if kind == "default" else rope,
-        "rope_interleaved": config.get("rope_interleaved"),
-        "partial_rotary_factor": None if partial == 1.0 else partial,
         "quantization_config": config.get("quantization_config"),
     }
     if config.get("num_experts_per_tok") == 1 and config.get("norm_topk_prob"):
         # A probability divided by itself is one, so the router would learn nothing.
         found["norm_topk_prob, with num_experts_per_tok 1"] = True
     given = {name: value for name, value in found.items() if value not in (None, False)}
+    given |= unsupported_positions(config, max_positions(config))
     if given:
         listed = ", ".join(f"`{name}`: {value}" for name, value in given.items())
         raise CheckpointError(
             f"{source} has {listed} and cannot be imported. Models here have no biases, no "
-            "clipping of queries and keys, no scaled rotary positions and no quantized weights; a "
-            "single expert keeps its own probability."
+            "clipping of queries and keys and no quantized weights, attend to all earlier tokens "
+            "with unscaled rotary positions on whole heads, and a single expert keeps its own "
+            "probability."
         )

@@ -12,8 +12,10 @@ from torch import Tensor
 from megapoly.conversion import tensor_map
 from megapoly.conversion.architecture import hf_config
 from megapoly.conversion.checkpoint_reader import CheckpointReader
+from megapoly.conversion.generation import TextSettings, text_settings
+from megapoly.conversion.imported_settings import ImportedSettings, load_settings
 from megapoly.conversion.tensor_map import TensorMapping
-from megapoly.conversion.tokenizer_files import SpecialTokenIds, check_vocabulary
+from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import CheckpointError
 
@@ -89,17 +91,72 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def hf_config_of(
-    reader: CheckpointReader, special: SpecialTokenIds, dtype: torch.dtype
+    reader: CheckpointReader, settings: TextSettings, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the content of ``config.json`` for a checkpoint's model."""
     return hf_config(
         reader.config.model,
         seq_length=reader.config.training.seq_length,
         dtype=str(dtype).removeprefix("torch."),
-        bos=special.bos,
-        eos=special.eos,
-        pad=special.pad,
+        bos=settings.bos,
+        eos=settings.eos,
+        pad=settings.pad,
     )
+
+
+def imported_settings(
+    reader: CheckpointReader, source: str | None
+) -> tuple[ImportedSettings | None, list[str]]:
+    """Return the settings of the model that a checkpoint was imported from, or goes on from.
+
+    Args:
+        reader: reader of the checkpoint.
+        source: the export's tokenizer. Ids of the imported model hold only if it is the same.
+
+    Returns:
+        The settings, None if the model was not imported or the folder with them is not here; and
+        notes on what is not used.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    folder = _own_tokenizer(reader)
+    if folder is None:
+        return None, []
+    if not folder.exists():
+        note = "if the model was imported, the settings of its source are not exported"
+        return None, [f"the tokenizer of the run, {folder}, does not exist here; {note}"]
+    settings = load_settings(folder if folder.is_dir() else folder.parent)
+    if settings is None or load_tokenizer(source).fingerprint == load_tokenizer(folder).fingerprint:
+        return settings, []
+    return settings.without_token_ids(), [
+        f"token ids of the imported model are not exported: {source} is another tokenizer"
+    ]
+
+
+def write_tokenizer_of(
+    reader: CheckpointReader, source: str | None, folder: Path
+) -> tuple[TextSettings, ImportedSettings | None]:
+    """Write the tokenizer files of a model; return its settings and those of its source.
+
+    Args:
+        reader: reader of the model's checkpoint.
+        source: from :func:`tokenizer_source`.
+        folder: folder to write to.
+    """
+    imported, notes = imported_settings(reader, source)
+    config = reader.config
+    length = config.model.max_position_embeddings or config.training.seq_length
+    special = write_tokenizer(
+        source,
+        folder,
+        max_length=length if imported is None else imported.tokenizer_length(length),
+        pad=None if imported is None else imported.token_ids.get("pad_token_id"),
+        add_bos=bool(reader.run.get("add_bos")),
+    )
+    settings = text_settings(special, imported)
+    settings.notes[:0] = notes
+    return settings, imported
 
 
 def tokenizer_source(reader: CheckpointReader, given: str | None) -> str | None:
@@ -111,8 +168,8 @@ def tokenizer_source(reader: CheckpointReader, given: str | None) -> str | None:
         CheckpointError: it does not exist, has more ids than the model, or differs from the one
             that the run was trained with (only ``given`` may differ).
     """
-    own, named = reader.path / "tokenizer", reader.config.data.tokenizer
-    source = given or (str(own) if own.is_dir() else named)
+    own = _own_tokenizer(reader)
+    source = given or (None if own is None else str(own))
     if source is not None and not Path(source).exists():
         raise CheckpointError(
             f"The checkpoint's tokenizer ({source}) does not exist here; give it with --tokenizer."
@@ -124,6 +181,14 @@ def tokenizer_source(reader: CheckpointReader, given: str | None) -> str | None:
             "since. Give a copy of the original with --tokenizer."
         )
     return source
+
+
+def _own_tokenizer(reader: CheckpointReader) -> Path | None:
+    """Return the path of the tokenizer in a checkpoint, else of the run's; None: the built-in."""
+    own, named = reader.path / "tokenizer", reader.config.data.tokenizer
+    if own.is_dir():
+        return own
+    return None if named is None else Path(named)
 
 
 def is_trained_with(reader: CheckpointReader, source: str | None) -> bool:

@@ -22,19 +22,23 @@ from megapoly.conversion.checkpoint_reader import CheckpointReader, read_descrip
 from megapoly.conversion.module_outputs import ModuleOutputs, expert_probe_rows, row_projections
 
 
-def engine_module_outputs(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> ModuleOutputs:
+def engine_module_outputs(
+    checkpoint: Path, tokens: Tensor, positions: Tensor, dtype: torch.dtype
+) -> ModuleOutputs:
     """Run the checkpoint's own model in fp32 on this process's CPU.
 
     Args:
         checkpoint: an ``iter_*`` folder.
         tokens: [b, s].
+        positions: [b, s] position of each token for the rotary embedding; every token attends to
+            those before it in its row.
         dtype: weights are rounded to it first.
     """
     outputs = ModuleOutputs()
     with engine_model(checkpoint, dtype) as model, ExitStack() as hooks:
         for remove in _engine_hooks(model, outputs):
             hooks.callback(remove)
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        hooks.callback(_set_positions(model, positions))
         with torch.no_grad():
             logits = model(tokens, positions, attention_mask=None)
         outputs.record("lm_head", logits[..., : model.real_vocab_size])
@@ -106,6 +110,17 @@ class _Loader:
         stored = torch.zeros(shard.data.shape, dtype=self.reader.dtype(shard.key))
         self.reader.read_into(stored, shard.key, shard.global_offset)
         shard.data.copy_(stored.to(self.dtype))
+
+
+def _set_positions(model: Any, positions: Tensor) -> Callable[[], None]:
+    """Rotate by given positions; the engine itself counts from 0 and ignores position ids."""
+    distinct, index = positions.unique(return_inverse=True)
+
+    def hook(rotary: Any, _: Any, __: Any) -> Tensor:
+        angles = torch.cat([rotary.get_emb(1, offset=int(position)) for position in distinct])
+        return angles[:, 0][index].transpose(0, 1)  # [s, b, 1, head width]
+
+    return model.rotary_pos_emb.register_forward_hook(hook).remove
 
 
 def _forget(module: torch.nn.Module) -> None:

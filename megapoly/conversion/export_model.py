@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megapoly.conversion.checkpoint_model import (
     is_trained_with,
     read_tensors,
     tokenizer_source,
+    write_tokenizer_of,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
 from megapoly.conversion.model_card import model_card
@@ -27,7 +28,6 @@ from megapoly.conversion.parity import TOLERANCE, Parity
 from megapoly.conversion.parity_check import check_export_parity
 from megapoly.conversion.safetensors_writer import plan_shards, write_shards
 from megapoly.conversion.tensor_map import TensorMapping
-from megapoly.conversion.tokenizer_files import SpecialTokenIds, write_tokenizer
 from megapoly.platform import extras
 from megapoly.platform.progress import bytes_bar
 
@@ -47,6 +47,8 @@ class ExportOptions:
         overwrite: replace ``output`` if it exists.
         skip_parity: do not compare the written model with the checkpoint's.
         tolerance: tolerance of the comparison, see :class:`megapoly.conversion.parity.Parity`.
+        card: ``license``, ``language`` and ``datasets`` of the model card; what is not given is
+            taken from the model that was imported, if it was.
     """
 
     checkpoint: Path
@@ -57,6 +59,7 @@ class ExportOptions:
     overwrite: bool = False
     skip_parity: bool = False
     tolerance: float = TOLERANCE
+    card: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def export_model(options: ExportOptions, console: Console) -> Parity | None:
@@ -88,17 +91,14 @@ def _write(
     mappings = checked_mappings(reader)
     dtype = options.dtype or reader.dtype(mappings[0].key)
     source = tokenizer_source(reader, options.tokenizer)
-    special = write_tokenizer(
-        source,
-        folder,
-        seq_length=reader.config.training.seq_length,
-        add_bos=bool(reader.run.get("add_bos")),
-    )
+    settings, imported = write_tokenizer_of(reader, source, folder)
+    for note in settings.notes:
+        console.print(f"note: {note}", soft_wrap=True)
     if options.tokenizer is not None and not is_trained_with(reader, source):
         console.print(f"note: {source} is not the file that the run's tokenizer was read from")
-    config = hf_config_of(reader, special, dtype)
+    config = hf_config_of(reader, settings, dtype)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation_config(special))
+    write_json(folder / "generation_config.json", settings.generation)
     if config["model_type"] == MODEL_TYPE:
         for name in CODE_FILES:
             shutil.copyfile(_REMOTE_CODE / name, folder / name)
@@ -107,7 +107,9 @@ def _write(
     if not options.skip_parity:
         result = check_export_parity(reader.path, folder, dtype, options.tolerance, console)
     write_json(folder / "parity.json", {"skipped": True} if result is None else result.to_dict())
-    (folder / "README.md").write_text(model_card(reader, config, result), encoding="utf-8")
+    known = {} if imported is None else imported.card
+    card = model_card(reader, config, result, known | options.card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     if result is not None:
         result.raise_if_different("parity.json")
     return result
@@ -132,12 +134,3 @@ def write_weights(
                 advance(mapping.num_elements * dtype.itemsize)
 
         write_shards(folder, shards, dtype, named_tensors())
-
-
-def generation_config(special: SpecialTokenIds) -> Mapping[str, Any]:
-    """Return ``generation_config.json``: greedy by default, up to the end of a document."""
-    return {
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "pad_token_id": special.eos if special.pad is None else special.pad,
-    }

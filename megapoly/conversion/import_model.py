@@ -17,6 +17,7 @@ from torch import Tensor
 import megapoly
 from megapoly.activations import registry
 from megapoly.config import Config, ModelConfig, to_yaml
+from megapoly.config.data_sources import tokenizer_file
 from megapoly.config.rules import find_problems
 from megapoly.conversion import tensor_map
 from megapoly.conversion.activation_change import (
@@ -28,6 +29,7 @@ from megapoly.conversion.architecture import max_positions, model_config
 from megapoly.conversion.bos_rule import rule_of_import
 from megapoly.conversion.checkpoint_model import check_finite
 from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
+from megapoly.conversion.imported_settings import settings_of_folder
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
 from megapoly.conversion.parity_check import check_import_parity
@@ -79,6 +81,7 @@ class ImportReport:
         left: tensors of the source that are not used.
         parity: comparison with the source; None if it was skipped or the activation was changed.
         skipped: the comparison was disabled by an option.
+        notes: settings of the source that are left out, and why.
     """
 
     taken: dict[str, int]
@@ -86,6 +89,7 @@ class ImportReport:
     left: dict[str, int]
     parity: Parity | None = None
     skipped: bool = False
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of ``import.json``."""
@@ -93,7 +97,7 @@ class ImportReport:
         if self.parity is not None:
             compared = self.parity.to_dict()
         tensors = {name: getattr(self, name) for name in ("taken", "initialised", "left")}
-        return tensors | {"parity": compared}
+        return tensors | {"notes": self.notes, "parity": compared}
 
 
 def import_model(options: ImportOptions, console: Console) -> ImportReport:
@@ -132,9 +136,12 @@ def _write(
     # Training does not support fp16; fp32 represents it exactly.
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
     config = _configuration(source, model, bf16=dtype == torch.bfloat16, seed=seed)
-    add_bos = _write_tokenizer(options, folder, config)
+    notes, add_bos = _write_tokenizer(options, source.config, folder, config)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
     config.data.tokenizer = str(options.output.resolve() / "tokenizer")
     report = _write_tensors(options, source, original, config, folder, dtype, console)
+    report = dataclasses.replace(report, notes=notes)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
     write_json(folder / "run.json", _run_description(options) | {"add_bos": add_bos})
@@ -144,18 +151,36 @@ def _write(
     return dataclasses.replace(report, parity=result)
 
 
-def _write_tokenizer(options: ImportOptions, folder: Path, config: Config) -> bool:
-    """Write the tokenizer, and check that training accepts it and the model.
+def _write_tokenizer(
+    options: ImportOptions, source_config: dict[str, Any], folder: Path, config: Config
+) -> tuple[list[str], bool]:
+    """Write tokenizer and settings, and check that training accepts tokenizer and model.
 
     Returns:
-        Whether texts of the model begin with BOS.
+        Notes about settings that are left out; whether texts of the model begin with BOS.
     """
     source = options.tokenizer or str(options.model)
     check_vocabulary(source, config.model)
     place = folder / "tokenizer"
     place.mkdir()
-    write_tokenizer(source, place, seq_length=config.training.seq_length)
-    add_bos = rule_of_import(options.model, options.tokenizer, place)
+    assert config.model.vocab_size is not None, "resolved"
+    length = config.training.seq_length
+    settings, notes = settings_of_folder(
+        options.model, source_config, vocab_size=config.model.vocab_size, max_positions=length
+    )
+    if _is_other_tokenizer(options):
+        settings = settings.without_token_ids()
+        notes.append(
+            f"token ids in config.json and generation_config.json of {options.model} are left out: "
+            f"{options.tokenizer} is another tokenizer than the model's"
+        )
+    write_tokenizer(
+        source,
+        place,
+        max_length=settings.tokenizer_length(length),
+        pad=settings.token_ids.get("pad_token_id"),
+    )
+    settings.write(place)
     config.data.tokenizer = str(place)
     problems = find_problems(
         config,
@@ -165,7 +190,15 @@ def _write_tokenizer(options: ImportOptions, folder: Path, config: Config) -> bo
     )
     if problems:
         raise ConfigError(problems)
-    return add_bos
+    return notes, rule_of_import(options.model, options.tokenizer, place)
+
+
+def _is_other_tokenizer(options: ImportOptions) -> bool:
+    """Check whether an option gives another tokenizer than the model has beside it."""
+    if options.tokenizer is None or not tokenizer_file(str(options.model)).is_file():
+        return False
+    tokenizers = load_tokenizer(options.tokenizer), load_tokenizer(options.model)
+    return tokenizers[0].fingerprint != tokenizers[1].fingerprint
 
 
 def _write_tensors(

@@ -21,13 +21,20 @@ from megapoly.conversion.tensor_map import tensor_mappings
 _SOURCE = "https://arxiv.org/abs/2411.03884"
 
 
-def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity | None) -> str:
+def model_card(
+    reader: CheckpointReader,
+    config: dict[str, Any],
+    parity: Parity | None,
+    known: dict[str, Any],
+) -> str:
     """Return the text of the card.
 
     Args:
         reader: reader of the checkpoint.
         config: content of ``config.json``.
         parity: the comparison; None if it was skipped.
+        known: ``license``, ``language`` and ``datasets`` by the names of the Hugging Face Hub, as
+            far as they are known.
     """
     model, run = reader.config.model, reader.run
     has_coefficients = registry.get(model.activation).has_coefficients
@@ -35,6 +42,8 @@ def model_card(reader: CheckpointReader, config: dict[str, Any], parity: Parity 
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
+        **_language(reader),
+        **known,
         "tags": ["megapoly", *(["polycom"] if has_coefficients else []), model.activation],
     }
     experts = f", {model.num_moe_experts} experts, top-{model.moe_router_topk}"
@@ -88,6 +97,13 @@ _POLYCOM = (
     "folder (`modeling_megapoly.py`); it needs torch and transformers.",
     "",
 )
+
+
+def _language(reader: CheckpointReader) -> dict[str, list[str]]:
+    """Return the language of a model that has seen the built-in text alone."""
+    run, settings = reader.run, reader.config
+    alone = settings.data.blend is None and settings.checkpoint.load is None
+    return {"language": ["en"]} if alone and not run.get("weights_only") else {}
 
 
 def _training(run: dict[str, Any]) -> dict[str, str]:

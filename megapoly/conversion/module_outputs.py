@@ -36,6 +36,20 @@ class ModuleOutputs:
         """Store an output [b, s, ..]; all axes after the second become one."""
         self.outputs[name] = output.detach().float().flatten(2).clone()
 
+    def texts(self, which: slice) -> ModuleOutputs:
+        """Return the outputs on some of the texts; those on other rows are all kept."""
+        outputs, probs = (
+            {name: tensor[which] for name, tensor in tensors.items()}
+            for tensors in (self.outputs, self.probs)
+        )
+        return dataclasses.replace(self, outputs=outputs, probs=probs)
+
+    def append(self, other: ModuleOutputs) -> None:
+        """Add the outputs of the same model on other texts."""
+        for tensors, more in ((self.outputs, other.outputs), (self.probs, other.probs)):
+            for name, tensor in more.items():
+                tensors[name] = torch.cat([tensors[name], tensor])
+
     @property
     def logits(self) -> Tensor:
         """[b, s, vocab]."""

@@ -19,6 +19,9 @@ TOLERANCE = 1e-5
 # A module differs if its output is off by more than this, relative to its norm: well above
 # rounding in fp32, well below the effect of any wrong weight.
 MODULE_TOLERANCE = 1e-4
+# The same for a module that is given the other model's inputs: rounding of the modules before it
+# does not add up.
+ALONE_TOLERANCE = 1e-5
 # If the probabilities of two experts are closer than this, rounding may decide between them.
 TIE = 1e-5
 
@@ -47,7 +50,12 @@ class Parity:
         export_loss: loss of the other model.
         tolerance: largest allowed ``max_relative_difference``.
         experts_not_reached: number of experts that no row reached, so that they are not compared.
-        first_difference: first module in order of computation whose output differs; None if none.
+        last_position: largest position that was compared.
+        near_difference: ``max_relative_difference`` on the texts that count from 0.
+        far_difference: the same on the text that ends at ``last_position``; None if there was none.
+        first_difference: first module in order of computation that differs although it is given
+            the same inputs, see :func:`differing_module`; None if there is none, or the models are
+            the same.
         module_differences: difference of each module's output, relative to its norm; None if it is
             missing or not finite.
         loading: keys that ``from_pretrained`` missed, did not expect, or found in another shape;
@@ -67,6 +75,9 @@ class Parity:
     export_loss: float
     tolerance: float
     experts_not_reached: int
+    last_position: int
+    near_difference: float
+    far_difference: float | None
     first_difference: str | None
     module_differences: dict[str, float | None]
     loading: dict[str, list[str]]
@@ -76,7 +87,10 @@ class Parity:
         """Whether the two are the same model."""
         # Not `>`, which is false for NaN.
         logits_agree = self.max_relative_difference <= self.tolerance
-        return logits_agree and self.first_difference is None and not any(self.loading.values())
+        modules_agree = all(
+            off is not None and off <= MODULE_TOLERANCE for off in self.module_differences.values()
+        )
+        return logits_agree and modules_agree and not any(self.loading.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison for JSON; numbers that are not finite are null."""
@@ -99,9 +113,9 @@ class Parity:
         if self.experts_not_reached:
             unreached = f"; no row reached {self.experts_not_reached} experts"
         return (
-            f"parity on {self.num_tokens} tokens, fp32: logits differ by at most "
-            f"{self.max_difference:.1e} (largest {self.max_logit:.1f}, mean difference "
-            f"{self.mean_difference:.1e}), KL {self.kl:.1e}, same arg-max "
+            f"parity on {self.num_tokens} tokens, positions up to {self.last_position:,}, fp32: "
+            f"logits differ by at most {self.max_difference:.1e} (largest {self.max_logit:.1f}, "
+            f"mean difference {self.mean_difference:.1e}), KL {self.kl:.1e}, same arg-max "
             f"{self.argmax_agreement:.2%}, loss {self.export_loss:.4f} and "
             f"{self.checkpoint_loss:.4f}{unreached}"
         )
@@ -118,7 +132,12 @@ class Parity:
         if self.first_difference is not None:
             found.insert(0, f"the first module that differs is `{self.first_difference}`")
         if not found:
-            found = ["no single module is far off: rounding errors add up, see --tolerance"]
+            found = ["no module differs by itself: rounding errors add up, see --tolerance"]
+        far_agrees = self.far_difference is None or self.far_difference <= self.tolerance
+        if self.near_difference <= self.tolerance and not far_agrees:
+            found.append(
+                f"the first positions agree, and those up to {self.last_position:,} differ"
+            )
         raise ParityError(
             "Checkpoint and Hugging Face folder must compute the same logits, within "
             f"{self.tolerance:.1e} of the largest at each position (of 1, where that is smaller); "
@@ -135,44 +154,83 @@ def measure_parity(
     *,
     weights: str,
     tolerance: float,
+    last_position: int,
 ) -> Parity:
     """Compare the outputs of two models on the same text.
 
     Args:
-        expected: outputs of the checkpoint's model.
+        expected: outputs of the checkpoint's model, on ``tokens`` and then perhaps on a text at far
+            positions.
         found: outputs of the other model.
-        tokens: [b, s].
+        tokens: [b, s], positions from 0.
         loading: see :class:`Parity`.
         weights: see :class:`Parity`.
         tolerance: see :class:`Parity`.
+        last_position: see :class:`Parity`.
+
+    Returns:
+        The comparison; its ``first_difference`` is None.
     """
-    counts = comparable_positions(expected, found)
-    if counts is None:
-        counts = torch.ones_like(tokens, dtype=torch.bool)
+    counts, num_texts = _counted(expected, found), len(tokens)
+    relative = _relative_to_largest_logit(expected.logits, found.logits)
     logits, others = expected.logits[counts], found.logits[counts]
     log_probs, other_log_probs = (x.double().log_softmax(-1) for x in (logits, others))
     differences = (logits - others).abs()
-    relative = differences.amax(-1) / logits.abs().amax(-1).clamp_min(1.0)
     modules = module_differences(expected, found, counts)
-    first = next((name for name, off in modules.items() if not off <= MODULE_TOLERANCE), None)
+    far = None
+    if len(relative) > num_texts:
+        far = _largest(relative[num_texts:][counts[num_texts:]])
     return Parity(
         weights=weights,
         num_tokens=int(counts.sum()),
         excluded_positions=int((~counts).sum()),
         max_difference=differences.max().item(),
-        max_relative_difference=relative.max().item(),
+        max_relative_difference=_largest(relative[counts]),
         mean_difference=differences.mean().item(),
         max_logit=logits.abs().max().item(),
         kl=(log_probs.exp() * (log_probs - other_log_probs)).sum(-1).mean().item(),
         argmax_agreement=(logits.argmax(-1) == others.argmax(-1)).float().mean().item(),
-        checkpoint_loss=_loss(expected.logits, tokens),
-        export_loss=_loss(found.logits, tokens),
+        checkpoint_loss=_loss(expected.logits[:num_texts], tokens),
+        export_loss=_loss(found.logits[:num_texts], tokens),
         tolerance=tolerance,
         experts_not_reached=experts_not_reached(expected),
-        first_difference=first,
+        last_position=last_position,
+        near_difference=_largest(relative[:num_texts][counts[:num_texts]]),
+        far_difference=far,
+        first_difference=None,
         module_differences={k: v if math.isfinite(v) else None for k, v in modules.items()},
         loading=loading,
     )
+
+
+def differing_module(expected: ModuleOutputs, alone: ModuleOutputs) -> str | None:
+    """Return the first module that differs although its inputs do not; None if there is none.
+
+    Args:
+        expected: outputs of the checkpoint's model.
+        alone: outputs of the other model, whose modules are given ``expected`` in place of the
+            outputs of those before them.
+    """
+    modules = module_differences(expected, alone, _counted(expected, alone))
+    return next((name for name, off in modules.items() if not off <= ALONE_TOLERANCE), None)
+
+
+def _counted(expected: ModuleOutputs, found: ModuleOutputs) -> Tensor:
+    """Return the positions [b, s] to compare: all if :func:`comparable_positions` leaves none."""
+    counts = comparable_positions(expected, found)
+    if counts is None:
+        return torch.ones(expected.logits.shape[:2], dtype=torch.bool)
+    return counts
+
+
+def _relative_to_largest_logit(logits: Tensor, others: Tensor) -> Tensor:
+    """Return [b, s], the largest difference, divided by the largest logit if it is above 1."""
+    return (logits - others).abs().amax(-1) / logits.abs().amax(-1).clamp_min(1.0)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the maximum, NaN if one is NaN; 0 if there are no values."""
+    return values.max().item() if values.numel() else 0.0
 
 
 def module_differences(

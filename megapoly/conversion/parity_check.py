@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from megapoly.conversion.architecture import (
     model_config,
 )
 from megapoly.conversion.engine_outputs import engine_module_outputs
-from megapoly.conversion.parity import Parity, measure_parity
+from megapoly.conversion.module_outputs import ModuleOutputs
+from megapoly.conversion.parity import Parity, differing_module, measure_parity
 from megapoly.conversion.safetensors_reader import read_json
 from megapoly.conversion.transformers_classes import (
     class_without_remote_code,
@@ -94,24 +96,72 @@ def _compare(
     run_code: bool,
 ) -> Parity:
     _return_freed_memory()
-    tokens = sample_tokens(tokenizer, max_positions(read_json(folder / "config.json")))
+    longest = max_positions(read_json(folder / "config.json"))
+    tokens = sample_tokens(tokenizer, longest)
+    far = far_positions(tokens.shape[1], longest)
+    positions = torch.cat([torch.arange(tokens.shape[1]).expand_as(tokens), far])
     with console.status("comparing: running the checkpoint's model"):
-        expected = engine_module_outputs(checkpoint, tokens, dtype)
+        texts = torch.cat([tokens, tokens[:1]])
+        expected = engine_module_outputs(checkpoint, texts, positions, dtype)
     with (
         console.status("comparing: running the model in transformers"),
         tempfile.TemporaryDirectory(prefix="megapoly-parity-") as offload,
     ):
         model, loading = load_folder(folder, Path(offload), run_code=run_code)
-        recorded = transformers_module_outputs(model, tokens, expected.probe_rows)
-    weights = str(dtype).removeprefix("torch.")
-    return measure_parity(
-        expected,
-        recorded,
-        tokens,
-        loading | tokenizer_differences,
-        weights=weights,
-        tolerance=tolerance,
-    )
+        result = measure_parity(
+            expected,
+            _outputs_near_and_far(model, tokens, far, expected),
+            tokens,
+            loading | tokenizer_differences,
+            weights=str(dtype).removeprefix("torch."),
+            tolerance=tolerance,
+            last_position=int(positions.max()),
+        )
+        if result.passed:
+            return result
+        alone = _outputs_near_and_far(model, tokens, far, expected, alone=True)
+    return dataclasses.replace(result, first_difference=differing_module(expected, alone))
+
+
+def _outputs_near_and_far(
+    model: Any, tokens: Tensor, far: Tensor, expected: ModuleOutputs, *, alone: bool = False
+) -> ModuleOutputs:
+    """Run a model of transformers at the first positions, then at far ones.
+
+    In one batch, a scaling that depends on the largest position would be the same for both.
+
+    Args:
+        model: see :func:`transformers_module_outputs`.
+        tokens: [b, s].
+        far: [1, s] positions for the first text.
+        expected: outputs of the checkpoint's model on all of them.
+        alone: give each module the outputs of the checkpoint's model.
+    """
+
+    def run(texts: Tensor, which: slice, positions: Tensor | None) -> ModuleOutputs:
+        replacements = expected.texts(which) if alone else None
+        return transformers_module_outputs(
+            model, texts, expected.probe_rows, positions=positions, replacements=replacements
+        )
+
+    num_texts = len(tokens)
+    outputs = run(tokens, slice(num_texts), None)
+    outputs.append(run(tokens[:1], slice(num_texts, None), far))
+    return outputs
+
+
+def far_positions(length: int, longest: int) -> Tensor:
+    """Return positions [1, length] of a text with a gap: half at the start, half far from it.
+
+    The text ends at twice the longest sequence. Some scalings of rotary positions set in only
+    beyond it (``dynamic``), others before; the embedding of models here is the same everywhere.
+
+    Args:
+        length: number of tokens, at most ``longest``.
+        longest: longest sequence that the model takes.
+    """
+    half = length // 2
+    return torch.cat([torch.arange(half), torch.arange(half - length, 0) + 2 * longest])[None]
 
 
 def sample_tokens(tokenizer: Tokenizer, max_length: int) -> Tensor:

@@ -34,28 +34,37 @@ _LEFT_OUT = (
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokenIds:
-    """Special token ids of a model's configuration.
+    """Special token ids of a tokenizer.
 
     Args:
         bos: id before a text; None if there is none.
         eos: id that ends a document.
-        pad: id of padding; None if it has no separate id.
+        pad: id of padding.
     """
 
     bos: int | None
     eos: int
-    pad: int | None
+    pad: int
 
 
 def write_tokenizer(
-    source: str | Path | None, folder: Path, *, seq_length: int, add_bos: bool = False
+    source: str | Path | None,
+    folder: Path,
+    *,
+    max_length: int,
+    pad: int | None = None,
+    add_bos: bool = False,
 ) -> SpecialTokenIds:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, with the tokens of all its files.
+
+    The files name a token to pad batches with: the tokenizer's own, else ``pad`` if it is a special
+    token, else the end of a document. Padding is masked, so it may be a token of the text.
 
     Args:
         source: see :func:`megapoly.data.tokenizer.load_tokenizer`.
         folder: folder to write to.
-        seq_length: sequence length that the model was trained with.
+        max_length: longest text, in tokens.
+        pad: id of padding in the model's configuration.
         add_bos: texts of the model begin with ``bos_token``; written as ``add_bos_token`` if the
             tokenizer adds it.
 
@@ -69,19 +78,23 @@ def write_tokenizer(
     config = read_tokenizer_config(origin) if source is not None else {}
     written = {name: value for name, value in config.items() if name not in _LEFT_OUT}
     written["eos_token"] = tokenizer.token(tokenizer.eod)
-    written |= {"tokenizer_class": _CLASS, "model_max_length": seq_length}
+    written |= {"tokenizer_class": _CLASS, "model_max_length": max_length}
     for name in _SPECIAL_TOKENS:
-        if name in written:  # tokenizer.json says how spaces around it are read
+        if written.get(name) is not None:  # tokenizer.json says how spaces around it are read
             written[name] = token_text(written[name], name)
+    if written.get("pad_token") is None:
+        written["pad_token"] = _padding_token(tokenizer, pad)
     # The class's default includes token types, which a decoder does not accept.
     written.setdefault("model_input_names", ["input_ids", "attention_mask"])
     for name in _COPIED if source is not None else ():
         if (origin / name).is_file():
             shutil.copyfile(origin / name, folder / name)
+    pad_id = _id(tokenizer, "pad_token", written)
+    assert pad_id is not None
     special = SpecialTokenIds(
         bos=_id(tokenizer, "bos_token", written),
         eos=tokenizer.eod,
-        pad=_id(tokenizer, "pad_token", written),
+        pad=pad_id,
     )
     # Classes of single models put `bos_token` there, whatever tokenizer.json says.
     if add_bos and tokenizer.encode_with_special_tokens("") == [special.bos]:
@@ -104,6 +117,14 @@ def check_vocabulary(source: str | Path | None, model: ModelConfig) -> None:
             f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
             f"({model.vocab_size}); give the model's own tokenizer with --tokenizer."
         )
+
+
+def _padding_token(tokenizer: Tokenizer, pad: int | None) -> str:
+    """Return the token of an id if it is special; transformers would cut it out of texts."""
+    for token in json.loads(tokenizer.json).get("added_tokens") or ():
+        if token["id"] == pad and token.get("special"):
+            return token["content"]
+    return tokenizer.token(tokenizer.eod)
 
 
 def _id(tokenizer: Tokenizer, name: str, config: dict[str, Any]) -> int | None:

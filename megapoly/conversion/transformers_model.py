@@ -13,10 +13,10 @@ from megapoly.conversion.checkpoint_model import (
     hf_config_of,
     read_tensors,
     tokenizer_source,
+    write_tokenizer_of,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, checkpoint_of_model
 from megapoly.conversion.safetensors_reader import read_json
-from megapoly.conversion.tokenizer_files import write_tokenizer
 from megapoly.conversion.transformers_classes import (
     class_without_remote_code,
     config_and_model_class,
@@ -72,17 +72,16 @@ def model_from_folder(folder: Path) -> tuple[Any, Any]:
 
 def model_from_checkpoint(checkpoint: Path) -> tuple[Any, Any]:
     """Convert a checkpoint in memory; return model and tokenizer as its export would open."""
+    from transformers import GenerationConfig
+
     reader = CheckpointReader(checkpoint)
     mappings = checked_mappings(reader)
     with tempfile.TemporaryDirectory(prefix="megapoly-tokenizer-") as folder:
-        special = write_tokenizer(
-            tokenizer_source(reader, None),
-            Path(folder),
-            seq_length=reader.config.training.seq_length,
-        )
+        settings, _ = write_tokenizer_of(reader, tokenizer_source(reader, None), Path(folder))
         tokenizer = open_in_transformers(Path(folder), run_code=False)
     dtype = reader.dtype(mappings[0].key)
-    config, model_class = config_and_model_class(hf_config_of(reader, special, dtype))
+    config, model_class = config_and_model_class(hf_config_of(reader, settings, dtype))
     weights = {mapping.name: tensor for mapping, tensor in read_tensors(reader, mappings)}
     model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model.generation_config = GenerationConfig.from_dict(settings.generation)
     return model, tokenizer

@@ -13,7 +13,12 @@ from megapoly.conversion.module_outputs import ModuleOutputs, row_projections
 
 
 def transformers_module_outputs(
-    model: Any, tokens: Tensor, rows: Mapping[str, Tensor]
+    model: Any,
+    tokens: Tensor,
+    rows: Mapping[str, Tensor],
+    *,
+    positions: Tensor | None = None,
+    replacements: ModuleOutputs | None = None,
 ) -> ModuleOutputs:
     """Run a model of transformers and record its modules' outputs.
 
@@ -21,19 +26,27 @@ def transformers_module_outputs(
         model: Llama, OLMoE or this project's model, as ``AutoModelForCausalLM`` opens it.
         tokens: [b, s].
         rows: rows that reach every expert, by the module of the experts.
+        positions: [b, s] position ids; None: the model counts from 0.
+        replacements: outputs to go on with in place of each module's own, so that an error in one
+            module does not reach the next; None: the model's own.
     """
     outputs = ModuleOutputs()
+    arguments: dict[str, Tensor] = {}
+    if positions is not None:
+        # Without a mask, transformers takes a gap between positions for the end of a text.
+        mask = torch.ones_like(tokens)
+        arguments = {"position_ids": positions, "attention_mask": mask}
     with ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
             if _is_compared(name):
-                hooks.callback(_record_output(module, name, outputs))
+                hooks.callback(_record_output(module, name, outputs, replacements))
             elif name.endswith(".mlp.gate"):
                 place = name.removesuffix(".gate")
                 mlp = model.get_submodule(place)
                 hooks.callback(
                     _record_routing(module, mlp, place, model.config, rows[place], outputs)
                 )
-        logits = model(input_ids=tokens, use_cache=False).logits
+        logits = model(input_ids=tokens, use_cache=False, **arguments).logits
         outputs.record("lm_head", logits)
         outputs.embedding = row_projections(model.get_input_embeddings().weight)
     return outputs
@@ -55,9 +68,17 @@ def _is_compared(name: str) -> bool:
     ]
 
 
-def _record_output(module: Any, name: str, outputs: ModuleOutputs) -> Callable[[], None]:
-    def hook(_: Any, __: Any, output: Any) -> None:
-        outputs.record(name, output[0] if isinstance(output, tuple) else output)
+def _record_output(
+    module: Any, name: str, outputs: ModuleOutputs, replacements: ModuleOutputs | None
+) -> Callable[[], None]:
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        own = output[0] if isinstance(output, tuple) else output
+        outputs.record(name, own)
+        other = None if replacements is None else replacements.outputs.get(name)
+        if other is None or other.numel() != own.numel():
+            return output
+        other = other.reshape(own.shape).to(own.dtype).contiguous()
+        return (other, *output[1:]) if isinstance(output, tuple) else other
 
     return module.register_forward_hook(hook).remove
 

@@ -111,9 +111,13 @@ def _evaluation_config(saved: Config, checkpoint: Path) -> Config:
     is_own_cache = saved.data.cache_dir == str(Path(saved.run_dir) / "cache")
     return Config(
         run_dir=str(run_dir),
-        # Kernels depend on the machine that evaluates.
+        # Kernels depend on the machine that evaluates, and the text may be longer.
         model=dataclasses.replace(
-            saved.model, transformer_engine=None, apply_rope_fusion=None, moe_permute_fusion=None
+            saved.model,
+            transformer_engine=None,
+            apply_rope_fusion=None,
+            moe_permute_fusion=None,
+            max_position_embeddings=None,
         ),
         parallel=ParallelConfig(distributed_timeout_minutes=timeout),
         data=dataclasses.replace(

@@ -39,6 +39,7 @@ _MAY_CHANGE = {
     "activation_backend",
     "activation_deterministic",
     "make_vocab_size_divisible_by",
+    "max_position_embeddings",
     "moe_token_dispatcher_type",
     "moe_grouped_gemm",
     "moe_permute_fusion",

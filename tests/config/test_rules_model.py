@@ -38,6 +38,12 @@ CASES: list[dict[str, Any]] = [
         right={"model.vocab_size": 4096},
     ),
     dict(
+        rule="positions_cover_samples",
+        wrong={"model.max_position_embeddings": 255, "training.seq_length": 256},
+        words=["`model.max_position_embeddings` (255)", "`training.seq_length` (256)", "set 256"],
+        right={"model.max_position_embeddings": 256, "training.seq_length": 256},
+    ),
+    dict(
         rule="activation_is_known",
         wrong={"model.activation": "polynrm"},
         words=["(polynrm)", "nearest is polynorm"],

@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from megapoly.conversion import parity_check
 from megapoly.conversion.engine_outputs import engine_model
@@ -18,10 +23,41 @@ from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.conversion.parity import TOLERANCE
 from megapoly.conversion.transformers_model import load_transformers_model
-from megapoly.data.tokenizer import load_tokenizer
+from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
 
 QUIET = Console(quiet=True)
 NUM_NEW_TOKENS = 12
+SIZES = {
+    "vocab_size": 4099,  # no multiple of anything
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+def saved(model, folder, dtype=torch.float32):
+    """A folder of a model with random norms, and the built-in tokenizer."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.to(dtype).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(BUILTIN_TOKENIZER), eos_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def llama(folder, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    return saved(LlamaForCausalLM(LlamaConfig(**(SIZES | changes))), folder, dtype)
 
 
 def quiet():
@@ -83,7 +119,7 @@ def continue_greedily(model, tokens):
 
 
 def compare_broken(checkpoint, folder, breaks, work):
-    """Return by the name of a break whether the comparison passed, and the module it named."""
+    """Return by the name of a break the comparison."""
     quiet()
     results = {}
     for name, change in breaks.items():
@@ -97,7 +133,7 @@ def compare_broken(checkpoint, folder, breaks, work):
         result = parity_check.check_export_parity(
             checkpoint, broken, torch.float32, TOLERANCE, QUIET
         )
-        results[name] = (result.passed, result.first_difference, result.loading)
+        results[name] = result.to_dict()
     return results
 
 

@@ -47,7 +47,7 @@ def written_by_import(folder, tmp_path):
     """Return the rule, and the ids that transformers gives with the written files."""
     output = tmp_path / "written"
     output.mkdir()
-    write_tokenizer(folder, output, seq_length=8)
+    write_tokenizer(folder, output, max_length=8)
     rule = rule_of_import(folder, None, output)
     return rule, AutoTokenizer.from_pretrained(output)("ab a")["input_ids"]
 

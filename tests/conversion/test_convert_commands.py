@@ -23,7 +23,7 @@ def test_there_and_back(trained, tmp_path):
     to_hf = ["tools/convert_to_hf.py", "--checkpoint", trained("polyrelu"), "--output"]
     done = run(*to_hf, tmp_path / "hf", "--dtype", "bfloat16")
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"wrote {tmp_path / 'hf'}")
-    assert "parity on 256 tokens" in done.stdout
+    assert "parity on 320 tokens" in done.stdout
     report = json.loads((tmp_path / "hf" / "parity.json").read_text())
     assert (report["passed"], report["weights"]) == (True, "bfloat16")
 

@@ -46,7 +46,9 @@ MODEL_TYPES = {"olmoe": "olmoe", "geglu": "llama"}
 def assert_same_model(name, folder, parity, of_engine, of_export):
     assert parity["passed"]
     assert parity["max_difference"] <= 1e-5
-    assert parity["num_tokens"] + parity["excluded_positions"] == 256
+    assert parity["num_tokens"] + parity["excluded_positions"] == 256 + 64
+    assert parity["last_position"] == 2 * 64 - 1
+    assert max(parity["near_difference"], parity["far_difference"]) <= 1e-5
     assert parity["excluded_positions"] <= 16
     assert parity["argmax_agreement"] == 1.0
     assert parity["checkpoint_loss"] == pytest.approx(parity["export_loss"], abs=1e-5)
@@ -166,11 +168,15 @@ def test_tokenizer_and_model_card(trained, exported):
     )
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == load_tokenizer(None).eod
+    assert tokenizer.pad_token_id == generation["pad_token_id"] == load_tokenizer(None).eod
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] is None
     card = (folder / "README.md").read_text()
     run = json.loads((trained("moe") / "run.json").read_text())
     assert run["data_fingerprint"] in card
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers"
+    assert front["language"] == ["en"]  # of the built-in text
+    assert "license" not in front
     block = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     expected = yaml.safe_load((trained("moe") / "config.yaml").read_text())
     # Folders of the machine are no part of a card.

@@ -5,58 +5,22 @@ import json
 import pytest
 import torch
 import yaml
-from conversions import QUIET, import_and_back, import_only
+from conversions import QUIET, SIZES, import_and_back, import_only, llama, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from megapoly.config import ModelConfig, load_yaml
 from megapoly.conversion.activation_change import ActivationChange, change_activation
 from megapoly.conversion.bos_rule import bos_rule
 from megapoly.conversion.checkpoint_reader import CheckpointReader
+from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.import_model import ImportOptions, import_model
-from megapoly.data.tokenizer import BUILTIN_TOKENIZER
 from megapoly.errors import CheckpointError, ConfigError
 from megapoly.model.initial_values import initial_value
 from megapoly.testing import run_job, run_on_ranks
 
-SIZES = {
-    "vocab_size": 4099,  # no multiple of anything
-    "hidden_size": 48,
-    "intermediate_size": 60,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": None,
-}
-
-
-def saved(model, folder, dtype=torch.float32):
-    """A folder of a model with random norms, and the built-in tokenizer."""
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.to(dtype).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(BUILTIN_TOKENIZER), eos_token="<|endoftext|>"
-    ).save_pretrained(folder)
-    return folder
-
-
-def llama(folder, dtype=torch.float32, **changes):
-    torch.manual_seed(0)
-    return saved(LlamaForCausalLM(LlamaConfig(**(SIZES | changes))), folder, dtype)
+FILES = ("config", "generation_config", "tokenizer_config")
 
 
 def tensors(folder):
@@ -93,6 +57,8 @@ def test_llama_there_and_back_and_on_at_other_layouts(tmp_path):
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
     )
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [0, 7]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
     (report,) = run_on_ranks(import_and_back, 1, folder, checkpoint, back)
     assert report["parity"]["passed"]
@@ -110,6 +76,12 @@ def test_llama_there_and_back_and_on_at_other_layouts(tmp_path):
         assert a["lm_loss"] == pytest.approx(b["lm_loss"], abs=1e-5)
     assert alone[0]["lm_loss"] != pytest.approx(alone[1]["lm_loss"], abs=1e-3)
     assert bos_rule(checkpoint) and bos_rule(tmp_path / "cut")  # the run keeps the record
+    # Training on shorter texts changes neither the limits nor the settings of the source.
+    export_model(ExportOptions(tmp_path / "cut", tmp_path / "on", skip_parity=True), QUIET)
+    trained = {name: json.loads((tmp_path / "on" / f"{name}.json").read_text()) for name in FILES}
+    assert trained["config"]["max_position_embeddings"] == 64
+    assert trained["tokenizer_config"]["model_max_length"] == 64
+    assert generation.items() <= trained["generation_config"].items()
 
 
 def test_olmoe_there_and_back_in_bf16(tmp_path):
@@ -252,9 +224,7 @@ def change_tensors(folder, change):
         ({"model_type": "gpt2"}, "llama, olmoe, megapoly.*gpt2"),
         ({"attention_bias": True}, "`attention_bias`: True"),
         ({"clip_qkv": 8.0}, "`clip_qkv`: 8.0"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "llama3"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor`: 0.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "`rope_scaling.type`: dynamic"),
         ({"hidden_size": None, "vocab_size": "many"}, "must set hidden_size, vocab_size to whole"),
         ({"hidden_act": "gelu_new"}, "`hidden_act`.*gelu_new"),
         ({"num_hidden_layers": 3}, "`model.layers.2.* is missing"),

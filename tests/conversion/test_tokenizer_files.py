@@ -36,7 +36,7 @@ def source(tmp_path):
 def test_ids_and_files(source, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
-    special = write_tokenizer(source, output, seq_length=77)
+    special = write_tokenizer(source, output, max_length=77)
     eod = load_tokenizer(source).eod
     assert (special.bos, special.eos, special.pad) == (10, eod, 11)
     config = json.loads((output / "tokenizer_config.json").read_text())
@@ -64,7 +64,7 @@ def test_what_only_other_files_say_is_written_to_the_two(source, tmp_path):
     (source / "special_tokens_map.json").write_text('{"eos_token": "<|call|>"}')
     output = tmp_path / "output"
     output.mkdir()
-    assert write_tokenizer(source, output, seq_length=77).eos == 4096
+    assert write_tokenizer(source, output, max_length=77).eos == 4096
     written = json.loads((output / "tokenizer.json").read_text())
     assert written["truncation"] is written["padding"] is None
     opened = AutoTokenizer.from_pretrained(output)
@@ -73,8 +73,27 @@ def test_what_only_other_files_say_is_written_to_the_two(source, tmp_path):
     assert not (output / "special_tokens_map.json").exists()
 
 
+@pytest.mark.parametrize("pad", [None, 7, 4096])
+def test_batches_are_padded(tmp_path, pad):
+    """By the end of a document if there is no special token for it; others are part of texts."""
+    content = json.loads(BUILTIN_TOKENIZER.read_text())
+    (end,) = content["added_tokens"]
+    content["added_tokens"].append(end | {"id": 4096, "content": "<call>", "special": False})
+    source = tmp_path / "source.json"
+    source.write_text(json.dumps(content))
+    special = write_tokenizer(source, tmp_path, max_length=64, pad=pad)
+    assert special.pad == special.eos
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["Call me Ishmael.", "(&)"]
+    ids = [load_tokenizer(None).encode(text) for text in texts]
+    missing = len(ids[0]) - len(ids[1])
+    batch = tokenizer(texts, padding=True)
+    assert batch["input_ids"] == [ids[0], ids[1] + [special.eos] * missing]
+    assert batch["attention_mask"][1] == [1] * len(ids[1]) + [0] * missing
+
+
 def test_a_special_token_that_there_is_not_is_refused(source, tmp_path):
     path = source / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
     with pytest.raises(DataError, match="`pad_token`.*'<pad>' is not"):
-        write_tokenizer(source, tmp_path, seq_length=8)
+        write_tokenizer(source, tmp_path, max_length=8)

@@ -79,6 +79,17 @@ def vocabulary_covers_tokenizer(facts: Facts) -> Iterator[str]:
         )
 
 
+def positions_cover_samples(facts: Facts) -> Iterator[str]:
+    """An export does not claim fewer positions than the model was trained on."""
+    longest, length = facts.config.model.max_position_embeddings, facts.config.training.seq_length
+    if longest is not None and length > longest >= 1:
+        yield (
+            f"`model.max_position_embeddings` ({longest}) must be at least `training.seq_length` "
+            f"({length}); set {length} to train on longer texts, or null to take "
+            "`training.seq_length`"
+        )
+
+
 def activation_is_known(facts: Facts) -> Iterator[str]:
     """The registry has the activation."""
     from megapoly.activations import registry
@@ -156,6 +167,7 @@ RULES: tuple[Rule, ...] = (
     heads_have_even_width,
     query_groups_fit_heads,
     vocabulary_covers_tokenizer,
+    positions_cover_samples,
     activation_is_known,
     activation_options_have_effect,
     moe_options_have_effect,

@@ -17,6 +17,7 @@ AT_LEAST_ONE = (
     "model.rotary_base",
     "model.vocab_size",
     "model.make_vocab_size_divisible_by",
+    "model.max_position_embeddings",
     "model.num_moe_experts",
     "model.moe_ffn_hidden_size",
     "model.moe_shared_expert_intermediate_size",
