@@ -34,7 +34,7 @@ def generated(model, ids, mask=None, **options):
         attention_mask=mask,
         max_new_tokens=10,
         do_sample=False,
-        eos_token_id=[],
+        eos_token_id=-1,
         pad_token_id=0,
         **options,
     )
@@ -87,6 +87,7 @@ def uses(folder, work):
     alone = generated(model, tokenizer("The", return_tensors="pt")["input_ids"])
     plain_loss, plain = gradients(model, ids, checkpointing=False)
     loss, recomputed = gradients(model, ids, checkpointing=True)
+    while_training = generated(model, ids)
     model.gradient_checkpointing_disable()
     model.eval()
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
@@ -118,6 +119,13 @@ def uses(folder, work):
         ),
         "last": largest(last - logits[:, -1:]),
         "same_without_cache": torch.equal(continued, generated(model, ids, use_cache=False)),
+        "same_in_static_cache": torch.equal(
+            continued, generated(model, ids, cache_implementation="static")
+        ),
+        "same_beams_without_cache": torch.equal(
+            generated(model, ids, num_beams=3), generated(model, ids, num_beams=3, use_cache=False)
+        ),
+        "same_while_training": torch.equal(continued, while_training),
         "same_padded": torch.equal(padded[1, -10:], alone[0, -10:]),
         "same_with_others": torch.equal(padded[0, -10:], continued[0, -10:]),
         "recomputed_loss": abs(loss - plain_loss),
