@@ -62,10 +62,10 @@ def test_what_users_do(exported, work, older):
         # Trainer leaves out columns that the signature does not name.
         assert {"position_ids", "inputs_embeds", "past_key_values"} <= set(found["signature"])
         assert "cache_position" not in found["signature"]
-        assert found["same_without_cache"]
-        assert found["same_in_static_cache"]
+        assert found["without_cache"] < 1e-4
+        assert found["in_static_cache"] < 1e-4
+        assert found["while_training"] < 1e-4
         assert found["same_beams_without_cache"]
-        assert found["same_while_training"]
         assert found["same_padded"]
         assert found["same_with_others"]
         assert found["recomputed_loss"] < 1e-6

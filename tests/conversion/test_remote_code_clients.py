@@ -219,3 +219,12 @@ def test_experts_that_overflow_count_only_where_chosen():
         compiled, _ = torch.compile(mlp, backend="eager", fullgraph=True)(x)
     assert compiled.isfinite().all()
     assert (compiled - expected).abs().max() < 1e-3
+
+
+def test_only_a_mixture_has_a_router_loss(model):
+    """TRL's SFTTrainer asks for it where the configuration has these."""
+    names = {"output_router_logits", "router_aux_loss_coef"}
+    is_mixture = model.config.num_experts is not None
+    assert names & set(vars(model.config)) == (names if is_mixture else set())
+    loss = model(IDS, labels=IDS, output_router_logits=True)
+    assert (loss.aux_loss is not None) == is_mixture

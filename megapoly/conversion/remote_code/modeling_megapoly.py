@@ -204,6 +204,12 @@ class MegapolyDecoderLayer(GradientCheckpointingLayer):
         else:
             self.mlp = MegapolyMLP(config, config.intermediate_size)
 
+    def __call__(self, *args, **kwargs):
+        """Checkpoint only if there are gradients; before 5.24, a layer would lose its cache."""
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
+
     def forward(self, hidden_states, **kwargs):
         """Return output [b, s, h], attention probabilities, router logits (None if dense)."""
         attended, probs = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
@@ -426,7 +432,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             kept = slice(-kept, None) if kept else slice(None)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = getattr(self.config, "output_router_logits", False)
         loss, balancing = None, None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
