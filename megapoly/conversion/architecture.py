@@ -17,7 +17,7 @@ from megapoly.errors import CheckpointError
 
 ModelType = Literal["llama", "olmoe", "megapoly"]
 MODEL_TYPE = "megapoly"
-CODE_FILES = ("configuration_megapoly.py", "modeling_megapoly.py")
+CODE_FILES = ("configuration_megapoly.py", "ffn_megapoly.py", "modeling_megapoly.py")
 
 _AUTO_MAP = {
     "AutoConfig": "configuration_megapoly.MegapolyConfig",

@@ -34,10 +34,16 @@ def generated(model, ids, mask=None, **options):
         attention_mask=mask,
         max_new_tokens=10,
         do_sample=False,
-        eos_token_id=[],
+        eos_token_id=-1,
         pad_token_id=0,
         **options,
     )
+
+
+def scores(model, ids, **options):
+    """Return the logits [new tokens, vocab] that a greedy continuation chooses from."""
+    given = {"output_logits": True, "return_dict_in_generate": True}
+    return torch.cat(generated(model, ids, **given, **options).logits)
 
 
 def gradients(model, ids, checkpointing):
@@ -80,13 +86,14 @@ def uses(folder, work):
         placed = model(ids, position_ids=torch.arange(7, 7 + ids.shape[1])[None]).logits
         as_tuple = model(**inputs, return_dict=False)
     torch.save(logits, work / f"{folder.name}-{transformers.__version__}.pt")
-    continued = generated(model, ids)
+    continued, of_cache = generated(model, ids), scores(model, ids)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     both = tokenizer([TEXT, "The"], return_tensors="pt", padding=True)
     padded = generated(model, both["input_ids"], both["attention_mask"])
     alone = generated(model, tokenizer("The", return_tensors="pt")["input_ids"])
     plain_loss, plain = gradients(model, ids, checkpointing=False)
     loss, recomputed = gradients(model, ids, checkpointing=True)
+    while_training = scores(model, ids)
     model.gradient_checkpointing_disable()
     model.eval()
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
@@ -117,7 +124,12 @@ def uses(folder, work):
             continued, generated(model, ids, output_router_logits=True)
         ),
         "last": largest(last - logits[:, -1:]),
-        "same_without_cache": torch.equal(continued, generated(model, ids, use_cache=False)),
+        "without_cache": largest(scores(model, ids, use_cache=False) - of_cache),
+        "in_static_cache": largest(scores(model, ids, cache_implementation="static") - of_cache),
+        "while_training": largest(while_training - of_cache),
+        "same_beams_without_cache": torch.equal(
+            generated(model, ids, num_beams=3), generated(model, ids, num_beams=3, use_cache=False)
+        ),
         "same_padded": torch.equal(padded[1, -10:], alone[0, -10:]),
         "same_with_others": torch.equal(padded[0, -10:], continued[0, -10:]),
         "recomputed_loss": abs(loss - plain_loss),

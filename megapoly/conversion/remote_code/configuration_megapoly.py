@@ -42,7 +42,8 @@ class MegapolyConfig(PretrainedConfig):
         num_experts_per_tok: number of experts per token.
         norm_topk_prob: divide the probabilities of the chosen experts by their sum.
         shared_expert_intermediate_size: width of the expert that every token uses; None: none.
-        output_router_logits: return router logits, and add the load-balancing loss to a loss.
+        output_router_logits: return router logits, and add the load-balancing loss to a loss; a
+            dense model's configuration does not have it, nor the next.
         router_aux_loss_coef: weight of that loss.
         attention_dropout: dropout of attention probabilities in training.
         initializer_range: standard deviation of initial weights.
@@ -103,8 +104,9 @@ class MegapolyConfig(PretrainedConfig):
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
-        self.output_router_logits = output_router_logits
-        self.router_aux_loss_coef = router_aux_loss_coef
+        if num_experts is not None:  # by these, trainers tell a mixture from a dense model
+            self.output_router_logits = output_router_logits
+            self.router_aux_loss_coef = router_aux_loss_coef
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
         self.use_cache = use_cache

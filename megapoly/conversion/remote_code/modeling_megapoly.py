@@ -1,12 +1,7 @@
 """A PolyCom language model for Hugging Face transformers; needs only torch and transformers.
 
-Pre-norm decoder with rotary positions; the FFN's activation is a learnable polynomial:
-
-    PolyReLU(x) = a0 + a1 relu(x) + .. + ar relu(x)^r
-    PolyNorm(x) = a0 + a1 n(x) + .. + ar n(x^r),   n(u) = u / sqrt(mean(u^2) + eps)
-
-(PolyCom, https://arxiv.org/abs/2411.03884). Coefficients are stored highest power first, as
-``act_fn.weight`` [r], and a0 as ``act_fn.bias`` [1].
+Pre-norm decoder with rotary positions, dense or a mixture of experts; ``ffn_megapoly.py`` has its
+FFNs. vLLM opens this code too, as its "Transformers backend".
 """
 
 import inspect
@@ -15,26 +10,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from .configuration_megapoly import GATED, OUTPUT_TENSOR_PARALLEL_PLAN, MegapolyConfig
+from .configuration_megapoly import OUTPUT_TENSOR_PARALLEL_PLAN, MegapolyConfig
+from .ffn_megapoly import MegapolyActivation, MegapolyMLP, MegapolyRouter, MegapolySparseMLP
 
-_POINTWISE = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "relu": F.relu,
-    "squared_relu": lambda x: F.relu(x).square(),
-}
-_NORMALIZED = ("polynorm", "polyrelunorm", "gated_polynorm")
-_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-# Renamed in transformers 5.24, in arguments and outputs.
+# Releases of transformers differ in these.
+_MASK_ARGUMENTS = tuple(inspect.signature(create_causal_mask).parameters)
+_UPDATE_ARGUMENTS = tuple(inspect.signature(Cache.update).parameters)
+# From 5.24 on, arguments and outputs are called `cache`, also that of continuous batching. Before,
+# only the latter was, and its attention function updates it.
 _CACHE = "cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"
 
 
@@ -51,133 +41,6 @@ class MegapolyRMSNorm(nn.Module):
         wide = x.float()
         normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normalized.to(x.dtype)
-
-
-class MegapolyActivation(nn.Module):
-    """The learnable activation; ``weight`` is [a_r, .., a_1] and ``bias`` [a_0]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.name, self.order = config.hidden_act, config.activation_order
-        self.norm, self.eps = config.activation_norm, config.activation_eps
-        self.weight = nn.Parameter(torch.full((self.order,), 1.0 / self.order))
-        self.bias = nn.Parameter(torch.zeros(1))
-        if self.name == "polyprelu":
-            self.slope = nn.Parameter(torch.full((1,), 0.25))
-
-    def forward(self, x):
-        """Apply the activation to [.., d]; computed in fp32."""
-        wide, coefficients = x.float(), self.weight.float().flip(0)
-        if self.name in ("polyrelu", "polyrelunorm"):
-            wide = F.relu(wide)
-        if self.name == "polyprelu":
-            wide = F.prelu(wide, self.slope.float())
-        powers = self._normalized_powers if self.name in _NORMALIZED else self._powers
-        y = self.bias.float().expand_as(wide)
-        for coefficient, power in zip(coefficients, powers(wide), strict=True):
-            y = y + coefficient * power
-        return y.to(x.dtype)
-
-    def _powers(self, x):
-        """Yield x, x^2, .., x^r."""
-        return (x**k for k in range(1, self.order + 1))
-
-    def _normalized_powers(self, x):
-        """Yield n(x), .., n(x^r), computed from z = x / m because x^2r could overflow."""
-        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
-        z = x / scale
-        for k in range(1, self.order + 1):
-            squares = z ** (2 * k)
-            if self.norm == "rms":
-                moment = squares.mean(-1, keepdim=True)
-            else:
-                moment = squares.sum(-1, keepdim=True)
-            yield z**k * torch.rsqrt(moment + self.eps / scale ** (2 * k))
-
-
-class MegapolyMLP(nn.Module):
-    """down(f(up x)), or down(f(gate x) * up x) with a gated activation f."""
-
-    def __init__(self, config, intermediate_size, has_coefficients=True):
-        super().__init__()
-        hidden_size = config.hidden_size
-        self.hidden_act = config.hidden_act
-        if self.hidden_act in GATED:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        if self.hidden_act not in _POINTWISE and has_coefficients:
-            self.act_fn = MegapolyActivation(config)
-
-    def forward(self, x):
-        """Apply the FFN to [.., h]."""
-        return feed_forward(self, _POINTWISE.get(self.hidden_act) or self.act_fn, x)
-
-
-def feed_forward(mlp, act_fn, x, probs=None):
-    """Apply a dense FFN or an expert: [.., h] -> [.., h].
-
-    Args:
-        mlp: module with the linear layers.
-        act_fn: activation, which the experts of a layer may share.
-        x: [.., h].
-        probs: [..] router probabilities, multiplied in after the activation.
-    """
-    up = mlp.up_proj(x)
-    y = act_fn(mlp.gate_proj(x)) * up if mlp.hidden_act in GATED else act_fn(up)
-    if probs is not None:
-        y = (y * probs[..., None]).to(y.dtype)
-    return mlp.down_proj(y)
-
-
-class MegapolyRouter(nn.Linear):
-    """Router: logits of all experts, in fp32."""
-
-    def __init__(self, config):
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
-
-    def forward(self, x):
-        """Return the logits [tokens, experts] in fp32 for [tokens, h]."""
-        return F.linear(x.float(), self.weight.float())
-
-
-class MegapolySparseMLP(nn.Module):
-    """Experts of a layer; a token's output is the sum of its experts', weighted by probability."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = MegapolyRouter(config)
-        per_expert = config.activation_coefficients == "per_expert"
-        self.experts = nn.ModuleList(
-            MegapolyMLP(config, config.intermediate_size, has_coefficients=per_expert)
-            for _ in range(config.num_experts)
-        )
-        self.hidden_act, self.per_expert = config.hidden_act, per_expert
-        if config.hidden_act not in _POINTWISE and not per_expert:
-            self.act_fn = MegapolyActivation(config)
-        self.shared_expert = None
-        if config.shared_expert_intermediate_size:
-            self.shared_expert = MegapolyMLP(config, config.shared_expert_intermediate_size)
-
-    def forward(self, hidden_states):
-        """Return output [b, s, h] and router logits [b s, experts] for [b, s, h]."""
-        x = hidden_states.flatten(0, -2)
-        router_logits = self.gate(x)
-        probs, chosen = router_logits.softmax(-1).topk(self.top_k, dim=-1)  # [tokens, k]
-        if self.norm_topk_prob:
-            probs = probs / probs.sum(-1, keepdim=True)
-        output = torch.zeros_like(x)
-        for i in chosen.unique().tolist():
-            token, place = torch.where(chosen == i)
-            expert = self.experts[i]
-            owner = expert if self.per_expert else self
-            act_fn = _POINTWISE.get(self.hidden_act) or owner.act_fn
-            y = feed_forward(expert, act_fn, x[token], probs[token, place])
-            output = output.index_add(0, token, y.to(output.dtype))
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(x)
-        return output.view_as(hidden_states), router_logits
 
 
 class MegapolyRotaryEmbedding(nn.Module):
@@ -240,13 +103,14 @@ class MegapolyAttention(nn.Module):
         if self.qk_norm != "none":
             sizes = (query_size, key_size) if self.qk_norm == "full" else (self.head_dim,) * 2
             self.q_norm, self.k_norm = (MegapolyRMSNorm(n, config.rms_norm_eps) for n in sizes)
+        self.join_heads = MegapolyJoinHeads()
 
     def forward(
         self,
         hidden_states,
         position_embeddings,
         attention_mask=None,
-        cache=None,
+        past_key_values=None,
         **kwargs,
     ):
         """Return output [b, s, h] and attention probabilities, None if not computed."""
@@ -259,12 +123,16 @@ class MegapolyAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         value = self.v_proj(hidden_states).view(shape)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
-        query, key = (rotate(t, *position_embeddings) for t in (query, key))
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        cos, sin = position_embeddings
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past_key_values is not None:
+            key, value = update_cache(past_key_values, key, value, self.layer_idx, kwargs)
+        # vLLM takes over the projections of a module whose attention function it finds here.
+        implementation = self.config._attn_implementation
+        if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get(implementation, eager_attention_forward)
         output, probs = attend(
             self,
             query,
@@ -275,7 +143,51 @@ class MegapolyAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.flatten(2).contiguous()), probs
+        return self.o_proj(self.join_heads(output, query)), probs
+
+
+def update_cache(cache, key, value, layer_idx, kwargs):
+    """Add keys and values to a cache; return all that it has for this layer.
+
+    Args:
+        cache: cache of transformers.
+        key: [b, heads, s, d].
+        value: [b, heads, s, d].
+        layer_idx: number of the layer.
+        kwargs: arguments of the attention function, which a paged cache reads and changes.
+    """
+    arguments = {}
+    if _CACHE == "cache":
+        arguments["kwargs"] = kwargs
+    elif "cache_kwargs" in _UPDATE_ARGUMENTS:
+        arguments["cache_kwargs"] = {"cache_position": kwargs["cache_position"]}
+    return cache.update(key, value, layer_idx, **arguments)
+
+
+class MegapolyJoinHeads(nn.Module):
+    """Concatenate the heads of an attention function's output.
+
+    A module, which vLLM does not trace, because it compares sizes.
+    """
+
+    def forward(self, output, query):
+        """Return [b, s, heads d] of an output [b, s, heads, d] or, in vLLM, [b s, heads d].
+
+        Args:
+            output: output of the attention function.
+            query: [b, heads, s, d], its queries.
+
+        Raises:
+            ValueError: the attention function computed other heads than those of the queries.
+        """
+        batch, heads, length, head_dim = query.shape
+        if output.numel() != query.numel():
+            raise ValueError(
+                f"attention got queries of {heads} heads of {head_dim} columns and {batch} x "
+                f"{length} positions, and returned {tuple(output.shape)}. Tensor parallelism must "
+                "give the attention function as many heads as the projections have on a rank."
+            )
+        return output.reshape(batch, length, heads * head_dim)
 
 
 class MegapolyDecoderLayer(GradientCheckpointingLayer):
@@ -291,6 +203,12 @@ class MegapolyDecoderLayer(GradientCheckpointingLayer):
             self.mlp = MegapolySparseMLP(config)
         else:
             self.mlp = MegapolyMLP(config, config.intermediate_size)
+
+    def __call__(self, *args, **kwargs):
+        """Checkpoint only if there are gradients; before 5.24, a layer would lose its cache."""
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self, hidden_states, **kwargs):
         """Return output [b, s, h], attention probabilities, router logits (None if dense)."""
@@ -312,13 +230,15 @@ class MegapolyPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
     _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module):
         """Draw matrices from a normal distribution; set norms, coefficients and frequencies."""
         config = self.config
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | MegapolyRouter):
             nn.init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, MegapolyRMSNorm):
             nn.init.ones_(module.weight)
@@ -357,7 +277,6 @@ class MegapolyModel(MegapolyPreTrainedModel):
         use_cache=None,
         output_attentions=None,
         output_hidden_states=None,
-        cache_position=None,
         cache=None,
         **kwargs,
     ):
@@ -365,27 +284,28 @@ class MegapolyModel(MegapolyPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either `input_ids` or `inputs_embeds`")
         config = self.config
-        cache = past_key_values if cache is None else cache
+        if _CACHE == "cache":
+            past_key_values = past_key_values if cache is None else cache
+        elif cache is not None:
+            kwargs["cache"] = cache
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache = False
-        if use_cache and cache is None:
-            cache = DynamicCache(config=config)
-        if cache_position is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            cache_position = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            cache_position = cache_position + seen
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+        if "cache_position" in _MASK_ARGUMENTS and kwargs.get("cache_position") is None:
+            kwargs["cache_position"] = next_positions(hidden_states, past_key_values)
         if position_ids is None:
-            position_ids = cache_position[None]
+            position_ids = next_positions(hidden_states, past_key_values)[None]
         mask = _causal_mask(
             config=config,
             input_embeds=hidden_states,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            cache_position=cache_position,
-            past_key_values=cache,
-            cache=cache,
+            cache_position=kwargs.get("cache_position"),
+            past_key_values=past_key_values,
+            cache=past_key_values,
             position_ids=position_ids,
         )
         if output_attentions is None:
@@ -400,7 +320,7 @@ class MegapolyModel(MegapolyPreTrainedModel):
         arguments = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids),
             "attention_mask": mask,
-            "cache": cache,
+            "past_key_values": past_key_values,
             "position_ids": position_ids,
             **kwargs,
         }
@@ -413,11 +333,17 @@ class MegapolyModel(MegapolyPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(
             last_hidden_state=hidden_states,
-            **{_CACHE: cache if use_cache else None},
+            **{_CACHE: past_key_values if use_cache else None},
             hidden_states=(*states, hidden_states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
             router_logits=tuple(router_logits) if config.num_experts else None,
         )
+
+
+def next_positions(hidden_states, cache):
+    """Return the positions [s] of hidden states [b, s, h] that follow those in a cache."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
 
 
 def _causal_mask(**arguments):
@@ -466,7 +392,6 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
         output_attentions=None,
         output_hidden_states=None,
         output_router_logits=None,
-        cache_position=None,
         cache=None,
         logits_to_keep=0,
         **kwargs,
@@ -485,8 +410,7 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             output_hidden_states: return the residual stream before every layer, and the last.
             output_router_logits: return router logits; with labels, add the load-balancing loss.
                 Overrides the configuration's.
-            cache_position: [s] positions in the cache.
-            cache: see ``past_key_values``.
+            cache: see ``past_key_values``. Before 5.24 the cache of continuous batching.
             logits_to_keep: number of last positions to return (0: all), or their indices.
             **kwargs: arguments of attention and loss.
         """
@@ -494,12 +418,12 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            cache_position=cache_position,
             return_dict=True,
             **kwargs,
         )
@@ -508,13 +432,10 @@ class MegapolyForCausalLM(MegapolyPreTrainedModel, GenerationMixin):
             kept = slice(-kept, None) if kept else slice(None)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            output_router_logits = getattr(self.config, "output_router_logits", False)
         loss, balancing = None, None
         if labels is not None:
-            items = kwargs.get("num_items_in_batch")
-            loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
-            )
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             if output_router_logits and self.config.num_experts:
                 balancing = load_balancing_loss(outputs.router_logits, self.config, attention_mask)
                 loss = loss + self.config.router_aux_loss_coef * balancing.to(loss.device)
