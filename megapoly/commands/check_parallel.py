@@ -39,13 +39,12 @@ from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
 from megapoly.platform.machine import CPU
-from megapoly.preflight.layouts import Layout, all_layouts, covering, parse_layout
+from megapoly.preflight.layouts import Layout, covering, parse_layout
 
 if TYPE_CHECKING:
     from megapoly.preflight.parallel_check.report import Report
 
 DEFAULT_RECIPE = "moe_tiny"
-WORLD_SIZES = [1, 2, 4, 8]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,16 +118,17 @@ def _check(options: argparse.Namespace, config: Config) -> int:
     # Here, not above: --help and a wrong option answer without importing torch.
     from megapoly.preflight.parallel_check.comparison import BF16, FP32
     from megapoly.preflight.parallel_check.report import Report
-    from megapoly.preflight.parallel_check.scaled import scaled_down
+    from megapoly.preflight.parallel_check.scaled import left_out, scaled_down
 
     if options.json:
         check_can_write("--json", options.json)
     bf16 = options.precision == "bf16"
-    small = scaled_down(config, steps=options.steps, bf16=bf16)
+    layouts = _requested(options, config)
+    small = scaled_down(config, steps=options.steps, bf16=bf16, layouts=layouts)
     if problems := _problems(Layout(), small):
         raise ConfigError(problems)
-    layouts = _layouts(options, small)
-    report = Report(small, BF16 if bf16 else FP32, [])
+    layouts = _allowed(options, layouts, small)
+    report = Report(small, BF16 if bf16 else FP32, [], left_out(config))
     with tempfile.TemporaryDirectory(prefix="check-parallel-") as cache_dir:
         _train_all(report, layouts, Path(cache_dir), options.timeout_s)
     console = Console()
@@ -140,33 +140,42 @@ def _check(options: argparse.Namespace, config: Config) -> int:
     return 0 if report.is_right else 1
 
 
-def _layouts(options: argparse.Namespace, small: Config) -> list[Layout]:
-    """Return the requested layouts; refuse a layout that breaks a rule, with the rule."""
+def _requested(options: argparse.Namespace, config: Config) -> list[Layout]:
+    """Return the layouts by name, or all of the numbers of processes."""
+    from megapoly.preflight.parallel_check.scaled import WORLD_SIZES, candidates
+
     sizes = options.world_size
     if options.layouts in (None, ["all"]):
-        chosen: list[Layout] = []
-        for world_size in sizes or WORLD_SIZES:
-            every = all_layouts(
-                world_size,
-                num_experts=small.model.num_moe_experts,
-                is_allowed=lambda layout: not _problems(layout, small),
-            )
-            if not every:
-                raise ConfigError(
-                    [f"the configuration has no layout for {world_size} processes; take 1, 2, 4, 8"]
-                )
-            chosen += every if options.layouts else covering(every)
-        return chosen
+        return candidates(config, sizes or WORLD_SIZES)
     named = [parse_layout(name) for name in options.layouts]
     if sizes:
         filled = [layout.at(world_size) for layout in named for world_size in sizes]
         named = [layout for layout in filled if layout is not None]
-    problems = [f"{x.name}: {problem}" for x in named for problem in _problems(x, small)]
     if not named:
-        problems = [f"none of the layouts fits {sizes} processes; leave out --world-size"]
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"none of the layouts fits {sizes} processes; leave out --world-size"])
     return list(dict.fromkeys(named))
+
+
+def _allowed(options: argparse.Namespace, layouts: list[Layout], small: Config) -> list[Layout]:
+    """Refuse a layout by name that breaks a rule, with the rule; leave out others that do."""
+    problems = {layout: _problems(layout, small) for layout in layouts}
+    if options.layouts in (None, ["all"]):
+        allowed = [layout for layout, broken in problems.items() if not broken]
+        if options.layouts:
+            return allowed
+        by_size: dict[int, list[Layout]] = {}
+        for layout in allowed:
+            by_size.setdefault(layout.world_size, []).append(layout)
+        return [layout for every in by_size.values() for layout in covering(every)]
+    if any(problems.values()):
+        raise ConfigError(
+            [
+                f"{layout.name}: {problem} (sizes of the small copy)"
+                for layout, broken in problems.items()
+                for problem in broken
+            ]
+        )
+    return layouts
 
 
 def _problems(layout: Layout, small: Config) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_layout_that_fails(capsys, monkeypatch):
         (["--optimizer.clip_grad", "-1"], "`optimizer.clip_grad` (-1.0) must be at least 0"),
         (["--layouts", "tp2x"], "the layout 'tp2x' has the part 'tp2x'; parts are"),
         (["--layouts", "tp4", "--world_sizes", "2"], "none of the layouts fits [2] processes"),
-        (["--world_sizes", "7"], "no layout for 7 processes; take 1, 2, 4, 8"),
+        (["--training.fp8", "e4m3"], "`training.fp8` (e4m3) cannot be checked here"),
         (["--model.activation", "swiglue"], "the nearest is swiglu"),
         (["--model.no_such_option", "1"], "no_such_option"),
     ],

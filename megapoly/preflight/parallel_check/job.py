@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from megapoly.config import Config
+from megapoly.config.schema import BlendSource
+from megapoly.data.builtin import builtin_documents
 from megapoly.data.corpus import load_corpus
-from megapoly.data.loader import Batch
+from megapoly.data.token_files import pair_paths, write_token_file
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.platform.device import select_platform
 from megapoly.preflight.layouts import Layout
@@ -27,6 +29,8 @@ from megapoly.training.distributed import model_groups, process_group
 from megapoly.training.rank_zero_first import RankZeroFirst
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, update_parameters
+
+_NUM_CHAPTERS = 40
 
 
 @dataclasses.dataclass
@@ -67,10 +71,29 @@ def train_at(config: Config, layout: Layout, *, cache_dir: Path, timeout_s: floa
         TimeoutError: a rank did not end in time.
     """
     config = layout.applied_to(config)
-    config.data.cache_dir = str(cache_dir)
+    set_data(config, cache_dir)
     ranks = run_on_ranks(steps_of_rank, layout.world_size, config, timeout_s=timeout_s)
     assert config.model.vocab_size is not None
     return [_whole_step(steps, config.model.vocab_size) for steps in zip(*ranks, strict=True)]
+
+
+def set_data(config: Config, cache_dir: Path) -> None:
+    """Set the built-in text; paragraphs as documents if the loss depends on where these end.
+
+    Chapters, the documents of the built-in text, end in one of 84 samples of 64 tokens.
+    """
+    config.data.cache_dir = str(cache_dir)
+    if not config.data.eod_mask_loss:
+        return
+    prefix = cache_dir / "paragraphs"
+    if not pair_paths(prefix)[1].is_file():
+        documents = builtin_documents()[:_NUM_CHAPTERS]
+        write_token_file(
+            prefix,
+            (part for document in documents for part in document.text.split("\n\n") if part),
+            load_tokenizer(None),
+        )
+    config.data.blend = [BlendSource(str(prefix), epochs=1, name="paragraphs")]
 
 
 def _whole_step(ranks: Sequence[_RankStep], vocab_size: int) -> Step:
@@ -92,8 +115,6 @@ def steps_of_rank(config: Config) -> list[_RankStep]:
 
 def _steps(state: TrainState) -> list[_RankStep]:
     batches = state.training_batches()
-    if state.config.data.eod_mask_loss:
-        batches = _with_masked_tokens(batches)
     steps = []
     for _ in itertools.repeat(None, state.config.training.train_iters or 0):
         losses = compute_gradients(state, batches)
@@ -103,9 +124,3 @@ def _steps(state: TrainState) -> list[_RankStep]:
             _RankStep({"lm_loss": result.lm_loss} | result.aux_losses, result.grad_norm, gradients)
         )
     return steps
-
-
-def _with_masked_tokens(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Mask what follows every third token id: short samples have hardly an end of document."""
-    for batch in batches:
-        yield batch | {"loss_mask": batch["loss_mask"] * (batch["tokens"] % 3 > 0)}

@@ -45,11 +45,13 @@ class Report:
         config: the configuration of one process.
         tolerance: for every layout.
         rows: layouts in the order of the check.
+        left_out: sentences on options that the check does not cover.
     """
 
     config: Config
     tolerance: Tolerance
     rows: list[Row]
+    left_out: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_right(self) -> bool:
@@ -67,7 +69,7 @@ class Report:
         return table
 
     def findings(self) -> list[str]:
-        """Return one sentence on each layout that differs, then one on all layouts."""
+        """Return a sentence on each option left out and each layout that differs, then on all."""
         wrong = [row for row in self.rows if not row.is_right(self.tolerance)]
         limits = (
             f"loss {self.tolerance.loss:.0e}, gradient norm {self.tolerance.grad_norm:.0e}, "
@@ -81,7 +83,11 @@ class Report:
             if count > 1
             else "The layout trains the model of one process, within"
         )
-        return [*(_finding(row, self.tolerance) for row in wrong), f"{verdict} {limits}"]
+        return [
+            *self.left_out,
+            *(_finding(row, self.tolerance) for row in wrong),
+            f"{verdict} {limits}",
+        ]
 
     def write_json(self, path: Path) -> None:
         """Write configuration, versions, and every parameter of every layout."""
@@ -89,6 +95,7 @@ class Report:
         content = {
             "is_right": self.is_right,
             "tolerance": dataclasses.asdict(self.tolerance),
+            "left_out": self.left_out,
             "versions": packages,
             "layouts": [_json(row, self.tolerance) for row in self.rows],
             "config": to_dict(self.config),
