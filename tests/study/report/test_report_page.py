@@ -321,8 +321,9 @@ def test_mixtures_tasks_and_theory(tmp_path, monkeypatch):
         )
     monkeypatch.setattr(theory, "EXPONENTS", [1, 5])
     monkeypatch.setattr(theory, "TOLERANCES", [1e-1, 1e-2, 1e-3])
-    monkeypatch.setattr(theory, "CELLS", {(1, k): (2, 4, 6) for k in ("PolyReLU", "ReLU")})
-    monkeypatch.setattr(theory, "SMOOTHNESS", {1: (1,)})
+    cells = {key: (2, 4, 6) for key in theory.CELLS if key[0] == 1}
+    monkeypatch.setattr(theory, "CELLS", cells)
+    monkeypatch.setattr(theory, "SMOOTHNESS", dict.fromkeys(cells, (1,)))
     (tmp_path / "T").mkdir()
     (tmp_path / "T/theory.json").write_text(json.dumps(theory.measure_all()))
     assert main(["moe", "--output", "page", "--theory", "T"]) == 0
