@@ -40,8 +40,7 @@ TEST = [
 ]
 
 EXTRAS = {
-    # The engine: train, compare, plan, check-parallel, and every command that opens a checkpoint
-    # with it.
+    # The engine: train, plan, check-parallel, and every command that opens a checkpoint with it.
     "train": [
         "megatron-core>=0.16.1,<0.17",
         "psutil",  # without it the engine's checkpoint writer waits for ever
@@ -67,7 +66,8 @@ EXTRAS = {
         "datasets",
         "lm-eval>=0.4.12",  # the first whose task manager distinguishes tasks from groups
     ],
-    "report": ["jinja2", "markdown-it-py", "matplotlib", "pillow"],
+    # report, theory; with `train` compare
+    "report": ["jinja2", "markdown-it-py", "matplotlib", "pillow", "scipy"],
     "bench": ["matplotlib", "psutil"],
     "all": ["megapoly[train,data,hf,eval,report,bench]"],
     # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.

@@ -94,7 +94,7 @@ COMMANDS = {
     "compare": Command(
         "compare",
         "train the same model with several activations",
-        needs=_ENGINE,
+        needs=_ENGINE | {"report": ("scipy",)},  # intervals of its table
         takes_overrides=True,
     ),
     "analyze": Command(

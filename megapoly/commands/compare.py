@@ -24,7 +24,8 @@ machine, or is started elsewhere by --launcher:
 On Ctrl-C or SIGTERM the command sends SIGTERM to the jobs and waits until they have saved. This
 ends `sbatch --wait`, but not its job: cancel that before you run the same command again.
 
-Options of the configuration, `--section.field value`, apply to all runs. The exit status is 0, or 2
+Options of the configuration, `--section.field value`, apply to all runs; one that only some of the
+activations have, such as --model.activation_eps, to theirs. The exit status is 0, or 2
 with the reason, also if runs failed.
 """
 
@@ -240,7 +241,12 @@ def _base(
     from megapoly.data.tokenizer import tokenizer_vocab_size
     from megapoly.platform.device import this_machine
     from megapoly.platform.machine import Machine
-    from megapoly.study.comparison.trials import Trial, with_tasks
+    from megapoly.study.comparison.trials import (
+        Trial,
+        options_of_some,
+        with_own_options,
+        with_tasks,
+    )
 
     recipes = [each for path in arguments.config for each in ("--config", path)]
     program = Path(sys.argv[0]).name
@@ -255,8 +261,10 @@ def _base(
         tokenizer_vocab_size=vocab_size,
         with_files=here,
     )
-    if problems := problems_of(base):  # trials are made from a valid one
+    # Trials are made from a valid one, which may set options that only some activations have.
+    if problems := problems_of(with_own_options(base)):
         raise ConfigError(problems)
+    options_of_some(base, variants)
     if arguments.tasks:
         base = with_tasks(base, arguments.tasks, arguments.task_data, arguments.task_limit)
     trials = [Trial(v, base.optimizer.lr, seed) for v in variants for seed in arguments.seeds]

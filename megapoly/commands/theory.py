@@ -27,8 +27,18 @@ CELLS = {
     (1, "ReLU"): (2, 4, 8, 16, 32, 64),
     (2, "PolyReLU"): (2, 4, 8, 16),
     (2, "ReLU"): (2, 4, 8, 12),
+    (1, "PolyReLU, one layer"): (2, 4, 8, 16, 32, 64),
+    (1, "ReLU, one layer"): (2, 4, 8, 16, 32, 64, 256, 1024, 4096),
 }
-SMOOTHNESS = {1: (1, 2, 3, 4), 2: (2, 3)}
+# Orders n; of the networks of one layer those at which they differ.
+SMOOTHNESS = {
+    (1, "PolyReLU"): (1, 2, 3, 4),
+    (1, "ReLU"): (1, 2, 3, 4),
+    (2, "PolyReLU"): (2, 3),
+    (2, "ReLU"): (2, 3),
+    (1, "PolyReLU, one layer"): (2, 3, 4),
+    (1, "ReLU, one layer"): (2,),
+}
 # Below this, 2 N + 1 differs too much from 2 N for a slope in N.
 FIT_FROM_CELLS = 4
 
@@ -66,7 +76,7 @@ def measure_all() -> dict[str, Any]:
         "theorem_3": lambda: [
             result
             for (d, kind), cells in CELLS.items()
-            for n in SMOOTHNESS[d]
+            for n in SMOOTHNESS[d, kind]
             for result in measure.theorem_3(d, n, cells, kind)
         ],
     }

@@ -20,7 +20,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "hf": ("accelerate", "safetensors", "transformers", "tokenizers"),
     "eval": ("datasets", "lm_eval", "tokenizers"),
     "data": ("gigatoken", "orjson", "pyarrow", "tokenizers", "zstandard"),
-    "report": ("jinja2", "markdown_it", "matplotlib", "PIL"),
+    "report": ("jinja2", "markdown_it", "matplotlib", "PIL", "scipy"),
 }
 
 

@@ -232,6 +232,7 @@ def test_earlier_spellings_of_train(help_of: dict[str, tuple[int, str, bool]]) -
     [
         ("train", "megatron", "megatron-core: pip install 'megapoly[train]'"),
         ("compare", "tensorboard", "tensorboard: pip install 'megapoly[train]'"),
+        ("compare", "scipy", "scipy: pip install 'megapoly[report]'"),
         ("plan", "tokenizers", "tokenizers: pip install 'megapoly[train]'"),
         ("generate", "transformers", "transformers: pip install 'megapoly[hf]'"),
         ("preprocess", "tokenizers", "tokenizers: pip install 'megapoly[data]'"),

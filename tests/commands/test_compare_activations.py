@@ -75,6 +75,8 @@ def test_dry_run_lists_the_runs_and_starts_none(tmp_path: Path) -> None:
         "polynorm_order_2.lr_0.002.seed_1",
         "polynorm.lr_0.002.seed_1",
     ]
+    mixed = compare(*arguments.split(), "--model.activation_eps", "1e-3")
+    assert "model.activation_eps 0.001: polynorm alone; the others do not have it" in mixed
     near = compare(
         *arguments.split(), *"--learning-rates 1e-3 2e-3 --seeds 1 2 --margin 0.05".split()
     )
@@ -111,6 +113,10 @@ def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: P
         ("--launcher 'a", "No closing quotation"),
         ("--seeds 1 4294967296", "`data.seed` (4294967296) must be"),
         ("--orders 2", "`--orders` (2) has no effect"),
+        (
+            "--model.activation_eps 1e-3",
+            "has no effect with any of the compared activations (gelu)",
+        ),
         ("--tasks piqa --task-data absent", "`training.eval_tasks_data` (absent) is not a folder"),
         ("--training.seed=3", "--training.seed is set by --seeds"),
         ("--learning-rates 1e-3 --optimizer.lr 2e-3", "--optimizer.lr is set by --learning-rates"),

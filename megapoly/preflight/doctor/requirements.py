@@ -13,7 +13,7 @@ EXTRA_USES = {
     "hf": "megapoly export, import and generate",
     "eval": "megapoly evaluate, benchmarks during training",
     "data": "megapoly preprocess",
-    "report": "megapoly report, figures of analyze and theory",
+    "report": "megapoly report and compare, figures of analyze and theory",
 }
 
 

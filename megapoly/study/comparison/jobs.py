@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ class _RunningJob:
     job: TrialJob
     process: subprocess.Popen[bytes]
     start: float
-    task: TaskID | None
+    task: TaskID | None = None
 
 
 class JobRunner:
@@ -104,7 +105,7 @@ class JobRunner:
         with self._live_progress(), self._ended_at_exit(running):
             while waiting or running:
                 while waiting and len(running) < self._at_once:
-                    running.append(self._begin(waiting.popleft()))
+                    self._begin(waiting.popleft(), running)
                 time.sleep(_POLL_S)
                 for one in list(running):
                     self._update(one)
@@ -145,9 +146,10 @@ class JobRunner:
                 status = one.process.wait()
                 self._on_end(one.job, time.monotonic() - one.start, status == DIVERGED)
 
-    def _begin(self, job: TrialJob) -> _RunningJob:
+    def _begin(self, job: TrialJob, running: list[_RunningJob]) -> None:
+        """Start a job and add it to the running ones, which a signal in between would not stop."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("ab") as log:
+        with job.log.open("ab") as log, _stops_deferred():
             process = subprocess.Popen(
                 job.command,
                 stdout=log,
@@ -157,12 +159,12 @@ class JobRunner:
                 pass_fds=self._inherited,
                 start_new_session=True,  # Ctrl-C reaches only this process, which stops the jobs
             )
-        task = None
+            begun = _RunningJob(job, process, time.monotonic())
+            running.append(begun)
         if self._progress is None:
             self._say(f"{job.name}: started")
         else:
-            task = self._progress.add_task(job.name, total=job.steps, status="starting")
-        return _RunningJob(job, process, time.monotonic(), task)
+            begun.task = self._progress.add_task(job.name, total=job.steps, status="starting")
 
     def _update(self, one: _RunningJob) -> None:
         if self._progress is None or one.task is None:
@@ -200,6 +202,27 @@ class JobRunner:
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _stops_deferred() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block; their handlers raise wherever Python is.
+
+    Handlers, and not the mask of the process, because a job would inherit the mask.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals reach that one
+        yield
+        return
+    arrived: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.getsignal(number)
+            # Registered first: a signal that arrives here leaves no handler behind.
+            stack.callback(signal.signal, number, previous)
+            signal.signal(number, lambda caught, _: arrived.append(caught))
+        yield
+    for caught in arrived:
+        signal.raise_signal(caught)
 
 
 def _outcome(job: TrialJob) -> str:

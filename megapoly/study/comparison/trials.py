@@ -10,11 +10,19 @@ from pathlib import Path
 from megapoly.activations import registry
 from megapoly.config import Config
 from megapoly.config.resolve import resolve, tokens_per_step, train_iters
+from megapoly.config.rules.model import COEFFICIENT_OPTIONS, NORM_OPTIONS
+from megapoly.config.schema import ModelConfig
 from megapoly.errors import ConfigError
 from megapoly.platform.machine import CPU
 from megapoly.polynomial import DEFAULT_ORDER
 from megapoly.preflight.planning.parameters import total_parameters
 
+# Of the activation; each trial's own order is part of its variant.
+_OPTIONS_OF_SOME = [
+    name.removeprefix("model.")
+    for name in (*COEFFICIENT_OPTIONS, *NORM_OPTIONS)
+    if name != "model.activation_order"
+]
 # How far the parameters of compared models may differ, relative to the first: coefficients differ,
 # and so do gated widths that 3 does not divide.
 PARAMETER_TOLERANCE = 0.01
@@ -59,7 +67,11 @@ class Trial:
         return f"{self.variant.name}.lr_{self.lr:g}.seed_{self.seed}"
 
     def config(self, base: Config, output: Path) -> Config:
-        """Return the configuration of the run, made from the common one."""
+        """Return the configuration of the run, made from the common one.
+
+        Options that the activation does not have keep their defaults: the common one sets them for
+        the activations that have them.
+        """
         config = copy.deepcopy(base)
         config.run_dir = str(output / self.name)
         config.model.activation = self.variant.activation
@@ -69,7 +81,51 @@ class Trial:
             setattr(config.optimizer, name, self.lr * fraction)
         config.optimizer.lr = self.lr
         config.training.seed = config.data.seed = self.seed
-        return config
+        return with_own_options(config)
+
+
+def with_own_options(config: Config) -> Config:
+    """Return a configuration with defaults for the options that its activation does not have."""
+    own = copy.deepcopy(config)
+    for name in _options_without_effect(own.model.activation):
+        setattr(own.model, name, getattr(ModelConfig, name))
+    return own
+
+
+def options_of_some(base: Config, variants: Sequence[Variant]) -> dict[str, list[str]]:
+    """Return the options that only some of the activations have, with these activations.
+
+    Args:
+        base: configuration of all trials; options with default values are left out.
+        variants: activations to compare.
+
+    Raises:
+        ConfigError: an option is set that none of the activations has.
+    """
+    found, problems = {}, []
+    every = dict.fromkeys(variant.activation for variant in variants)
+    for name in _OPTIONS_OF_SOME:
+        value = getattr(base.model, name)
+        if value == getattr(ModelConfig, name):
+            continue
+        has = [each for each in every if name not in _options_without_effect(each)]
+        if not has:
+            problems.append(
+                f"`model.{name}` ({value}) has no effect with any of the compared activations "
+                f"({', '.join(every)}); leave it out, or add one that has it, such as polynorm"
+            )
+        elif len(has) < len(every):
+            found[name] = has
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _options_without_effect(activation: str) -> list[str]:
+    entry = registry.get(activation)
+    without = [] if entry.has_coefficients else list(COEFFICIENT_OPTIONS)
+    without += [] if entry.normalized else list(NORM_OPTIONS)
+    return [name.removeprefix("model.") for name in without]
 
 
 def parse_variants(names: Sequence[str], orders: Sequence[int] | None) -> list[Variant]:
@@ -183,6 +239,9 @@ def describe(base: Config, variants: Sequence[Variant]) -> Iterator[str]:
     yield f"{kind}, {base.model.num_layers} layers, width {base.model.hidden_size}"
     yield f"parameters: {min(found):,} to {max(found):,}"
     yield f"tokens: {steps * tokens:,} each, {steps} steps of {tokens:,}"
+    for name, has in options_of_some(base, variants).items():
+        value = getattr(base.model, name)
+        yield f"model.{name} {value}: {', '.join(has)} alone; the others do not have it"
 
 
 def with_tasks(base: Config, tasks: Sequence[str], folder: str | None, limit: int | None) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 NONE = "–"
@@ -15,15 +16,13 @@ class Cell:
         text: content.
         spread: added after the text, smaller.
         below: second line, smaller.
-        best: whether it is the best of its column.
-        value: number by which it is ranked.
+        best: whether it may be the best of its column; shown bold.
     """
 
     text: str
     spread: str = ""
     below: str = ""
     best: bool = False
-    value: float | None = None
 
 
 @dataclass
@@ -57,3 +56,8 @@ def duration(seconds: float) -> str:
 def signed(value: float, digits: int) -> str:
     """Format a number with its sign, and a true minus."""
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def listed(items: Sequence[str]) -> str:
+    """Join items with commas, and "and" before the last."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,15 +24,19 @@ from megapoly.study.figure_style import (
 from megapoly.study.report import paper
 from megapoly.study.report.groups import Entry, RunGroup
 from megapoly.study.report.lines import colour, dots, line_styles
-from megapoly.study.report.results import Reach, difference, known, reach, validation_loss, values
+from megapoly.study.report.ranking import Ranking, rankings
+from megapoly.study.report.results import Reach, difference, reach, validation_loss, values
 from megapoly.study.report.statistics import paired
 
 # Inches.
 _ROW, _PAIR_OF_ROWS, _DOT = 0.27, 0.44, 0.1
 
 FINAL_CAPTION = (
-    "Every run at its activation's learning rate: a marker for each seed, a bar at their mean if "
-    "all are finite. Lower is better; dashed: the reference."
+    "Every run at its activation's learning rate: a marker for each seed. Between grey lines: the "
+    "lines of one ranking that are not in one above, by their means on its seeds (vertical bars). "
+    "Two of them are distinguished if their horizontal bars do not overlap; a bar is half as long "
+    "as the simultaneous 95\u00a0% interval of a difference. Lines without bars are in no ranking. "
+    "Lower is better; dashed: the reference, on the seeds of the ranking."
 )
 
 
@@ -50,30 +55,52 @@ def name_of(group: RunGroup) -> str:
 
 
 def final_losses(group: RunGroup) -> Figure:
-    """Draw a marker for each seed, the lowest mean first."""
-    found = []
-    for entry in group.entries:
-        numbers = values(entry, validation_loss())
-        losses = [loss for loss in numbers.values() if loss is not None]
-        mean = known(numbers)
-        if losses:
-            found.append((mean.mean if mean else math.inf, entry, losses))
-    found.sort(key=lambda item: item[0])
-    figure, axes = _rows(len(found))
-    for row, (middle, entry, losses) in enumerate(found):
-        axes.plot(losses, [row] * len(losses), markersize=5, alpha=0.65, **dots(entry))
-        if math.isfinite(middle):
-            axes.plot([middle] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
-    if group.reference is not None:
-        own = [m for m, entry, _ in found if entry is group.reference and math.isfinite(m)]
-        for middle in own:
-            axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)), zorder=0)
-    axes.set_yticks(range(len(found)), [entry.label for _, entry, _ in found])
+    """Draw a marker for each seed; lines by ranking, the lowest mean first."""
+    read = validation_loss()
+    ranked = _in_first_ranking(rankings(group, read))
+    placed = [entry for _, entries in ranked for entry in entries]
+    rest = [e for e in group.entries if e not in placed]
+    ordered = [e for e in [*placed, *rest] if any(v is not None for v in values(e, read).values())]
+    rows = {entry.label: row for row, entry in enumerate(ordered)}
+    figure, axes = _rows(len(ordered))
+    points = []
+    for entry in ordered:
+        losses = [loss for loss in values(entry, read).values() if loss is not None]
+        place = [rows[entry.label]] * len(losses)
+        axes.plot(losses, place, markersize=5, alpha=0.65, **dots(entry))
+        points += [(loss, rows[entry.label], colour(entry)) for loss in losses]
+    for ranking, entries in ranked:
+        for entry in entries:
+            _interval_bar(axes, rows[entry.label], ranking, entry)
+        first, last = rows[entries[0].label] - 0.5, rows[entries[-1].label] + 0.5
+        if group.reference is not None and group.reference in ranking:
+            mean = ranking.mean(group.reference)
+            dash = (0.0, (3.0, 3.0))
+            axes.plot([mean] * 2, [first, last], color=MUTED, lw=0.8, ls=dash, zorder=0)
+        if last < len(ordered) - 0.5:
+            axes.axhline(last, color=MUTED, linewidth=0.6)
+    axes.set_yticks(range(len(ordered)), [entry.label for entry in ordered])
     axes.set_xlabel("final validation loss")
-    points = [(x, row, colour(e)) for row, (_, e, losses) in enumerate(found) for x in losses]
     axes.set_xlim(robust_limits([x for x, _, _ in points]))
     mark_outliers(axes, "x", points)
     return figure
+
+
+def _in_first_ranking(found: Sequence[Ranking]) -> list[tuple[Ranking, list[Entry]]]:
+    """Return each ranking with the lines that no earlier one has, without empty ones."""
+    shown: list[tuple[Ranking, list[Entry]]] = []
+    for number, ranking in enumerate(found):
+        new = [e for e in ranking.entries if not any(e in before for before in found[:number])]
+        if new:
+            shown.append((ranking, new))
+    return shown
+
+
+def _interval_bar(axes: Axes, row: float, ranking: Ranking, entry: Entry) -> None:
+    """Draw mean and half of the half interval: bars overlap if lines are not distinguished."""
+    mean, half = ranking.mean(entry), ranking.fit.half_interval / 2
+    axes.plot([mean] * 2, [row - 0.28, row + 0.28], color=colour(entry), linewidth=2)
+    axes.plot([mean - half, mean + half], [row] * 2, color=colour(entry), linewidth=1)
 
 
 def rates_caption(group: RunGroup) -> str:
@@ -131,7 +158,7 @@ def reach_caption(group: RunGroup) -> str:
     text = (
         "Share of the run after which each activation is first at or below the final loss of "
         f"{name_of(group)} with the same seed, linear between points; 100 % is the whole run, so "
-        "shorter is better. Bars: mean of the seeds that reach it; dots: each of these seeds. "
+        "shorter is better. A dot for each seed that reaches it, a bar at their mean if all do. "
         f"Training loss is the mean over the last {run.window_steps} steps."
     )
     reported = paper.results(group.moe).reach
@@ -164,18 +191,18 @@ def reaches(group: RunGroup) -> Figure:
 
 
 def _reach_bar(axes: Axes, row: float, entry: Entry, found: Reach | None, strong: bool) -> None:
-    mean = found.spread if found else None
     kind = "validation" if strong else "training"
-    if found is None or mean is None:
+    if found is None or not found.tokens:
         text = f"{kind}: not reached" if found else f"{kind}: no curve"
         axes.text(0.012, row, text, va="center", fontsize=7.5, color=MUTED)
         return
-    axes.barh(row, mean.mean, height=0.36, color=colour(entry), alpha=0.7 if strong else 0.35)
-    dots = list(found.shares.values())
-    axes.plot(dots, [row] * len(dots), "o", color=INK, markersize=2.5)
-    text = f"{kind} {mean.mean:.2f}"
-    if len(dots) < found.seeds:
-        text += f", {len(dots)} of {found.seeds} seeds"
+    shares = list(found.tokens.values())
+    text = f"{kind}: {len(shares)} of {found.seeds} seeds"
+    if found.always:
+        mean = math.fsum(shares) / len(shares)
+        axes.barh(row, mean, height=0.36, color=colour(entry), alpha=0.7 if strong else 0.35)
+        text = f"{kind} {mean:.2f}"
+    axes.plot(shares, [row] * len(shares), "o", color=INK, markersize=2.5)
     axes.text(0.012, row, text, va="center", fontsize=7.5, color=INK)
 
 
@@ -206,7 +233,7 @@ def domains_figure(group: RunGroup) -> Figure:
             place = row - 0.4 + step * (index + 0.5)
             seeds = list(paired(values(entry, read), values(reference, read)).values())
             axes.plot(seeds, [place] * len(seeds), markersize=2.2, alpha=0.6, **dots(entry))
-            axes.plot(found.spread.mean, place, markersize=5, label=label, **dots(entry))
+            axes.plot(found.mean, place, markersize=5, label=label, **dots(entry))
             points += [(gap, place, colour(entry)) for gap in seeds]
             label = None
     for row in range(len(names) - 1):

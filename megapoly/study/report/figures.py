@@ -273,7 +273,9 @@ _STATEMENTS = {
     ),
     "theorem_3": (
         "Theorem 3",
-        "Error of approximating smooth functions against the number of parameters, for PolyReLU "
-        "and ReLU networks; dotted: the slope -n/d.",
+        "Error of approximating smooth functions against the number of parameters. Local Taylor "
+        "polynomials, the paper's construction and its copy by ReLU units; dotted: the slope -n/d, "
+        "which is that of any network with a fixed number of parameters for each piece of degree "
+        "n - 1. Last: splines in one hidden layer, which take a small part of the parameters.",
     ),
 }

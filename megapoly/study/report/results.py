@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megapoly.config.data_sources import MEAN
+from megapoly.study.report.costs import times_compare, training_flops
 from megapoly.study.report.groups import Entry, RunGroup, final_loss
 from megapoly.study.report.runs import Run
 from megapoly.study.report.statistics import SeedStatistics, first_crossing, paired, seed_statistics
@@ -17,36 +18,36 @@ class Difference:
     """Difference of two entries, over the seeds that both have.
 
     Args:
-        spread: of the differences.
+        mean: of the differences.
         below: number of seeds in which the entry's loss is the lower one.
+        count: number of seeds.
     """
 
-    spread: SeedStatistics
+    mean: float
     below: int
-
-    @property
-    def clear(self) -> bool:
-        """Whether the 95 % interval of the mean (Student's t) does not contain zero."""
-        half = self.spread.half_interval
-        return half is not None and abs(self.spread.mean) > half
+    count: int
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Share of a run's tokens after which an entry reaches a reference's final loss.
+    """Share of the reference's run after which an entry reaches the reference's final loss.
 
     Args:
-        shares: by seed, for the seeds that reach it.
+        tokens: share of the tokens by seed, for the seeds that reach it.
+        flops: share of the model FLOPs.
+        time: share of the wall time; only of pairs of runs whose times compare.
         seeds: number of seeds that were compared.
     """
 
-    shares: dict[str, float]
+    tokens: dict[str, float]
+    flops: dict[str, float]
+    time: dict[str, float]
     seeds: int
 
     @property
-    def spread(self) -> SeedStatistics | None:
-        """Spread over the seeds that reach it."""
-        return seed_statistics(list(self.shares.values()))
+    def always(self) -> bool:
+        """Whether every seed reaches it."""
+        return len(self.tokens) == self.seeds
 
 
 def values(entry: Entry, read: Callable[[Run], float | None]) -> dict[str, float | None]:
@@ -91,10 +92,10 @@ def difference(
     """
     own, others = values(entry, read), values(other, read)
     found = list(paired(own, others).values())
-    over_seeds = seed_statistics(found)
-    if over_seeds is None or len(found) < len(own.keys() & others.keys()):
+    if not found or len(found) < len(own.keys() & others.keys()):
         return None
-    return Difference(over_seeds, sum(value < 0 for value in found))
+    mean = math.fsum(found) / len(found)
+    return Difference(mean, sum(value < 0 for value in found), len(found))
 
 
 def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
@@ -111,7 +112,7 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
     Returns:
         None if they share no seed, or there was no validation before the end.
     """
-    shares, seeds = {}, 0
+    found, seeds = Reach({}, {}, {}, 0), 0
     for seed, run in entry.seeds.items():
         other = reference.seeds.get(seed)
         if other is None:
@@ -123,8 +124,12 @@ def reach(entry: Entry, reference: Entry, *, validation: bool) -> Reach | None:
         seeds += 1
         crossing = first_crossing(tokens, losses, target)
         if crossing is not None and losses[-1] is not None and losses[-1] <= target:
-            shares[seed] = crossing / run.tokens
-    return Reach(shares, seeds) if seeds else None
+            share = crossing / run.tokens
+            found.tokens[seed] = share
+            found.flops[seed] = share * training_flops(run) / training_flops(other)
+            if times_compare(run, other):
+                found.time[seed] = share * run.wall_time_s / other.wall_time_s
+    return replace(found, seeds=seeds) if seeds else None
 
 
 def domains(group: RunGroup) -> list[str]:

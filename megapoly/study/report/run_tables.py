@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megapoly.activations import registry
-from megapoly.study.report.cells import NONE, Cell, Table, duration
+from megapoly.study.report.cells import NONE, Cell, Table, duration, listed
+from megapoly.study.report.costs import training_flops
 from megapoly.study.report.groups import Entry, RunGroup, mean_final_loss, options_of
 from megapoly.study.report.runs import Run
 
@@ -70,15 +71,37 @@ def warnings(group: RunGroup) -> list[str]:
                 f"{entry.label} is shown at {entry.lr:g}, which has the most seeds, although "
                 f"{best:g} is better on the seeds that both have."
             )
-    tried = {tuple(entry.tried) for entry in group.entries}
-    if len(tried) > 1:
-        found.append("The lines were not all trained at the same rates.")
-    elif len(next(iter(tried))) == 1:
+    return [*found, *untuned(group)]
+
+
+def untuned(group: RunGroup) -> list[str]:
+    """Name the lines that had one learning rate, or fewer to choose from than others."""
+    most = max(len(entry.tried) for entry in group.entries)
+    if most == 1:
+        rates = sorted({entry.lr for entry in group.entries})
+        return [
+            f"Not tuned: every line was trained at one rate ({listed(list(map(_rate, rates)))}), "
+            "which favours the line that it suits best."
+        ]
+    single = [entry for entry in group.entries if len(entry.tried) == 1]
+    fewer = [entry for entry in group.entries if 1 < len(entry.tried) < most]
+    found = []
+    if single:
+        rate = listed([_rate(lr) for lr in sorted({entry.lr for entry in single})])
         found.append(
-            "All lines have one rate, which favours the activation that it suits best; a grid of "
-            "rates would show this."
+            f"Not tuned: trained at one rate ({rate}), where other lines had {most} to choose "
+            f"from: {listed([entry.label for entry in single])}."
         )
+    if fewer:
+        labels = listed([f"{entry.label} ({len(entry.tried)})" for entry in fewer])
+        found.append(f"Trained at fewer rates than the {most} of other lines: {labels}.")
+    if not found and len({tuple(entry.tried) for entry in group.entries}) > 1:
+        found.append("The lines were not all trained at the same rates.")
     return found
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:g}"
 
 
 def own_options(group: RunGroup) -> Table:
@@ -93,6 +116,7 @@ def own_options(group: RunGroup) -> Table:
             Cell("gated, two thirds as wide" if activation.gated else "ungated"),
             Cell(f"{entry.lr:g}"),
             Cell(", ".join(entry.seeds)),
+            Cell(f"{training_flops(run):.4g}"),
             Cell(
                 duration(sum(r.wall_time_s for r in entry.runs)),
                 below=f"{len(entry.runs)} run{'s' * (len(entry.runs) > 1)}",
@@ -101,9 +125,10 @@ def own_options(group: RunGroup) -> Table:
         ]
         cells += [Cell(_option(run, name)) for name in group.varied]
         rows.append((entry.label, cells))
-    columns = ["activation", "parameters", "FFN", "rate", "seeds", "wall time", "tokens/s"]
+    columns = ["activation", "parameters", "FFN", "rate", "seeds", "FLOPs", "wall time", "tokens/s"]
     names = [name.split(".")[-1] for name in group.varied]
     notes = [
+        "FLOPs: model FLOPs of one run, of matrix products alone: not those of the activation. "
         "Wall time: all runs of a line in total. Tokens/s: the runs at its rate, including start, "
         "evaluation and checkpoints, on a machine that also did other work; this does not measure "
         "the speed of an activation."

@@ -6,13 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Two-sided 95 % quantiles of Student's t for 1 .. 30 degrees of freedom.
-_STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
 
 @dataclass(frozen=True)
 class SeedStatistics:
@@ -27,19 +20,6 @@ class SeedStatistics:
     mean: float
     deviation: float | None
     count: int
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the mean, deviation / sqrt(n)."""
-        return None if self.deviation is None else self.deviation / math.sqrt(self.count)
-
-    @property
-    def half_interval(self) -> float | None:
-        """Half of the 95 % interval of the mean, t(n - 1) error; above 31 values t is 2.042."""
-        error = self.error
-        if error is None:
-            return None
-        return _STUDENT[min(self.count - 1, len(_STUDENT)) - 1] * error
 
 
 def seed_statistics(values: Sequence[float]) -> SeedStatistics | None:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from megapoly.config.data_sources import MEAN
 from megapoly.study.report import paper, results
 from megapoly.study.report.cells import NONE, Cell, Table, signed
 from megapoly.study.report.groups import Entry, RunGroup, final_loss
+from megapoly.study.report.ranking import Ranking, Reader, ranking_of, rankings
+from megapoly.study.report.ranking_tables import ranking_tables
 from megapoly.study.report.results import Difference, Reach
 from megapoly.study.report.run_tables import learning_rates
 from megapoly.study.report.runs import Run
-from megapoly.study.report.statistics import SeedStatistics
+from megapoly.study.report.statistics import SeedStatistics, seed_statistics
 
 
 def tables(group: RunGroup) -> list[Table]:
     """Return the tables for which the group has the runs."""
-    found = [losses(group)]
+    found = [*ranking_tables(group), losses(group)]
     if group.runs[0].domains:
         found.append(domains(group))
     if results.tasks(group):
         found.append(tasks(group))
     if group.reference is not None and len(group.entries) > 1:
-        found.append(tokens_to_reach(group, group.reference))
+        found.append(costs_to_reach(group, group.reference))
     found.append(learning_rates(group))
     return found
 
 
 def losses(group: RunGroup) -> Table:
     """Return the table of losses, like Table 1."""
-    reported = paper.results(group.moe)
+    reported, ranked = paper.results(group.moe), rankings(group)
     reference = group.reference
     columns = ["activation", "training loss", "validation loss", "perplexity"]
     if reference is not None:
@@ -52,30 +55,34 @@ def losses(group: RunGroup) -> Table:
             _spread(results.known(results.values(entry, results.perplexity())), 2),
         ]
         if reference is not None:
-            cells += _against(entry, group.reference_for(entry) or reference)
-        cells += [Cell(str(len(entry.seeds))), Cell(f"{entry.lr:g}")]
+            cells += _against(entry, group.reference_for(entry) or reference, ranked)
+        cells += [Cell(str(len(entry.seeds))), Cell(_rate(entry))]
         for _, values in of_paper:
             value = values.get(entry.activation) if entry in group.main else None
             cells.append(Cell(NONE if value is None else f"{value:g}"))
         rows.append((entry.label, cells))
-    _mark_best(rows, range(3))
+    readers = [results.training_loss, results.validation_loss(), results.perplexity()]
+    bold = _mark_best(group, rows, readers)
     run = group.runs[0]
     notes = [
         f"Mean ± standard deviation over seeds. Training loss: mean over the last "
         f"{run.window_steps} of {run.steps} steps. Validation: mean over domains at the last step"
         f"{_evaluated(run)}; perplexity is exp of each seed's mean loss."
     ]
+    notes += [bold] if bold else []
     if reference is not None:
         notes.append(
-            f"Minus {reference.label}: difference of the final "
-            f"{group.ranked_by} loss to {reference.label} "
-            "with the same seed, mean ± standard error."
+            f"Minus {reference.label}: difference of the final {group.ranked_by} loss to "
+            f"{reference.label} on the seeds that both have, ± half of the simultaneous 95 % "
+            "interval of the ranking on these seeds."
         )
         if not all(entry.plain for entry in group.entries):
             notes[-1] += (
                 " A line with other options is compared with the reference that has the same "
                 "options, if such a run exists."
             )
+        if any(len(entry.seeds) == 1 for entry in group.entries):
+            notes[-1] += " A single seed has no interval."
     if of_paper:
         notes.append(f"Paper ({reported.models}): {reported.results}.")
     return Table(
@@ -111,12 +118,15 @@ def domains(group: RunGroup) -> Table:
             cell.below = f"{loss.mean:.3f}" if loss else ""
             cells.append(cell)
         rows.append((entry.label, cells))
-    _mark_best(rows, range(len(names)))
+    bold = _mark_best(group, rows, [results.perplexity(name) for name in names])
+    notes = [
+        "Perplexity at the last step, mean ± standard deviation over seeds; below it the loss."
+    ]
     return Table(
         "Perplexity by domain, like Table 2",
         ["activation", *names],
         rows,
-        ["Perplexity at the last step, mean ± standard deviation over seeds; below it the loss."],
+        notes + [f"{bold} Each column is judged by itself."] * bool(bold),
     )
 
 
@@ -131,17 +141,16 @@ def tasks(group: RunGroup) -> Table:
         (entry.label, [_spread(results.known(results.values(entry, r)), 1) for r in readers])
         for entry in group.entries
     ]
-    _mark_best(rows, range(len(names)), highest=True)
-    return Table(
-        "Benchmark tasks",
-        ["activation", *names],
-        rows,
-        ["Percent at the last evaluation, by the LM Evaluation Harness; mean ± deviation."],
-    )
+    bold = _mark_best(group, rows, readers, highest=True)
+    notes = [
+        "Percent at the last evaluation, by the LM Evaluation Harness; mean ± standard deviation "
+        "over seeds."
+    ]
+    return Table("Benchmark tasks", ["activation", *names], rows, notes + [bold] * bool(bold))
 
 
-def tokens_to_reach(group: RunGroup, reference: Entry) -> Table:
-    """Return the table of the share of the run after which the reference's loss is reached."""
+def costs_to_reach(group: RunGroup, reference: Entry) -> Table:
+    """Return the table of tokens, FLOPs and time after which the reference's loss is reached."""
     reported = paper.results(group.moe).reach
     with_paper = any(entry.activation in reported for entry in group.main)
     rows = []
@@ -149,69 +158,100 @@ def tokens_to_reach(group: RunGroup, reference: Entry) -> Table:
         target = group.reference_for(entry) or reference
         if entry is target:
             continue
+        by_validation = results.reach(entry, target, validation=True)
+        by_training = results.reach(entry, target, validation=False)
         cells = [
-            _reach(results.reach(entry, target, validation=validation))
-            for validation in (True, False)
+            *(_reach(by_validation, kind) for kind in ("tokens", "flops", "time")),
+            _reach(by_training, "tokens"),
         ]
         if with_paper:
             value = reported.get(entry.activation) if entry in group.main else None
             cells.append(Cell(NONE if value is None else f"{value:.2f}"))
         rows.append((entry.label, cells))
-    columns = ["activation", "by validation loss", "by training loss"]
+    columns = ["activation", "tokens", "FLOPs", "time", "tokens, by training loss"]
     window = group.runs[0].window_steps
     return Table(
-        f"Tokens to reach the final loss of {reference.label}",
-        columns + ["paper: training loss"] * with_paper,
+        f"Tokens, FLOPs and time to reach the final loss of {reference.label}",
+        columns + ["paper: tokens, by training loss"] * with_paper,
         rows,
         [
-            f"Share of the run's tokens after which the curve is first at or below the final loss "
-            f"of {reference.label} with the same seed, linear between points; mean ± standard "
-            f"deviation over the seeds that reach it. A run that ends above that loss does not "
-            f"reach it. Training loss is the mean over the last {window} steps and is noisier, "
-            f"because batches differ along the run."
+            f"Share of the run of {reference.label} with the same seed after which the curve of "
+            "validation loss is first at or below that run's final loss, linear between "
+            "points; mean ± standard deviation over seeds. A run that ends above that loss does "
+            "not reach it; where some seeds do not, the mean of the others is below their number "
+            "and favours the line.",
+            "FLOPs: of matrix products, so nearly those of the tokens. Time: the same share of the "
+            "wall time, of runs that belong to one comparison; it has the cost of the activation "
+            f"on that machine, which also did other work. Training loss is the mean over the last "
+            f"{window} steps and is noisier, because batches differ along the run.",
         ],
         len(columns) if with_paper else None,
     )
+
+
+def _rate(entry: Entry) -> str:
+    return f"{entry.lr:g}" + ("" if len(entry.tried) > 1 else ", untuned")
 
 
 def _spread(value: SeedStatistics | None, digits: int) -> Cell:
     if value is None:
         return Cell(NONE)
     deviation = "" if value.deviation is None else f"± {value.deviation:.{digits}f}"
-    return Cell(f"{value.mean:.{digits}f}", deviation, value=value.mean)
+    return Cell(f"{value.mean:.{digits}f}", deviation)
 
 
-def _against(entry: Entry, reference: Entry) -> list[Cell]:
+def _against(entry: Entry, reference: Entry, ranked: list[Ranking]) -> list[Cell]:
     if entry is reference:
         return [Cell("0"), Cell(NONE)]
     found: Difference | None = results.difference(entry, reference, final_loss)
     if found is None:
         return [Cell(NONE), Cell(NONE)]
-    error = found.spread.error
-    return [
-        Cell(signed(found.spread.mean, 4), "" if error is None else f"± {error:.4f}"),
-        Cell(f"{found.below} of {found.spread.count}"),
-    ]
+    ranking = ranking_of(ranked, entry, reference)
+    half = f"± {ranking.fit.half_interval:.4f}" if ranking is not None else ""
+    return [Cell(signed(found.mean, 4), half), Cell(f"{found.below} of {found.count}")]
 
 
-def _reach(found: Reach | None) -> Cell:
+def _reach(found: Reach | None, kind: Literal["tokens", "flops", "time"]) -> Cell:
+    """Return a share: its mean if all seeds have it, else their number and the others' mean."""
     if found is None:
         return Cell(NONE)
-    spread = found.spread
-    if spread is None:
+    if not found.tokens:
         return Cell("not reached", below=f"in {found.seeds} seeds" if found.seeds > 1 else "")
-    cell = _spread(spread, 2)
-    if len(found.shares) < found.seeds:
-        cell.below = f"{len(found.shares)} of {found.seeds} seeds"
-    return cell
+    shares = list(getattr(found, kind).values())
+    mean = seed_statistics(shares)
+    if mean is None:
+        return Cell(NONE)
+    if found.always:
+        cell = _spread(mean, 2)
+        if len(shares) < found.seeds:
+            cell.below = f"{len(shares)} of {found.seeds} seeds"
+        return cell
+    return Cell(f"{len(shares)} of {found.seeds} seeds", below=f"in these {mean.mean:.2f}")
 
 
 def _mark_best(
-    rows: Sequence[tuple[str, list[Cell]]], columns: Sequence[int], *, highest: bool = False
-) -> None:
-    for column in columns:
-        values = [c.value for _, cells in rows if (c := cells[column]).value is not None]
-        if len(values) > 1:
-            best = max(values) if highest else min(values)
-            for _, cells in rows:
-                cells[column].best = cells[column].value == best
+    group: RunGroup,
+    rows: Sequence[tuple[str, list[Cell]]],
+    readers: Sequence[Reader],
+    *,
+    highest: bool = False,
+) -> str:
+    """Print bold, in each column, the lines that may be the best of the first ranking.
+
+    Returns:
+        What bold means; empty without a ranking.
+    """
+    cells = dict(rows)
+    seeds = ""
+    for column, read in enumerate(readers):
+        for ranking in rankings(group, read, highest=highest)[:1]:
+            seeds = ranking.seed_names
+            for entry in ranking.bold:
+                cells[entry.label][column].best = True
+    which = "highest" if highest else "lowest"
+    return (
+        f"Bold: of the lines with {seeds}, the {which} on these seeds and those that "
+        "cannot be distinguished from it; none if no two can be distinguished."
+        if seeds
+        else ""
+    )

@@ -5,6 +5,7 @@ from megapoly.study.theory.imitation import imitate_network, unit_network
 from megapoly.study.theory.network import Network, Size
 from megapoly.study.theory.powers import power_network
 from megapoly.study.theory.smooth import Wave, polyrelu_network, relu_network
+from megapoly.study.theory.spline import spline_network
 
 __all__ = [
     "Network",
@@ -15,5 +16,6 @@ __all__ = [
     "power_network",
     "relu_network",
     "relu_to_polyrelu",
+    "spline_network",
     "unit_network",
 ]

@@ -13,6 +13,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 
 from megapoly.study.figure_style import MUTED, STYLES, drawing, panels
+from megapoly.study.theory.measure import ONE_LAYER
 
 Report = dict[str, Any]
 Results = Sequence[dict[str, Any]]
@@ -154,23 +155,17 @@ def _imitations(results: Results, lines: Report, title: str) -> Figure:
 
 
 def _theorem_3(results: Results, slopes: Results) -> Figure:
-    dimensions = sorted({r["d"] for r in results})
+    taylor = [r for r in results if r["kind"] not in ONE_LAYER]
+    dimensions = sorted({r["d"] for r in taylor})
     figure, axes_list = _panels(
-        [3.6] * len(dimensions), "Theorem 3: smooth functions, error and size"
+        [3.6] * (len(dimensions) + 1), "Theorem 3: smooth functions, error and size"
     )
+    _one_layer(axes_list.pop(), results, slopes)
     for axes, d in zip(axes_list, dimensions, strict=True):
-        key = lambda r: (r["n"], r["kind"])  # noqa: E731
-        shown = sorted((r for r in results if r["d"] == d), key=key)
-        for (n, kind), members in groupby(shown, key=key):
+        shown = sorted((r for r in taylor if r["d"] == d), key=_line_of)
+        for (n, kind), members in groupby(shown, key=_line_of):
             _error_line(axes, list(members), d, n, kind, slopes)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("parameters")
-        axes.set_ylabel("sup error on a grid")
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(bottom=bottom * (bottom / top) ** 0.15)  # room for the legend
-        axes.set_title(f"d = {d}")
-        axes.legend(loc="lower left")
+        _finish(axes, f"d = {d}, local Taylor polynomials")
     kinds = [
         Line2D([], [], color=POLYRELU, label="PolyReLU"),
         Line2D([], [], color=RELU, ls="--", label="ReLU"),
@@ -180,6 +175,42 @@ def _theorem_3(results: Results, slopes: Results) -> Figure:
     # A second legend: legend() would replace the first one.
     axes_list[-1].add_artist(Legend(axes_list[-1], kinds, labels, loc="upper right"))
     return figure
+
+
+def _line_of(result: dict[str, Any]) -> tuple[int, str]:
+    return result["n"], result["kind"]
+
+
+def _one_layer(axes: Axes, results: Results, slopes: Results) -> None:
+    """Draw the splines of one hidden layer beside the local Taylor polynomials of highest n."""
+    found = {(r["d"], r["n"], r["kind"]): r["slope"] for r in slopes}
+    of_one = sorted((r for r in results if r["d"] == 1), key=_line_of)
+    of_one.sort(key=lambda r: r["kind"] not in ONE_LAYER)
+    most = max(r["n"] for r in of_one)
+    for (n, kind), members in groupby(of_one, key=_line_of):
+        shown = list(members)
+        size, error = [r["parameters"] for r in shown], [r["error"] for r in shown]
+        colour = POLYRELU if kind.startswith("PolyReLU") else RELU
+        label = f"{kind}, n = {n}: slope {found[1, n, kind]:.2f}"
+        if kind in ONE_LAYER:
+            style = "-" if colour == POLYRELU else "--"
+            axes.plot(size, error, _MARKERS[n - 1] + style, color=colour, markersize=4, label=label)
+        elif n == most:
+            label = f"{kind}, Taylor, n = {n}"
+            axes.plot(size, error, ":", color=colour, linewidth=1.5, label=label)
+    _finish(axes, "d = 1, splines in one hidden layer", room=0.75)
+
+
+def _finish(axes: Axes, title: str, room: float = 0.15) -> None:
+    """Set scales and labels; leave room for the legend, as a share of the range of the errors."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("sup error on a grid")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom=bottom * (bottom / top) ** room)
+    axes.set_title(title)
+    axes.legend(loc="lower left")
 
 
 def _error_line(axes: Axes, shown: Results, d: int, n: int, kind: str, slopes: Results) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -24,11 +25,20 @@ from megapoly.study.theory.smooth import (
     relu_network,
     taylor_sum,
 )
+from megapoly.study.theory.spline import spline_bound, spline_network
 
 Numbers = dict[str, Any]
 
 # Primes, so that the points are at different places in the cells of any grid.
 GRID = {1: 4001, 2: 151}
+# Networks of theorem_3: local Taylor polynomials, and splines in one hidden layer.
+CONSTRUCTIONS: dict[str, Callable[[Wave, int, int], Network]] = {
+    "PolyReLU": polyrelu_network,
+    "ReLU": relu_network,
+    "PolyReLU, one layer": spline_network,
+    "ReLU, one layer": functools.partial(spline_network, order=1),
+}
+ONE_LAYER = ("PolyReLU, one layer", "ReLU, one layer")
 WAVES = {1: Wave((1.0,), 0.3), 2: Wave((1.0, 0.8), 0.3)}
 
 
@@ -176,29 +186,36 @@ def random_network(depth: int, width: int, order: int = DEFAULT_ORDER, seed: int
 
 
 def theorem_3(d: int, n: int, all_cells: Sequence[int], kind: str) -> list[Numbers]:
-    """Measure sup error on a grid and size for each N of ``all_cells``; kind PolyReLU or ReLU."""
+    """Measure sup error on a grid and size of the networks of a kind.
+
+    Args:
+        d: number of variables.
+        n: order up to which derivatives are at most 1.
+        all_cells: N, cells on either side of 0.
+        kind: key of :data:`CONSTRUCTIONS`.
+    """
     function = WAVES[d]
     side = torch.linspace(-1, 1, GRID[d], dtype=torch.float64)
     x = torch.cartesian_prod(*[side] * d).reshape(-1, d)
-    build: Callable[[Wave, int, int], Network]
-    build = polyrelu_network if kind == "PolyReLU" else relu_network
     results = []
     for num_cells in all_cells:
-        network = build(function, n, num_cells)
+        network = CONSTRUCTIONS[kind](function, n, num_cells)
         y = network(x)[:, 0]
-        results.append(
-            {
-                "d": d,
-                "n": n,
-                "kind": kind,
-                "N": num_cells,
-                **asdict(network.size),
-                "parameters": network.size.parameters,
-                "error": _sup(y - function(x)),
-                "bound": error_bound(n, d, num_cells),
-                "from_taylor_sum": _sup(y - taylor_sum(function, n, num_cells, x)),
-            }
-        )
+        numbers = {
+            "d": d,
+            "n": n,
+            "kind": kind,
+            "N": num_cells,
+            **asdict(network.size),
+            "parameters": network.size.parameters,
+            "error": _sup(y - function(x)),
+        }
+        if kind in ONE_LAYER:
+            numbers["bound"] = spline_bound(n, num_cells)
+        else:
+            numbers["bound"] = error_bound(n, d, num_cells)
+            numbers["from_taylor_sum"] = _sup(y - taylor_sum(function, n, num_cells, x))
+        results.append(numbers)
     return results
 
 

@@ -76,6 +76,43 @@ def test_a_shell_that_waits_for_its_trainer_does_not_leave_it_behind(tmp_path: P
     wait_until((tmp_path / "saved").exists)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_job_starts_does_not_leave_it_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """It arrives when the process exists and the runner does not know it yet."""
+    (tmp_path / "job.py").write_text(SAVES)
+    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
+    job = TrialJob("a", command, tmp_path, tmp_path / "log", 5)
+    started = []
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            while not (tmp_path / "begun").exists():
+                assert self.poll() is None
+                time.sleep(0.05)
+            signal.raise_signal(number)
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    previous = signal.signal(number, stop)
+    runner = JobRunner(Console(quiet=True), at_once=1, total=1, on_end=lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.run([job])
+        assert started[0].poll() == 0 and (tmp_path / "saved").exists()
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, previous)
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def test_a_job_that_is_killed_is_told_so(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     job = TrialJob("a", ["sh", "-c", "kill -9 $$"], tmp_path, tmp_path / "log", 5)

@@ -8,6 +8,7 @@ from megapoly.study.comparison.trials import (
     Trial,
     Variant,
     check_comparable,
+    options_of_some,
     parse_variants,
     rate_trials,
     seed_trials,
@@ -57,6 +58,39 @@ def test_orders_that_nothing_reads_are_refused() -> None:
     assert parse_variants(["polyrelu", "gelu"], None)[0].order == 3
     with pytest.raises(ConfigError, match=r"`--orders` \(2 4\) has no effect"):
         parse_variants(["swiglu", "polyrelu:3"], [2, 4])
+
+
+def test_options_go_to_the_activations_that_have_them() -> None:
+    common = base("moe_miniature")
+    common.model.activation_eps, common.model.activation_norm = 1e-3, "l2"
+    common.model.activation_coefficients = "per_expert"
+    common.model.activation_backend = "reference"
+    variants = parse_variants(["swiglu", "polyrelu", "polynorm", "gated_polynorm"], None)
+    expected = {
+        "swiglu": (1e-6, "rms", "shared", "auto"),
+        "polyrelu": (1e-6, "rms", "per_expert", "reference"),
+        "polynorm": (1e-3, "l2", "per_expert", "reference"),
+        "gated_polynorm": (1e-3, "l2", "per_expert", "reference"),
+    }
+    for variant in variants:
+        model = Trial(variant, 1e-3, 1).config(common, Path("out")).model
+        assert (
+            model.activation_eps,
+            model.activation_norm,
+            model.activation_coefficients,
+            model.activation_backend,
+        ) == expected[variant.activation]
+    assert options_of_some(common, variants) == {
+        "activation_coefficients": ["polyrelu", "polynorm", "gated_polynorm"],
+        "activation_backend": ["polyrelu", "polynorm", "gated_polynorm"],
+        "activation_norm": ["polynorm", "gated_polynorm"],
+        "activation_eps": ["polynorm", "gated_polynorm"],
+    }
+    assert options_of_some(common, variants[2:]) == {}, "all of them have all options"
+    message = r"`model.activation_norm` \(l2\) has no effect with any .* \(swiglu, polyrelu\)"
+    with pytest.raises(ConfigError, match=message) as error:
+        options_of_some(common, variants[:2])
+    assert len(error.value.problems) == 2
 
 
 def test_all_mistakes_in_names_are_told() -> None:

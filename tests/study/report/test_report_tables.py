@@ -1,6 +1,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 from made_runs import write_run
@@ -12,9 +13,10 @@ from megapoly.study.report.content import read
 from megapoly.study.report.end_figures import final_losses
 from megapoly.study.report.grouping import group_runs
 from megapoly.study.report.loss_figures import Curves, curves
+from megapoly.study.report.ranking import rankings
 from megapoly.study.report.run_tables import learning_rates
 from megapoly.study.report.runs import read_run
-from megapoly.study.report.tables import domains, losses, tokens_to_reach
+from megapoly.study.report.tables import costs_to_reach, domains, losses
 
 # Validation loss of domains a and b halfway and at the end, by activation and seed.
 ENDS = {
@@ -58,15 +60,14 @@ def test_losses_with_their_spread(group):
     assert row["validation loss"].text == f"{statistics.mean(ends):.3f}"
     assert row["validation loss"].spread == f"± {statistics.stdev(ends):.3f}"
     assert row["perplexity"].text == f"{statistics.mean(map(math.exp, ends)):.2f}"
-    assert row["validation loss"].best
     assert row["paper: training loss"].text == "2.172"
 
 
-def test_difference_to_the_reference_is_paired(group):
+def test_difference_to_the_reference_has_the_interval_of_the_ranking(group):
     row = cells(losses(group), "GELU")
-    gaps = [0.1, -0.05, 0.2]
-    assert row["minus SwiGLU"].text == f"{statistics.mean(gaps):+.4f}"
-    assert row["minus SwiGLU"].spread == f"± {statistics.stdev(gaps) / math.sqrt(3):.4f}"
+    (ranking,) = rankings(group)
+    assert row["minus SwiGLU"].text == f"{statistics.mean([0.1, -0.05, 0.2]):+.4f}"
+    assert row["minus SwiGLU"].spread == f"± {ranking.fit.half_interval:.4f}"
     assert row["lower in"].text == "1 of 3"
 
 
@@ -77,19 +78,59 @@ def test_perplexity_by_domain(group):
 
 
 def test_tokens_to_reach(group):
-    row = cells(tokens_to_reach(group, group.reference), "PolyNorm")
+    row = cells(costs_to_reach(group, group.reference), "PolyNorm")
     # Halfway and on: 0.5 + 0.5 (3.5 - 3.0) / 0.7, (3.6 - 3.2) / 0.5; (3.1 - 3.1): at once.
     shares = [0.5 + 0.5 * 0.5 / 0.7, 0.5 + 0.5 * 0.4 / 0.5, 0.5]
-    assert row["by validation loss"].text == f"{statistics.mean(shares):.2f}"
-    assert row["by validation loss"].spread == f"± {statistics.stdev(shares):.2f}"
-    row = cells(tokens_to_reach(group, group.reference), "GELU")
-    assert row["by validation loss"].below == "1 of 3 seeds"
+    assert row["tokens"].text == f"{statistics.mean(shares):.2f}"
+    assert row["tokens"].spread == f"± {statistics.stdev(shares):.2f}"
+    # Only the second seed: 0.5 + 0.5 (4.1 - 3.2) / 0.95.
+    row = cells(costs_to_reach(group, group.reference), "GELU")
+    share = 0.5 + 0.5 * 0.9 / 0.95
+    assert (row["tokens"].text, row["tokens"].below) == ("1 of 3 seeds", f"in these {share:.2f}")
+
+
+def test_flops_and_time_to_reach(tmp_path):
+    """Time is that of the wall clocks of one comparison; a narrower FFN has fewer FLOPs."""
+    narrow = ("--model.ffn_hidden_size", "260")
+    trials = {}
+    for seed, times in ((1, (10.0, 30.0)), (2, (20.0, 30.0))):
+        for activation, end, time in zip(("relu", "polynorm"), (3.0, 2.0), times, strict=True):
+            name = f"{activation}.{seed}"
+            evaluations = {1: {"a": 4.0}, 2: {"a": end}}
+            options = {"activation": activation, "seed": seed, "evaluations": evaluations}
+            overrides = narrow if activation == "relu" else ()
+            write_run(tmp_path / name, [4.0, end], overrides=overrides, **options)
+            trials[name] = {"wall_time_s": time, "phase": "seeds"}
+    comparison = {"commands": ["compare"], "trials": trials, "chosen": {}}
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    runs = read([tmp_path]).runs
+    (found,) = group_runs(runs, "relu")
+    # 3.0 halfway between 4.0 and 2.0: three quarters of the run; three times and 1.5 times as long.
+    (polynorm,) = [entry for entry in found.entries if entry.activation == "polynorm"]
+    row = cells(costs_to_reach(found, found.reference), polynorm.label)
+    assert row["tokens"].text == "0.75"
+    assert row["time"].text == f"{0.75 * (3 + 1.5) / 2:.2f}"
+    # Forward multiply-adds of a layer: 4 h^2 projections, s h of attention, 2 h f; and h V.
+    hidden, layers, length, vocabulary = 64, 4, 64, 512
+
+    def forward(width):
+        layer = 4 * hidden**2 + length * hidden + 2 * hidden * width
+        return layers * layer + hidden * vocabulary
+
+    reach = results.reach(polynorm, found.reference, validation=True)
+    ratio = forward(264) / forward(260)
+    assert reach.flops == pytest.approx({"1": 0.75 * ratio, "2": 0.75 * ratio}, rel=1e-12)
+    # Of other comparisons, or of none, times do not compare.
+    apart = [replace(run, comparison=None) for run in runs]
+    (found,) = group_runs(apart, "relu")
+    row = cells(costs_to_reach(found, found.reference), polynorm.label)
+    assert (row["tokens"].text, row["time"].text) == ("0.75", "–")
 
 
 def test_not_reached(group):
     by_label = {entry.label: entry for entry in group.entries}
     found = results.reach(by_label["SwiGLU"], by_label["PolyNorm"], validation=True)
-    assert (found.shares, found.seeds, found.spread) == ({}, 3, None)
+    assert (found.tokens, found.flops, found.seeds) == ({}, {}, 3)
 
 
 def test_a_run_that_ends_above_has_not_reached_it(tmp_path):
@@ -99,38 +140,42 @@ def test_a_run_that_ends_above_has_not_reached_it(tmp_path):
         options = {"activation": activation, "evaluations": {1: {"a": half}, 2: {"a": end}}}
         runs.append(read_run(write_run(tmp_path / activation, [3.0, 3.0], **options)))
     (found,) = group_runs(runs, "swiglu")
-    table = tokens_to_reach(found, found.reference)
-    assert cells(table, "GELU")["by validation loss"].text == "not reached"
+    table = costs_to_reach(found, found.reference)
+    assert cells(table, "GELU")["tokens"].text == "not reached"
 
 
 def test_answer_says_what_the_numbers_say(group):
-    first, errors, order = answer(group)
-    assert first.startswith("In validation loss PolyNorm ends below SwiGLU by 0.167")
-    assert "GELU by 0.250" in first and "each in 3 of 3 seeds. " in first
-    # Differences -0.2, -0.1, -0.2 and -0.3, -0.05, -0.4: below zero by five standard errors and
-    # by 2.4, of which Student's t with two degrees of freedom requires 4.3.
-    assert first.replace("\u00a0", " ").endswith(
-        "PolyNorm cannot be distinguished from GELU: the 95 % interval of the difference "
-        "(Student's t) contains zero."
+    (ranking,) = rankings(group)
+    limit = f"{ranking.fit.half_interval:.3f}"
+    sentences = [sentence.replace("\u00a0", " ") for sentence in answer(group)]
+    # Differences are judged by all runs: Student's t of three pairs would tell SwiGLU apart.
+    assert sentences[0] == (
+        "On seeds 1 to 3, no two of PolyNorm 2.933, SwiGLU 3.100 and GELU 3.183 can be "
+        "distinguished by validation loss: the largest difference is 0.250, and it must exceed "
+        f"{limit}."
     )
-    assert errors.startswith("± is the standard error")
-    assert order == "Final validation losses in order: PolyNorm 2.933 < SwiGLU 3.100 < GELU 3.183."
+    assert sentences[1].startswith("± is half of the simultaneous 95 % interval (Tukey)")
+    assert sentences[2] == (
+        "Not tuned: every line was trained at one rate (0.001), which favours the line that it "
+        "suits best."
+    )
 
 
 def test_answer_does_not_hide_a_loss(tmp_path):
     runs = []
-    ends = {"relu": (2.0, 2.1, 2.2), "polynorm": (2.3, 2.0, 2.5)}
+    ends = {"relu": (2.0, 2.1, 2.2), "gelu": (2.9, 3.0, 3.1), "polynorm": (2.3, 2.1, 2.5)}
     for activation, losses_of_seeds in ends.items():
         for seed, loss in enumerate(losses_of_seeds):
             folder = tmp_path / f"{activation}.{seed}"
             options = {"activation": activation, "seed": seed, "evaluations": {2: {"a": loss}}}
             runs.append(read_run(write_run(folder, [3.0, 3.0], **options)))
     (found,) = group_runs(runs, "swiglu")
-    first = answer(found)[0].replace("\u00a0", " ")
-    # Differences 0.3, -0.1, 0.3.
-    error = statistics.stdev([0.3, -0.1, 0.3]) / math.sqrt(3)
-    assert f"does not end below ReLU (+0.167 ± {error:.3f}, lower in 1 of 3 seeds)" in first
-    assert "PolyNorm cannot be distinguished from ReLU" in first
+    sentences = [sentence.replace("\u00a0", " ") for sentence in answer(found)]
+    assert sentences[0].startswith("On seeds 0 to 2, ReLU has the lowest validation loss, 2.100")
+    assert sentences[1] == (
+        "There PolyNorm, 2.300, ends below GELU by 0.700 and cannot be distinguished from ReLU "
+        "(+0.200)."
+    )
     assert found.reference is None
 
 
@@ -144,29 +189,11 @@ def test_a_loss_that_is_not_finite_is_not_left_out_of_a_difference(tmp_path):
     (found,) = group_runs(runs, "swiglu")
     row = cells(losses(found), "PolyNorm")
     assert [row[name].text for name in ("validation loss", "minus SwiGLU", "lower in")] == ["–"] * 3
-    assert answer(found) == [
-        "PolyNorm cannot be compared with any fixed activation: no seed is shared, or a run has no "
-        "finite loss.",
-        "Final validation losses in order: SwiGLU 2.000 < ReLU 2.200. 1 more ended without a "
-        "finite loss.",
-    ]
     axes = final_losses(found).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["SwiGLU", "ReLU", "PolyNorm"]
-    # Dots of each, and a bar at the mean of those whose runs all have one.
+    # Dots of each; mean and interval of the two lines that are ranked.
     drawn = [line for line in axes.lines if line.get_color() != MUTED]
-    assert [len(line.get_xdata()) for line in drawn] == [2, 2, 2, 2, 1]
-
-
-def test_one_seed_is_no_spread(tmp_path):
-    runs = [
-        read_run(write_run(tmp_path / a, [3.0], activation=a, evaluations={1: {"a": loss}}))
-        for a, loss in (("swiglu", 2.0), ("polynorm", 1.9))
-    ]
-    (found,) = group_runs(runs, "swiglu")
-    assert answer(found)[:2] == [
-        "In validation loss PolyNorm ends below SwiGLU by 0.100.",
-        "A single seed does not show how much the results vary.",
-    ]
+    assert [line.get_xdata()[0] for line in drawn] == pytest.approx([2.0, 2.2, 1.9, 2, 2, 2.2, 2.2])
 
 
 def test_best_rate_at_the_edge_is_said(tmp_path):
@@ -256,10 +283,8 @@ def test_options_are_compared_with_the_reference_that_has_them(tmp_path):
     changed = cells(losses(found), "PolyNorm; init_method_std 0.05")
     assert (changed["minus SwiGLU"].text, changed["lower in"].text) == ("+0.1000", "0 of 1")
     assert cells(losses(found), "PolyNorm")["minus SwiGLU"].text == "−0.5000"
-    table = tokens_to_reach(found, found.reference)
+    table = costs_to_reach(found, found.reference)
+    assert cells(table, "PolyNorm; init_method_std 0.05")["tokens"].text == "not reached"
     assert (
-        cells(table, "PolyNorm; init_method_std 0.05")["by validation loss"].text == "not reached"
-    )
-    assert answer(found)[2] == (
-        "With init_method_std 0.05: in validation loss PolyNorm does not end below SwiGLU (+0.100)."
-    )
+        "With init_method_std 0.05, PolyNorm minus SwiGLU is +0.100 in one seed, not ranked."
+    ) in answer(found)

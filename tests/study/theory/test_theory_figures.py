@@ -14,7 +14,8 @@ def test_every_statement_is_written(
     monkeypatch.setattr(command, "TOLERANCES", [1e-1, 1e-2, 1e-3])
     cells = dict.fromkeys(command.CELLS, (2, 4, 6)) | {(2, "ReLU"): (2, 4, 5)}
     monkeypatch.setattr(command, "CELLS", cells)
-    monkeypatch.setattr(command, "SMOOTHNESS", {1: (1, 2), 2: (1,)})
+    smoothness = {key: (1, 2) if key[0] == 1 else (1,) for key in cells}
+    monkeypatch.setattr(command, "SMOOTHNESS", smoothness)
     assert command.main(["--output", str(tmp_path / "made")]) == 0
     report = json.loads((tmp_path / "made/theory.json").read_text())
     names = {"theorem_1", "lemma_a4", "lemma_2", "theorem_2", "theorem_3"}
@@ -24,7 +25,7 @@ def test_every_statement_is_written(
         assert report[name]
     assert all(result["exact"] for result in report["lemma_a4"])
     assert [result["largest_difference"] for result in report["theorem_1"]] == [0] * 9
-    assert len(report["fits"]["theorem_3"]) == 6
+    assert len(report["fits"]["theorem_3"]) == 10
 
 
 def test_missing_matplotlib_is_said(
