@@ -16,6 +16,8 @@ from megapoly.study.report.runs import Run, read_run, to_record
 FORMAT = 1
 FILE = "report.json"
 _DIGITS = 5
+# Fields of a run, with what they are then.
+_NOT_IN_EARLIER_REPORTS: dict[str, Any] = {"task_errors": {}}
 _OF_A_COMPARISON = ("commands", "hardware", "versions")
 
 
@@ -105,7 +107,8 @@ def _saved(path: Path) -> dict[str, Any]:
                 "runs."
             )
         names = {field.name for field in fields(Run)}
-        saved["runs"] = [Run(**{name: record[name] for name in names}) for record in saved["runs"]]
+        records = [_NOT_IN_EARLIER_REPORTS | record for record in saved["runs"]]
+        saved["runs"] = [Run(**{name: record[name] for name in names}) for record in records]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"`{path}` is not a report.json ({type(error).__name__}: {error}); give the folder of "

@@ -43,6 +43,7 @@ class Run:
         training: ``tokens`` and ``loss``; None for a loss that was not finite.
         validation: ``tokens``, and ``loss`` by domain, ``mean`` included.
         tasks: percent at the last evaluation, by task.
+        task_errors: standard error of that score over the questions, in percent, where recorded.
         wall_time_s: of the trial, or of its steps alone.
         wall_time_of: ``trial`` or ``steps``.
         data: data of the checkpoint: ``fingerprint``, ``sources``, ``tokenizer`` (SHA-256); None
@@ -63,6 +64,7 @@ class Run:
     training: dict[str, list[Any]]
     validation: dict[str, Any]
     tasks: dict[str, float]
+    task_errors: dict[str, float]
     wall_time_s: float
     wall_time_of: str
     data: dict[str, Any] | None
@@ -161,12 +163,6 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
     total = config.training.train_iters or len(steps)
     window = max(1, round(total * WINDOW))
     wall_time = (trial or {}).get("wall_time_s")
-    tasks = {
-        key.removeprefix("task/"): score
-        for step in steps
-        for key, value in step.items()
-        if _is(key, "task") and (score := _finite(value)) is not None
-    }
     return Run(
         name=folder.resolve().name,
         config=_without_places(to_dict(config)),
@@ -176,7 +172,8 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
         window_steps=window,
         training=_training(steps, window),
         validation=_validation(steps),
-        tasks=tasks,
+        tasks=_last(steps, "task"),
+        task_errors=_last(steps, "task_stderr"),
         wall_time_s=round(
             math.fsum(s["step_time_s"] for s in steps) if wall_time is None else wall_time, 1
         ),
@@ -221,6 +218,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _is(key: str, kind: str) -> bool:
     return key.startswith(f"{kind}/")
+
+
+def _last(steps: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """Return the last finite value of each metric of a kind, by the rest of its name."""
+    return {
+        key.removeprefix(f"{kind}/"): number
+        for step in steps
+        for key, value in step.items()
+        if _is(key, kind) and (number := _finite(value)) is not None
+    }
 
 
 def _finite(value: float | None) -> float | None:

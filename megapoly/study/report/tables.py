@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -138,15 +139,29 @@ def tasks(group: RunGroup) -> Table:
         for name in names
     ]
     rows = [
-        (entry.label, [_spread(results.known(results.values(entry, r)), 1) for r in readers])
+        (
+            entry.label,
+            [_score(entry, name, read) for name, read in zip(names, readers, strict=True)],
+        )
         for entry in group.entries
     ]
     bold = _mark_best(group, rows, readers, highest=True)
     notes = [
         "Percent at the last evaluation, by the LM Evaluation Harness; mean ± standard deviation "
-        "over seeds."
+        "over seeds. Below it the standard error that the choice of questions gives a run, where "
+        "the runs have recorded it: all runs answer the same questions, so seeds do not reduce it."
     ]
     return Table("Benchmark tasks", ["activation", *names], rows, notes + [bold] * bool(bold))
+
+
+def _score(entry: Entry, name: str, read: Reader) -> Cell:
+    """Return a score with its spread over seeds, and the standard error over the questions."""
+    cell = _spread(results.known(results.values(entry, read)), 1)
+    errors = [run.task_errors.get(name) for run in entry.seeds.values()]
+    known = [error for error in errors if error is not None]
+    if cell.text != NONE and len(known) == len(errors):
+        cell.below = f"± {math.hypot(*known) / math.sqrt(len(known)):.1f} of questions"
+    return cell
 
 
 def costs_to_reach(group: RunGroup, reference: Entry) -> Table:
@@ -178,8 +193,8 @@ def costs_to_reach(group: RunGroup, reference: Entry) -> Table:
             f"Share of the run of {reference.label} with the same seed after which the curve of "
             "validation loss is first at or below that run's final loss, linear between "
             "points; mean ± standard deviation over seeds. A run that ends above that loss does "
-            "not reach it; where some seeds do not, the mean of the others is below their number "
-            "and favours the line.",
+            "not reach it; where some seeds do not, the cell has the number of those that do and, "
+            "below it, their mean, which favours the line.",
             "FLOPs: of matrix products, so nearly those of the tokens. Time: the same share of the "
             "wall time, of runs that belong to one comparison; it has the cost of the activation "
             f"on that machine, which also did other work. Training loss is the mean over the last "

@@ -41,7 +41,8 @@ def similarity_by_recording(checkpoint, prefix, num_tokens):
     from megapoly.conversion.engine_outputs import engine_module_outputs
 
     ids = np.fromfile(f"{prefix}.bin", dtype=np.uint16)[:num_tokens].astype(np.int64)
-    recording = engine_module_outputs(Path(checkpoint), torch.from_numpy(ids)[None], torch.float32)
+    tokens, positions = torch.from_numpy(ids)[None], torch.arange(num_tokens)[None]
+    recording = engine_module_outputs(Path(checkpoint), tokens, positions, torch.float32)
     names = ["model.embed_tokens"]
     names += sorted(n for n in recording.outputs if n.count(".") == 2 and ".layers." in n)
     states = [recording.outputs[name][0].double().numpy() for name in names]

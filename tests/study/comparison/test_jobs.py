@@ -90,9 +90,7 @@ def test_a_signal_while_a_job_starts_does_not_leave_it_behind(
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)
             started.append(self)
-            while not (tmp_path / "begun").exists():
-                assert self.poll() is None
-                time.sleep(0.05)
+            wait_until((tmp_path / "begun").exists, self)
             signal.raise_signal(number)
 
     def stop(number: int, frame: object) -> None:
@@ -108,9 +106,6 @@ def test_a_signal_while_a_job_starts_does_not_leave_it_behind(
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, previous)
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def test_a_job_that_is_killed_is_told_so(tmp_path: Path) -> None:

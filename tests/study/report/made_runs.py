@@ -23,6 +23,7 @@ def write_run(
     steps: int | None = None,
     evaluations: dict[int, dict[str, float]] | None = None,
     tasks: dict[str, float] | None = None,
+    task_errors: dict[str, float] | None = None,
     source: str | None = "f" * 16,
     overrides: tuple[str, ...] = (),
 ) -> Path:
@@ -58,6 +59,7 @@ def write_run(
                 line |= {f"val/{name}/loss": value, f"val/{name}/ppl": math.exp(value)}
             if step == len(losses):
                 line |= {f"task/{name}": score for name, score in (tasks or {}).items()}
+                line |= {f"task_stderr/{n}": error for n, error in (task_errors or {}).items()}
             file.write(json.dumps(line) + "\n")
     if source is not None:
         _write_checkpoint(folder, len(losses), source, seed)

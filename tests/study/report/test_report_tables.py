@@ -16,7 +16,7 @@ from megapoly.study.report.loss_figures import Curves, curves
 from megapoly.study.report.ranking import rankings
 from megapoly.study.report.run_tables import learning_rates
 from megapoly.study.report.runs import read_run
-from megapoly.study.report.tables import costs_to_reach, domains, losses
+from megapoly.study.report.tables import costs_to_reach, domains, losses, tasks
 
 # Validation loss of domains a and b halfway and at the end, by activation and seed.
 ENDS = {
@@ -75,6 +75,26 @@ def test_perplexity_by_domain(group):
     row = cells(domains(group), "SwiGLU")
     assert row["b"].text == f"{statistics.mean(math.exp(x + 0.5) for x in (3.0, 3.2, 3.1)):.2f}"
     assert row["b"].below == "3.600"
+
+
+def test_benchmarks_have_the_errors_of_seeds_and_of_questions(tmp_path):
+    """Of two tasks, one has no recorded errors; the higher score is bold."""
+    scores = {"swiglu": (40.0, 42.0, 41.0), "polynorm": (52.0, 54.0, 53.5)}
+    runs = []
+    for activation, of_seeds in scores.items():
+        for seed, score in enumerate(of_seeds):
+            options = {"activation": activation, "seed": seed, "evaluations": {1: {"a": 2.0}}}
+            options |= {"tasks": {"piqa": score, "arc": 30.0 + seed}}
+            errors = {"piqa": 3.0 + seed}
+            folder = tmp_path / f"{activation}.{seed}"
+            runs.append(read_run(write_run(folder, [3.0], task_errors=errors, **options)))
+    (found,) = group_runs(runs, "swiglu")
+    row = cells(tasks(found), "PolyNorm")
+    assert (row["piqa"].text, row["piqa"].best) == (f"{159.5 / 3:.1f}", True)
+    assert row["piqa"].spread == f"± {statistics.stdev(scores['polynorm']):.1f}"
+    assert row["piqa"].below == f"± {math.sqrt((9 + 16 + 25) / 3):.1f} of questions"
+    assert (row["arc"].text, row["arc"].below, row["arc"].best) == ("31.0", "", False)
+    assert not cells(tasks(found), "SwiGLU")["piqa"].best
 
 
 def test_tokens_to_reach(group):
