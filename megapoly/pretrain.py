@@ -13,7 +13,7 @@ from megapoly.config import Config, to_yaml
 from megapoly.config.parsing import parse
 from megapoly.config.resolve import tokens_per_step
 from megapoly.config.this_job import check_and_resolve
-from megapoly.errors import ConfigError, DivergenceError, MegapolyError
+from megapoly.errors import ConfigError, DataError, DivergenceError, MegapolyError
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import configure_logging
 
@@ -68,8 +68,8 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
         program: name to show in the help.
 
     Raises:
-        ConfigError: everything that cannot be parsed, or else every broken rule.
-        DataError: the tokenizer's file exists and cannot be used.
+        ConfigError: everything that cannot be parsed, or else every broken rule and a tokenizer
+            whose file exists and cannot be used.
         SystemExit: after ``--help``, ``--print-config`` or ``--dry-run``; with the exit status.
     """
     arguments = parse(argv, default_recipe=default_recipe, program=program)
@@ -81,8 +81,14 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
     # Here and not above: --help and a wrong command line answer without waiting for torch.
     from megapoly.data.tokenizer import tokenizer_vocab_size
 
-    vocab_size = tokenizer_vocab_size(arguments.config.data.tokenizer)
-    resolved = check_and_resolve(arguments.config, tokenizer_vocab_size=vocab_size)
+    vocab_size, problems = None, []
+    try:
+        vocab_size = tokenizer_vocab_size(arguments.config.data.tokenizer)
+    except DataError as error:
+        problems.append(str(error))
+    resolved = check_and_resolve(
+        arguments.config, tokenizer_vocab_size=vocab_size, problems=problems
+    )
     if arguments.print_config:
         if launcher.rank() == 0:
             print(to_yaml(resolved), end="")

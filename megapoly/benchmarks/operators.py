@@ -54,6 +54,8 @@ from megapoly.benchmarks.activation_forms import (
 )
 from megapoly.benchmarks.operators_report import Seconds, case_report, print_report
 from megapoly.config.command_line import Parser, at_least
+from megapoly.config.options import shown
+from megapoly.config.ranges import LARGEST_COUNT, MOST_PROCESSES, Range, whole_number
 from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform import extras
 from megapoly.platform.device import default_device
@@ -141,7 +143,7 @@ def build_parser() -> Parser:
     )
     add(
         "--order",
-        type=int,
+        type=at_least(min(ORDERS), max(ORDERS)),
         choices=ORDERS,
         default=DEFAULT_ORDER,
         help="highest power (%(default)s)",
@@ -150,7 +152,7 @@ def build_parser() -> Parser:
     add("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16"], help="(%(default)s)")
     add(
         "--experts",
-        type=at_least(1),
+        type=at_least(1, 65_536),
         help="rows sorted by expert, in uneven numbers, with coefficients for each expert and a "
         "router probability for each row (default: a dense layer)",
     )
@@ -169,7 +171,11 @@ def build_parser() -> Parser:
         help="(%(default)s)",
     )
     add("--rounds", type=at_least(1), help=f"turns of each candidate (default: {ROUNDS})")
-    add("--threads", type=at_least(1), help="of torch on CPU (default: chosen by torch)")
+    add(
+        "--threads",
+        type=at_least(1, MOST_PROCESSES),
+        help="of torch on CPU (default: chosen by torch)",
+    )
     add("--json", type=Path, help="file for the results")
     add("--plot", type=Path, help="PNG file for a bar chart (needs matplotlib)")
     return parser
@@ -185,11 +191,12 @@ def _default_shapes() -> str:
 
 def _shape(text: str) -> tuple[int, int]:
     rows, _, width = text.partition("x")
-    if not all(number.isdecimal() and int(number) for number in (rows, width)):
+    numbers = [whole_number(each, Range(1, LARGEST_COUNT)) for each in (rows, width)]
+    if numbers[0] is None or numbers[1] is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not ROWSxWIDTH, two positive integers such as 2048x1536"
+            f"{shown(text)} is not ROWSxWIDTH, two positive integers such as 2048x1536"
         )
-    return int(rows), int(width)
+    return numbers[0], numbers[1]
 
 
 def _check_files(arguments: argparse.Namespace) -> None:

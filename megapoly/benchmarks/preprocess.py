@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.command_line import Parser, at_least, status_of
+from megapoly.config.ranges import MOST_PROCESSES
 from megapoly.platform import extras
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def build_parser() -> Parser:
     add(
         "--workers",
         nargs="+",
-        type=at_least(1),
+        type=at_least(1, MOST_PROCESSES),
         default=[1, os.cpu_count() or 1],
         metavar="N",
         help="numbers of processes (1, and one per core)",

@@ -35,6 +35,7 @@ from megapoly.benchmarks.plain_model import PlainModel, check_is_plain
 from megapoly.benchmarks.round_statistics import RoundStatistics
 from megapoly.config import Config
 from megapoly.config.command_line import Parser, at_least
+from megapoly.config.ranges import MOST_PROCESSES
 from megapoly.errors import MegapolyError
 from megapoly.platform.device import select_platform
 from megapoly.pretrain import configure
@@ -114,7 +115,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--rounds", type=at_least(1), default=30, help="turns of each candidate (%(default)s)"
     )
-    parser.add_argument("--threads", type=at_least(1), help="of torch (default: chosen by torch)")
+    parser.add_argument(
+        "--threads", type=at_least(1, MOST_PROCESSES), help="of torch (default: chosen by torch)"
+    )
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser
 

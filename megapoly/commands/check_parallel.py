@@ -35,6 +35,7 @@ from megapoly.config.command_line import (
     parse_with_overrides,
 )
 from megapoly.config.parsing import parse as parse_config
+from megapoly.config.ranges import MOST_PROCESSES
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
@@ -90,7 +91,7 @@ def build_parser() -> Parser:
     add(
         "--world-size",
         nargs="+",
-        type=at_least(1),
+        type=at_least(1, MOST_PROCESSES),
         metavar="N",
         help="numbers of processes (1 2 4 8); layouts by name are filled up with data parallelism, "
         "and without this option run on as many processes as they need",

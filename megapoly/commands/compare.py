@@ -50,6 +50,7 @@ from megapoly.config.command_line import (
     parse_with_overrides,
     status_of,
 )
+from megapoly.config.ranges import MOST_PROCESSES, SEEDS_BELOW
 from megapoly.errors import ConfigError
 from megapoly.platform.logs import show_errors_only
 from megapoly.polynomial import DEFAULT_ORDER, ORDERS
@@ -102,12 +103,19 @@ def build_parser() -> Parser:
     add(
         "--orders",
         nargs="+",
-        type=int,
+        type=at_least(min(ORDERS), max(ORDERS)),
         choices=ORDERS,
         metavar="R",
         help=f"orders of polynomial activations: {ORDERS} (default: {DEFAULT_ORDER})",
     )
-    add("--seeds", nargs="+", type=at_least(0), default=[1], metavar="N", help="default: 1")
+    add(
+        "--seeds",
+        nargs="+",
+        type=at_least(0, SEEDS_BELOW - 1),
+        default=[1],
+        metavar="N",
+        help="default: 1",
+    )
     add(
         "--learning-rates",
         nargs="+",
@@ -125,13 +133,13 @@ def build_parser() -> Parser:
     )
     add(
         "--jobs",
-        type=at_least(1),
+        type=at_least(1, MOST_PROCESSES),
         metavar="N",
         help="runs at the same time (default: cores / processes; with --launcher 1)",
     )
     add(
         "--nproc-per-node",
-        type=at_least(1),
+        type=at_least(1, MOST_PROCESSES),
         metavar="N",
         help="processes of each run on this machine (default: 1)",
     )

@@ -35,7 +35,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.config.command_line import Parser, parse_with_overrides
+from megapoly.config.command_line import Parser, at_least, parse_with_overrides
+from megapoly.config.ranges import LARGEST_COUNT
 from megapoly.errors import MegapolyError
 from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, DTYPES, EvaluationRequest
 from megapoly.platform import launcher
@@ -81,22 +82,23 @@ def build_parser() -> Parser:
         "[--section.field value ...]",
     )
     add = parser.add_argument
+    whole = at_least(-LARGEST_COUNT)  # the request has the ranges, and reports all that are left
     add("--model", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
     add("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks to run")
     add("--perplexity", action="store_true", help="measure perplexity of each validation set")
     add("--output", type=Path, metavar="FILE", help="write all figures to this JSON file")
     add("--task-data", type=Path, metavar="DIR", help="folder with the questions of the tasks")
     add("--skip-missing", action="store_true", help="skip tasks whose questions DIR lacks")
-    add("--limit", type=int, metavar="N", help="use only the first N questions of each task")
+    add("--limit", type=whole, metavar="N", help="use only the first N questions of each task")
     add(
         "--num-fewshot",
-        type=int,
+        type=whole,
         metavar="N",
         help="answered examples before each question (default: the number of each task)",
     )
     add(
         "--batch-size",
-        type=int,
+        type=whole,
         metavar="N",
         help=f"sequences of tasks per forward pass and process (default: {DEFAULT_BATCH_SIZE})",
     )

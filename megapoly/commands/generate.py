@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.config.command_line import DTYPES, Parser, at_least, number, status_of
+from megapoly.config.ranges import SEEDS_BELOW
 from megapoly.platform import extras
 from megapoly.platform.logs import show_errors_only
 
@@ -101,7 +102,7 @@ def build_parser() -> Parser:
     )
     add(
         "--seed",
-        type=at_least(0),
+        type=at_least(0, SEEDS_BELOW - 1),
         default=1234,
         metavar="N",
         help="seed (default: %(default)s)",

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapoly.config.command_line import Parser, add_conversion_options, at_least
+from megapoly.config.ranges import SEEDS_BELOW
 from megapoly.errors import ConfigError, MegapolyError
 from megapoly.platform.logs import show_errors_only
 from megapoly.polynomial import DEFAULT_ORDER
@@ -120,7 +121,7 @@ def build_parser() -> Parser:
     )
     add(
         "--seed",
-        type=at_least(0),
+        type=at_least(0, SEEDS_BELOW - 1),
         metavar="N",
         help="seed of initialised weights (default: 1234)",
     )

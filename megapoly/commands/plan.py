@@ -26,6 +26,7 @@ from rich.console import Console
 from megapoly.config import Config
 from megapoly.config.command_line import Parser, at_least, parse_with_overrides, status_of
 from megapoly.config.parsing import parse as parse_config
+from megapoly.config.ranges import LARGEST_WORLD_SIZE
 from megapoly.config.rules import find_problems
 from megapoly.errors import ConfigError
 from megapoly.platform.gpus import GPUS
@@ -74,7 +75,13 @@ def build_parser() -> Parser:
         metavar="RECIPE",
         help="recipe by name, or a YAML file (moe_7b_paper)",
     )
-    add("--world-size", type=at_least(1), required=True, metavar="N", help="number of GPUs")
+    add(
+        "--world-size",
+        type=at_least(1, LARGEST_WORLD_SIZE),
+        required=True,
+        metavar="N",
+        help="number of GPUs",
+    )
     add("--gpu", choices=GPUS, default="a100-80g", help="GPU of every process (a100-80g)")
     add(
         "--local-spec",

@@ -39,6 +39,7 @@ from types import FrameType
 from rich.console import Console
 
 from megapoly.config.command_line import Parser, at_least, number, status_of
+from megapoly.config.ranges import MOST_PROCESSES
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.threads import use_one_thread
 
@@ -293,7 +294,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--workers",
-        type=at_least(1),
+        type=at_least(1, MOST_PROCESSES),
         default=os.cpu_count() or 1,
         metavar="N",
         help="number of processes (one per core)",

@@ -23,7 +23,9 @@ from jsonargparse import ArgumentParser
 
 from megapoly import pretrain
 from megapoly.commands import end_on_signals
+from megapoly.config.options import short
 from megapoly.config.parsing import option_parser
+from megapoly.config.ranges import MOST_PROCESSES, Range, whole_number
 from megapoly.platform import launcher
 
 _PROCESSES = "--nproc-per-node"
@@ -77,6 +79,9 @@ def _take_processes(argv: Sequence[str]) -> tuple[int | None, list[str]]:
             f"{_PROCESSES} ({given}) cannot be used here: a launcher has started the processes of "
             "this job; leave it out, or give it to the launcher"
         )
-    if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"{_PROCESSES} ({given}) must be a number of processes, 1 or more")
-    return int(given), rest
+    number = whole_number(given, Range(1, MOST_PROCESSES))
+    if number is None:
+        raise ValueError(
+            f"{_PROCESSES} ({short(given)}) must be a number of processes, 1 to {MOST_PROCESSES}"
+        )
+    return number, rest

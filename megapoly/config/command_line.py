@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from megapoly.config.options import OPTIONS, nearest
+from megapoly.config.options import OPTIONS, nearest, short
+from megapoly.config.ranges import LARGEST_COUNT, Range, whole_number
 from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform.logs import discard_output
 
@@ -18,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help is its command's docstring, and which names the nearest flag.
+    """A parser whose help is its command's docstring, and which names all that is wrong.
 
     Args:
         command: name after ``megapoly``.
@@ -43,13 +44,59 @@ class Parser(argparse.ArgumentParser):
             **kwargs,
         )
         self._earlier = earlier
+        self._problems: list[str] | None = None  # a list while arguments are read
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse all arguments; end the program at an unknown flag and name the nearest one."""
+        """Parse all arguments; end the program if some are wrong, and name all that are."""
         arguments = self.current_spelling(sys.argv[1:] if args is None else args)
-        if unknown := self.unknown_flags(arguments):
-            self.refuse(unknown, self.flags())
-        return super().parse_args(arguments, namespace)
+        options, rest = self.parse_all(arguments, self.unknown_flags(arguments), self.flags())
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(map(short, rest))}")
+        return options
+
+    def parse_all(
+        self, arguments: Sequence[str], unknown: Sequence[str], flags: Sequence[str]
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse the arguments that the command has, and return the others.
+
+        Ends the program with one message for all: unknown flags, each with the nearest of
+        ``flags``, values out of range, and required arguments that are missing.
+        """
+        self._problems = [_unknown(unknown, flags)] if unknown else []
+        options, rest = argparse.Namespace(), list[str]()
+        try:
+            options, rest = super().parse_known_args(arguments)
+        except _Incomplete:
+            pass
+        finally:
+            problems, self._problems = self._problems, None
+        if problems:
+            super().error("; ".join(problems))
+        return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, or remember the message until all arguments are read."""
+        if self._problems is None:
+            super().error(message)
+        self._problems.append(message)
+        raise _Incomplete
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        return self._unless_wrong(lambda: super(Parser, self)._get_value(action, arg_string))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value is not _WRONG:
+            self._unless_wrong(lambda: super(Parser, self)._check_value(action, value))
+
+    def _unless_wrong(self, work: Callable[[], Any]) -> Any:
+        """Return the result of ``work``; remember the problem if a value is wrong."""
+        try:
+            return work()
+        except argparse.ArgumentError as error:
+            if self._problems is None:
+                raise
+            self._problems.append(str(error))
+            return _WRONG
 
     def current_spelling(self, arguments: Sequence[Any]) -> list[str]:
         """Return the arguments with earlier spellings of flags replaced by the current ones."""
@@ -70,10 +117,18 @@ class Parser(argparse.ArgumentParser):
         shown = (action for action in self._actions if action.help != argparse.SUPPRESS)
         return [flag for action in shown for flag in action.option_strings]
 
-    def refuse(self, unknown: Sequence[str], flags: Sequence[str]) -> NoReturn:
-        """End the program because of unknown flags, and name the nearest known flag of each."""
-        hints = [f"{flag} (the nearest is {nearest(flag, flags)})" for flag in unknown]
-        self.error(f"unknown {'options' if len(hints) > 1 else 'option'} {', '.join(hints)}")
+
+class _Incomplete(Exception):  # noqa: N818  (not an error of its own)
+    """The parser cannot read on; its problems say why."""
+
+
+_WRONG: Any = object()  # instead of a value that is wrong
+
+
+def _unknown(unknown: Sequence[str], flags: Sequence[str]) -> str:
+    """Return the message about unknown flags, with the nearest known flag of each."""
+    hints = [f"{short(flag)} (the nearest is {nearest(short(flag), flags)})" for flag in unknown]
+    return f"unknown {'options' if len(hints) > 1 else 'option'} {', '.join(hints)}"
 
 
 def _looks_like_a_flag(argument: str) -> bool:
@@ -113,9 +168,8 @@ def parse_with_overrides(
     """
     arguments = parser.current_spelling(sys.argv[1:] if argv is None else argv)
     unknown = [flag for flag in parser.unknown_flags(arguments) if "." not in flag]
-    if unknown:
-        parser.refuse(unknown, [*parser.flags(), *(f"--{key}" for key in OPTIONS if "." in key)])
-    return parser.parse_known_args(arguments)
+    flags = [*parser.flags(), *(f"--{key}" for key in OPTIONS if "." in key)]
+    return parser.parse_all(arguments, unknown, flags)
 
 
 def _is_number(text: str) -> bool:
@@ -126,16 +180,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers that are at least ``least``."""
+def at_least(least: int, most: int = LARGEST_COUNT) -> Callable[[str], int]:
+    """Return a parser of whole numbers from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} must be a whole number, {least} or more")
+        value = whole_number(text, Range(least, most))
+        if value is None:
+            raise argparse.ArgumentTypeError(
+                f"{short(text)} must be a whole number, {least} to {most}"
+            )
         return value
 
     return parse
@@ -153,7 +206,7 @@ def number(
             value = math.nan
         if not (math.isfinite(value) and above < value and least <= value <= most):
             lower = f"above {above:g}" if above > -math.inf else f"at least {least:g}"
-            raise argparse.ArgumentTypeError(f"{text} must be {lower} and at most {most:g}")
+            raise argparse.ArgumentTypeError(f"{short(text)} must be {lower} and at most {most:g}")
         return value
 
     return parse

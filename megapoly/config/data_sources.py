@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from megapoly.config.schema import BlendSource, DataConfig, ValidationSet
+from megapoly.platform.files import is_file, is_folder
 
 UNITS = ("weight", "tokens", "epochs")
 MEAN = "mean"  # name of the mean over all validation sets
@@ -73,7 +74,7 @@ def token_file_prefixes(path: str) -> list[str]:
     Returns:
         Empty if the path is a pattern and no ``.idx`` file matches it.
     """
-    if Path(f"{path}.idx").is_file() or not glob.has_magic(path):
+    if is_file(f"{path}.idx") or not glob.has_magic(path):
         return [path]
     return [match.removesuffix(".idx") for match in sorted(glob.glob(f"{path}.idx"))]
 
@@ -81,7 +82,7 @@ def token_file_prefixes(path: str) -> list[str]:
 def tokenizer_file(tokenizer: str) -> Path:
     """Return the file that ``data.tokenizer`` names, itself or by its folder."""
     path = Path(tokenizer)
-    if not path.is_dir():
+    if not is_folder(path):
         return path
     file, gpt2_file = path / "tokenizer.json", path / "vocab.json"
-    return gpt2_file if gpt2_file.is_file() and not file.is_file() else file
+    return gpt2_file if is_file(gpt2_file) and not is_file(file) else file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -21,6 +22,10 @@ EXPECTED = {
     BlendSource: "a list of prefixes and sources such as [a, {path: b, epochs: 2}]",
     ValidationSet: "named sets such as {name: a, other: {path: [b, c], weight: 2}}",
 }
+
+_LONGEST_SHOWN = 120
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = _LONGEST_SHOWN
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,17 @@ def text_of(value: Any) -> str:
     return str(value)
 
 
+def short(text: object) -> str:
+    """Return text for a message, without the middle of what is very long."""
+    full = str(text)
+    return full if len(full) <= _LONGEST_SHOWN else f"{full[:80]}...{full[-20:]}"
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, without most of what is very long or nests deeply."""
+    return "null" if value is None else _SHOWN.repr(value)
+
+
 def members_of(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, or any other type as the only member."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
@@ -107,6 +123,7 @@ def unknown(key: str, place: str = "", *, flags: Sequence[str] = ()) -> str:
         place: where it was written, such as `` in recipe.yaml``.
         flags: other flags that the command takes, such as ``--config``.
     """
+    key = short(key)
     if key in SECTIONS:
         return f"`{key}`{place} is a section; set its options, such as `{_first_option(key)}`"
     known = [*OPTIONS, *flags, *(SECTIONS if place else ())]

@@ -16,10 +16,21 @@ from typing import Any, get_origin
 import yaml
 from jsonargparse import ArgumentParser
 
-from megapoly.config.options import OPTIONS, SECTIONS, Option, nearest, options_of, text_of, unknown
+from megapoly.config.options import (
+    OPTIONS,
+    SECTIONS,
+    Option,
+    nearest,
+    options_of,
+    short,
+    text_of,
+    unknown,
+)
+from megapoly.config.ranges import LARGEST_WORLD_SIZE, Range, whole_number
 from megapoly.config.recipes import recipe_names, recipe_path
 from megapoly.config.schema import Config
-from megapoly.config.typed_values import convert, convert_text, read_yaml
+from megapoly.config.typed_values import convert, convert_text
+from megapoly.config.yaml_text import parse_yaml, read_file, read_yaml, repeated_keys
 from megapoly.errors import ConfigError
 from megapoly.platform.gpus import GPUS
 
@@ -300,8 +311,8 @@ def _split(argv: Sequence[str]) -> _GivenArguments:
             if argument in recipe_names() or argument.endswith((".yaml", ".yml")):
                 hint = f"write `--config {argument}`"
             elif argument.startswith("-"):
-                hint = f"the nearest is `{nearest(argument, FLAGS)}`"
-            given.problems.append(f"`{argument}` is not an option; {hint}")
+                hint = f"the nearest is `{nearest(short(argument), FLAGS)}`"
+            given.problems.append(f"`{short(argument)}` is not an option; {hint}")
         else:
             follows = bool(pending) and not pending[0].startswith("--")
             value = text if equals else pending.pop(0) if follows else None
@@ -329,8 +340,12 @@ def _dry_run_options(given: _GivenArguments, problems: list[str]) -> DryRunOptio
             f"{names} {have} no effect without `--dry-run`; add `--dry-run`, or remove {names}"
         )
     size, gpu = given.of_dry_run.get("world-size", "1"), given.of_dry_run.get("gpu", "none")
-    if size is None or not size.isdecimal() or int(size) < 1:
-        problems.append(f"`--world-size` ({size or ''}) must be a number of ranks, 1 or more")
+    num_ranks = whole_number(size or "", Range(1, LARGEST_WORLD_SIZE))
+    if num_ranks is None:
+        problems.append(
+            f"`--world-size` ({short(size or '')}) must be a number of ranks, 1 to "
+            f"{LARGEST_WORLD_SIZE}"
+        )
         return None
     if gpu is None:
         problems.append(f"`--gpu` needs a name: {', '.join(GPUS)}")
@@ -338,7 +353,7 @@ def _dry_run_options(given: _GivenArguments, problems: list[str]) -> DryRunOptio
     if not given.dry_run:
         return None
     return DryRunOptions(
-        world_size=int(size) if "world-size" in given.of_dry_run else None,
+        world_size=num_ranks if "world-size" in given.of_dry_run else None,
         gpu=gpu if "gpu" in given.of_dry_run else DryRunOptions.gpu,
     )
 
@@ -365,12 +380,12 @@ def _read_overrides(
 def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
     """Return values of a YAML file by dotted name; append what is wrong to ``problems``."""
     try:
-        text = path.read_text(encoding="utf-8")
-        document = read_yaml(text)
-        problems += _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-    except (OSError, UnicodeDecodeError) as error:
+        nodes, document = parse_yaml(read_file(path))
+        problems += repeated_keys(nodes, path)
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
         problems.append(
-            f"the recipe `{path}` cannot be read ({error}); name a YAML file, or one of "
+            f"the recipe `{short(path)}` cannot be read ({reason}); name a YAML file, or one of "
             f"{', '.join(recipe_names())}"
         )
         return {}
@@ -400,24 +415,6 @@ def _flatten(document: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), value
         else:
             yield from ((f"{name}.{inner}", item) for inner, item in (value or {}).items())
-
-
-def _repeated_keys(node: yaml.Node | None, path: Path) -> Iterator[str]:
-    """Yield a problem for each key that is twice in one mapping: YAML would drop the first."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            yield from _repeated_keys(item, path)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.value in lines:
-            yield (
-                f"`{key.value}` is twice in {path}, lines {lines[key.value]} and {line}; keep one"
-            )
-        lines[key.value] = line
-        yield from _repeated_keys(value, path)
 
 
 def _merge(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from megapoly.config.options import short
 from megapoly.errors import ConfigError
+from megapoly.platform.files import is_file
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -29,15 +31,15 @@ def recipe_path(name: str | Path) -> Path:
         ConfigError: ``name`` is neither a path nor the name of a recipe.
     """
     path = Path(name)
-    if path.is_file() or len(path.parts) > 1 or path.suffix in (".yaml", ".yml"):
+    if is_file(path) or len(path.parts) > 1 or path.suffix in (".yaml", ".yml"):
         return path
     names = recipe_names()
     if path.name in names:
         return FOLDER / f"{path.name}.yaml"
-    nearest = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(short(path.name), names, n=1, cutoff=0.0)[0]
     raise ConfigError(
         [
-            f"`--config` ({name}) is neither a file nor a recipe; the nearest recipe is {nearest}, "
-            f"of {', '.join(names)}"
+            f"`--config` ({short(name)}) is neither a file nor a recipe; the nearest recipe is "
+            f"{nearest}, of {', '.join(names)}"
         ]
     )

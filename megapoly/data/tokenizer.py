@@ -22,6 +22,7 @@ from megapoly.data.special_tokens import (
 )
 from megapoly.errors import DataError
 from megapoly.platform import launcher
+from megapoly.platform.files import is_file, is_folder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -160,7 +161,7 @@ def load_tokenizer(path: str | Path | None) -> Tokenizer:
     if path is None:
         return Tokenizer(BUILTIN_TOKENIZER)
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return Tokenizer(path)
     gpt2_files = path / "vocab.json", path / "merges.txt"
     if not (path / "tokenizer.json").is_file() and all(file.is_file() for file in gpt2_files):
@@ -215,6 +216,6 @@ def tokenizer_vocab_size(tokenizer: str | None) -> int | None:
     Raises:
         DataError: the file exists and cannot be used.
     """
-    if tokenizer is not None and not tokenizer_file(tokenizer).is_file():
+    if tokenizer is not None and not is_file(tokenizer_file(tokenizer)):
         return None
     return load_tokenizer(tokenizer).vocab_size

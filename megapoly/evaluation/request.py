@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.config import command_line
+from megapoly.config.ranges import Range
 
 DEFAULT_BATCH_SIZE = 8
 DTYPES = ("auto", *command_line.DTYPES)
@@ -67,12 +68,12 @@ def find_problems(
         yield "nothing to evaluate: give `--tasks NAME ...`, `--perplexity` or both"
     if not request.tasks:
         yield from _without_tasks(request)
-    if request.batch_size is not None and request.batch_size < 1:
-        yield f"`--batch-size` ({request.batch_size}) must be at least 1"
+    if request.batch_size is not None and request.batch_size not in Range(1, 65_536):
+        yield f"`--batch-size` ({request.batch_size}) must be at least 1 and at most 65536"
     if request.limit is not None and request.limit < 1:
         yield f"`--limit` ({request.limit}) must be at least 1; leave it out for all questions"
-    if request.num_fewshot is not None and request.num_fewshot < 0:
-        yield f"`--num-fewshot` ({request.num_fewshot}) must not be negative"
+    if request.num_fewshot is not None and request.num_fewshot not in Range(0, 1000):
+        yield f"`--num-fewshot` ({request.num_fewshot}) must not be negative, and at most 1000"
     if checkpoint is None:
         yield from _with_folder(request, num_processes)
         return

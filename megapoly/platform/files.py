@@ -15,6 +15,28 @@ from megapoly.errors import DataError
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def is_file(path: str | Path) -> bool:
+    """Return whether a file can be seen; False, too, if it is out of reach or too long a name."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a folder can be seen; see :func:`is_file`."""
+    return os.path.isdir(path)
+
+
+def why_missing(path: str | Path) -> str:
+    """Return why a file or folder cannot be used, to follow its name; empty if it exists."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"cannot be opened ({reason})"
+    return ""
+
+
 @contextmanager
 def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[list[Path]]:
     """Yield temporary names for ``paths``; rename them, in order, if the body succeeds.

@@ -92,8 +92,8 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "--steps: 0 must be a whole number, 1 or more"),
-        (["--world-size", "2", "-1"], "--world-size: -1 must be a whole number, 1 or more"),
+        (["--steps", "0"], "--steps: 0 must be a whole number, 1 to "),
+        (["--world-size", "2", "-1"], "--world-size: -1 must be a whole number, 1 to "),
         (["--timeout-s", "nan"], "--timeout-s: nan must be above 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -145,6 +146,66 @@ def test_a_misspelled_flag_names_the_nearest_of_its_command(name: str) -> None:
         assert f"unknown option {wrong} (the nearest is {flag})" in text
         status, text = run(name, f"{wrong}=x")
         assert status == 2 and f"(the nearest is {flag})" in text
+
+
+def test_all_that_is_wrong_is_reported_together() -> None:
+    """Unknown flags, required ones that are missing, values out of range and of no choice."""
+    words = ["--foo", "x", "--gpu", "abacus", "--search", "0", "--gpus=b200"]
+    status, text = run("plan", *words, "--model.num_layers", "2")
+    assert status == 2 and text.count("error:") == 1
+    for problem in (
+        "unknown options --foo (the nearest is ",
+        "--gpus (the nearest is --gpu)",
+        "argument --gpu: invalid choice: 'abacus'",
+        "argument --search: 0 must be a whole number, 1 to 2147483647",
+        "the following arguments are required: --world-size",
+    ):
+        assert problem in text
+    status, text = run("export", "--tolerance", "2", "--mode", "x")
+    assert status == 2
+    for problem in ("--mode (the nearest is --model)", "2 must be above 0", "required: --model"):
+        assert problem in text
+
+
+NUMBERS = [
+    ("generate --model x --max-new-tokens", "1 to 2147483647"),
+    ("generate --model x --seed", "0 to 4294967295"),
+    ("generate --model x --temperature", "at most 100"),
+    ("evaluate --model x --limit", "a whole number"),
+    ("plan --world-size", "1 to 1048576"),
+    ("preprocess --workers", "1 to 1024"),
+    ("benchmark operators --threads", "1 to 1024"),
+    ("benchmark operators --shapes", "ROWSxWIDTH"),
+    ("compare --seeds", "0 to 4294967295"),
+    ("check-parallel --world-size", "1 to 1024"),
+    ("train --nproc-per-node", "1 to 1024"),
+    ("train --dry-run --world-size", "1 to 1048576"),
+]
+
+
+@pytest.mark.parametrize(("words", "range_"), NUMBERS)
+@pytest.mark.parametrize("value", ["9" * 5000, "1e30", "010x", "nan", "0x", "1" * 40 + "x1"])
+def test_numbers_have_a_range(
+    monkeypatch: pytest.MonkeyPatch, words: str, range_: str, value: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    status, text = run(*words.split(), value)
+    assert status == 2 and range_ in text and "Traceback" not in text
+    assert value in text or "99999..." in text
+
+
+@pytest.mark.parametrize("name", [*OWN_PARSER, *WITHOUT_EXTRAS[:-1]])
+def test_every_number_of_a_command_has_a_range(name: str) -> None:
+    """No option converts with plain ``int`` or ``float``, which have no range."""
+    command, _, part = name.partition(" ")
+    if part and command == "benchmark":
+        parser = importlib.import_module(f"megapoly.benchmarks.{part}").build_parser()
+    elif part:
+        parser = preprocess.subcommand_parser(part)
+    else:
+        parser = module_of(command).build_parser()
+    assert [each.dest for each in parser._actions if each.type in (int, float)] == []
 
 
 def test_a_misspelled_flag_of_train() -> None:

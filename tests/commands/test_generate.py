@@ -96,7 +96,7 @@ def test_nothing_is_continued_from_the_beginning_of_a_document(folder, capsys):
         (["--temperature", "nan"], "at least 0"),
         (["--top-p", "0"], "above 0 and at most 1"),
         (["--top-p", "1.5"], "at most 1"),
-        (["--max-new-tokens", "0"], "1 or more"),
+        (["--max-new-tokens", "0"], "0 must be a whole number, 1 to 2147483647"),
     ],
 )
 def test_numbers_out_of_range_are_refused(folder, capsys, args, message):

@@ -101,6 +101,7 @@ def test_the_module_is_the_same_program(tmp_path, capsys, monkeypatch):
         (["--conifg", "moe_tiny"], "`conifg`; the nearest is `--config`"),
         (["--nproc-per-node", "0"], "--nproc-per-node (0) must be a number"),
         (["--nproc-per-node"], "--nproc-per-node () must be a number"),
+        (["--nproc-per-node", "9" * 5000], "must be a number of processes, 1 to 1024"),
     ],
 )
 def test_a_mistake_is_refused_with_the_nearest_flag(capsys, monkeypatch, arguments, message):
@@ -159,10 +160,15 @@ def test_help_of_the_script_is_left_to_the_script(monkeypatch):
 def test_a_run_dir_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "end_on_signals", lambda work: work())
     (tmp_path / "file").touch()
-    for run_dir, reason in (("file", "File exists"), ("file/run", "Not a directory")):
-        assert train.main(["--run_dir", str(tmp_path / run_dir)]) == 2
-        message = f"`run_dir` ({tmp_path / run_dir}) cannot be written: {reason}; choose another"
-        assert message in capsys.readouterr().err
+    file = tmp_path / "file"
+    for run_dir, reason in (
+        (file, "is not a folder"),
+        (file / "run", f"cannot be made: {file} is not a folder"),
+        # The name of one folder of /proc, in which the kernel makes none.
+        (Path("/proc/run"), "cannot be written: No such file or directory"),
+    ):
+        assert train.main(["--run_dir", str(run_dir)]) == 2
+        assert f"`run_dir` ({run_dir}) {reason}; choose another" in capsys.readouterr().err
 
 
 def test_the_module_names_the_extra_that_is_missing(capsys, monkeypatch):

@@ -280,7 +280,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     config.optimizer.lr, config.optimizer.adam_eps = 3e-4, 1e-15
     config.training.train_tokens = 5_000_000_000_000
     config.data.tokenizer, config.data.cache_dir = "null", "it's: x # y"
-    texts = ["on", "3e-4", "", "a\nb", "é", "2024-01-01", "[a]", "1_0", " x "]
+    texts = ["on", "3e-4", "010", "1:30", "a\nb", "é", "2024-01-01", "[a]", "1_0", " x "]
     mapping = BlendSource("data/*_text", tokens=250_000_000_000, name="on")
     config.data.blend = [*texts, mapping, BlendSource("3e-4", weight=0.1), BlendSource("null")]
     config.data.validation = {"1": ["a"], "no": [], "3e4": ["~"], "x": "1e3"}

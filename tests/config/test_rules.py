@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import pytest
 
-from megapoly.config.options import OPTIONS
+from megapoly.config.options import OPTIONS, Option, options_of
 from megapoly.config.rules import RULES, check, find_problems
 from megapoly.config.rules.facts import Facts
 from megapoly.config.rules.values import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
+    ENTRY_RANGES,
     FRACTIONS,
+    RANGES,
     SEEDS,
     numbers_are_in_range,
 )
 from megapoly.errors import ConfigError
+from megapoly.ops.arguments import check_eps
 from megapoly.platform.machine import CPU
 
 FactsOf = Callable[[dict[str, Any]], Facts]
@@ -43,6 +47,7 @@ BASES = {
     },
     "wsd": {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_iters": 10},
 }
+ENTRIES = [key for key, option in OPTIONS.items() if option.entry is not None]
 ONE_CPU = {
     "world_size": 1,
     "machine": CPU,
@@ -60,9 +65,49 @@ def test_numbers_are_in_range(
 
 
 def test_every_number_has_a_range() -> None:
-    numbers = {key for key, option in OPTIONS.items() if option.base in (int, float)}
-    ranged = {*AT_LEAST_ONE, *AT_LEAST_ZERO, *ABOVE_ZERO, *FRACTIONS, *SEEDS}
-    assert numbers - ranged == {"model.activation_order"}
+    """Of fields, lists and entries of the schema; the others have rules of their own."""
+    ranged = {*RANGES, *(f"{key}.{name}" for key in ENTRIES for name in ENTRY_RANGES)}
+    assert numbers_of(OPTIONS) - ranged == {"model.activation_order", "logging.profile_ranks"}
+
+
+def numbers_of(options: Mapping[str, Option]) -> set[str]:
+    """Fields that hold a number, wherever in their type."""
+    found = {key for key, option in options.items() if {int, float} & types_in(option.type)}
+    for option in options.values():
+        if option.entry is not None:
+            found |= numbers_of(options_of(option.entry, f"{option.key}."))
+    return found
+
+
+def types_in(hint: Any) -> set[Any]:
+    return {hint, *(inner for each in get_args(hint) for inner in types_in(each))}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_both_ends_of_every_range(facts_of: FactsOf, key: str) -> None:
+    """The default is inside, the ends are as stated, and what lies beyond them is refused."""
+    range_, whole = RANGES[key], OPTIONS[key].base is int
+    default = OPTIONS[key].default
+    assert default is None or default in range_
+    assert -math.inf < range_.least < range_.most < math.inf
+    small = 1 if whole else range_.most * 1e-9
+    for bound, is_open, inside in (
+        (range_.least, range_.open_below, small),
+        (range_.most, range_.open_above, -small),
+    ):
+        right, wrong = (bound + inside, bound) if is_open else (bound, bound - inside)
+        assert list(numbers_are_in_range(facts_of({key: right}))) == []
+        (message,) = numbers_are_in_range(facts_of({key: wrong}))
+        assert message == f"`{key}` ({wrong}) must be {range_}"
+
+
+def test_range_of_eps_is_that_of_the_operators() -> None:
+    range_ = RANGES["model.activation_eps"]
+    for eps in (range_.least, range_.most):
+        check_eps(eps)
+    for eps in (range_.least / 2, range_.most * 2):
+        with pytest.raises(ValueError, match="must be between"):
+            check_eps(eps)
 
 
 @pytest.mark.parametrize("order", [1, 5])

@@ -58,15 +58,21 @@ CASES: list[dict[str, Any]] = [
         right=blend(source("a", epochs=0.5), source("b", epochs=5.0), FILES),
     ),
     dict(
-        rule="amounts_are_above_zero",
+        rule="amounts_are_in_range",
         wrong=blend(source("a", weight=-1.0), source("b", weight=2.0)),
         words=["`data.blend` `a` has weight -1.0", "above 0"],
         right=blend(source("a", weight=1.0), source("b", weight=2.0)),
     ),
     dict(
-        rule="amounts_are_above_zero",
+        rule="amounts_are_in_range",
         wrong=blend(source("a", tokens=0)),
         words=["`a` has tokens 0", "leave"],
+    ),
+    dict(
+        rule="amounts_are_in_range",
+        wrong=blend(source("a", epochs=1e9)),
+        words=["`a` has epochs 1000000000.0", "above 0 and at most 1e+06"],
+        right=blend(source("a", epochs=1e6)),
     ),
     dict(
         rule="shares_are_not_tiny",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from megapoly.config.rules import model
 
@@ -13,6 +14,18 @@ MOE = {"model.num_moe_experts": 8, "model.moe_ffn_hidden_size": 384}
 EP = "parallel.expert_model_parallel_size"
 
 CASES: list[dict[str, Any]] = [
+    dict(
+        rule="tensors_can_be_addressed",
+        wrong={"model.hidden_size": 2**30, "model.vocab_size": 2**31 - 1},
+        words=["`model.hidden_size` * the padded vocabulary (1073741824 * 2147483647)", "2**60"],
+        right={"model.hidden_size": 2**28, "model.vocab_size": 2**31 - 1},
+    ),
+    dict(
+        rule="tensors_can_be_addressed",
+        wrong={"training.seq_length": 2**28},
+        words=["(1073741824 * 4 * 268435456)", "smaller"],
+        right={"training.seq_length": 2**27},
+    ),
     dict(
         rule="heads_fit_hidden_size",
         wrong={"model.num_attention_heads": 6},
@@ -112,6 +125,13 @@ def test_breaks_exactly_its_rule(
     case: dict[str, Any], assert_breaks_exactly: Callable[..., None]
 ) -> None:
     assert_breaks_exactly(**case)
+
+
+def test_torch_addresses_the_largest_tensor_of_the_rule() -> None:
+    """The most elements that the rule allows, and that torch refuses those above."""
+    torch.empty(2**30 - 1, 2**30, dtype=torch.float64, device="meta")
+    with pytest.raises(RuntimeError, match="overflow"):
+        torch.empty(2**30, 2**30, dtype=torch.float64, device="meta")
 
 
 def test_every_rule_has_a_case() -> None:

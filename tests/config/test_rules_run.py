@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megapoly.config.rules import run
+from megapoly.config.rules.facts import Facts
 from megapoly.platform.machine import Machine
 
 GPU = Machine(cuda=True)
@@ -54,6 +56,23 @@ CASES: list[dict[str, Any]] = [
         words=["`checkpoint.accept_other_batch` (True)", "has no effect", "(False)", "remove it"],
         right={"checkpoint.accept_other_batch": True},
     ),
+    dict(
+        rule="checkpoint_exists",
+        wrong={"checkpoint.load": "HERE/tokens.bin"},
+        words=["tokens.bin", "is not a folder"],
+    ),
+    dict(
+        rule="folders_can_be_made",
+        wrong={"run_dir": "HERE/tokens.bin"},
+        words=["`run_dir`", "tokens.bin) is not a folder; choose another"],
+        right={"run_dir": "HERE/empty"},
+    ),
+    dict(
+        rule="folders_can_be_made",
+        wrong={"data.cache_dir": "HERE/tokens.bin/a/b"},
+        words=["`data.cache_dir`", "/a/b) cannot be made: ", "tokens.bin is not a folder"],
+        right={"data.cache_dir": "HERE/empty/a/b"},
+    ),
 ]
 
 
@@ -62,6 +81,23 @@ def test_breaks_exactly_its_rule(
     case: dict[str, Any], assert_breaks_exactly: Callable[..., None]
 ) -> None:
     assert_breaks_exactly(**case)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("link", "cannot be opened (Too many levels of symbolic links)"),
+        ("absent", "is a link to nothing"),
+        ("a" * 300, "cannot be opened (File name too long)"),
+    ],
+)
+def test_links_that_lead_to_no_folder(
+    tmp_path: Path, facts_of: Callable[..., Facts], target: str, reason: str
+) -> None:
+    (tmp_path / "link").symlink_to(target)
+    (problem,) = run.folders_can_be_made(facts_of({"run_dir": str(tmp_path / "link")}))
+    assert reason in problem
+    assert list(run.folders_can_be_made(facts_of({"run_dir": str(tmp_path / "other/a")}))) == []
 
 
 def test_every_rule_has_a_case() -> None:

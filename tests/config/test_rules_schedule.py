@@ -104,6 +104,12 @@ CASES: list[dict[str, Any]] = [
         words=["(50 steps)", "(constant)"],
         right={STYLE: "constant", DECAY: 100},
     ),
+    dict(
+        rule="steps_can_be_counted",
+        wrong={"training.train_iters": None, "training.train_tokens": 10**13},
+        words=["`training.train_tokens` (10000000000000) is 4882812500 steps of 2048 tokens"],
+        right={"training.train_iters": None, "training.train_tokens": 10**12},
+    ),
 ]
 
 

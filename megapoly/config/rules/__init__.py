@@ -34,6 +34,7 @@ RULES_ON_FILES: frozenset[Rule] = frozenset(
         data.token_files_exist,
         data.tokenizer_exists,
         run.checkpoint_exists,
+        run.folders_can_be_made,
         tasks.task_data_exists,
         tasks.harness_is_installed,
     }

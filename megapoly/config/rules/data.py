@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 from megapoly.config.data_sources import (
     MEAN,
@@ -18,8 +17,11 @@ from megapoly.config.data_sources import (
     unit_of,
     validation_sets,
 )
+from megapoly.config.options import short
 from megapoly.config.rules.facts import Facts, Rule
+from megapoly.config.rules.values import ENTRY_RANGES
 from megapoly.config.schema import BlendSource
+from megapoly.platform.files import is_file, why_missing
 
 _SHOWN = 4
 _ENDINGS = (".bin", ".idx")
@@ -58,14 +60,14 @@ def sources_have_the_same_unit(facts: Facts) -> Iterator[str]:
         )
 
 
-def amounts_are_above_zero(facts: Facts) -> Iterator[str]:
-    """Every source of the blend is read."""
+def amounts_are_in_range(facts: Facts) -> Iterator[str]:
+    """Every source of the blend is read, and its amount can be counted."""
     for source in blend_sources(facts.config.data) or []:
         for unit in unit_of(source):
-            amount = getattr(source, unit)
-            if amount <= 0:
+            amount, range_ = getattr(source, unit), ENTRY_RANGES[unit]
+            if amount not in range_:
                 yield (
-                    f"`data.blend` `{source.name}` has {unit} {amount}; it must be above 0; "
+                    f"`data.blend` `{source.name}` has {unit} {amount}; it must be {range_}; "
                     "leave the source out if it is not to be read"
                 )
 
@@ -121,8 +123,9 @@ def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
             f"{', '.join(without)} {'has' if len(without) == 1 else 'have'} none"
         )
     for name, weight in weights.items():
-        if weight is not None and weight <= 0:
-            yield f"`data.validation` `{name}` has weight {weight}; it must be above 0"
+        if weight is not None and weight not in ENTRY_RANGES["weight"]:
+            range_ = ENTRY_RANGES["weight"]
+            yield f"`data.validation` `{name}` has weight {weight}; it must be {range_}"
 
 
 def token_files_exist(facts: Facts) -> Iterator[str]:
@@ -134,9 +137,9 @@ def token_files_exist(facts: Facts) -> Iterator[str]:
         for name, paths in entries.items():
             yield from _empty_entries(f"`{option}` `{name}`", paths)
         missing = {name: _missing_token_files(paths) for name, paths in entries.items()}
-        files = [str(file) for each in missing.values() for file in each]
+        files = [file for each in missing.values() for file in each]
         if files:
-            names = [f"`{name}`" for name, each in missing.items() if each]
+            names = [f"`{short(name)}`" for name, each in missing.items() if each]
             yield (
                 f"`{option}` {_first(names)} needs files that do not exist: {_first(files)}; give "
                 "prefixes of .bin/.idx pairs that do"
@@ -151,10 +154,13 @@ def _empty_entries(entry: str, paths: Sequence[str]) -> Iterator[str]:
             yield f"{entry}: no file matches the pattern {path}.idx; give one that matches some"
 
 
-def _missing_token_files(paths: Sequence[str]) -> list[Path]:
+def _missing_token_files(paths: Sequence[str]) -> list[str]:
+    """Return the files that are missing, each with the reason if that is another."""
     prefixes = [prefix for path in paths for prefix in token_file_prefixes(path)]
-    files = [Path(f"{prefix}{ending}") for prefix in prefixes for ending in _ENDINGS]
-    return [file for file in files if not file.is_file()]
+    files = [f"{prefix}{ending}" for prefix in prefixes for ending in _ENDINGS]
+    reasons = {file: why_missing(file) for file in files if not is_file(file)}
+    unusual = {file: f" {why}" for file, why in reasons.items() if why.startswith("cannot")}
+    return [f"{short(file)}{unusual.get(file, '')}" for file in reasons]
 
 
 def _first(names: Sequence[str]) -> str:
@@ -169,9 +175,10 @@ def tokenizer_exists(facts: Facts) -> Iterator[str]:
     if tokenizer is None:
         return
     file = tokenizer_file(tokenizer)
-    if not file.is_file():
+    if not is_file(file):
+        why = why_missing(file) or "is not a file"
         yield (
-            f"`data.tokenizer` ({tokenizer}) needs a file that does not exist: {file}; give a "
+            f"`data.tokenizer` ({short(tokenizer)}) needs a file, but {short(file)} {why}; give a "
             "tokenizer.json or its folder, or null for the built-in one"
         )
 
@@ -190,7 +197,7 @@ RULES: tuple[Rule, ...] = (
     blend_has_sources,
     sources_have_one_amount,
     sources_have_the_same_unit,
-    amounts_are_above_zero,
+    amounts_are_in_range,
     shares_are_not_tiny,
     source_names_differ,
     validation_has_sets,

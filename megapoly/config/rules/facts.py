@@ -67,6 +67,7 @@ class Facts:
 
 
 Rule = Callable[[Facts], Iterator[str]]
+_LARGEST_FACTORED = 2**32  # 65,536 divisions
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -108,10 +109,15 @@ def must_divide(what: str, value: int, whole: int, whole_what: str) -> Iterator[
     """Yield a message if ``value`` is not a divisor; another rule refuses sizes below 1."""
     if value < 1 or whole < 1 or whole % value == 0:
         return
-    divisors = [size for size in range(1, whole + 1) if whole % size == 0]
-    below = max(size for size in divisors if size < value)
-    above = [size for size in divisors if size > value][:1]
-    nearest = (
-        f"{below} and {above[0]} are the nearest that do" if above else f"{below} is the nearest"
-    )
-    yield f"{what} ({value}) must divide {whole_what} ({whole}); {nearest}"
+    nearest = ""
+    if whole <= _LARGEST_FACTORED:  # of any other, the rule on ranges gives the largest
+        small = [size for size in range(1, math.isqrt(whole) + 1) if whole % size == 0]
+        divisors = {*small, *(whole // size for size in small)}
+        below = max(size for size in divisors if size < value)
+        above = min((size for size in divisors if size > value), default=None)
+        nearest = (
+            f"; {below} is the nearest"
+            if above is None
+            else f"; {below} and {above} are the nearest that do"
+        )
+    yield f"{what} ({value}) must divide {whole_what} ({whole}){nearest}"

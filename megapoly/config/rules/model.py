@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megapoly.config import resolve
 from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple, must_divide
+from megapoly.config.schema import ModelConfig
 from megapoly.errors import ConfigError
 
 MOE_OPTIONS = (
@@ -162,6 +164,48 @@ def router_choice_is_possible(facts: Facts) -> Iterator[str]:
         )
 
 
+def tensors_can_be_addressed(facts: Facts) -> Iterator[str]:
+    """No tensor has more elements than torch can address in bytes, 2**60 of 8 bytes."""
+    model, training = facts.config.model, facts.config.training
+    hidden, width = "`model.hidden_size`", "the width of the FFN"
+    rows = "`training.micro_batch_size` * `training.seq_length`"
+    heads, vocabulary = "`model.num_attention_heads`", "the padded vocabulary"
+    sizes = {
+        hidden: model.hidden_size,
+        width: max(size or 0 for size in _ffn_sizes(model)),
+        rows: training.micro_batch_size * training.seq_length,
+        heads: model.num_attention_heads,
+        vocabulary: max(model.vocab_size or 0, model.make_vocab_size_divisible_by),
+        "`model.kv_channels`": model.kv_channels or 1,
+        "`model.num_moe_experts`": model.num_moe_experts or 1,
+        "`training.seq_length`": training.seq_length,
+    }
+    for tensor in (
+        (hidden, vocabulary),
+        (hidden, heads, "`model.kv_channels`"),
+        (hidden, width, "`model.num_moe_experts`"),
+        (rows, hidden),
+        (rows, width),
+        (rows, vocabulary),
+        (rows, heads, "`model.kv_channels`"),
+        (rows, heads, "`training.seq_length`"),
+    ):
+        values = [sizes[name] for name in tensor]
+        if min(values) >= 1 and math.prod(values) >= 2**60:
+            yield (
+                f"{' * '.join(tensor)} ({' * '.join(map(str, values))}) are more elements than a "
+                "tensor can have, 2**60; make one of them smaller"
+            )
+
+
+def _ffn_sizes(model: ModelConfig) -> tuple[int | None, ...]:
+    return (
+        model.ffn_hidden_size,
+        model.moe_ffn_hidden_size,
+        model.moe_shared_expert_intermediate_size,
+    )
+
+
 RULES: tuple[Rule, ...] = (
     heads_fit_hidden_size,
     heads_have_even_width,
@@ -174,4 +218,5 @@ RULES: tuple[Rule, ...] = (
     dense_width_has_effect,
     coefficients_per_expert_need_experts,
     router_choice_is_possible,
+    tensors_can_be_addressed,
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megapoly.config.rules.facts import Facts, Rule
+from megapoly.config.options import short
+from megapoly.config.rules.facts import Facts, Rule, value_of
+from megapoly.platform.files import is_file, is_folder, why_missing
 
 
 def device_exists(facts: Facts) -> Iterator[str]:
@@ -50,12 +53,33 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
 
 def checkpoint_exists(facts: Facts) -> Iterator[str]:
     """The checkpoint to start from exists."""
-    checkpoint = facts.config.checkpoint
-    if checkpoint.load is not None and not Path(checkpoint.load).exists():
+    load = facts.config.checkpoint.load
+    if load is not None and not is_folder(load):
+        why = why_missing(load) or "is not a folder"
         yield (
-            f"`checkpoint.load` ({checkpoint.load}) does not exist; give a folder such as "
+            f"`checkpoint.load` ({short(load)}) {why}; give a folder such as "
             "RUN_DIR/checkpoints/iter_0000100"
         )
+
+
+def folders_can_be_made(facts: Facts) -> Iterator[str]:
+    """What a run writes to is a folder, or can become one."""
+    for key in ("run_dir", "data.cache_dir"):
+        folder = value_of(facts.config, key)
+        if folder is not None and (why := _why_no_folder(Path(folder))):
+            yield f"`{key}` ({short(folder)}) {why}; choose another folder"
+
+
+def _why_no_folder(folder: Path) -> str:
+    """Return why a folder can neither be used nor made; empty if nothing prevents it."""
+    why = why_missing(folder)
+    if why.startswith("cannot"):
+        return why
+    existing = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), None)
+    if existing is None or is_folder(existing):
+        return ""
+    what = "is not a folder" if is_file(existing) else "is a link to nothing, or no folder"
+    return what if existing == folder else f"cannot be made: {short(existing)} {what}"
 
 
 RULES: tuple[Rule, ...] = (
@@ -63,4 +87,5 @@ RULES: tuple[Rule, ...] = (
     transformer_engine_is_usable,
     loading_is_possible,
     checkpoint_exists,
+    folders_can_be_made,
 )

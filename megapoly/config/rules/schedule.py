@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megapoly.config import resolve
 from megapoly.config.parsing import STEP_AND_TOKEN_FORMS
+from megapoly.config.ranges import LARGEST_COUNT
 from megapoly.config.rules.facts import Facts, Rule, have_no_effect, must_be_multiple, value_of
 
 LENGTH, *PARTS = STEP_AND_TOKEN_FORMS
@@ -17,6 +18,26 @@ def run_has_one_length(facts: Facts) -> Iterator[str]:
     if (steps is None) == (tokens is None):
         found = "neither" if steps is None else f"both ({steps} and {tokens})"
         yield f"exactly one of `{LENGTH[0]}` and `{LENGTH[1]}` must be set, not {found}"
+
+
+def steps_can_be_counted(facts: Facts) -> Iterator[str]:
+    """A length in tokens is a number of steps that can be counted."""
+    if not has_lengths(facts):
+        return
+    in_steps = (
+        resolve.train_iters,
+        resolve.lr_warmup_iters,
+        resolve.lr_decay_iters,
+        resolve.lr_wsd_decay_iters,
+    )
+    for (_, tokens), steps_of in zip(STEP_AND_TOKEN_FORMS, in_steps, strict=True):
+        given, steps = value_of(facts.config, tokens), steps_of(facts.config) or 0
+        if given is not None and steps > LARGEST_COUNT:
+            yield (
+                f"`{tokens}` ({given}) is {steps} steps of {resolve.tokens_per_step(facts.config)} "
+                f"tokens, and must be at most {LARGEST_COUNT} steps; take fewer tokens, or larger "
+                "batches"
+            )
 
 
 def parts_have_one_length(facts: Facts) -> Iterator[str]:
@@ -150,6 +171,7 @@ def has_lengths(facts: Facts) -> bool:
 
 RULES: tuple[Rule, ...] = (
     run_has_one_length,
+    steps_can_be_counted,
     parts_have_one_length,
     batch_divides,
     learning_rates_are_ordered,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from megapoly.config.options import short
 from megapoly.config.rules.facts import Facts, Rule, have_no_effect
+from megapoly.platform.files import is_folder
 
 TASKS = "`training.eval_tasks`"
 INTERVAL = "`training.eval_tasks_interval`"
@@ -37,10 +38,10 @@ def task_options_have_effect(facts: Facts) -> Iterator[str]:
 def task_data_exists(facts: Facts) -> Iterator[str]:
     """The folder of the tasks' questions exists."""
     folder = facts.config.training.eval_tasks_data
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not is_folder(folder):
         yield (
-            f"`training.eval_tasks_data` ({folder}) is not a folder; give one that holds the "
-            "tasks' questions, or leave it null for the harness to find them"
+            f"`training.eval_tasks_data` ({short(folder)}) is not a folder; give one that holds "
+            "the tasks' questions, or leave it null for the harness to find them"
         )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
+from megapoly.config.options import OPTIONS, Option
+from megapoly.config.ranges import LARGEST_COUNT, SEEDS_BELOW, Range
 from megapoly.config.rules.facts import Facts, Rule, value_of
 from megapoly.polynomial import ORDERS
+
+LARGEST_TOKENS = 10**18 - 1
+LARGEST_RATE = 1e30  # far from the largest float32, of which the optimizer's state is
 
 AT_LEAST_ONE = (
     "model.num_layers",
@@ -55,7 +60,6 @@ AT_LEAST_ZERO = (
     "optimizer.lr_warmup_tokens",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
-    "training.seed",
     "training.eval_interval",
     "training.eval_tasks_interval",
     "checkpoint.save_interval",
@@ -63,7 +67,6 @@ AT_LEAST_ZERO = (
     "logging.detail_interval",
 )
 ABOVE_ZERO = (
-    "model.activation_eps",
     "model.normalization_eps",
     "model.init_method_std",
     "parallel.distributed_timeout_minutes",
@@ -77,23 +80,56 @@ FRACTIONS = (
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
 )
-SEEDS = ("data.seed",)  # numpy's RandomState takes 32 bits
-RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-    (AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
-    (ABOVE_ZERO, lambda value: value > 0, "above 0"),
-    (FRACTIONS, lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    (SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and below 4294967296"),
-)
+SEEDS = ("data.seed", "training.seed")
+# The largest value of an option; of the others it is LARGEST_COUNT, LARGEST_TOKENS or LARGEST_RATE.
+MOST: Mapping[str, float] = {
+    "model.num_layers": 10_000,  # each is built, one after another
+    "model.num_moe_experts": 65_536,
+    "model.rotary_base": 10**12,
+    "model.make_vocab_size_divisible_by": 2**20,
+    "model.moe_aux_loss_coeff": 1e6,
+    "model.moe_z_loss_coeff": 1e6,
+    "model.normalization_eps": 1.0,
+    "model.init_method_std": 1000.0,
+    "parallel.distributed_timeout_minutes": 10_080.0,  # a week
+    "data.num_workers": 64,  # on each rank: a host of 8 has 512 processes
+    "optimizer.weight_decay": 1000.0,
+    "optimizer.adam_eps": 1.0,
+    "training.fp8_amax_history_len": 65_536,
+    "logging.peak_tflops": 1e9,
+}
+# Of one entry of `data.blend` or `data.validation`.
+ENTRY_RANGES: Mapping[str, Range] = {
+    "weight": Range(0, 1e18, open_below=True),
+    "tokens": Range(0, LARGEST_TOKENS, open_below=True),
+    "epochs": Range(0, 1e6, open_below=True),
+}
+
+
+def _most(option: Option) -> float:
+    if option.base is float:
+        most: float = LARGEST_RATE
+    else:
+        most = LARGEST_TOKENS if option.key.endswith("_tokens") else LARGEST_COUNT
+    return MOST.get(option.key, most)
+
+
+RANGES: Mapping[str, Range] = {
+    **{key: Range(1, _most(OPTIONS[key])) for key in AT_LEAST_ONE},
+    **{key: Range(0, _most(OPTIONS[key])) for key in AT_LEAST_ZERO},
+    **{key: Range(0, _most(OPTIONS[key]), open_below=True) for key in ABOVE_ZERO},
+    **{key: Range(0, 1, open_above=True) for key in FRACTIONS},
+    **{key: Range(0, SEEDS_BELOW, open_above=True) for key in SEEDS},
+    "model.activation_eps": Range(1e-30, 1e6),  # of the operators, megapoly/ops/arguments.py
+}
 
 
 def numbers_are_in_range(facts: Facts) -> Iterator[str]:
     """Sizes, rates and probabilities are in their ranges."""
-    for keys, is_right, range_ in RANGES:
-        for key in keys:
-            value = value_of(facts.config, key)
-            if value is not None and not is_right(value):
-                yield f"`{key}` ({value}) must be {range_}"
+    for key, range_ in RANGES.items():
+        value = value_of(facts.config, key)
+        if value is not None and value not in range_:
+            yield f"`{key}` ({value}) must be {range_}"
 
 
 def activation_order_is_known(facts: Facts) -> Iterator[str]:

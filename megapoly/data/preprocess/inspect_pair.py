@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megapoly.config.command_line import at_least
+from megapoly.config.ranges import LARGEST_COUNT, SEEDS_BELOW
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines, write_histogram
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prefix", type=Path, metavar="PREFIX", help="prefix of a pair")
     add(
         "--document",
-        type=int,
+        type=at_least(-LARGEST_COUNT),
         nargs="+",
         metavar="N",
         help="documents from 0, or from the end with -1 (default: a random one)",
@@ -45,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to print of a document (200)",
     )
     add("--ids", action="store_true", help="also print token ids")
-    add("--random", type=int, metavar="SEED", help="seed for the random document")
+    add(
+        "--random",
+        type=at_least(0, SEEDS_BELOW - 1),
+        metavar="SEED",
+        help="seed for the random document",
+    )
     add(
         "--histogram",
         metavar="FILE.png",
