@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 
 class MegapolyError(Exception):
-    """Base class of megapoly's errors; the command line prints only their text."""
+    """Base class of megapoly's errors; the command line prints only their text.
+
+    ``is_shown``: whether this process has printed it, or another one of its host.
+    """
+
+    is_shown = False
 
 
 class ConfigError(MegapolyError):
@@ -33,6 +38,10 @@ class CheckpointError(MegapolyError):
 
 class DivergenceError(MegapolyError):
     """The loss or the gradient of a training step is not finite."""
+
+
+class LaunchError(MegapolyError):
+    """What a launcher sets for a process, or is given itself, cannot be used."""
 
 
 class PeerError(MegapolyError):

@@ -13,7 +13,14 @@ from megapoly.config import Config, to_yaml
 from megapoly.config.parsing import parse
 from megapoly.config.resolve import tokens_per_step
 from megapoly.config.this_job import check_and_resolve
-from megapoly.errors import ConfigError, DataError, DivergenceError, MegapolyError
+from megapoly.errors import (
+    ConfigError,
+    DataError,
+    DivergenceError,
+    LaunchError,
+    MegapolyError,
+    PeerError,
+)
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import configure_logging
 
@@ -40,15 +47,26 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
         the loss is not finite (one process of each host says why).
     """
+    try:
+        launcher.check(with_address=False)
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return 2
     is_first_of_host = launcher.local_rank() == 0
     configure_logging(is_rank_zero=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
         complete = pretrain(config)
     except MegapolyError as error:
-        # Once for each host: a file may be missing on one of them alone.
-        if is_first_of_host:
-            print(error, file=sys.stderr)
+        # Once for each host: a file may be missing on one of them alone. A process alone may lack
+        # a device, and the second one says when the first never came.
+        first, second = is_first_of_host, launcher.local_rank() == 1
+        of_one_process = not isinstance(error, ConfigError | PeerError)
+        if not error.is_shown:
+            if first:
+                print(error, file=sys.stderr)
+            elif of_one_process or (second and isinstance(error, PeerError)):
+                print(f"rank {launcher.rank()}: {error}", file=sys.stderr)
         return launcher.DIVERGED if isinstance(error, DivergenceError) else 2
     status_file = os.environ.get(launcher.STATUS_FILE)
     if is_first_of_host and status_file is not None:
@@ -117,6 +135,7 @@ def pretrain(config: Config) -> bool:
     from megapoly.data.tokenizer import load_tokenizer
     from megapoly.training.checkpoint import restore
     from megapoly.training.distributed import is_rank_zero, model_groups, process_group
+    from megapoly.training.failures import shown_once
     from megapoly.training.loop import train
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
@@ -124,7 +143,7 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
 
-    with process_group(config, platform) as store:
+    with process_group(config, platform) as store, shown_once(store):
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)

@@ -10,6 +10,10 @@ what was wrong.
 A scheduler that starts stopped jobs again must distinguish them from complete ones: a job that
 stopped before its last step ends with the status in the environment variable
 MEGAPOLY_STOPPED_STATUS (0 if not set), on all of its hosts.
+
+The processes and hosts of a job wait for each other for the seconds in the environment variable
+MEGAPOLY_JOIN_TIMEOUT_S (600 if not set). When they do not meet, or an option cannot be used, the
+status is 2 and a sentence says why.
 """
 
 from __future__ import annotations
@@ -19,17 +23,22 @@ import os
 import signal
 import sys
 import tempfile
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as torchrun
 
-from megapoly.platform.launcher import STATUS_FILE, STOPPED
+from megapoly.commands import ends_with_its_reader
+from megapoly.errors import MegapolyError
+from megapoly.platform.launcher import JOIN_TIMEOUT, STATUS_FILE, STOPPED
+from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
 
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
 
@@ -38,10 +47,19 @@ _SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 _SHUTDOWN_TIMEOUT_S = "600"
 
 
+@ends_with_its_reader
 def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on the arguments; see the module for the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _check(arguments)
+    options = _parse(arguments)
+    try:
+        check_options(options)
+        arguments = [*added_options(options), *arguments]
+        if (note := wait_for_hosts(options)) is not None:
+            print(note, file=sys.stderr, flush=True)
+    except MegapolyError as error:
+        print(f"megapoly launch: {error}", file=sys.stderr)
+        return 2
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault(_SHUTDOWN_TIMEOUT, _SHUTDOWN_TIMEOUT_S)
     stopped_status = os.environ.get(STOPPED_STATUS, "0")
@@ -70,14 +88,15 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _check(arguments: list[str]) -> None:
-    """End the program at ``--help`` and at an unknown option; name the nearest one."""
+def _parse(arguments: list[str]) -> Namespace:
+    """Parse the options; end the program at ``--help`` and at an unknown one; name the nearest."""
     parser = build_parser()
-    _, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         (nearest,) = get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.0)
         parser.error(f"unknown option {flag} (the nearest is {nearest})")
+    return options
 
 
 def _let_workers_save(timeout_s: int) -> None:
@@ -113,6 +132,14 @@ def _run(status_file: Path, arguments: list[str]) -> int:
             print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode  # as a shell reports it
         return failure.exitcode
+    except (dist.DistError, RendezvousError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(
+            f"megapoly launch: the hosts of the job did not meet: {reason[0]}. Start it on each "
+            f"of `--nnodes` with the same address and port; {JOIN_TIMEOUT} is the limit of waiting",
+            file=sys.stderr,
+        )
+        return 2
     finally:
         tempfile.tempdir = usual
     return 0

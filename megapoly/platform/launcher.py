@@ -7,6 +7,9 @@ job is one process.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+from megapoly.errors import LaunchError
 
 # Exit status of a run whose loss was not finite: its configuration is valid, and starting it again
 # changes nothing.
@@ -16,6 +19,10 @@ DIVERGED = 3
 # reads it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
 COMPLETE, STOPPED = "complete", "stopped"
+
+# Environment variable with the seconds that a process or host waits for the others of its job.
+JOIN_TIMEOUT = "MEGAPOLY_JOIN_TIMEOUT_S"
+_JOIN_TIMEOUT_S = "600"
 
 
 def rank() -> int:
@@ -31,6 +38,66 @@ def local_rank() -> int:
 def world_size() -> int:
     """Return the number of processes of the job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_timeout_s() -> float:
+    """Return how long a process or host waits for the others of its job.
+
+    Raises:
+        LaunchError: the environment variable has no such number.
+    """
+    text = os.environ.get(JOIN_TIMEOUT, _JOIN_TIMEOUT_S)
+    if not (text.isdecimal() and len(text) <= 6 and int(text) >= 1):
+        raise LaunchError(
+            f"`{JOIN_TIMEOUT}` ({text[:80]}) must be a whole number of seconds, 1 to 999999; "
+            f"without it the limit is {_JOIN_TIMEOUT_S}"
+        )
+    return float(text)
+
+
+def check(*, with_address: bool) -> None:
+    """Check the variables that a launcher sets for this process.
+
+    Args:
+        with_address: also MASTER_ADDR and MASTER_PORT, which a process needs to join its job.
+
+    Raises:
+        LaunchError: one is missing, or is no number in its range.
+    """
+    if not is_launched():
+        return
+    problems = list(_problems_of_numbers())
+    if with_address:
+        problems += _problems_of_address()
+    if problems:
+        raise LaunchError(
+            f"{'; '.join(problems)}. RANK ({os.environ['RANK'][:80]}) says that a launcher started "
+            "this process: start it with `megapoly launch` or torchrun, or unset RANK to run alone"
+        )
+
+
+def _problems_of_numbers() -> Iterator[str]:
+    texts = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")}
+    texts["WORLD_SIZE"] = os.environ.get("WORLD_SIZE", "1")
+    wrong = [f"`{name}` ({text[:80]}) is not a whole number" for name, text in texts.items()
+             if not _is_number(text)]  # fmt: skip
+    yield from wrong
+    if not wrong and not 0 <= rank() < world_size():
+        yield f"`RANK` ({rank()}) is not below `WORLD_SIZE` ({world_size()})"
+
+
+def _problems_of_address() -> Iterator[str]:
+    if not os.environ.get("MASTER_ADDR"):
+        yield "`MASTER_ADDR`, the host of rank 0, is not set"
+    port = os.environ.get("MASTER_PORT", "")
+    if not port:
+        yield "`MASTER_PORT`, a port of that host, is not set"
+    elif not (_is_number(port) and 0 < int(port) < 65536):
+        yield f"`MASTER_PORT` ({port[:80]}) is not a port, 1 to 65535"
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and text.isascii() and len(text) < 10
 
 
 def is_launched() -> bool:

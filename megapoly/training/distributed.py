@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megapoly.config import Config
 from megapoly.platform import launcher
 from megapoly.platform.device import Platform
+from megapoly.platform.meeting import join
 from megapoly.training.random_state import seed_generators
 
 
@@ -28,11 +29,15 @@ def process_group(
         config: sets the timeout of collectives.
         platform: sets the backend.
         alone: one process, whatever the environment says.
+
+    Raises:
+        PeerError: the processes of the job do not meet; see :func:`megapoly.platform.meeting.join`.
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    store, rank, world_size = dist.HashStore(), 0, 1
+    store: dist.Store = dist.HashStore()
+    rank, world_size = 0, 1
     if launcher.is_launched() and not alone:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, world_size = join(), launcher.rank(), launcher.world_size()
         store.set_timeout(timeout)
     dist.init_process_group(
         platform.backend,

@@ -118,8 +118,14 @@ def test_a_hostile_value_is_accepted_or_refused() -> None:
 
 
 @pytest.mark.slow
-def test_every_hostile_value_is_accepted_or_refused() -> None:
-    assert_all_are_answered(itertools.product(OPTIONS, VALUES, (False, True)))
+def test_many_hostile_values_are_accepted_or_refused() -> None:
+    chosen = random.Random(19)
+    assert_all_are_answered(
+        (key, value, in_recipe)
+        for key in OPTIONS
+        for value in chosen.sample(VALUES, 24)
+        for in_recipe in (False, True)
+    )
 
 
 @pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)

@@ -1,0 +1,72 @@
+"""A failure is shown on the host where it happens, whichever rank it is, and once."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch.distributed as dist
+
+from megapoly.errors import CheckpointError, DivergenceError, MegapolyError, PeerError
+from megapoly.training import failures
+
+MISSING = CheckpointError("`iter_0000010/part_1` is missing")
+
+
+@pytest.fixture
+def store() -> dist.Store:
+    return dist.HashStore()
+
+
+def shown(
+    store: dist.Store, capsys: pytest.CaptureFixture[str], rank: int, error: Exception
+) -> str:
+    """What rank R prints that fails; hosts have two ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setenv("LOCAL_RANK", str(rank % 2))
+        with pytest.raises(type(error)), failures.shown_once(store):
+            raise error
+    assert not isinstance(error, MegapolyError) or error.is_shown
+    return capsys.readouterr().err
+
+
+def test_a_failure_of_another_than_the_first_rank_of_its_host(store, capsys) -> None:
+    assert shown(store, capsys, 1, MISSING) == f"rank 1: {MISSING}\n"
+    # What the others say about it adds nothing on that host; the other host shows it, once.
+    repeated = PeerError(f"rank 1: {MISSING}")
+    assert shown(store, capsys, 0, repeated) == ""
+    assert shown(store, capsys, 3, repeated) == ""
+    assert shown(store, capsys, 2, repeated) == f"rank 1: {MISSING}\n"
+
+
+def test_failures_of_their_own_are_all_shown(store, capsys) -> None:
+    assert shown(store, capsys, 0, CheckpointError("a")) == "a\n"
+    assert shown(store, capsys, 1, CheckpointError("b")) == "rank 1: b\n"
+    assert shown(store, capsys, 3, CheckpointError("c")) == "rank 3: c\n"
+
+
+def test_what_all_ranks_find_is_shown_once_on_each_host(store, capsys) -> None:
+    printed = [shown(store, capsys, rank, DivergenceError("NaN")) for rank in (3, 1, 0, 2)]
+    assert printed == ["rank 3: NaN\n", "", "NaN\n", ""]
+
+
+def test_what_was_logged_at_the_start_is_not_repeated(store, capsys) -> None:
+    store.set("failure", f"rank 1: {MISSING}")  # by RankZeroFirst, which logs it on this rank
+    assert shown(store, capsys, 1, MISSING) == ""
+    assert shown(store, capsys, 0, PeerError(f"rank 1: {MISSING}")) == ""
+
+
+def test_a_store_that_is_gone(monkeypatch, capsys) -> None:
+    class Gone:
+        def add(self, key: str, amount: int) -> int:
+            raise dist.DistNetworkError("connection reset")
+
+    assert shown(Gone(), capsys, 1, MISSING) == f"rank 1: {MISSING}\n"
+
+
+def test_other_errors_have_their_stack_trace_alone(store, capsys) -> None:
+    assert shown(store, capsys, 1, RuntimeError("a defect")) == ""
+    with contextlib.nullcontext(), failures.shown_once(store):
+        pass
+    assert not store.check(["first failure"])
