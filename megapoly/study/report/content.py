@@ -105,7 +105,10 @@ def _saved(path: Path) -> dict[str, Any]:
                 "runs."
             )
         names = {field.name for field in fields(Run)}
-        saved["runs"] = [Run(**{name: record[name] for name in names}) for record in saved["runs"]]
+        saved["runs"] = [
+            Run(**{name: value for name, value in record.items() if name in names})
+            for record in saved["runs"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"`{path}` is not a report.json ({type(error).__name__}: {error}); give the folder of "
