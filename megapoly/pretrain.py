@@ -160,7 +160,8 @@ def pretrain(config: Config) -> bool:
                     reporter.message(line)
                 reporter.begin()
                 if loaded is not None:
-                    reporter.message(f"loaded {loaded}, at step {state.iteration}")
+                    at = f"at step {state.iteration}" if state.iteration else "its weights alone"
+                    reporter.message(f"loaded {loaded}, {at}")
                     for line in resume_notes(state, loaded, num_processes=num_devices):
                         reporter.message(line)
                 stop = StopRequest()

@@ -154,7 +154,8 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     if has_state:
         set_random_state(loaded["random_state"], state.platform)
     else:
-        logger.info("no random state of this layout and device: dropout draws from other seeds")
+        if state.config.model.hidden_dropout or state.config.model.attention_dropout:
+            logger.info("no random state of this layout and device: dropout draws from other seeds")
         seed_generators(state.config.training.seed, consumed_samples=state.consumed_samples)
 
 

@@ -17,7 +17,7 @@ FORMAT = 1
 FILE = "report.json"
 _DIGITS = 5
 # Fields of a run, with what they are then.
-_NOT_IN_EARLIER_REPORTS: dict[str, Any] = {"task_errors": {}}
+_NOT_IN_EARLIER_REPORTS: dict[str, Any] = {"task_errors": {}, "consumed_samples": None}
 _OF_A_COMPARISON = ("commands", "hardware", "versions")
 
 

@@ -81,6 +81,7 @@ def _key(run: Run) -> dict[str, Any]:
         "validation sets": config["data"]["validation"],
         "batches of an evaluation": training["eval_iters"],
         "tokens": run.tokens,
+        "steps": run.steps,
         "sequences of a batch": training["global_batch_size"],
         "tokens of a sequence": training["seq_length"],
     }

@@ -24,7 +24,7 @@ from megapoly.study.report.statistics import thinned, trailing_mean
 WINDOW = 1 / 20
 MOST_POINTS = 150
 # Keys that every line of metrics.jsonl has.
-_OF_A_STEP = ("iteration", "consumed_tokens", "lm_loss", "step_time_s")
+_OF_A_STEP = ("iteration", "consumed_samples", "consumed_tokens", "lm_loss", "step_time_s")
 # Sections with paths on disk, which do not describe a run.
 _PLACES = ("checkpoint", "logging")
 
@@ -53,6 +53,8 @@ class Run:
         comparison: key of the comparison to which it belongs.
         diverged: whether the comparison recorded a loss that was not finite.
         analysis: content of its analysis.json.
+        consumed_samples: samples that it trained on; None in a record without them, whose steps
+            all have one batch size and sequence length.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Run:
     comparison: str | None
     diverged: bool
     analysis: dict[str, Any] | None
+    consumed_samples: int | None = None
 
     @property
     def activation(self) -> str:
@@ -92,23 +95,28 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Number of steps of the configuration."""
-        return int(self.config["training"]["train_iters"])
+        """Number of steps of the whole run; steps made with another batch size are counted."""
+        training = self.config["training"]
+        return _num_steps(
+            int(training["train_iters"]),
+            int(training["global_batch_size"]),
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+        )
 
     @property
     def tokens(self) -> int:
-        """Number of training tokens of the configuration."""
-        training = self.config["training"]
-        return self.steps * int(training["global_batch_size"]) * int(training["seq_length"])
+        """Number of training tokens of the whole run: those trained on and those that are left."""
+        training, trained = self.config["training"], self.training["tokens"]
+        left = max(0, self.steps - self.iteration)
+        step = int(training["global_batch_size"]) * int(training["seq_length"])
+        return (trained[-1] if trained else 0) + left * step
 
     @property
     def complete(self) -> bool:
-        """Whether the run is at its end and, if there are evaluations, the last one is there too.
-
-        Steps of another batch size or sequence length change how many steps, or tokens, it has.
-        """
+        """Whether the run is at its end and the last evaluation, if there are any, is there too."""
         evaluated, trained = self.validation["tokens"], self.training["tokens"]
-        at_end = self.iteration >= self.steps or (bool(trained) and trained[-1] >= self.tokens)
+        at_end = self.iteration >= self.steps
         return at_end and (not evaluated or evaluated[-1] == trained[-1])
 
     @property
@@ -160,13 +168,20 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
     config = load_yaml(folder / "config.yaml")
     steps = read_metrics(folder / "metrics.jsonl")
     position = _position(folder)
-    total = config.training.train_iters or len(steps)
+    iteration = steps[-1]["iteration"] if steps else 0
+    samples = steps[-1]["consumed_samples"] if steps else 0
+    total = _num_steps(
+        config.training.train_iters or len(steps),
+        config.training.global_batch_size,
+        iteration=iteration,
+        consumed_samples=samples,
+    )
     window = max(1, round(total * WINDOW))
     wall_time = (trial or {}).get("wall_time_s")
     return Run(
         name=folder.resolve().name,
         config=_without_places(to_dict(config)),
-        iteration=steps[-1]["iteration"] if steps else 0,
+        iteration=iteration,
         parameters=total_parameters(config),
         active_parameters=active_parameters(config),
         window_steps=window,
@@ -184,7 +199,21 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
         comparison=comparison,
         diverged=bool((trial or {}).get("diverged")),
         analysis=_read_json(folder / "analysis" / "analysis.json"),
+        consumed_samples=samples,
     )
+
+
+def _num_steps(
+    train_iters: int, batch: int, *, iteration: int, consumed_samples: int | None
+) -> int:
+    """Return the number of a run's last step.
+
+    A run ends after ``train_iters * batch`` samples. Steps that it made before it was resumed with
+    another batch size have other numbers of samples.
+    """
+    if consumed_samples is None:
+        return train_iters
+    return iteration + max(0, -(-(train_iters * batch - consumed_samples) // batch))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ best = {"swiglu": 2e-3, "polynorm": 4e-3}[config.model.activation]
 loss = 4.0 + abs(math.log2(config.optimizer.lr / best)) + 0.01 * config.training.seed
 record = {
     "iteration": steps,
+    "consumed_samples": steps,
     "consumed_tokens": steps,
     "lm_loss": loss,
     "val/a/loss": loss - 1,

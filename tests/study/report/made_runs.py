@@ -48,6 +48,7 @@ def write_run(
         for step, loss in enumerate(losses, start=1):
             line = {
                 "iteration": step,
+                "consumed_samples": step * config.training.global_batch_size,
                 "consumed_tokens": step * config.training.global_batch_size * SEQUENCE,
                 "lm_loss": loss,
                 "step_time_s": 0.5,

@@ -1,11 +1,12 @@
 import json
 
 import pytest
-from made_runs import STEP, write_run
+from made_runs import BATCH, SEQUENCE, STEP, write_run
 
 from megapoly.errors import DataError
 from megapoly.preflight.planning.parameters import total_parameters
 from megapoly.study.report.content import read
+from megapoly.study.report.grouping import group_runs
 from megapoly.study.report.runs import read_metrics, read_run, to_record
 
 
@@ -50,6 +51,36 @@ def test_a_run_is_complete_with_its_last_step_and_evaluation(tmp_path, steps, ev
 def test_a_run_without_validation_is_complete_with_its_last_step(tmp_path):
     assert not read_run(write_run(tmp_path / "short", [3.0] * 10, steps=11)).complete
     assert read_run(write_run(tmp_path / "whole", [3.0] * 10)).complete
+
+
+def test_a_run_that_changed_its_batch_ends_with_its_samples(tmp_path):
+    # 2 steps of a quarter of the batch, then whole ones, up to the samples of 10: 2 + 9.5, so 12.
+    steps = {
+        count: write_run(tmp_path / f"of_{count}", [3.0] * count, steps=10) for count in (11, 12)
+    }
+    for folder in steps.values():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            batches = line["iteration"] / 4 if line["iteration"] <= 2 else line["iteration"] - 1.5
+            line["consumed_samples"] = round(batches * BATCH)
+            line["consumed_tokens"] = line["consumed_samples"] * SEQUENCE
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    unfinished, whole = read_run(steps[11]), read_run(steps[12])
+    assert (unfinished.complete, whole.complete) == (False, True)
+    assert unfinished.steps == whole.steps == 12
+    assert unfinished.tokens == whole.tokens == round(10.5 * BATCH) * SEQUENCE
+    plain = read_run(write_run(tmp_path / "plain", [3.0] * 10))
+    assert len(group_runs([whole, plain], "polynorm")) == 2
+
+
+def test_a_run_that_changed_its_sequence_length_ends_with_its_samples(tmp_path):
+    folder = write_run(tmp_path / "r", [3.0] * 10)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["consumed_tokens"] -= min(line["iteration"], 6) * STEP // 2
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run = read_run(folder)
+    assert run.complete and (run.steps, run.tokens) == (10, 7 * STEP)
 
 
 def test_curves_are_thinned(tmp_path):
