@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megapoly.errors import MegapolyError
+from megapoly.errors import MegapolyError, PeerError
 from megapoly.platform import launcher
 
 _COUNT, _FIRST = "failures shown", "first failure"
@@ -32,7 +32,8 @@ def shown_once(store: dist.Store) -> Iterator[None]:
     except MegapolyError as error:
         text = str(error)
         try:
-            if store.add(_COUNT, 1) == 1:
+            # A PeerError repeats a failure or waited in vain: it is not the first one.
+            if not isinstance(error, PeerError) and store.add(_COUNT, 1) == 1:
                 if not _was_logged(store, text):
                     show(text)
                 store.set(_FIRST, f"{_host()}\n{text}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
@@ -38,6 +40,25 @@ def test_a_failure_of_another_than_the_first_rank_of_its_host(store, capsys) -> 
     assert shown(store, capsys, 0, repeated) == ""
     assert shown(store, capsys, 3, repeated) == ""
     assert shown(store, capsys, 2, repeated) == f"rank 1: {MISSING}\n"
+
+
+def test_who_repeats_a_failure_waits_for_the_one_that_has_it(store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE_S", 600.0)
+    errors = [MISSING, PeerError(f"rank 0: {MISSING}")]
+    with ThreadPoolExecutor() as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failures.launcher, "rank", lambda: int(threading.current_thread().name))
+        patch.setattr(failures.launcher, "local_rank", failures.launcher.rank)
+        second = pool.submit(fail_as, store, "1", errors[1])
+        assert store.add("failures shown", 0) == 0
+        pool.submit(fail_as, store, "0", errors[0]).result()
+        second.result()
+    assert capsys.readouterr().err == f"{MISSING}\n"
+
+
+def fail_as(store: dist.Store, rank: str, error: MegapolyError) -> None:
+    threading.current_thread().name = rank
+    with pytest.raises(type(error)), failures.shown_once(store):
+        raise error
 
 
 def test_failures_of_their_own_are_all_shown(store, capsys) -> None:
