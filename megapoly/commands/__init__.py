@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import ParamSpec
 
-from megapoly.platform import extras
+from megapoly.errors import LaunchError
+from megapoly.platform import extras, launcher
 from megapoly.platform.logs import discard_output
 
 P = ParamSpec("P")
@@ -169,11 +170,16 @@ def run(name: str, argv: Sequence[str]) -> int:
     """Run a command by its name.
 
     Returns:
-        The command's exit status; 2, with a message, when a package of an extra is missing; that of
-        SIGPIPE as of :func:`main`.
+        The command's exit status; 2, with a message, when a package of an extra is missing or a
+        launcher's variables cannot be used; that of SIGPIPE as of :func:`main`.
     """
     command = COMMANDS[name]
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    try:
+        launcher.check(with_address=False)
+    except LaunchError as error:
+        print(f"megapoly {name}: {error}", file=sys.stderr)
+        return 2
     if not wants_help and (absent := command.missing()):
         print(f"megapoly {name} needs {extras.with_remedy(absent)}", file=sys.stderr)
         return 2

@@ -363,3 +363,12 @@ def test_the_doctor_lists_what_can_run() -> None:
         "train, export, import, check-parallel, compare cannot run without megatron-core: "
         "pip install 'megapoly[train]'"
     ]
+
+
+@pytest.mark.parametrize("command", ["plan", "evaluate", "doctor"])
+def test_variables_of_a_launcher_that_cannot_be_used(command, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "x")
+    assert main([command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"megapoly {command}: `RANK` (x) is not a whole number")
+    assert len(error.splitlines()) == 1

@@ -111,7 +111,7 @@ def test_a_comparison_for_a_cluster_is_checked_where_its_data_is_not(tmp_path: P
         ("--optimizer.lr 0", "`optimizer.lr` (0.0) must be above 0"),
         ("--launcher nosuch-launcher", "`--launcher` (nosuch-launcher) must begin with a program"),
         ("--launcher 'a", "No closing quotation"),
-        ("--seeds 1 4294967296", "`data.seed` (4294967296) must be"),
+        ("--seeds 1 4294967296", "--seeds: 4294967296 must be a whole number, 0 to 4294967295"),
         ("--orders 2", "`--orders` (2) has no effect"),
         (
             "--model.activation_eps 1e-3",
