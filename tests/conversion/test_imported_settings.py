@@ -1,6 +1,7 @@
 """Generation settings and length limits go through import, training and export."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ from megapoly.conversion.imported_settings import ImportedSettings, load_setting
 from megapoly.conversion.tokenizer_files import SpecialTokenIds
 from megapoly.conversion.transformers_model import load_transformers_model
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER
-from megapoly.errors import CheckpointError
+from megapoly.errors import CheckpointError, DataError
 
 PAD = 4096  # after the built-in tokenizer's ids, before the end of the model's
 IDS = {"bos_token_id": 5, "eos_token_id": [0, 7], "pad_token_id": PAD}
@@ -254,3 +255,23 @@ def test_a_card_that_is_not_yaml_is_left_out_with_a_note(tmp_path):
     report, back = there_and_back(folder, tmp_path)
     assert "not YAML" in report.notes[0]
     assert "license" not in head_of(back)
+
+
+def test_a_copy_of_the_tokenizer_says_where_documents_end_if_the_files_disagree(tmp_path):
+    """As the message of the refusal asks for; the ids of the source stay."""
+    folder = llama(tmp_path / "source")
+    change(folder / "tokenizer_config.json", eos_token="<|endoftext|>")
+    change(folder / "config.json", eos_token_id=7)
+    change(folder / "generation_config.json", eos_token_id=[7, 9])
+    with pytest.raises(DataError, match="one end-of-document token.*folder of their own"):
+        there_and_back(folder, tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, copy / name)
+    shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
+    report, back = there_and_back(folder, tmp_path, tokenizer=str(copy))
+    assert not any("another tokenizer" in note for note in report.notes)
+    generation = read(back, "generation_config")["eos_token_id"]
+    assert set(generation) == {0, 7, 9}
+    assert read(back, "tokenizer_config")["eos_token"] == "<|endoftext|>"
