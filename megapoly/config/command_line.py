@@ -235,7 +235,8 @@ def status_of(work: Callable[[], int]) -> int:
     try:
         return work()
     except MegapolyError as error:
-        print(error, file=sys.stderr)
+        if not error.is_shown:
+            print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of the output has ended
         discard_output()

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from megapoly.config.options import Option, members_of, options_of, short, shown
-from megapoly.config.yaml_text import AMBIGUOUS, read_yaml
+from megapoly.config.yaml_text import AMBIGUOUS, DOES_NOT_FIT, read_yaml
 from megapoly.errors import ConfigError
 
 _TEXT = "text: quote what reads as a number, a date or a truth value"
@@ -49,7 +49,8 @@ def convert(option: Option, value: Any) -> Any:
         parsed = _parser_of_one(option.type).parse_object(
             {"value": _number(option, value)}, defaults=False
         )
-    except (ArgumentError, ValueError, OverflowError, yaml.YAMLError):
+    # The type checker reads text of choices and lists as YAML again.
+    except (ArgumentError, yaml.YAMLError, RecursionError, *DOES_NOT_FIT):
         raise ConfigError([_wrong_type(option, value)]) from None
     return parsed["value"]
 

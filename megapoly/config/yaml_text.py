@@ -29,7 +29,7 @@ _FLOAT = re.compile(
 # Numbers of YAML 1.1 that YAML 1.2 reads differently.
 AMBIGUOUS = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 # What PyYAML raises for a value that its tag does not fit: `2026-13-45`, `!!float x`.
-_DOES_NOT_FIT = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
+DOES_NOT_FIT = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,7 +83,7 @@ def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
         return node, loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("its values nest too deeply") from None
-    except _DOES_NOT_FIT as error:
+    except DOES_NOT_FIT as error:
         raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
     finally:
         loader.dispose()
