@@ -23,6 +23,8 @@ from megapoly.commands import COMMANDS, module_of
 from megapoly.commands.benchmark import BENCHMARKS
 from megapoly.commands.preprocess import SUBCOMMANDS, subcommand_parser
 from megapoly.config.options import OPTIONS, SECTIONS, Option, options_of
+from megapoly.config.rules.values import ENTRY_RANGES, RANGES
+from megapoly.config.yaml_text import LARGEST_FILE_BYTES, MOST_VALUES
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -59,6 +61,10 @@ def configuration_page() -> str:
         "line, `--section.field value`, which overrides the recipe. Names are Megatron's where it "
         "has one. `null` means that a value is resolved before training; `--print-config` "
         "prints the resolved configuration.",
+        "",
+        "Recipes are YAML 1.1, as PyYAML reads it, with three differences: `3e-4` is a number; "
+        "`010` and `1:30`, which YAML 1.2 reads as other numbers, are refused; aliases stand for "
+        f"at most {MOST_VALUES:,} values. A recipe has at most {LARGEST_FILE_BYTES >> 20} MiB.",
     ]
     for section, title in {"": "The run", **SECTIONS}.items():
         heading = f"`{section}`: {title.partition(';')[0].rstrip('.')}" if section else title
@@ -85,7 +91,10 @@ def _described(options: Iterable[Option]) -> list[str]:
 
 def _kind(option: Option) -> str:
     """Return what a value must be, without the remarks that an error message adds."""
-    return re.sub(r" \(.*?\)", "", option.expected)
+    kind = re.sub(r" \(.*?\)", "", option.expected)
+    section, _, name = option.key.rpartition(".")
+    range_ = ENTRY_RANGES.get(name) if section in OPTIONS else RANGES.get(option.key)
+    return kind if range_ is None else f"{kind}; {range_}"
 
 
 def _entry(option: Option, entry: type) -> list[str]:

@@ -75,11 +75,14 @@ def test_configuration_page_has_every_option(reference):
     for key, option in OPTIONS.items():
         assert option.description.split()[0].strip("`:;,") in lines[terms[key] + 1]
     for key, shown in {
-        "model.moe_aux_loss_coeff": "= `0.01`, a finite number",
-        "parallel.tensor_model_parallel_size": "= `1`, a whole number",
+        "model.moe_aux_loss_coeff": "= `0.01`, a finite number; at least 0 and at most 1e+06",
+        "parallel.tensor_model_parallel_size": "= `1`, a whole number; at least 1 and at most "
+        "2147483647",
         "training.bf16": "= `false`, true or false",
         "parallel.recompute_modules": "= `[core_attn]`, a list of core_attn, mlp, moe",
-        "data.blend.tokens": "= `null`, a whole number, or null",
+        "data.seed": "= `1234`, a whole number; at least 0 and below 4294967296",
+        "data.blend.tokens": "= `null`, a whole number, or null; above 0 and at most "
+        "999999999999999999",
     }.items():
         assert lines[terms[key]].endswith(shown)
 
