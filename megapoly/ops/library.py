@@ -65,7 +65,10 @@ def differentiate(
     class Gradient(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return _below_autograd(operator, inputs)
+            # torch disables gradients here; an outer level of `torch.func` would see a constant,
+            # and a nested `grad` would be 0 without an error.
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+                return _below_autograd(operator, inputs)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

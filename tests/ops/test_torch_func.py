@@ -155,7 +155,11 @@ def test_second_derivatives_are_refused(name):
     def of_x(x):
         return loss(operator, others, leaves | {"x": x})
 
-    for second in (jacrev(jacrev(of_x)), torch.func.hessian(of_x)):
+    def sum_of_gradient(x):
+        return grad(of_x)(x).sum()
+
+    nested = (grad(sum_of_gradient), lambda x: vjp(grad(of_x), x)[1](x))
+    for second in (jacrev(jacrev(of_x)), torch.func.hessian(of_x), *nested):
         with pytest.raises(NotImplementedError, match="has no (forward-mode )?derivative"):
             second(leaves["x"])
 
