@@ -235,8 +235,7 @@ def status_of(work: Callable[[], int]) -> int:
     try:
         return work()
     except MegapolyError as error:
-        if not error.is_shown:
-            print(error, file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of the output has ended
         discard_output()
