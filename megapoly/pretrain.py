@@ -133,9 +133,9 @@ def pretrain(config: Config) -> bool:
 
     from megapoly.data.corpus import load_corpus
     from megapoly.data.tokenizer import load_tokenizer
-    from megapoly.training.checkpoint import restore
     from megapoly.training.distributed import is_rank_zero, model_groups, process_group
     from megapoly.training.failures import shown_once
+    from megapoly.training.load_checkpoint import restore
     from megapoly.training.loop import train
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter

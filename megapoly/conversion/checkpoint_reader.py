@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megapoly.checkpoints.run_folder import complete_checkpoints
 from megapoly.config import Config, load_yaml
 from megapoly.errors import CheckpointError
-from megapoly.platform.run_folder import complete_checkpoints
 
 # A checkpoint also holds the optimizer's state, and states of random generators and of engine
 # modules, which are not tensors.

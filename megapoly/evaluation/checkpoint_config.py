@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from megapoly.checkpoints.run_folder import run_of
 from megapoly.config.parsing import load_yaml, override
 from megapoly.config.schema import (
     CheckpointConfig,
@@ -21,7 +22,6 @@ from megapoly.config.schema import (
 from megapoly.config.this_job import check_and_resolve
 from megapoly.data.tokenizer import tokenizer_vocab_size
 from megapoly.errors import CheckpointError
-from megapoly.platform.run_folder import run_of
 
 # Options that affect an evaluation and may differ from the checkpoint's.
 EVALUATION_OPTIONS = (

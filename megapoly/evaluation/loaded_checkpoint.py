@@ -78,8 +78,8 @@ def loaded_checkpoint(
 
     from megapoly.data.corpus import load_validation
     from megapoly.data.tokenizer import load_tokenizer
-    from megapoly.training.checkpoint import read_position
     from megapoly.training.distributed import model_groups, process_group
+    from megapoly.training.load_checkpoint import read_position
     from megapoly.training.model_only import load_model
     from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 

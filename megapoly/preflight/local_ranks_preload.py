@@ -13,7 +13,7 @@ with warnings.catch_warnings():
 
     engine_workarounds.install_on_cpu()
     import megapoly.data.corpus
-    import megapoly.training.checkpoint
+    import megapoly.training.load_checkpoint
     import megapoly.training.loop
     import megapoly.training.rank_zero_first  # noqa: F401
     import megapoly.training.reporter

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megapoly.training.checkpoint import save_checkpoint
 from megapoly.training.evaluation import evaluate_validation_sets
+from megapoly.training.save_checkpoint import save_checkpoint
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients

@@ -7,7 +7,7 @@ from pathlib import Path
 from megapoly.config import Config
 from megapoly.model.builder import build_chunks
 from megapoly.platform.device import Platform
-from megapoly.training.checkpoint import load_weights
+from megapoly.training.load_checkpoint import load_weights
 from megapoly.training.state import ModelState, batch_layout
 
 

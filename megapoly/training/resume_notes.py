@@ -10,7 +10,7 @@ from typing import Any
 
 from megapoly.config import Config, load_yaml
 from megapoly.config.parsing import to_dict
-from megapoly.training.checkpoint import read_position
+from megapoly.training.load_checkpoint import read_position
 from megapoly.training.optimizer import learning_rate_at, train_samples
 from megapoly.training.state import Position, TrainState
 

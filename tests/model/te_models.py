@@ -20,7 +20,8 @@ from megapoly.model.shards import checkpoint_metadata, shards_of
 from megapoly.model.transformer_config import transformer_config
 from megapoly.platform.device import Platform
 from megapoly.preflight.parallel_check.whole_model import weight_shards
-from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
+from megapoly.training.load_checkpoint import load_checkpoint
+from megapoly.training.save_checkpoint import save_checkpoint
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, train_step, update_parameters
 

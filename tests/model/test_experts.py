@@ -15,8 +15,9 @@ from megapoly.activations import ACTIVATIONS, Activation, TensorParallelSum
 from megapoly.model.builder import unwrap
 from megapoly.platform.device import select_platform
 from megapoly.testing import run_on_ranks
-from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.distributed import process_groups
+from megapoly.training.load_checkpoint import load_checkpoint
+from megapoly.training.save_checkpoint import save_checkpoint
 from megapoly.training.state import build_state
 from megapoly.training.step import train_step
 

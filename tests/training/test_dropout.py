@@ -17,10 +17,11 @@ from megapoly.preflight.layouts import parse_layout
 from megapoly.pretrain import configure
 from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import shared_cache
-from megapoly.training.checkpoint import load_checkpoint, save_checkpoint
 from megapoly.training.distributed import model_groups, process_group
+from megapoly.training.load_checkpoint import load_checkpoint
 from megapoly.training.random_state import preserved_random_state, seed_generators
 from megapoly.training.rank_zero_first import RankZeroFirst
+from megapoly.training.save_checkpoint import save_checkpoint
 from megapoly.training.state import build_state
 from megapoly.training.step import train_step
 

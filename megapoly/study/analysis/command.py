@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.checkpoints.run_folder import run_of
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.platform import extras, launcher
 from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
-from megapoly.platform.run_folder import run_of
 from megapoly.study.comparison.outcome import chosen_runs
 
 if TYPE_CHECKING:

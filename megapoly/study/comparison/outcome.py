@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megapoly.checkpoints.run_folder import checkpoint_path
 from megapoly.config.data_sources import MEAN
 from megapoly.errors import CheckpointError, DataError
-from megapoly.platform.run_folder import checkpoint_path
 
 COMPARISON_FILE = "comparison.json"
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megapoly.checkpoints.run_folder import complete_checkpoints
 from megapoly.config import load_yaml
 from megapoly.config.data_sources import MEAN
 from megapoly.config.parsing import to_dict
 from megapoly.errors import DataError
-from megapoly.platform.run_folder import complete_checkpoints
 from megapoly.study.report.statistics import thinned, trailing_mean
 
 # Share of a run's steps over which the trailing mean is taken.

@@ -1,6 +1,6 @@
 """Checkpoints of a run are found by their names, in the order of their steps."""
 
-from megapoly.platform.run_folder import checkpoint_path, complete_checkpoints, run_of
+from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, run_of
 
 
 def test_checkpoints_are_in_the_order_of_steps_and_other_folders_are_ignored(tmp_path):

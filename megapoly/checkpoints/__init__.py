@@ -1,0 +1,1 @@
+"""Checkpoints as files: what proves them whole, and reading them without executing anything."""
