@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -125,6 +126,7 @@ def pretrain(config: Config) -> bool:
 
     Raises:
         ConfigError: ``run_dir`` cannot be made or written to.
+        LockError: another job trains in ``run_dir``.
     """
     if launcher.rank() == 0:
         _make(Path(config.run_dir))
@@ -143,11 +145,14 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.resume_notes import resume_notes
+    from megapoly.training.run_lock import sole_job
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
 
-    with process_group(config, platform) as store, shown_once(store):
+    with ExitStack() as held, process_group(config, platform) as store, shown_once(store):
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
+            if is_rank_zero():
+                held.enter_context(sole_job(Path(config.run_dir)))
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
