@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 _FOLDER = "checkpoints"
@@ -22,6 +23,16 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
     found = [path.parent for path in (Path(run_dir) / _FOLDER).glob("iter_*/run.json")]
     by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
     return [path for _, path in sorted(by_step.items())]
+
+
+def delete_unfinished(run_dir: str | Path) -> None:
+    """Delete what jobs that were killed left of checkpoints, which may fill a disk.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
+    for folder in (Path(run_dir) / _FOLDER).glob(".iter_*.partial"):
+        shutil.rmtree(folder)
 
 
 def run_of(checkpoint: Path) -> Path | None:
