@@ -17,7 +17,6 @@ from megatron.core import dist_checkpointing
 import megapoly
 from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.config import to_yaml
-from megapoly.model.shards import checkpoint_metadata
 from megapoly.training import optimizer_state
 from megapoly.training.checkpoint_state import (
     generators,
@@ -65,7 +64,7 @@ def _state_to_save(state: TrainState) -> dict[str, Any]:
     model = model_state(state, with_scales=scales_have_history(state.config))
     return {
         "model": model,
-        "optimizer": optimizer_state.state_to_save(state.optimizer, model, checkpoint_metadata()),
+        "optimizer": optimizer_state.state_to_save(state.optimizer, model),
         "random_state": random_state_entry(state),
     }
 
