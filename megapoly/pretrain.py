@@ -23,6 +23,7 @@ from megapoly.errors import (
 )
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import configure_logging
+from megapoly.platform.processes import die_with_parent
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
@@ -47,6 +48,8 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
         the loss is not finite (one process of each host says why).
     """
+    if launcher.is_torchrun():
+        die_with_parent()
     try:
         launcher.check(with_address=False)
     except LaunchError as error:

@@ -19,6 +19,7 @@ from typing import ParamSpec
 from megapoly.errors import LaunchError
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import discard_output
+from megapoly.platform.processes import die_with_parent
 
 P = ParamSpec("P")
 
@@ -174,6 +175,8 @@ def run(name: str, argv: Sequence[str]) -> int:
         launcher's variables cannot be used; that of SIGPIPE as of :func:`main`.
     """
     command = COMMANDS[name]
+    if launcher.is_torchrun():
+        die_with_parent()
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
     try:
         launcher.check(with_address=False)

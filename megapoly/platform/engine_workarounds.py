@@ -33,13 +33,14 @@ _installed: set[str] = set()
 
 
 def install_on_every_device() -> None:
-    """Avoid PolyNorm's collective in recomputation and a process in saving; idempotent."""
+    """Change recomputation, for PolyNorm, and the processes of saving; idempotent."""
     if "every" not in _installed:
         _installed.add("every")
         from megatron.core.tensor_parallel.random import CheckpointFunction
 
         _recomputation_keeps_row_statistics(CheckpointFunction)
         _saving_starts_no_manager()
+        _writers_end_with_their_rank()
 
 
 def install_on_cpu() -> None:
@@ -122,6 +123,21 @@ def _saving_starts_no_manager() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
+
+
+def _writers_end_with_their_rank() -> None:
+    """Replace how dist_checkpointing/strategies/filesystem_async.py:225-314 waits for its writers.
+
+    The engine waits in `JoinableQueue.join` (:276), for ever when a writer is killed. When the rank
+    is killed instead, writers wait in `JoinableQueue.task_done` (:386) for ever, with a copy of the
+    rank's memory.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megapoly.platform.checkpoint_writers import write_files
+
+    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_disable_gc()(write_files))
 
 
 def _current_device_is_cpu() -> None:
