@@ -52,7 +52,7 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     for inner in {path.parent for path in names} | {folder}:
-        _flush_folder(inner)
+        flush_folder(inner)
 
 
 def run_text(run: dict[str, Any]) -> str:
@@ -148,7 +148,7 @@ class _Part(io.RawIOBase):
         return count
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Flush the names in a folder, without which a power failure may lose them."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
