@@ -33,14 +33,13 @@ _installed: set[str] = set()
 
 
 def install_on_every_device() -> None:
-    """Change recomputation, for PolyNorm, and the processes of saving; idempotent."""
+    """Avoid PolyNorm's collective in recomputation and a process in saving; idempotent."""
     if "every" not in _installed:
         _installed.add("every")
         from megatron.core.tensor_parallel.random import CheckpointFunction
 
         _recomputation_keeps_row_statistics(CheckpointFunction)
         _saving_starts_no_manager()
-        _writers_end_with_their_rank()
 
 
 def install_on_cpu() -> None:
@@ -118,26 +117,12 @@ def _saving_starts_no_manager() -> None:
     """Replace the process that dist_checkpointing/strategies/filesystem_async.py:51 starts.
 
     It manages a queue and imports torch on every rank, 2.4 s of a first save with 2 ranks on 2
-    cores. Only saving in the background needs it; here the rank that fills the queue empties it.
+    cores, and outlives a rank that is killed. Only the engine's own writers need it:
+    :mod:`megapoly.training.checkpoint_files` has another, which leaves this queue empty.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
-
-
-def _writers_end_with_their_rank() -> None:
-    """Replace how dist_checkpointing/strategies/filesystem_async.py:225-314 waits for its writers.
-
-    The engine waits in `JoinableQueue.join` (:276), for ever when a writer is killed. When the rank
-    is killed instead, writers wait in `JoinableQueue.task_done` (:386) for ever, with a copy of the
-    rank's memory.
-    """
-    from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    from megapoly.platform.checkpoint_writers import write_files
-
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_disable_gc()(write_files))
 
 
 def _current_device_is_cpu() -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megapoly.training.evaluation import evaluate_validation_sets
-from megapoly.training.save_checkpoint import save_checkpoint
+from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
@@ -60,6 +61,9 @@ class Hook:
 
     def at_end(self) -> None:
         """Act when the run is complete or was requested to stop, but not after an error."""
+
+    def at_divergence(self) -> None:
+        """Act when a loss or gradient that is not finite ends the run, which every rank finds."""
 
     def close(self) -> None:
         """Release what the hook holds, also after an error; the last hook is closed first."""
@@ -114,6 +118,9 @@ class TelemetryHook(Hook):
 class CheckpointHook(Hook):
     """Saves every ``checkpoint.save_interval`` steps and at the end, if ``checkpoint.save`` is on.
 
+    With ``checkpoint.async_save`` the run trains on while a checkpoint is written. There is one at
+    a time: the next waits for it.
+
     Args:
         state: the run.
         show: shows a line to the user.
@@ -121,22 +128,52 @@ class CheckpointHook(Hook):
 
     def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         self._state, self._show = state, show
+        self._saver = CheckpointSaver(state)
         self._saved_at: int | None = None
 
     def after_record(self, step: StepRecord) -> None:
-        """Save, if due."""
+        """Complete a checkpoint that has been written, and save, if due."""
+        self._finish(wait=False)
         self.save_if_due()
 
     def at_end(self) -> None:
         """Save what was trained since the last checkpoint."""
-        self._save()
+        self._save(in_background=False)
 
-    def save_if_due(self) -> None:
-        """Save, if due; for a hook that takes long, before it begins."""
-        if is_due(self._state, self._state.config.checkpoint.save_interval):
-            self._save()
+    def at_divergence(self) -> None:
+        """Complete the checkpoint of an earlier step."""
+        self._finish(wait=True)
 
-    def _save(self) -> None:
-        if self._state.config.checkpoint.save and self._saved_at != self._state.iteration:
+    def close(self) -> None:
+        """End the processes that still write; only after an error there are any."""
+        self._saver.close()
+
+    def save_if_due(self, *, wait: bool = False) -> None:
+        """Save, if due.
+
+        Args:
+            wait: until the checkpoint is complete; for a hook that takes long, before it begins.
+        """
+        settings = self._state.config.checkpoint
+        if is_due(self._state, settings.save_interval):
+            self._save(in_background=settings.async_save and not wait)
+
+    def _save(self, *, in_background: bool) -> None:
+        if not self._state.config.checkpoint.save:
+            return
+        is_new = self._saved_at != self._state.iteration
+        if self._saver.path is not None and (is_new or not in_background):
+            if is_new and not self._finish(wait=False):
+                self._show(f"waiting for {self._saver.path}, which is still being written")
+            self._finish(wait=True)
+        if is_new:
             self._saved_at = self._state.iteration
-            self._show(f"saved {save_checkpoint(self._state)}")
+            self._show_saved(self._saver.save(in_background=in_background))
+
+    def _finish(self, *, wait: bool) -> bool:
+        return self._show_saved(self._saver.finish(wait=wait))
+
+    def _show_saved(self, path: Path | None) -> bool:
+        if path is not None:
+            self._show(f"saved {path}")
+        return path is not None

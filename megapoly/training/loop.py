@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+from megapoly.errors import DivergenceError
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
@@ -26,6 +27,7 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
     with stop, contextlib.ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
+        closing.push(lambda _, error, __: _tell_of_divergence(hooks, error))
         while state.iteration < state.train_iters:
             for hook in hooks:
                 hook.before_step()
@@ -44,3 +46,8 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
         for hook in hooks:
             hook.at_end()
         reporter.end()
+
+
+def _tell_of_divergence(hooks: Sequence[Hook], error: BaseException | None) -> None:
+    for hook in hooks if isinstance(error, DivergenceError) else ():
+        hook.at_divergence()

@@ -1,0 +1,157 @@
+"""Seal checkpoints: ``run.json``, written last, has the size and CRC-32 of every file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megapoly.checkpoints.crc32 import joined
+from megapoly.checkpoints.tensor_metadata import NAME as METADATA
+from megapoly.checkpoints.tensor_metadata import read_metadata
+from megapoly.errors import CheckpointError
+
+RUN = "run.json"
+_PIECE_BYTES = 1 << 20
+# `torch.save` has computed the CRC-32 of each member already; shorter ones are read again.
+_LONG_MEMBER_BYTES = 4096
+_LOCAL_HEADER_BYTES = 30
+
+
+def seal(folder: Path, run: dict[str, Any]) -> None:
+    """Write ``run.json`` with sizes and CRC-32 of all other files, and flush all to the disk.
+
+    Each entry of a ``.distcp`` file is a zip archive, in which ``torch.save`` put the CRC-32 of
+    what was in memory: those numbers are used and only the bytes between are read, 1 KB a tensor.
+    ``run.json`` has a CRC-32 of its own content, too.
+
+    Args:
+        folder: folder of a checkpoint that has everything but ``run.json``.
+        run: the rest of ``run.json``.
+
+    Raises:
+        CheckpointError: an entry of a ``.distcp`` file is not what ``.metadata`` says.
+        OSError: a file cannot be read, written or flushed.
+    """
+    names = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RUN)
+    entries = _entries(folder)
+    files = {}
+    for path in names:
+        name, size = path.relative_to(folder).as_posix(), path.stat().st_size
+        with path.open("rb") as stream:
+            crc = _crc_with_entries(stream, size, sorted(entries.get(name, ())), name)
+            os.fsync(stream.fileno())
+        files[name] = {"bytes": size, "crc32": f"{crc:08x}"}
+    with (folder / RUN).open("w", encoding="utf-8") as stream:
+        stream.write(run_text(run | {"files": files}))
+        stream.flush()
+        os.fsync(stream.fileno())
+    for inner in {path.parent for path in names} | {folder}:
+        flush_folder(inner)
+
+
+def run_text(run: dict[str, Any]) -> str:
+    """Return the text of ``run.json``, with a CRC-32 of its content at the end."""
+    content = {key: value for key, value in run.items() if key != "crc32"}
+    crc = zlib.crc32(json.dumps(content).encode())
+    return json.dumps(content | {"crc32": f"{crc:08x}"}, indent=2) + "\n"
+
+
+def _entries(folder: Path) -> dict[str, list[tuple[int, int]]]:
+    """Return (offset, length) of all entries, by the name of their file."""
+    entries: dict[str, list[tuple[int, int]]] = {}
+    if (folder / METADATA).exists():
+        for info in read_metadata(folder).storage_data.values():
+            entries.setdefault(info.relative_path, []).append((info.offset, info.length))
+    return entries
+
+
+def _crc_with_entries(
+    stream: IO[bytes], size: int, entries: list[tuple[int, int]], name: str
+) -> int:
+    """Return the CRC-32 of a file; the long members of its entries are not read."""
+    crc = position = 0
+    for offset, length in entries:
+        try:
+            members = list(_long_members(_Part(stream, offset, length)))
+        except OSError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything
+            raise CheckpointError(
+                f"{name}: the entry at byte {offset} is not one of `torch.save` ({error})"
+            ) from error
+        for start, num_bytes, member_crc in members:
+            crc = _crc_of_bytes(stream, position, offset + start, crc)
+            crc = joined(crc, member_crc, num_bytes)
+            position = offset + start + num_bytes
+    return _crc_of_bytes(stream, position, size, crc)
+
+
+def _long_members(entry: _Part) -> Iterator[tuple[int, int, int]]:
+    """Yield start, length and CRC-32 of the long members of an entry, in order."""
+    with zipfile.ZipFile(entry) as archive:
+        members = [m for m in archive.infolist() if m.file_size >= _LONG_MEMBER_BYTES]
+    for member in sorted(members, key=lambda member: member.header_offset):
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile("it is compressed")
+        entry.seek(member.header_offset)
+        header = entry.read(_LOCAL_HEADER_BYTES)
+        # The local header has its own padding, which aligns the data.
+        name, padding = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        start = member.header_offset + _LOCAL_HEADER_BYTES + name + padding
+        yield start, member.file_size, member.CRC
+
+
+def _crc_of_bytes(stream: IO[bytes], start: int, end: int, crc: int) -> int:
+    """Return the CRC-32 that goes on from ``crc`` over some bytes of a file."""
+    stream.seek(start)
+    while start < end:
+        piece = stream.read(min(_PIECE_BYTES, end - start))
+        if not piece:
+            raise CheckpointError("a file became shorter while it was read")
+        crc, start = zlib.crc32(piece, crc), start + len(piece)
+    return crc
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file, as a file."""
+
+    def __init__(self, stream: IO[bytes], offset: int, length: int):
+        self.stream, self.offset, self.length, self.position = stream, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        if base + offset < 0:
+            raise ValueError("negative position")
+        self.position = base + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.stream.seek(self.offset + self.position)
+        wanted = max(0, min(len(buffer), self.length - self.position))
+        count = self.stream.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
+        self.position += count
+        return count
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder, without which a power failure may lose them."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
