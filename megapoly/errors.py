@@ -36,10 +36,6 @@ class CheckpointError(MegapolyError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
-class SaveError(MegapolyError):
-    """A checkpoint could not be written; the same on all ranks."""
-
-
 class LockError(MegapolyError):
     """Another job trains in the same folder."""
 

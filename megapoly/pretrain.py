@@ -129,7 +129,7 @@ def pretrain(config: Config) -> bool:
         ConfigError: ``run_dir`` cannot be made or written to.
         LockError: another job trains in ``run_dir``.
     """
-    if launcher.rank() == 0:
+    if not launcher.is_launched():  # otherwise later, to tell the other processes
         _make(Path(config.run_dir))
     from megapoly.platform.device import select_platform
 
@@ -152,7 +152,7 @@ def pretrain(config: Config) -> bool:
     with ExitStack() as held, process_group(config, platform) as store, shown_once(store):
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             if is_rank_zero():
-                held.enter_context(_run_folder(Path(config.run_dir)))
+                held.enter_context(_run_folder(config))
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
@@ -177,35 +177,40 @@ def pretrain(config: Config) -> bool:
     return state.iteration >= state.train_iters
 
 
-def _make(run_dir: Path) -> None:
-    with _explained(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=run_dir).close()
+def _make(folder: Path) -> None:
+    """Make a folder if it does not exist, and check that files can be made in it."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
 
 
 @contextmanager
-def _explained(run_dir: Path) -> Iterator[None]:
+def _explained(folder: Path) -> Iterator[None]:
     """Turn the system's reason why a folder cannot be written into a sentence."""
     try:
         yield
     except OSError as error:
         problem = (
-            f"`run_dir` ({run_dir}) cannot be written: {error.strerror}; {free_space(run_dir)}; "
+            f"`run_dir` ({folder}) cannot be written: {error.strerror}; {free_space(folder)}; "
             "make room or choose another folder"
         )
         raise ConfigError([problem]) from error
 
 
 @contextmanager
-def _run_folder(run_dir: Path) -> Iterator[None]:
+def _run_folder(config: Config) -> Iterator[None]:
     """Lock the folder for this job, and delete what a killed one left there before all else."""
-    from megapoly.checkpoints.run_folder import delete_unfinished
+    from megapoly.checkpoints.run_folder import checkpoints_folder, delete_unfinished
     from megapoly.training.run_lock import sole_job
 
+    run_dir = Path(config.run_dir)
+    _make(run_dir)
     with ExitStack() as held:
         with _explained(run_dir):
             held.enter_context(sole_job(run_dir))
             delete_unfinished(run_dir)
+        if config.checkpoint.save:
+            _make(checkpoints_folder(run_dir))
         yield
 
 

@@ -10,6 +10,11 @@ _FOLDER = "checkpoints"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
+def checkpoints_folder(run_dir: str | Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(run_dir) / _FOLDER
+
+
 def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:
     """Return the folder of the checkpoint after a step."""
     return Path(run_dir) / _FOLDER / f"iter_{iteration:07d}"

@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megapoly.errors import CheckpointError
 from megapoly.training.evaluation import evaluate_validation_sets
 from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import TrainState
@@ -121,6 +123,9 @@ class CheckpointHook(Hook):
     With ``checkpoint.async_save`` the run trains on while a checkpoint is written. There is one at
     a time: the next waits for it.
 
+    When a checkpoint cannot be saved, as on a full disk, the run trains on and tries the next one;
+    the error of the last one ends it.
+
     Args:
         state: the run.
         show: shows a line to the user.
@@ -129,7 +134,8 @@ class CheckpointHook(Hook):
     def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         self._state, self._show = state, show
         self._saver = CheckpointSaver(state)
-        self._saved_at: int | None = None
+        self._tried_at: int | None = None
+        self._failure: CheckpointError | None = None  # of the last try
 
     def after_record(self, step: StepRecord) -> None:
         """Complete a checkpoint that has been written, and save, if due."""
@@ -137,8 +143,14 @@ class CheckpointHook(Hook):
         self.save_if_due()
 
     def at_end(self) -> None:
-        """Save what was trained since the last checkpoint."""
+        """Save what was trained since the last checkpoint.
+
+        Raises:
+            CheckpointError: it could not be saved; on every rank.
+        """
         self._save(in_background=False)
+        if self._failure is not None:  # once more: there may be room by now
+            self._show_saved(self._saver.save(in_background=False))
 
     def at_divergence(self) -> None:
         """Complete the checkpoint of an earlier step."""
@@ -161,17 +173,28 @@ class CheckpointHook(Hook):
     def _save(self, *, in_background: bool) -> None:
         if not self._state.config.checkpoint.save:
             return
-        is_new = self._saved_at != self._state.iteration
+        is_new = self._tried_at != self._state.iteration
         if self._saver.path is not None and (is_new or not in_background):
             if is_new and not self._finish(wait=False):
                 self._show(f"waiting for {self._saver.path}, which is still being written")
             self._finish(wait=True)
         if is_new:
-            self._saved_at = self._state.iteration
-            self._show_saved(self._saver.save(in_background=in_background))
+            self._tried_at, self._failure = self._state.iteration, None
+            with self._failure_shown():
+                self._show_saved(self._saver.save(in_background=in_background))
 
     def _finish(self, *, wait: bool) -> bool:
-        return self._show_saved(self._saver.finish(wait=wait))
+        with self._failure_shown():
+            return self._show_saved(self._saver.finish(wait=wait))
+        return False
+
+    @contextlib.contextmanager
+    def _failure_shown(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:  # on every rank
+            self._failure = error
+            self._show(f"warning: {error}")
 
     def _show_saved(self, path: Path | None) -> bool:
         if path is not None:

@@ -25,6 +25,7 @@ from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoint
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.errors import CheckpointError
+from megapoly.platform.files import free_space
 from megapoly.training import optimizer_state
 from megapoly.training.checkpoint_files import ShardFiles
 from megapoly.training.checkpoint_state import (
@@ -175,18 +176,23 @@ def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
     if is_rank_zero():
         try:
             act()
-        except (OSError, CheckpointError) as error:
-            reason[0] = str(error)
+        except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
             shutil.rmtree(saving.partial, ignore_errors=True)
+            reason[0] = f"{error}; without its files {free_space(saving.final)}"
     dist.broadcast_object_list(reason)
     if reason[0] is not None:
-        raise CheckpointError(f"{saving.final} was not saved: {reason[0]}")
+        raise CheckpointError(
+            f"{saving.final} was not saved: {reason[0]}. The checkpoints before are as they were; "
+            "make the disk writable, with room for one more"
+        )
 
 
 def _make_folder(partial: Path) -> None:
     for unfinished in partial.parent.glob(".iter_*.partial"):
         shutil.rmtree(unfinished)
-    partial.mkdir(parents=True)
+    # Not the run's folder: where its disk was mounted, another disk would fill up.
+    partial.parent.mkdir(exist_ok=True)
+    partial.mkdir()
 
 
 def _state_to_save(state: TrainState) -> ShardedStateDict:
