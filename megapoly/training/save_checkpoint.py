@@ -1,12 +1,12 @@
 """Save checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, either complete or not there at all.
 
 Tensors are in the engine's ``torch_dist`` format, which can be loaded at another layout. Next to
-them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version).
+them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version, and what proves the
+files, see :mod:`megapoly.checkpoints.seal`).
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 import megapoly
+from megapoly.checkpoints.choose import check_saved, make_room
 from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
+from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.model.shards import checkpoint_metadata
 from megapoly.training import optimizer_state
@@ -26,7 +28,7 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
-from megapoly.training.distributed import is_rank_zero
+from megapoly.training.distributed import all_ranks, is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
 
 
@@ -34,7 +36,8 @@ def save_checkpoint(state: TrainState) -> Path:
     """Write everything that the run needs to resume; collective.
 
     The checkpoint is written to a hidden folder, which is renamed when complete: a folder named
-    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted.
+    ``iter_*`` is always complete. When it is verified, all but the newest ``checkpoint.keep`` are
+    deleted.
 
     Returns:
         The checkpoint's folder.
@@ -54,8 +57,13 @@ def save_checkpoint(state: TrainState) -> Path:
     dist.barrier()
     if is_rank_zero():
         (partial / "config.yaml").write_text(to_yaml(state.config))
-        (partial / "run.json").write_text(json.dumps(_position(state), indent=2) + "\n")
+        seal(partial, _position(state))
+        make_room(final)
         partial.rename(final)
+        flush_folder(final.parent)
+    dist.barrier()
+    check_saved(final, all_ranks())
+    if is_rank_zero():
         _delete_old(state.config.run_dir, state.config.checkpoint.keep)
     dist.barrier()
     return final
