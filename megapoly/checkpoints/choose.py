@@ -6,9 +6,11 @@ import itertools
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from megapoly.checkpoints.run_file import NAME as RUN
-from megapoly.checkpoints.run_folder import checkpoint_names
+from megapoly.checkpoints.run_file import DamageError, read_run_file
+from megapoly.checkpoints.run_folder import checkpoint_names, complete_checkpoints
 from megapoly.checkpoints.verify import ALONE, Ranks, Verdict, verify
 from megapoly.errors import CheckpointError
 
@@ -80,6 +82,20 @@ def newest_to_resume(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
                 logger.warning("%s is not a complete checkpoint. %s", path, _set_aside(path))
     ranks.gather(None)  # all see the names that are left
     return whole
+
+
+def newest_description(run_dir: Path) -> dict[str, Any]:
+    """Return ``run.json`` of the newest checkpoint; empty if a run has none.
+
+    Only ``run.json`` itself is verified, for tables that do not open the checkpoint. A damaged one
+    is named in a line, and the one before it is read.
+    """
+    for path in reversed(complete_checkpoints(run_dir)):
+        try:
+            return read_run_file(path)
+        except DamageError as error:
+            logger.warning("%s is damaged: %s", path, error)
+    return {}
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -32,7 +32,7 @@ def run_text(run: dict[str, Any]) -> str:
     return json.dumps(content | {OWN_CRC: f"{crc:08x}"}, indent=2) + "\n"
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run_file(folder: Path) -> dict[str, Any]:
     """Return the content of ``run.json``; if it is sealed, every byte of it is proven.
 
     Raises:

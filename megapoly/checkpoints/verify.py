@@ -11,16 +11,17 @@ from typing import IO, Any
 
 from megapoly.checkpoints.crc32 import crc32, joined
 from megapoly.checkpoints.run_file import (
+    NAME,
     DamageError,
     is_sealed,
-    read_run,
+    read_run_file,
     sealed_files,
     why_unreadable,
 )
 
 # A thread reads and counts one piece after another, through a buffer that stays in its cache.
 _PIECE_BYTES = 16 << 20
-_BUFFER_BYTES = 256 << 10
+_BUFFER_BYTES = 512 << 10
 _MAX_THREADS = 8
 
 
@@ -50,14 +51,12 @@ class Verdict:
     Args:
         damages: names of damaged files, with what is wrong with each.
         is_sealed: whether ``run.json`` has sizes and CRC-32; otherwise nothing else was verified.
-        num_files: files that were verified, ``run.json`` included.
-        num_bytes: their size.
+        files: names of the files that were verified.
     """
 
     damages: tuple[tuple[str, str], ...] = ()
     is_sealed: bool = True
-    num_files: int = 0
-    num_bytes: int = 0
+    files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the damages in one line."""
@@ -95,18 +94,18 @@ def verify(
     for file, (_, crc) in files.items():
         if file not in damaged and f"{crcs.get(file, 0):08x}" != crc:
             damaged[file] = "is damaged (another CRC-32 than when it was written)"
-    return Verdict(
-        tuple(sorted(damaged.items())),
-        verdict.is_sealed,
-        len(files) + 1,
-        sum(size for size, _ in files.values()),
-    )
+    return Verdict(tuple(sorted(damaged.items())), verdict.is_sealed, (NAME, *files))
+
+
+def total_bytes(folder: Path) -> int:
+    """Return the bytes that verifying a checkpoint reads, without ``run.json``."""
+    return sum(size for size, _ in _files(folder)[0].values())
 
 
 def _files(folder: Path) -> tuple[dict[str, tuple[int, str]], Verdict]:
     """Return size and CRC-32 of the files to verify, and what ``run.json`` itself shows."""
     try:
-        run = read_run(folder)
+        run = read_run_file(folder)
         if not is_sealed(run):
             return {}, Verdict(is_sealed=False)
         return sealed_files(run), Verdict()

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megapoly.checkpoints.choose import check_whole, newest_whole
-from megapoly.checkpoints.run_file import DamageError, read_run
+from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.tensor_reader import TensorReader
 from megapoly.checkpoints.verify import ALONE, Ranks
 from megapoly.config import Config, load_yaml
@@ -140,7 +140,7 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
         CheckpointError: ``path`` is not a complete checkpoint.
     """
     try:
-        run = read_run(path)
+        run = read_run_file(path)
         config = load_yaml(path / "config.yaml")
     except (DamageError, OSError, ValueError) as error:
         raise CheckpointError(

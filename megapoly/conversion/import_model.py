@@ -16,7 +16,7 @@ from torch import Tensor
 
 import megapoly
 from megapoly.activations import registry
-from megapoly.checkpoints.run_file import read_run
+from megapoly.checkpoints.run_file import read_run_file
 from megapoly.checkpoints.seal import seal
 from megapoly.config import Config, ModelConfig, to_yaml
 from megapoly.config.data_sources import tokenizer_file
@@ -121,7 +121,7 @@ def import_model(options: ImportOptions, console: Console) -> ImportReport:
         with SafetensorsReader(options.model) as source:
             report = _write(options, source, folder, console)
         write_json(folder / "import.json", report.to_dict())
-        seal(folder, read_run(folder))  # again, with import.json
+        seal(folder, read_run_file(folder))  # again, with import.json
         if report.parity is not None:
             report.parity.raise_if_different("import.json")
     return report

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from torch.distributed.checkpoint import CheckpointException
 
 from megapoly.checkpoints.choose import check_whole, newest_to_resume
-from megapoly.checkpoints.run_file import DamageError, read_run
+from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import complete_checkpoints
 from megapoly.checkpoints.tensor_reader import TensorReader, load_object
 from megapoly.config import Config, load_yaml
@@ -228,7 +228,7 @@ def read_position(path: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is not complete.
     """
     try:
-        return read_run(path)
+        return read_run_file(path)
     except DamageError as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder."
