@@ -62,7 +62,7 @@ class PackedDataset(GPTDataset):
                 keep_partial=self.index_split == Split.valid,
             )
             _save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
-        documents, bounds = (np.load(path, mmap_mode="r") for path in paths)
+        documents, bounds = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
         return documents, bounds, range(len(bounds) - 1)
 
 
@@ -185,4 +185,4 @@ def _save_arrays(arrays: dict[Path, np.ndarray]) -> None:
     with renamed_when_complete(*arrays) as temporary:
         for path, array in zip(temporary, arrays.values(), strict=True):
             with path.open("wb") as stream:
-                np.save(stream, array)
+                np.save(stream, array, allow_pickle=False)
