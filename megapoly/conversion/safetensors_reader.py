@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megapoly.conversion.safetensors_writer import DTYPES, INDEX_NAME, SINGLE_NAME
 from megapoly.errors import CheckpointError
+from megapoly.platform.files import is_plain_name
 
 _ENDING = ".safetensors"
 _DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -111,7 +112,7 @@ def _names_in_index(index: Path) -> list[str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} must have an object `weight_map`.")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(_ENDING):
+        if not is_plain_name(name) or not name.endswith(_ENDING):
             raise CheckpointError(
                 f"`weight_map` in {index} must name *{_ENDING} files beside it; it names {name!r}."
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megapoly.data.special_tokens import read_object
 from megapoly.errors import DataError
+from megapoly.platform.files import is_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +134,14 @@ def _saved_dataset(folder: Path) -> list[Path]:
             "do not show; save it again after `dataset.flatten_indices()`."
         )
     try:
-        names = [str(entry["filename"]) for entry in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
         raise DataError(
             f"`{folder / 'state.json'}` must list the dataset's files (`_data_files`); save the "
             "dataset again."
         ) from error
     for name in names:
-        if Path(name).name != name:
+        if not is_plain_name(name):
             raise DataError(
                 f"`{folder / 'state.json'}` must name files beside it; it names {name!r}. Save the "
                 "dataset again."
