@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,8 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     # Pickled weights beside the safetensors are not opened.
     arguments: dict[str, Any] = {"trust_remote_code": run_code, "use_safetensors": True}
     config = read_json(folder / "config.json")
+    if not is_embedded(config.get("pad_token_id"), config):
+        arguments["pad_token_id"] = None  # transformers makes no embedding with it
     if is_polycom_release(config):
         arguments["config"], opener = release_model(folder)
     elif run_code:
@@ -236,6 +239,12 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model.eval(), {kind: sorted(map(str, info.get(kind) or [])) for kind in kinds}
+
+
+def is_embedded(token_id: Any, config: Mapping[str, Any]) -> bool:
+    """Return whether the embedding has a row for an id; true for None. -1 is its last row."""
+    size = config.get("vocab_size")
+    return token_id is None or not isinstance(size, int) or -size <= token_id < size
 
 
 def _return_freed_memory() -> None:
