@@ -58,7 +58,7 @@ EXTRAS = {
         "matplotlib",
         "orjson",
         "psutil",
-        "pyarrow",
+        "pyarrow>=14.0.1",  # earlier ones unpickle types that a file names
         "tokenizers>=0.20",
         "zstandard",
     ],
@@ -67,7 +67,7 @@ EXTRAS = {
     # evaluate; with `train` of a checkpoint
     "eval": [
         "megapoly[hf]",
-        "datasets",
+        "datasets>=4",  # earlier ones run scripts that come with data
         "lm-eval>=0.4.12",  # the first whose task manager distinguishes tasks from groups
     ],
     # report, theory; with `train` compare

@@ -8,7 +8,7 @@ r"""Evaluate a model: accuracy on benchmarks, perplexity of text by domain, or b
         --task-data benchmarks --perplexity --parallel.tensor_model_parallel_size 2
 
 MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, or a Hugging
-Face folder.
+Face folder, whose own code runs only with --trust-remote-code.
 
 --tasks runs benchmarks with the LM Evaluation Harness and needs `pip install 'megapoly[eval]'`.
 NAMEs are groups (table1, table3, paper), tasks of the paper such as piqa, or any task, group or tag
@@ -35,7 +35,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.config.command_line import Parser, at_least, parse_with_overrides
+from megapoly.config.command_line import (
+    Parser,
+    add_trust_option,
+    at_least,
+    parse_with_overrides,
+)
 from megapoly.config.ranges import LARGEST_COUNT
 from megapoly.errors import MegapolyError
 from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, DTYPES, EvaluationRequest
@@ -109,6 +114,7 @@ def build_parser() -> Parser:
         "(default: an imported checkpoint records it; not for models trained here; for others the "
         "tokenizer decides)",
     )
+    add_trust_option(parser)
     add("--dtype", choices=DTYPES, default="auto", help="dtype to compute in (default: as stored)")
     add("--device", help="device such as cpu or cuda (default: cuda if available, else cpu)")
     return parser

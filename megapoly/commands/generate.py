@@ -3,8 +3,8 @@
     megapoly generate --model runs/moe_tiny --prompt "Call me Ishmael."
 
 MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, which is
-converted in memory, or a Hugging Face folder. Needs `pip install 'megapoly[hf]'`. The text is
-printed while it is generated.
+converted in memory, or a Hugging Face folder, whose own code runs only with --trust-remote-code.
+Needs `pip install 'megapoly[hf]'`. The text is printed while it is generated.
 
 The exit status is 0, or 2 with the reason.
 """
@@ -12,12 +12,22 @@ The exit status is 0, or 2 with the reason.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.config.command_line import DTYPES, Parser, at_least, number, status_of
+from megapoly.config.command_line import (
+    DTYPES,
+    NO_CODE_TO_TRUST,
+    Parser,
+    add_trust_option,
+    at_least,
+    number,
+    status_of,
+)
 from megapoly.config.ranges import SEEDS_BELOW
+from megapoly.errors import CheckpointError
 from megapoly.platform import extras
 from megapoly.platform.logs import show_errors_only
 
@@ -44,7 +54,10 @@ def _generate(options: argparse.Namespace) -> int:
 
     check_device("--device", options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    model, tokenizer = load_transformers_model(options.model, dtype=dtype, device=options.device)
+    _check_trust(options)
+    model, tokenizer = load_transformers_model(
+        options.model, dtype=dtype, device=options.device, run_code=options.trust_remote_code
+    )
     torch.manual_seed(options.seed)
     ids = tokenizer(options.prompt, add_special_tokens=bos_rule(options.model) is not False)[
         "input_ids"
@@ -70,6 +83,18 @@ def _generate(options: argparse.Namespace) -> int:
         **sampling,
     )
     return 0
+
+
+def _check_trust(options: argparse.Namespace) -> None:
+    """Refuse an option without effect; name code that is not run."""
+    from megapoly.conversion.checkpoint_reader import checkpoint_of_model
+    from megapoly.conversion.folder_code import note_on_code
+
+    is_folder = checkpoint_of_model(options.model) is None
+    if options.trust_remote_code and not is_folder:
+        raise CheckpointError(NO_CODE_TO_TRUST)
+    if is_folder and not options.trust_remote_code and (note := note_on_code(options.model)):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -107,6 +132,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="seed (default: %(default)s)",
     )
+    add_trust_option(parser)
     add("--dtype", choices=DTYPES, help="dtype to compute in (default: as stored)")
     add(
         "--device",

@@ -4,7 +4,7 @@ r"""Import a Hugging Face folder as a checkpoint, and prove that it is the same 
     megapoly train --config runs/smollm2/imported/recipe.yaml --run_dir runs/smollm2 \
         --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
 
-DIR is a Llama, an OLMoE, a folder that `megapoly export` wrote, or a PolyCom release: Llama with
+DIR is a Llama, a Mistral without sliding window, an OLMoE, a folder that `megapoly export` wrote, or a PolyCom release: Llama with
 `hidden_act` polynorm or polyrelu, and coefficients `mlp.act_fn.weight` (highest power first) and
 `mlp.act_fn.bias`. Needs `pip install 'megapoly[train,hf]'`.
 

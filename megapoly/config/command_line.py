@@ -16,6 +16,8 @@ from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform.logs import discard_output
 
 DTYPES = ("float32", "bfloat16", "float16")
+TRUST_CODE = "--trust-remote-code"
+NO_CODE_TO_TRUST = f"`{TRUST_CODE}` has no effect on a checkpoint, which has no code; leave it out"
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,6 +157,15 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, output: str, repo
         metavar="X",
         help="largest difference of a logit, relative to the largest at its position if that is "
         "above 1 (1e-5)",
+    )
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option without which code in a Hugging Face folder is not run."""
+    parser.add_argument(
+        TRUST_CODE,
+        action="store_true",
+        help="run code in a Hugging Face folder; without it the code is named and not run",
     )
 
 

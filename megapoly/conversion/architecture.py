@@ -31,7 +31,9 @@ _CLASSES = {
 }
 # Defaults in transformers if config.json does not set the value.
 _DEFAULT_ACT = "silu"
-_DEFAULT_POSITIONS = {"llama": 2048, "olmoe": 4096, MODEL_TYPE: 4096}
+_DEFAULT_POSITIONS = {"llama": 2048, "olmoe": 4096, "mistral": 131_072, MODEL_TYPE: 4096}
+# Mistral without a window is Llama; transformers has this one if config.json does not set it.
+_MISTRAL_WINDOW = {"sliding_window": 4096}
 # Activations that a PolyCom release may name; case and underscores are ignored.
 _RELEASED_ACTS = ("polynorm", "polyrelu")
 
@@ -179,7 +181,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
 
     Args:
         config: content of the file: Llama (also with the activations of the released PolyCom
-            checkpoints), OLMoE or an export of this project.
+            checkpoints), Mistral without a sliding window, OLMoE or an export of this project.
         source: name of the file, for messages.
 
     Raises:
@@ -187,11 +189,13 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
             models do not have; the message names the fields.
     """
     kind = config.get("model_type")
-    if kind not in _CLASSES:
+    if kind not in _DEFAULT_POSITIONS:
         raise CheckpointError(
-            f"`model_type` in {source} must be one of {', '.join(_CLASSES)} to be imported; it is "
-            f"{kind}."
+            f"`model_type` in {source} must be one of {', '.join(_DEFAULT_POSITIONS)} to be "
+            f"imported; it is {kind}."
         )
+    if kind == "mistral":
+        config = _MISTRAL_WINDOW | config
     _require(config, source)
     _refuse_unsupported(config, source)
     heads = config["num_attention_heads"]
@@ -202,7 +206,9 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
         num_query_groups=config.get("num_key_value_heads") or heads,
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         scale_gated_ffn=False,
-        normalization_eps=config.get("rms_norm_eps", 1e-6 if kind == "llama" else 1e-5),
+        normalization_eps=config.get(
+            "rms_norm_eps", 1e-6 if kind in ("llama", "mistral") else 1e-5
+        ),
         rotary_base=rotary_base(config, source),
         max_position_embeddings=max_positions(config),
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),

@@ -22,6 +22,7 @@ from megapoly.conversion.checkpoint_model import (
     write_tokenizer_of,
 )
 from megapoly.conversion.checkpoint_reader import CheckpointReader, find_checkpoint
+from megapoly.conversion.folder_code import PACKAGED_CODE
 from megapoly.conversion.model_card import model_card
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
@@ -30,8 +31,6 @@ from megapoly.conversion.safetensors_writer import plan_shards, write_shards
 from megapoly.conversion.tensor_map import TensorMapping
 from megapoly.platform import extras
 from megapoly.platform.progress import bytes_bar
-
-_REMOTE_CODE = Path(__file__).parent / "remote_code"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _write(
     write_json(folder / "generation_config.json", settings.generation)
     if config["model_type"] == MODEL_TYPE:
         for name in CODE_FILES:
-            shutil.copyfile(_REMOTE_CODE / name, folder / name)
+            shutil.copyfile(PACKAGED_CODE / name, folder / name)
     write_weights(reader, mappings, folder, dtype, options.max_shard_size, console)
     result = None
     if not options.skip_parity:

@@ -31,11 +31,12 @@ from megapoly.conversion.architecture import max_positions, model_config
 from megapoly.conversion.bos_rule import rule_of_import
 from megapoly.conversion.checkpoint_model import check_finite
 from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
+from megapoly.conversion.folder_links import check_links
 from megapoly.conversion.imported_settings import settings_of_folder
 from megapoly.conversion.output_folder import output_folder, write_json
 from megapoly.conversion.parity import TOLERANCE, Parity
 from megapoly.conversion.parity_check import check_import_parity
-from megapoly.conversion.safetensors_reader import SafetensorsReader
+from megapoly.conversion.safetensors_reader import SafetensorsReader, read_json
 from megapoly.conversion.tensor_map import TensorMapping
 from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
 from megapoly.data.tokenizer import load_tokenizer
@@ -109,13 +110,16 @@ def import_model(options: ImportOptions, console: Console) -> ImportReport:
     tokenizer and this checkpoint, to train with), ``run.json``, ``import.json`` and ``tokenizer/``.
 
     Raises:
-        CheckpointError: the folder is incomplete, or its model is not supported.
+        CheckpointError: the folder is incomplete, has a link that leaves it, or its model is not
+            supported.
         ConfigError: ``activation`` breaks a rule of training.
         UnavailableError: a library is missing.
         DataError: the tokenizer cannot be read, or the disk is full.
         ParityError: the checkpoint is not the source's model; it is kept as ``OUTPUT.failed``.
     """
     extras.require("A Hugging Face model", "hf", extras.EXTRAS["hf"])
+    read_json(options.model / "config.json")
+    check_links(options.model)
     output, overwrite = options.output, options.overwrite
     with output_folder(output, source=options.model, overwrite=overwrite) as folder:
         with SafetensorsReader(options.model) as source:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megapoly.config.yaml_text import LARGEST_FILE_BYTES, read_yaml
 from megapoly.conversion.safetensors_reader import read_json
 from megapoly.errors import CheckpointError
 
@@ -163,8 +164,9 @@ def _card_fields(path: Path) -> tuple[dict[str, Any], list[str]]:
     _, _, rest = text.partition("---\n")
     if not text.startswith("---\n") or "\n---" not in rest:
         return {}, []
+    head = rest.partition("\n---")[0]
     try:
-        fields = yaml.safe_load(rest.partition("\n---")[0])
+        fields = read_yaml(head) if len(head) <= LARGEST_FILE_BYTES else None
     except yaml.YAMLError:
         fields = None
     if not isinstance(fields, dict):

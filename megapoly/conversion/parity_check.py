@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from megapoly.conversion.architecture import (
     model_config,
 )
 from megapoly.conversion.engine_outputs import engine_module_outputs
+from megapoly.conversion.folder_code import check_code_is_ours
 from megapoly.conversion.module_outputs import ModuleOutputs
 from megapoly.conversion.parity import Parity, differing_module, measure_parity
-from megapoly.conversion.safetensors_reader import read_json
+from megapoly.conversion.safetensors_reader import read_json, weight_files
 from megapoly.conversion.transformers_classes import (
     class_without_remote_code,
     config_and_model_class,
@@ -54,13 +56,19 @@ def check_export_parity(
 ) -> Parity:
     """Compare an export with its checkpoint; the export is loaded as users load it.
 
+    That runs the code in the folder, which must have the bytes that this package writes.
+
     Args:
         checkpoint: an ``iter_*`` folder.
         folder: the export.
         dtype: dtype of the export's weights.
         tolerance: see :class:`megapoly.conversion.parity.Parity`.
         console: where to show progress.
+
+    Raises:
+        CheckpointError: the folder has other code.
     """
+    check_code_is_ours(folder)
     tokenizer = load_tokenizer(folder)
     other_ids = {"other_ids": texts_tokenized_differently(folder, tokenizer)}
     return _compare(
@@ -209,12 +217,15 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    arguments: dict[str, Any] = {}
+    # Pickled weights beside the safetensors are not opened.
+    arguments: dict[str, Any] = {"trust_remote_code": run_code, "use_safetensors": True}
     config = read_json(folder / "config.json")
+    if not is_embedded(config.get("pad_token_id"), config):
+        arguments["pad_token_id"] = None  # transformers makes no embedding with it
     if is_polycom_release(config):
         arguments["config"], opener = release_model(folder)
     elif run_code:
-        opener, arguments["trust_remote_code"] = AutoModelForCausalLM, True
+        opener = AutoModelForCausalLM
     else:
         opener = class_without_remote_code(config)
     if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
@@ -228,6 +239,12 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model.eval(), {kind: sorted(map(str, info.get(kind) or [])) for kind in kinds}
+
+
+def is_embedded(token_id: Any, config: Mapping[str, Any]) -> bool:
+    """Return whether the embedding has a row for an id; true for None. -1 is its last row."""
+    size = config.get("vocab_size")
+    return token_id is None or not isinstance(size, int) or -size <= token_id < size
 
 
 def _return_freed_memory() -> None:
@@ -280,7 +297,7 @@ def fp32_bytes(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
             total += 4 * sum(torch.Size(shape).numel() for shape in shapes)

@@ -10,22 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapoly.conversion.safetensors_writer import DTYPES, INDEX_NAME
+from megapoly.conversion.safetensors_writer import DTYPES, INDEX_NAME, SINGLE_NAME
 from megapoly.errors import CheckpointError
+from megapoly.platform.files import is_plain_name
 
+_ENDING = ".safetensors"
 _DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPES.items()}
 # Constants that old releases of transformers saved with a model.
 _CONSTANTS = ("rotary_emb.inv_freq",)
 
 
 class SafetensorsReader:
-    """Reader of a folder with one or several ``*.safetensors``; a context manager.
+    """Reader of the weights of a folder (:func:`weight_files`); a context manager.
 
     Args:
         folder: folder of the model.
 
     Raises:
-        CheckpointError: there are no such files, or the index names one that is missing.
+        CheckpointError: a file is missing or cannot be read.
     """
 
     def __init__(self, folder: Path):
@@ -38,7 +40,7 @@ class SafetensorsReader:
         """Open every file, without reading tensors."""
         from safetensors import SafetensorError, safe_open
 
-        for path in self._paths():
+        for path in weight_files(self.folder):
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -77,24 +79,44 @@ class SafetensorsReader:
         """Read one tensor."""
         return self._files[name].get_tensor(name)
 
-    def _paths(self) -> list[Path]:
-        index = self.folder / INDEX_NAME
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} must have an object `weight_map`.")
-            names = sorted(set(weight_map.values()))
-            paths = [self.folder / name for name in names]
-        else:
-            paths = sorted(self.folder.glob("*.safetensors"))
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing or not paths:
-            problem = f"lacks {', '.join(missing)}" if missing else "has no *.safetensors"
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights, as transformers chooses them.
+
+    It is ``model.safetensors``, else what the index names, else all ``*.safetensors``. Others
+    beside them hold the weights once more, such as ``consolidated.safetensors``.
+
+    Raises:
+        CheckpointError: there is none, one is missing, or the index names one that is not a
+            safetensors file of this folder.
+    """
+    index = folder / INDEX_NAME
+    if (folder / SINGLE_NAME).is_file():
+        paths = [folder / SINGLE_NAME]
+    elif index.is_file():
+        paths = [folder / name for name in _names_in_index(index)]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        problem = f"lacks {', '.join(missing)}" if missing else "has no *.safetensors"
+        raise CheckpointError(
+            f"{folder} {problem}. To convert a model from another format, use "
+            "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)`."
+        )
+    return paths
+
+
+def _names_in_index(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} must have an object `weight_map`.")
+    for name in weight_map.values():
+        if not is_plain_name(name) or not name.endswith(_ENDING):
             raise CheckpointError(
-                f"{self.folder} {problem}. To convert a model from another format, use "
-                "`AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OTHER)`."
+                f"`weight_map` in {index} must name *{_ENDING} files beside it; it names {name!r}."
             )
-        return paths
+    return sorted(set(weight_map.values()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} must be a JSON file of a Hugging Face model: {error}"
         ) from error

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 # The library aligns the header for readers that map the file.
 _ALIGNMENT = 8
 
@@ -51,7 +51,7 @@ def plan_shards(
         groups[-1][name] = shape
         size += num_bytes
     if len(groups) == 1:
-        return [SafetensorsShard("model.safetensors", groups[0])]
+        return [SafetensorsShard(SINGLE_NAME, groups[0])]
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     return [SafetensorsShard(name, group) for name, group in zip(names, groups, strict=True)]
 

@@ -111,11 +111,16 @@ def check_vocabulary(source: str | Path | None, model: ModelConfig) -> None:
         DataError: it cannot be read.
     """
     assert model.vocab_size is not None, "resolved"
-    size = load_tokenizer(source).vocab_size
-    if size > model.vocab_size:
+    beyond = load_tokenizer(source).tokens_from(model.vocab_size)
+    if beyond:
+        named = [f"{i} (`{token}`)" for i, token in beyond.items()]
+        more = f" and {len(named) - 3} more" if len(named) > 3 else ""
         raise CheckpointError(
-            f"The tokenizer's ids ({size}) must not exceed the model's `vocab_size` "
-            f"({model.vocab_size}); give the model's own tokenizer with --tokenizer."
+            f"The tokenizer must have no ids from the model's `vocab_size` ({model.vocab_size}) "
+            f"on, which have no embedding; it has {', '.join(named[:3])}{more}. If it is the "
+            "model's own, copy its files to another folder, remove these tokens from "
+            "tokenizer.json, added_tokens.json, tokenizer_config.json and special_tokens_map.json "
+            "there, and give that folder with --tokenizer; otherwise give the model's own."
         )
 
 

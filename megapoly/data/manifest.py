@@ -175,7 +175,7 @@ def read_manifest(path: Path) -> Manifest:
                 "the version that wrote it, or create the token files again."
             )
         return _from_json(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"`{path}` is not a valid manifest ({type(error).__name__}: {error}). Create the token "
             "files again, or delete it to use them without a manifest."

@@ -54,7 +54,7 @@ class PackedDataset(GPTDataset):
         folder = Path(self.config.path_to_cache) / "samples" / self.unique_description_hash
         paths = [folder / "documents.npy", folder / "bounds.npy"]
         built_once(paths, folder / "sums.json", lambda: self._build_index(paths))
-        documents, bounds = (np.load(path, mmap_mode="r") for path in paths)
+        documents, bounds = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
         return documents, bounds, range(len(bounds) - 1)
 
     def _build_index(self, paths: list[Path]) -> None:
@@ -188,4 +188,4 @@ def _save_arrays(arrays: dict[Path, np.ndarray]) -> None:
     with renamed_when_complete(*arrays) as temporary:
         for path, array in zip(temporary, arrays.values(), strict=True):
             with path.open("wb") as stream:
-                np.save(stream, array)
+                np.save(stream, array, allow_pickle=False)

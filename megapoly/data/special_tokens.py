@@ -165,7 +165,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"`{path}` must be a JSON object: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"`{path}` must be a JSON object; it is {type(content).__name__}.")

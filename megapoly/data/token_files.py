@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.data.index_file import read_index, token_dtype, write_index
+from megapoly.data.index_file import Index, read_index, token_dtype, write_index
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
 from megapoly.platform.files import renamed_when_complete
@@ -22,6 +22,7 @@ from megapoly.platform.files import renamed_when_complete
 _ENCODE_AT_ONCE = 64
 _SAMPLED_BYTES = 1 << 20
 _COUNT_AT_ONCE = 1 << 24
+_SEQUENCES_AT_ONCE = 1 << 20
 # No vocabulary is this large: a higher id means damage, and counting it would take gigabytes.
 _MOST_IDS = 1 << 26
 
@@ -53,7 +54,8 @@ def open_token_file(prefix: str | Path) -> TokenFile:
     """Open a ``.bin``/``.idx`` pair and check its sizes; the engine opens a truncated one silently.
 
     Raises:
-        DataError: a file is missing or damaged, or their sizes do not agree.
+        DataError: a file is missing or damaged, their sizes do not agree, or a sequence is outside
+            of ``.bin``.
     """
     bin_path, idx_path = pair_paths(prefix)
     for path in (bin_path, idx_path):
@@ -71,6 +73,7 @@ def open_token_file(prefix: str | Path) -> TokenFile:
             f"tokens of {index.dtype.itemsize} bytes). One of them is truncated or belongs to "
             "another pair: copy or create both again."
         )
+    _check_places(index, idx_path, actual)
     idx_sha256 = sha256_of(idx_path)
     return TokenFile(
         str(prefix),
@@ -80,6 +83,23 @@ def open_token_file(prefix: str | Path) -> TokenFile:
         idx_sha256,
         _fingerprint(bin_path, idx_sha256),
     )
+
+
+def _check_places(index: Index, path: Path, bin_bytes: int) -> None:
+    """Check that every sequence is inside of ``.bin``; the engine reads where the index says."""
+    for start in range(0, index.num_sequences, _SEQUENCES_AT_ONCE):
+        part = slice(start, start + _SEQUENCES_AT_ONCE)
+        lengths, offsets = index.lengths[part].astype(np.int64), index.offsets[part]
+        # A subtraction: the sum of an offset and a length could overflow.
+        is_wrong = (lengths < 0) | (offsets < 0) | (offsets > bin_bytes)
+        is_wrong |= offsets > bin_bytes - lengths * index.dtype.itemsize
+        if is_wrong.any():
+            place = int(np.argmax(is_wrong))
+            raise DataError(
+                f"Sequences must be inside of the .bin file, which has {bin_bytes} bytes; "
+                f"sequence {start + place} in `{path}` has {lengths[place]} tokens from byte "
+                f"{offsets[place]}. The index is damaged: copy or create the pair again."
+            )
 
 
 def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:

@@ -134,6 +134,11 @@ class Tokenizer:
         assert token is not None, token_id
         return token
 
+    def tokens_from(self, first: int) -> dict[int, str]:
+        """Return the vocabulary entries of the ids from ``first`` on, in their order."""
+        entries = self._tokenizer.get_vocab(with_added_tokens=True).items()
+        return dict(sorted((i, token) for token, i in entries if i >= first))
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a vocabulary entry; None if it does not exist."""
         return self._tokenizer.token_to_id(token)

@@ -13,6 +13,7 @@ from rich.console import Console
 from megapoly.checkpoints.verify import ALONE
 from megapoly.config.command_line import check_can_write
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
+from megapoly.conversion.folder_code import note_on_code
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import (
     available_tasks,
@@ -86,12 +87,19 @@ def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None
 
     device = request.device or default_device()
     _message(f"{checkpoint or request.model} on {device}")
+    if (
+        checkpoint is None
+        and not request.trust_remote_code
+        and (note := note_on_code(request.model))
+    ):
+        _message(f"note: {note}")
     lm = load_lm(
         checkpoint or request.model,
         dtype=request.dtype,
         device=device,
         batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
         add_bos=request.add_bos,
+        run_code=request.trust_remote_code,
     )
     dtype = str(lm.model.dtype).removeprefix("torch.")
     model = _entry(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
-from megapoly.conversion.transformers_tokenizer import open_in_transformers
-from megapoly.errors import CheckpointError, UnavailableError
+from megapoly.errors import UnavailableError
 
 if TYPE_CHECKING:
     from megapoly.evaluation.transformers_lm import TransformersLM
 
 
 def load_lm(
-    path: Path, *, dtype: str, device: str, batch_size: int, add_bos: bool | None = None
+    path: Path,
+    *,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    add_bos: bool | None = None,
+    run_code: bool = False,
 ) -> TransformersLM:
     """Load a model for the harness; nothing is downloaded.
-
-    Code in a Hugging Face folder is executed (``trust_remote_code``).
 
     Args:
         path: a folder in Hugging Face's format, a checkpoint ``iter_*``, which is converted in
@@ -28,10 +31,12 @@ def load_lm(
         batch_size: sequences per forward pass.
         add_bos: see :class:`megapoly.evaluation.transformers_lm.TransformersLM`; None: as a
             checkpoint or an export records it (:mod:`megapoly.conversion.bos_rule`).
+        run_code: run code in a Hugging Face folder, see
+            :func:`megapoly.conversion.transformers_model.model_from_folder`.
 
     Raises:
-        CheckpointError: ``path`` is not a model, a file is missing or damaged, or the weights do
-            not fit the model.
+        CheckpointError: ``path`` is not a model, a file is missing or damaged, the weights do
+            not fit the model, or it needs code that is not run.
         EvaluationError: ``add_bos``, and the tokenizer puts nothing before a text.
         UnavailableError: the device cannot be used, or a library is missing.
     """
@@ -45,13 +50,13 @@ def load_lm(
     import torch
 
     from megapoly.conversion.bos_rule import bos_rule, is_export
-    from megapoly.conversion.transformers_model import model_from_checkpoint
+    from megapoly.conversion.transformers_model import model_from_checkpoint, model_from_folder
     from megapoly.platform.device import check_device
 
     checkpoint = checkpoint_of_model(path)
     check_device("device", device)
     if checkpoint is None:
-        model, tokenizer = _load_folder(path, dtype)
+        model, tokenizer = model_from_folder(path, dtype=dtype, run_code=run_code)
     else:
         model, tokenizer = model_from_checkpoint(checkpoint)
         model.to(dtype=model.dtype if dtype == "auto" else getattr(torch, dtype))
@@ -62,35 +67,3 @@ def load_lm(
         trained_here=checkpoint is not None or is_export(path),
         add_bos=bos_rule(checkpoint or path) if add_bos is None else add_bos,
     )
-
-
-def _load_folder(path: Path, dtype: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        tokenizer = open_in_transformers(path, run_code=True)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # from the libraries or the folder's own code
-        raise CheckpointError(
-            f"`{path}` cannot be loaded as a model in Hugging Face's format: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    _check_weights(path, loading)
-    return model, tokenizer
-
-
-def _check_weights(path: Path, loading: dict) -> None:
-    """Refuse missing weights, which transformers initialises at random with a mere warning."""
-    for kind, problem in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape")):
-        keys = sorted(map(str, loading.get(kind) or ()))
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise CheckpointError(
-                f"`{path}` {problem} weights that its config.json implies: {shown}"
-            )

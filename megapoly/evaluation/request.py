@@ -33,6 +33,7 @@ class EvaluationRequest:
         batch_size: sequences per forward pass; None: ``DEFAULT_BATCH_SIZE``.
         add_bos: put before every text what the tokenizer puts there; None: as the checkpoint
             records it, and as the tokenizer does for other projects' folders.
+        trust_remote_code: run code in a Hugging Face folder.
         dtype: dtype to compute in; ``auto``: as stored.
         device: device by torch's name; None: a GPU if available.
         output: file for all figures; None: not written.
@@ -48,6 +49,7 @@ class EvaluationRequest:
     num_fewshot: int | None = None
     batch_size: int | None = None
     add_bos: bool | None = None
+    trust_remote_code: bool = False
     dtype: str = "auto"
     device: str | None = None
     output: Path | None = None
@@ -77,6 +79,8 @@ def find_problems(
     if checkpoint is None:
         yield from _with_folder(request, num_processes)
         return
+    if request.trust_remote_code:
+        yield command_line.NO_CODE_TO_TRUST
     if request.perplexity or num_processes > 1:
         yield from _with_engine(request)
     if num_processes == 1 and request.tasks:

@@ -11,6 +11,7 @@ import torch
 
 from megapoly.errors import UnavailableError
 from megapoly.platform import launcher
+from megapoly.platform.compile_cache import check_compile_cache
 from megapoly.platform.machine import Machine
 
 
@@ -98,8 +99,10 @@ def select_platform(device: str) -> Platform:
             number of the GPU.
 
     Raises:
-        UnavailableError: CUDA is requested and not available.
+        UnavailableError: CUDA is requested and not available, or another user could have put code
+            into the cache of ``torch.compile``.
     """
+    check_compile_cache()
     if device == "auto":
         device = default_device()
     from megapoly.platform import engine_workarounds

@@ -39,6 +39,11 @@ def why_missing(path: str | Path) -> str:
     return ""
 
 
+def is_plain_name(name: object) -> bool:
+    """Return whether a name that a file gives is that of a file beside it, and no path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and os.path.basename(name) == name
+
+
 @contextmanager
 def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[list[Path]]:
     """Yield temporary names for ``paths``; rename them, in order, if the body succeeds.

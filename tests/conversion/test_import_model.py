@@ -8,7 +8,14 @@ import yaml
 from conversions import QUIET, SIZES, import_and_back, import_only, llama, saved
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+)
 
 from megapoly.config import ModelConfig, load_yaml
 from megapoly.conversion.activation_change import ActivationChange, change_activation
@@ -103,6 +110,29 @@ def test_olmoe_there_and_back_in_bf16(tmp_path):
         **{"parallel.expert_model_parallel_size": 2, "training.bf16": False},
     )
     assert len(lines) == 2
+
+
+def test_mistral_without_a_window(tmp_path):
+    """With the weights a second time, and an id without embedding for padding."""
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
+    folder = saved(model, tmp_path / "mistral")
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, folder / "consolidated.safetensors")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pad_token_id": SIZES["vocab_size"]}))
+    checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
+    (report,) = run_on_ranks(import_and_back, 1, folder, checkpoint, back)
+    assert report["parity"]["passed"]
+    assert [note[:14] for note in report["notes"]] == ["`pad_token_id`"]
+    (folder / "consolidated.safetensors").unlink()
+    assert_same_tensors(folder, back)
+    assert json.loads((back / "config.json").read_text())["model_type"] == "llama"
+    for window in ({"sliding_window": 32}, {}):
+        rest = {name: value for name, value in config.items() if name != "sliding_window"}
+        path.write_text(json.dumps(rest | {"max_position_embeddings": 8192} | window))
+        with pytest.raises(CheckpointError, match="has `sliding_window`: "):
+            import_model(ImportOptions(folder, tmp_path / "other"), QUIET)
 
 
 def test_exports_there_and_back(exported, tmp_path):

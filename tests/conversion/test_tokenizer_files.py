@@ -1,15 +1,17 @@
 """Tokenizers of a folder: the same ids in transformers as in training."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from megapoly.conversion.tokenizer_files import write_tokenizer
+from megapoly.config import ModelConfig
+from megapoly.conversion.tokenizer_files import check_vocabulary, write_tokenizer
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
-from megapoly.errors import DataError
+from megapoly.errors import CheckpointError, DataError
 
 
 @pytest.fixture
@@ -97,3 +99,16 @@ def test_a_special_token_that_there_is_not_is_refused(source, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
     with pytest.raises(DataError, match="`pad_token`.*'<pad>' is not"):
         write_tokenizer(source, tmp_path, max_length=8)
+
+
+def test_tokens_without_embedding_are_named(source):
+    """Such as the padding that copies of Llama 2 have added to the tokenizer alone."""
+    size = load_tokenizer(source).vocab_size
+    check_vocabulary(source, ModelConfig(vocab_size=size))
+    added = {f"<pad{i}>": size + i for i in range(5)}
+    (source / "added_tokens.json").write_text(json.dumps(added))
+    shown = f"it has {size} (`<pad0>`), {size + 1} (`<pad1>`), {size + 2} (`<pad2>`) and 2 more. If"
+    with pytest.raises(CheckpointError, match=re.escape(shown)):
+        check_vocabulary(source, ModelConfig(vocab_size=size))
+    (source / "added_tokens.json").unlink()  # the remedy
+    check_vocabulary(source, ModelConfig(vocab_size=size))

@@ -47,6 +47,34 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
         open_token_file(tmp_path / "text")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("length", -1), ("length", 7), ("offset", -2), ("offset", 2**62), ("offset", 12)],
+)
+def test_an_index_that_leads_out_of_the_file_is_refused(tmp_path, field, value):
+    """With a sum of lengths, and so a size of the file, that is right."""
+    write_ids(tmp_path / "text", [[1, 2, 3], [4, 5], [6]])
+    content = bytearray((tmp_path / "text.idx").read_bytes())
+    lengths, offsets = 34, 34 + 3 * 4  # after the header
+    if field == "length":
+        content[lengths : lengths + 8] = np.array([value, 5 - value], "<i4").tobytes()
+    else:
+        content[offsets + 8 : offsets + 16] = np.array([value], "<i8").tobytes()
+    (tmp_path / "text.idx").write_bytes(content)
+    with pytest.raises(DataError, match=r"inside of the .bin file, which has 12 bytes; sequence"):
+        open_token_file(tmp_path / "text")
+
+
+@pytest.mark.parametrize("count", [2**63, 2**64 - 1])
+def test_a_header_of_huge_counts_is_refused(tmp_path, count):
+    write_ids(tmp_path / "text", [[1, 2, 3]])
+    content = bytearray((tmp_path / "text.idx").read_bytes())
+    content[18:26] = count.to_bytes(8, "little")
+    (tmp_path / "text.idx").write_bytes(content)
+    with pytest.raises(DataError, match=f"its header describes {34 + 12 * count + 8 * 2}"):
+        open_token_file(tmp_path / "text")
+
+
 def test_fingerprint_changes_with_lengths_and_with_tokens(tmp_path):
     contents = [[[1, 2, 3], [4]], [[1, 2], [3, 4]], [[1, 2, 3], [5]], [[0, 2, 3], [4]]]
     fingerprints = set()

@@ -6,6 +6,7 @@ import math
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from evaluation_jobs import evaluate_command
 from rich.console import Console
 
-from megapoly.commands import evaluate, export_benchmarks
+from megapoly.commands import evaluate, export_benchmarks, generate
 from megapoly.conversion.import_model import ImportOptions, import_model
 from megapoly.evaluation.checkpoint_config import EVALUATION_OPTIONS
 from megapoly.evaluation.local_tasks import QUESTION_FILES, all_files
@@ -58,6 +59,52 @@ def test_errors_of_evaluate(export, task_data, tmp_path, capsys):
     assert f"  piqa: {QUESTION_FILES['piqa'].file}\n" in capsys.readouterr().err
     assert evaluate.main([*args, "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"`--output` ({tmp_path}) cannot be written: Is a directory\n"
+
+
+def test_code_of_folders_is_not_run(export, task_data, tmp_path, monkeypatch, capsys):
+    """Of the model's, of that with the questions and of the working directory."""
+    folder = shutil.copytree(export, tmp_path / "model")
+    data = shutil.copytree(task_data, tmp_path / "data")
+    code = f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n"
+    names = [
+        folder / "mine.py",
+        *(data / f"{name}.py" for name in ("json", "data", "piqa", "evil")),
+    ]
+    names += [
+        data / QUESTION_FILES["piqa"].file.replace(".jsonl", ".py"),
+        data / "json" / "json.py",
+    ]
+    (data / "json").mkdir()
+    for name in names:
+        name.write_text(code)
+    (data / "evil.yaml").write_text(
+        "task: evil\ndataset_path: json\noutput_type: loglikelihood\n"
+        "doc_to_text: !function evil.text\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(data)
+    args = as_strings("--model", folder, "--task-data", data, "--limit", 1, "--tasks")
+    assert evaluate.main([*args, "piqa"]) == 0
+    note = f"note: code in {folder} is not run (mine.py): transformers' own classes open the model"
+    assert note in capsys.readouterr().err.splitlines()
+    for name in ("./evil.yaml", str(data / "evil.yaml"), "evil"):
+        assert evaluate.main([*args, name]) == 2
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine"}))
+    assert evaluate.main([*args, "piqa"]) == 2
+    message = capsys.readouterr().err
+    assert "(`model_type` mine) that only code of its own opens" in message
+    assert message.endswith("add `--trust-remote-code` to run it with your rights.\n")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_have_no_code_to_trust(trained, capsys):
+    args = as_strings("--model", trained("dense")[0], "--tasks", "piqa", "--trust-remote-code")
+    assert evaluate.main(args) == 2
+    assert "`--trust-remote-code` has no effect on a checkpoint" in capsys.readouterr().err
+    assert generate.main(args[:2] + args[-1:]) == 2
+    assert "`--trust-remote-code` has no effect on a checkpoint" in capsys.readouterr().err
 
 
 def as_strings(*args):

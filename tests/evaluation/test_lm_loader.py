@@ -152,7 +152,7 @@ def test_weights_that_are_not_there_are_not_drawn(copied):
 
 def test_damaged_folder(copied):
     (copied / "model.safetensors").write_bytes(b"none")
-    with pytest.raises(CheckpointError, match="cannot be loaded as a model in Hugging Face's"):
+    with pytest.raises(CheckpointError, match="cannot be opened as a model in Hugging Face's"):
         load_lm(copied, **OPTIONS)
 
 

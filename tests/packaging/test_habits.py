@@ -147,3 +147,52 @@ def test_base_has_no_engine() -> None:
     everything = {each.name for each in requirements()["all"]}
     for extra in ("train", "data", "hf", "eval", "report", "bench"):
         assert {each.name for each in requirements()[extra]} <= everything
+
+
+# Functions that run code in what they open, and the argument with which they do not.
+RUN_CODE = {
+    "eval": None,
+    "exec": None,
+    "pickle.load": None,
+    "pickle.loads": None,
+    "pickle.Unpickler": None,
+    "marshal.loads": None,
+    "shelve.open": None,
+    "yaml.load": None,
+    "yaml.full_load": None,
+    "yaml.unsafe_load": None,
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+    "numpy.load": ("allow_pickle", False),
+}
+
+
+def calls_that_run_code(text: str) -> list[str]:
+    """Return the lines of a module that open something so that code in it runs."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in RUN_CODE:
+            continue
+        safe = RUN_CODE[ast.unparse(node.func)]
+        given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+        if safe is None or given.get(safe[0]) is not safe[1]:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_what_runs_code_is_recognised() -> None:
+    unsafe = ["torch.load(f)", "np.load(f, allow_pickle=x)", "pickle.loads(b'')", "yaml.load(a, B)"]
+    safe = ["torch.load(f, weights_only=True)", "np.load(f, allow_pickle=False)", "json.load(f)"]
+    assert calls_that_run_code("\n".join([*unsafe, *safe])) == unsafe
+
+
+@needs_git
+def test_nothing_is_opened_so_that_its_code_runs() -> None:
+    """See docs/explanation/trust.md."""
+    found = {
+        path: lines
+        for path in source_files()
+        if path.endswith(".py") and path.startswith(("megapoly/", "tools/", "examples/", "docker/"))
+        if (lines := calls_that_run_code((ROOT / path).read_text()))
+    }
+    assert not found

@@ -1,6 +1,6 @@
 import pytest
 
-from megapoly.platform.files import renamed_when_complete
+from megapoly.platform.files import is_plain_name, renamed_when_complete
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
@@ -24,3 +24,15 @@ def test_nothing_is_left_when_one_file_is_missing(tmp_path, in_folder):
     with pytest.raises(FileNotFoundError), renamed_when_complete(*paths, folder=folder) as (a, _):
         a.write_text("a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", ".a", "...", "a b"])
+def test_names_of_files_beside_another(name):
+    assert is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/", "/a", "a/", "a/b", "../a", "./a", 3, None, []]
+)
+def test_paths_and_other_values_are_no_names(name):
+    assert not is_plain_name(name)

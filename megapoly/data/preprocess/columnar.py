@@ -95,7 +95,7 @@ def read_arrow(path: Path, position: int, rules: RecordRules) -> Iterator[TextBa
                         batch.position = number
                     row += part.num_rows
                     yield batch
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"`{path}` is not an Arrow file that can be read: {error}") from error
 
 
@@ -178,10 +178,8 @@ def _rows_of(rows: Any, first_row: int, rules: RecordRules) -> TextBatch:
     """Return the texts of a record batch, which has the columns of the rules."""
     pyarrow = _import_pyarrow()
     batch = TextBatch([[] for _ in rules.keys], num_rows=rows.num_rows)
-    # As bytes: a string column may hold invalid UTF-8, and reading it as strings raises for all.
     columns = [
-        rows.column(rows.schema.get_field_index(key)).cast(pyarrow.large_binary())
-        for key in rules.keys
+        _as_bytes(pyarrow, rows.column(rows.schema.get_field_index(key))) for key in rules.keys
     ]
     for row, values in enumerate(zip(*columns, strict=True), first_row):
         contents = [value.as_py() for value in values]
@@ -200,6 +198,26 @@ def _rows_of(rows: Any, first_row: int, rules: RecordRules) -> TextBatch:
         for column, text in zip(batch.texts, texts, strict=True):
             column.append(text)
     return batch
+
+
+def _as_bytes(pyarrow: Any, column: Any) -> Any:
+    """Return a column of strings as bytes, after checking that they are in the file's buffers.
+
+    Bytes, since a string column may hold invalid UTF-8, and reading it as strings raises for all.
+    An Arrow file says where each string begins, and pyarrow reads there unless it is told to check.
+
+    Raises:
+        pyarrow.ArrowException: an offset or an index leads elsewhere.
+    """
+    column.validate()  # buffers are long enough for what follows
+    if pyarrow.types.is_dictionary(column.type):
+        return _as_bytes(pyarrow, column.dictionary).take(column.indices)
+    if pyarrow.types.is_string_view(column.type):
+        column = column.cast(pyarrow.binary_view())
+        column.validate(full=True)
+    converted = column.cast(pyarrow.large_binary())
+    converted.validate(full=True)
+    return converted
 
 
 def _text(key: str, content: bytes | None, rules: RecordRules) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapoly.data.special_tokens import read_object
 from megapoly.errors import DataError
+from megapoly.platform.files import is_plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _paths_of(name: str) -> list[Path]:
 
 def _paths_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = read_object(folder / "dataset_dict.json").get("splits") or []
         raise DataError(
             f"`{folder}` holds several splits; name the ones to use: "
             f"{', '.join(str(folder / split) for split in splits)}."
@@ -126,13 +127,26 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 def _saved_dataset(folder: Path) -> list[Path]:
     """Return the Arrow files of a saved ``datasets.Dataset``, in its order."""
-    state = json.loads((folder / "state.json").read_text())
+    state = read_object(folder / "state.json")
     if state.get("_indices_files"):
         raise DataError(
             f"`{folder}` is a selection of rows (it has an indices mapping), which its Arrow files "
             "do not show; save it again after `dataset.flatten_indices()`."
         )
-    return [folder / entry["filename"] for entry in state["_data_files"]]
+    try:
+        names = [entry["filename"] for entry in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"`{folder / 'state.json'}` must list the dataset's files (`_data_files`); save the "
+            "dataset again."
+        ) from error
+    for name in names:
+        if not is_plain_name(name):
+            raise DataError(
+                f"`{folder / 'state.json'}` must name files beside it; it names {name!r}. Save the "
+                "dataset again."
+            )
+    return [folder / name for name in names]
 
 
 def _format(path: Path) -> str | None:

@@ -104,7 +104,7 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
         missing = {"commands", "trials", "chosen"} - content.keys()
         if missing:
             raise ValueError(f"{' and '.join(sorted(missing))} missing")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             f"`{path}` is not a file of megapoly compare, or is damaged ({error}). It records the "
             "times of trials, the chosen rates and which trials diverged; delete it, and run the "

@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -31,6 +32,7 @@ KINDS = [
     pyarrow.string(),
     pyarrow.large_string(),
     pyarrow.binary(),
+    pyarrow.string_view(),
     pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
 ]
 
@@ -108,3 +110,35 @@ def test_a_text_file_is_a_document(tmp_path, rules):
         assert block.texts == [texts]
         assert [record.reason for record in block.rejected] == reasons
         assert (block.num_rows, block.source_bytes) == (1, len(content))
+
+
+def spread_offsets(kind) -> tuple[bytes, bytes, bytes]:
+    """Return an Arrow stream with a string of 4 bytes in each row, its offsets, and those moved."""
+    rows = pyarrow.array(["abcd"] * 9).cast(kind)
+    sink = pyarrow.BufferOutputStream()
+    contents = pyarrow.table({"text": rows})
+    with pyarrow.ipc.new_stream(sink, contents.schema) as writer:
+        writer.write_table(contents)
+    dtype = "<i8" if pyarrow.types.is_large_string(kind) else "<i4"
+    offsets = np.arange(0, 40, 4, dtype=dtype)
+    moved = offsets.copy()
+    moved[4] = 1 << 29
+    return sink.getvalue().to_pybytes(), offsets.tobytes(), moved.tobytes()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary("int32", "string")],
+    ids=str,
+)
+def test_strings_outside_of_the_file_are_not_read(tmp_path, rules, kind):
+    if pyarrow.types.is_dictionary(kind):
+        indices = pyarrow.array([0, 7], pyarrow.int32())
+        column = pyarrow.DictionaryArray.from_arrays(indices, ["a", "b"], safe=False)
+        write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": column}))
+    else:
+        content, offsets, moved = spread_offsets(kind)
+        assert content.count(offsets) == 1
+        (tmp_path / "a.arrow").write_bytes(content.replace(offsets, moved))
+    with pytest.raises(DataError, match=r"is not an Arrow file that can be read: .*out of bounds"):
+        list(read_arrow(tmp_path / "a.arrow", 0, rules))

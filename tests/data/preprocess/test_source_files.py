@@ -64,6 +64,14 @@ def test_a_saved_dataset_is_its_arrow_files_in_its_order(folder):
     (folder / "state.json").write_text(json.dumps(selection))
     with pytest.raises(DataError, match="indices mapping.*flatten_indices"):
         find_source_files([str(folder)])
+    for name in ("../private.arrow", "/etc/passwd", "sub/a.arrow", ".."):
+        (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+        with pytest.raises(DataError, match="must name files beside it; it names"):
+            find_source_files([str(folder)])
+    for content in ('{"_data_files": [3]}', "{}", "[" * 200_000):
+        (folder / "state.json").write_text(content)
+        with pytest.raises(DataError, match=r"state.json` must"):
+            find_source_files([str(folder)])
     (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     with pytest.raises(DataError, match="several splits.*/train, .*/test"):
         find_source_files([str(folder)])

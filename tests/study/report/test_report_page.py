@@ -299,6 +299,50 @@ def test_errors(made, tmp_path, capsys, arguments, message):
     assert not (tmp_path / "page").exists()
 
 
+HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}$x"
+
+
+def test_names_and_texts_are_no_markup(tmp_path, monkeypatch):
+    """Names of runs, domains, tasks, sources and machines, titles, notes and commands."""
+    monkeypatch.chdir(tmp_path)
+    losses = [4.0, 3.5, 3.2]
+    for activation in ("swiglu", "polynorm"):
+        name = f"{activation} {HOSTILE}"
+        evaluations = {step: {HOSTILE: 3.0, "wiki": 2.0} for step in (2, 3)}
+        folder = write_run(
+            tmp_path / "runs" / name,
+            losses,
+            activation=activation,
+            evaluations=evaluations,
+            tasks={HOSTILE: 51.5},
+            overrides=("--data.tokenizer", HOSTILE),
+        )
+        (path,) = folder.glob("checkpoints/*/run.json")
+        run = json.loads(path.read_text())
+        run["data"]["sources"][0] |= {"name": HOSTILE, "fingerprint": HOSTILE}
+        path.write_text(json.dumps(run | {"data_fingerprint": HOSTILE}))
+    comparison = {
+        "commands": [HOSTILE],
+        "hardware": {"cpu": HOSTILE, "gpu": HOSTILE},
+        "versions": {HOSTILE: HOSTILE},
+        "trials": {},
+        "chosen": {},
+    }
+    (tmp_path / "runs/comparison.json").write_text(json.dumps(comparison))
+    notes = f"{HOSTILE} <script>alert(1)</script> [a](javascript:alert(1)) <{HOSTILE}>"
+    (tmp_path / "notes.md").write_text(notes)
+    arguments = ["runs", "--output", "page", "--notes", "notes.md", "--title", HOSTILE]
+    assert main(arguments) == 0
+    page = References((tmp_path / "page/index.html").read_text())
+    assert page.text.count("<img src=x onerror=alert(1)>") > 10
+    assert "{{7*7}}$x" in page.text
+    assert "img" not in page.tags and page.tags.count("script") == 1
+    for tag, attributes in page.elements:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert not (attributes.get("href") or "").startswith("javascript:")
+    assert all(place.startswith("#") for place in page.loaded)
+
+
 def test_missing_package_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main([str(tmp_path), "--output", str(tmp_path / "page")]) == 2
