@@ -125,6 +125,14 @@ def pretrain(config: Config) -> bool:
     """
     if launcher.rank() == 0:
         _make(Path(config.run_dir))
+    from megapoly.training.watchdog.heartbeat import watched
+
+    with watched(config):
+        return _train(config)
+
+
+def _train(config: Config) -> bool:
+    """Run the job from its start to its end; see :func:`pretrain`."""
     from megapoly.platform.device import select_platform
 
     platform = select_platform(config.training.device)
@@ -142,15 +150,21 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.resume_notes import resume_notes
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
+    from megapoly.training.watchdog import heartbeat
 
     with process_group(config, platform) as store, shown_once(store):
+        heartbeat.name_job(store)
+        heartbeat.begin("opening of the data")
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
+        heartbeat.begin("building of the model")
         with model_groups(config):
             state = build_state(config, platform, corpus)
+            heartbeat.begin("loading of the checkpoint")
             loaded = restore(state)
+            heartbeat.begin("start of the training")
             if is_rank_zero():
                 (Path(config.run_dir) / "config.yaml").write_text(to_yaml(config))
             num_devices = dist.get_world_size()
@@ -182,15 +196,20 @@ def _make(run_dir: Path) -> None:
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
     """Return what this run does around its steps, in this order; collective."""
+    import torch.distributed as dist
+
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
+    from megapoly.training.stragglers import StragglerHook
 
     logging = state.config.logging
     checkpoints = CheckpointHook(state, reporter.message)
     hooks: list[Hook] = []
     if logging.profile:  # first, so that the trace of a step ends with the step
         hooks.append(ProfileHook(state, reporter.message))
+    if dist.get_world_size() > 1:
+        hooks.append(StragglerHook(state, reporter.message))
     hooks.append(ValidationHook(state))
     if state.config.training.eval_tasks is not None:
         from megapoly.evaluation.task_scores import TaskHook

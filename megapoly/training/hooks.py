@@ -15,6 +15,7 @@ from megapoly.training.save_checkpoint import save_checkpoint
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
+from megapoly.training.watchdog import heartbeat
 
 
 @dataclass
@@ -89,7 +90,8 @@ class ValidationHook(Hook):
         """Evaluate, if due."""
         if not is_due(self._state, self._state.config.training.eval_interval):
             return
-        evaluations = evaluate_validation_sets(self._state, self._state.corpus.validation)
+        with heartbeat.during("evaluation", uses_files=False):
+            evaluations = evaluate_validation_sets(self._state, self._state.corpus.validation)
         for name, evaluation in evaluations.items():
             step.metrics[f"val/{name}/loss"] = evaluation.loss
             step.metrics[f"val/{name}/ppl"] = evaluation.ppl
@@ -139,4 +141,5 @@ class CheckpointHook(Hook):
     def _save(self) -> None:
         if self._state.config.checkpoint.save and self._saved_at != self._state.iteration:
             self._saved_at = self._state.iteration
-            self._show(f"saved {save_checkpoint(self._state)}")
+            with heartbeat.during("saving"):
+                self._show(f"saved {save_checkpoint(self._state)}")
