@@ -131,6 +131,14 @@ def pretrain(config: Config) -> bool:
     """
     if not launcher.is_launched():  # otherwise later, to tell the other processes
         _make(Path(config.run_dir))
+    from megapoly.training.watchdog.heartbeat import watched
+
+    with watched(config):
+        return _train(config)
+
+
+def _train(config: Config) -> bool:
+    """Run the job from its start to its end; see :func:`pretrain`."""
     from megapoly.platform.device import select_platform
 
     platform = select_platform(config.training.device)
@@ -148,17 +156,23 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.resume_notes import resume_notes
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
+    from megapoly.training.watchdog import heartbeat
 
     with ExitStack() as held, process_group(config, platform) as store, shown_once(store):
+        heartbeat.name_job(store)
+        heartbeat.begin("opening of the data")
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             if is_rank_zero():
                 held.enter_context(_run_folder(config))
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
+        heartbeat.begin("building of the model")
         with model_groups(config):
             state = build_state(config, platform, corpus)
+            heartbeat.begin("loading of the checkpoint")
             loaded = restore(state)
+            heartbeat.begin("start of the training")
             num_devices = dist.get_world_size()
             with Reporter(state, num_devices=num_devices, enabled=is_rank_zero()) as reporter:
                 reporter.message(_summary(config, platform.describe(), num_devices))
@@ -223,16 +237,21 @@ def _write_config(config: Config, reporter: Reporter) -> None:
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
     """Return what this run does around its steps, in this order; collective."""
+    import torch.distributed as dist
+
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
     from megapoly.training.room import RoomHook
+    from megapoly.training.stragglers import StragglerHook
 
     logging = state.config.logging
     checkpoints = CheckpointHook(state, reporter.message)
     hooks: list[Hook] = []
     if logging.profile:  # first, so that the trace of a step ends with the step
         hooks.append(ProfileHook(state, reporter.message))
+    if dist.get_world_size() > 1:
+        hooks.append(StragglerHook(state, reporter.message))
     hooks.append(ValidationHook(state))
     if state.config.training.eval_tasks is not None:
         from megapoly.evaluation.task_scores import TaskHook

@@ -40,7 +40,7 @@ from torch.distributed.run import main as torchrun
 
 from megapoly.commands import ends_with_its_reader
 from megapoly.errors import MegapolyError
-from megapoly.platform.launcher import JOIN_TIMEOUT, STATUS_FILE, STOPPED
+from megapoly.platform.launcher import HUNG, JOIN_TIMEOUT, STATUS_FILE, STATUS_HUNG, STOPPED
 from megapoly.platform.processes import dying_with_this_process
 from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
 
@@ -80,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
         status = _run(status_file, arguments)
-        stopped = status_file.exists() and status_file.read_text() == STOPPED
-        return int(stopped_status) if status == 0 and stopped else status
+        return int(stopped_status) if status == 0 and _says(status_file, STOPPED) else status
 
 
 def build_parser() -> ArgumentParser:
@@ -128,10 +127,12 @@ def _run(status_file: Path, arguments: list[str]) -> int:
         torchrun(arguments)
     except SignalException as error:
         if status_file.exists():
-            return 0
+            return HUNG if _says(status_file, STATUS_HUNG) else 0
         print(f"stopped before the workers had saved and ended: {error}", file=sys.stderr)
         return 1
     except ChildFailedError as error:
+        if _says(status_file, STATUS_HUNG):
+            return HUNG
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
@@ -148,6 +149,10 @@ def _run(status_file: Path, arguments: list[str]) -> int:
     finally:
         tempfile.tempdir = usual
     return 0
+
+
+def _says(status_file: Path, text: str) -> bool:
+    return status_file.exists() and status_file.read_text() == text
 
 
 if __name__ == "__main__":

@@ -148,6 +148,11 @@ class ParallelConfig:
         recompute_num_layers: number of layers, see ``recompute_method``.
         recompute_modules: modules of a layer to recompute with ``selective``.
         distributed_timeout_minutes: minutes that a collective may wait before the job fails.
+        hang_timeout_s: seconds that a rank may stay within one micro-batch of a step. A job that
+            hangs longer writes stacks to ``RUN_DIR/diagnostics``, names the rank that is behind
+            and ends with status 4. 0: do not watch; null: 60 s or ten times the median step,
+            whichever is longer, but at most 80 % of ``distributed_timeout_minutes``, which is also
+            the limit at the start, in evaluation and in saving.
     """
 
     tensor_model_parallel_size: int = 1
@@ -168,6 +173,7 @@ class ParallelConfig:
         default_factory=lambda: ["core_attn"]
     )
     distributed_timeout_minutes: float = 10.0
+    hang_timeout_s: float | None = None
 
 
 @dataclass

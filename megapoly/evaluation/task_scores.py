@@ -11,6 +11,7 @@ from megapoly.training.hooks import CheckpointHook, Hook, StepRecord, is_due
 from megapoly.training.random_state import preserved_random_state
 from megapoly.training.state import TrainState
 from megapoly.training.stop import StopRequest
+from megapoly.training.watchdog import heartbeat
 
 
 class TasksStopped(Exception):
@@ -45,11 +46,12 @@ class TaskHook(Hook):
             return
         self._checkpoints.save_if_due(wait=True)
         try:
-            scores = task_scores(
-                self._state,
-                limit=training.eval_tasks_limit,
-                stop_requested=lambda: self._stop.requested,
-            )
+            with heartbeat.during("evaluation of tasks"):
+                scores = task_scores(
+                    self._state,
+                    limit=training.eval_tasks_limit,
+                    stop_requested=lambda: self._stop.requested,
+                )
         except TasksStopped:
             step.stop = True
         else:

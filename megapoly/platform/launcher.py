@@ -14,11 +14,13 @@ from megapoly.errors import LaunchError
 # Exit status of a run whose loss was not finite: its configuration is valid, and starting it again
 # changes nothing.
 DIVERGED = 3
+# Exit status of a run that a rank has stopped advancing; `RUN_DIR/diagnostics` says where.
+HUNG = 4
 # Environment variable with the path of a file. The first process of a host writes it when it ends
-# without an error: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that
-# reads it.
+# without an error: COMPLETE, or STOPPED before the run's last step. When a run hangs, a watcher of
+# the host writes STATUS_HUNG. Each host has a launcher that reads it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
-COMPLETE, STOPPED = "complete", "stopped"
+COMPLETE, STOPPED, STATUS_HUNG = "complete", "stopped", "hung"
 
 # Environment variable with the seconds that a process or host waits for the others of its job.
 JOIN_TIMEOUT = "MEGAPOLY_JOIN_TIMEOUT_S"

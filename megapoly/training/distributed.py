@@ -17,6 +17,7 @@ from megapoly.platform import launcher
 from megapoly.platform.device import Platform
 from megapoly.platform.meeting import join
 from megapoly.training.random_state import seed_generators
+from megapoly.training.watchdog import heartbeat
 
 
 @contextlib.contextmanager
@@ -39,7 +40,8 @@ def process_group(
     store: dist.Store = dist.HashStore()
     rank, world_size = 0, 1
     if launcher.is_launched() and not alone:
-        store, rank, world_size = join(), launcher.rank(), launcher.world_size()
+        with heartbeat.meeting():
+            store, rank, world_size = join(), launcher.rank(), launcher.world_size()
         store.set_timeout(timeout)
     dist.init_process_group(
         platform.backend,

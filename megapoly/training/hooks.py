@@ -18,6 +18,7 @@ from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
+from megapoly.training.watchdog import heartbeat
 
 
 @dataclass
@@ -95,7 +96,8 @@ class ValidationHook(Hook):
         """Evaluate, if due."""
         if not is_due(self._state, self._state.config.training.eval_interval):
             return
-        evaluations = evaluate_validation_sets(self._state, self._state.corpus.validation)
+        with heartbeat.during("evaluation", uses_files=False):
+            evaluations = evaluate_validation_sets(self._state, self._state.corpus.validation)
         for name, evaluation in evaluations.items():
             step.metrics[f"val/{name}/loss"] = evaluation.loss
             step.metrics[f"val/{name}/ppl"] = evaluation.ppl
@@ -150,7 +152,8 @@ class CheckpointHook(Hook):
         """
         self._save(in_background=False)
         if self._failure is not None:  # once more: there may be room by now
-            self._show_saved(self._saver.save(in_background=False))
+            with heartbeat.during("saving"):
+                self._show_saved(self._saver.save(in_background=False))
 
     def at_divergence(self) -> None:
         """Complete the checkpoint of an earlier step."""
@@ -180,11 +183,11 @@ class CheckpointHook(Hook):
             self._finish(wait=True)
         if is_new:
             self._tried_at, self._failure = self._state.iteration, None
-            with self._failure_shown():
+            with self._failure_shown(), heartbeat.during("saving"):
                 self._show_saved(self._saver.save(in_background=in_background))
 
     def _finish(self, *, wait: bool) -> bool:
-        with self._failure_shown():
+        with self._failure_shown(), heartbeat.during("saving"):
             return self._show_saved(self._saver.finish(wait=wait))
         return False
 

@@ -12,6 +12,7 @@ from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
+from megapoly.training.watchdog import heartbeat
 
 
 def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: StopRequest) -> None:
@@ -31,10 +32,12 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
         while state.iteration < state.train_iters:
             for hook in hooks:
                 hook.before_step()
+            heartbeat.begin_step(state.iteration + 1)
             start = time.perf_counter()
             result = train_step(state, batches, stop_requested=stop.requested)
             state.platform.synchronize()
             step = StepRecord(result, time.perf_counter() - start, stop=result.stop_requested)
+            heartbeat.end_step(step.step_time_s)
             for hook in hooks:
                 hook.after_step(step)
             reporter.record(step)
@@ -43,6 +46,7 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
             if step.stop:
                 reporter.message(f"stop requested: ending after step {state.iteration}")
                 break
+        heartbeat.begin("end of the training")
         for hook in hooks:
             hook.at_end()
         reporter.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from megapoly.config import Config
 from megapoly.platform.files import free_space
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.state import TrainState
+from megapoly.training.watchdog import heartbeat
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +99,14 @@ class ProfileHook(Hook):
 
     def after_step(self, step: StepRecord) -> None:
         """Count the step; collective after the last one of a trace."""
-        if self._profile is not None:
-            self._profile.step()
-        if self._is_due and self._state.iteration == self._last:
-            self.close()
-            # Writing takes seconds, which would otherwise be in the next step of other ranks.
-            dist.barrier()
+        is_last = self._is_due and self._state.iteration == self._last
+        with heartbeat.during("writing of the profile") if is_last else contextlib.nullcontext():
+            if self._profile is not None:
+                self._profile.step()
+            if is_last:
+                self.close()
+                # Writing takes seconds, which would otherwise be in the next step of other ranks.
+                dist.barrier()
 
     def _action(self, step: int) -> ProfilerAction:
         step = max(step, self._begin)  # torch starts with step 0, before its number can be set

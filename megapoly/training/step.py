@@ -26,6 +26,7 @@ from megapoly.errors import DivergenceError
 from megapoly.training.distributed import owns_loss, sum_over_all
 from megapoly.training.loss import Losses, masked_mean, mean_tokens_per_microbatch
 from megapoly.training.state import ModelState, TrainState
+from megapoly.training.watchdog import heartbeat
 
 T = TypeVar("T")
 # Takes the next micro-batch. Returns the model's output and a function that turns the last stage's
@@ -159,10 +160,15 @@ def run_schedule(
         On the last stage what ``forward_step`` collects for each micro-batch; elsewhere an empty
         list.
     """
+
+    def advance(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        heartbeat.beat()
+        return forward_step(batches, model)
+
     num_chunks = len(state.chunks)
     model: Any = state.chunks if num_chunks > 1 else state.chunks[0]
     return get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=advance,
         # In an interleaved pipeline every chunk runs each micro-batch.
         data_iterator=batches if num_chunks == 1 else list(itertools.tee(batches, num_chunks)),
         model=model,

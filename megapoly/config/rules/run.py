@@ -34,6 +34,19 @@ def transformer_engine_is_usable(facts: Facts) -> Iterator[str]:
         )
 
 
+def hang_is_seen_before_collectives_fail(facts: Facts) -> Iterator[str]:
+    """A rank is silent for less time than a collective may wait for it."""
+    parallel = facts.config.parallel
+    given, minutes = parallel.hang_timeout_s, parallel.distributed_timeout_minutes
+    if given is not None and given > 0.8 * 60 * minutes > 0 and facts.world_size > 1:
+        yield (
+            f"`parallel.hang_timeout_s` ({given:g}) must be at most 80 % of "
+            f"`parallel.distributed_timeout_minutes` ({minutes:g}), {0.8 * 60 * minutes:g} s, "
+            "for after that time collectives end the job without naming a rank; lower the first "
+            "or raise the second"
+        )
+
+
 def loading_is_possible(facts: Facts) -> Iterator[str]:
     """Options on what to load from a checkpoint need a checkpoint."""
     checkpoint = facts.config.checkpoint
@@ -85,6 +98,7 @@ def _why_no_folder(folder: Path) -> str:
 RULES: tuple[Rule, ...] = (
     device_exists,
     transformer_engine_is_usable,
+    hang_is_seen_before_collectives_fail,
     loading_is_possible,
     checkpoint_exists,
     folders_can_be_made,

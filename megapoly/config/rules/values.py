@@ -54,6 +54,7 @@ AT_LEAST_ZERO = (
     "model.moe_aux_loss_coeff",
     "model.moe_z_loss_coeff",
     "data.num_workers",
+    "parallel.hang_timeout_s",
     "optimizer.min_lr",
     "optimizer.lr_warmup_init",
     "optimizer.lr_warmup_iters",
@@ -92,6 +93,7 @@ MOST: Mapping[str, float] = {
     "model.normalization_eps": 1.0,
     "model.init_method_std": 1000.0,
     "parallel.distributed_timeout_minutes": 10_080.0,  # a week
+    "parallel.hang_timeout_s": 604_800.0,
     "data.num_workers": 64,  # on each rank: a host of 8 has 512 processes
     "optimizer.weight_decay": 1000.0,
     "optimizer.adam_eps": 1.0,
