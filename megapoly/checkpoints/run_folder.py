@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,6 +23,25 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
     found = [path.parent for path in (Path(run_dir) / _FOLDER).glob("iter_*/run.json")]
     by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
     return [path for _, path in sorted(by_step.items())]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint of :func:`complete_checkpoints` was saved."""
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
+def newest_ordinary(run_dir: str | Path) -> Path | None:
+    """Return the newest complete checkpoint before which no loss was unusual; None without one.
+
+    Its ``run.json`` says so. One that cannot be read is not such a checkpoint.
+    """
+    for path in reversed(complete_checkpoints(run_dir)):
+        try:
+            if json.loads((path / "run.json").read_text()).get("is_ordinary", True):
+                return path
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def run_of(checkpoint: Path) -> Path | None:

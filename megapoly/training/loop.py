@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+from megapoly.config.step_ranges import text_of_steps
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.reporter import Reporter
 from megapoly.training.state import TrainState
@@ -27,6 +28,10 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
         for hook in hooks:
             closing.callback(hook.close)
         while state.iteration < state.train_iters:
+            if (passed := state.pass_over()) is not None:
+                reporter.message(f"passed over the batches of step {text_of_steps([passed])}")
+                batches = state.training_batches()
+                continue
             for hook in hooks:
                 hook.before_step()
             start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,7 @@ from megapoly.config.data_sources import MEAN
 from megapoly.training.hooks import StepRecord
 from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
+from megapoly.training.step import StepResult
 from megapoly.training.throughput import Throughput, shown
 
 # Number of validation sets whose losses a step's line shows. With more sets it shows only the mean,
@@ -97,7 +99,7 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(json.dumps(step.metrics) + "\n")
+        self._metrics.write(_as_json(step.metrics) + "\n")
         self._metrics.flush()
         for name, value in step.metrics.items():
             if name.startswith("val/") and name.endswith("/loss"):
@@ -117,16 +119,22 @@ class Reporter:
             "learning_rate": result.learning_rate,
             "step_time_s": step.step_time_s,
         }
-        metrics |= self._throughput.add_step(
-            step.step_time_s, is_disturbed=state.iteration in self._disturbed
-        )
+        # The forward pass of an unusual step is run twice.
+        is_disturbed = state.iteration in self._disturbed or bool(result.unusual)
+        metrics |= self._throughput.add_step(step.step_time_s, is_disturbed=is_disturbed)
         metrics |= result.aux_losses
+        if result.unusual:
+            metrics["spike"] = True
+        if result.num_skipped:
+            metrics["skipped_steps"] = result.num_skipped
         if state.platform.is_cuda:
             metrics["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
         return metrics
 
     def _show(self, step: StepRecord) -> None:
         state, total = self._state, self._state.train_iters
+        if step.result.unusual:
+            self.message(_unusual_line(step.result))
         status = self._status(step.metrics)
         if self._progress is not None:
             task = self._progress.task_ids[0]
@@ -163,6 +171,21 @@ class Reporter:
         seconds = round(remaining * self._throughput.seconds_per_step)
         parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
         return " | ".join(parts)
+
+
+def _unusual_line(result: StepResult) -> str:
+    if not result.num_skipped:
+        return f"{result.unusual}; trained on"
+    return f"{result.unusual}; skipped: no weight has changed ({result.num_skipped} so far)"
+
+
+def _as_json(metrics: Mapping[str, float]) -> str:
+    """Return a line of ``metrics.jsonl``; a number that is not finite, which JSON has not, is null.
+
+    Only a skipped step has one.
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(finite, allow_nan=False)
 
 
 def _losses(losses: Mapping[str, float]) -> list[str]:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 import megapoly
-from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
+from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, newest_ordinary
 from megapoly.config import to_yaml
+from megapoly.config.step_ranges import text_of_steps
 from megapoly.model.shards import checkpoint_metadata
 from megapoly.training import optimizer_state
 from megapoly.training.checkpoint_state import (
@@ -34,7 +35,8 @@ def save_checkpoint(state: TrainState) -> Path:
     """Write everything that the run needs to resume; collective.
 
     The checkpoint is written to a hidden folder, which is renamed when complete: a folder named
-    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted.
+    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted, and
+    the newest with an ordinary loss is spared.
 
     Returns:
         The checkpoint's folder.
@@ -80,11 +82,17 @@ def _position(state: TrainState) -> dict[str, Any]:
         "layout": layout(state.config),
         "generators": generators(state),
         "add_bos": state.add_bos,
+        "is_ordinary": state.recent_steps.is_ordinary(state.iteration),
+        "passed_over": [text_of_steps([steps]) for steps in state.passed_over],
+        "recent_steps": state.recent_steps.state(),
         "megapoly_version": megapoly.__version__,
     }
 
 
 def _delete_old(run_dir: str, keep: int) -> None:
+    spared = newest_ordinary(run_dir)  # what a run goes back to after a spike
     for path in complete_checkpoints(run_dir)[:-keep] if keep else []:
+        if path == spared:
+            continue
         # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
         shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))

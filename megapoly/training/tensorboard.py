@@ -16,6 +16,8 @@ _TAGS = {
     "lm_loss": "Train/loss",
     "grad_norm": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
+    "spike": "optimizer/spike",
+    "skipped_steps": "optimizer/skipped_steps",
 }
 
 
@@ -35,8 +37,8 @@ def tag_of(name: str) -> str:
 class TensorBoardHook(Hook):
     """Writes the metrics every ``logging.log_interval`` steps, and details whenever a step has any.
 
-    The metrics of a step with an evaluation are always written. The configuration is written as
-    text.
+    The metrics of a step with an evaluation and of an unusual step are always written. The
+    configuration is written as text.
 
     Args:
         state: the run, restored; TensorBoard hides what was written after its position.
@@ -53,7 +55,8 @@ class TensorBoardHook(Hook):
     def after_record(self, step: StepRecord) -> None:
         """Write the scalars of a step."""
         iteration = self._state.iteration
-        due = step.is_evaluated or iteration % self._state.config.logging.log_interval == 0
+        always = step.is_evaluated or bool(step.result.unusual)
+        due = always or iteration % self._state.config.logging.log_interval == 0
         scalars = (step.metrics if due else {}) | step.details
         for name, value in scalars.items():
             if name != "iteration":
