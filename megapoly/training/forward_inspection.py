@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megapoly.data.loader import Batch
 from megapoly.model.builder import decoder_layers, unwrap
 from megapoly.model.ffn_activation import FFNActivation
-from megapoly.training.names import in_whole_model, named_parameters
+from megapoly.training.names import in_whole_model, named_parameters, pipeline_stage
 from megapoly.training.state import TrainState, evaluation_mode
 
 # Rows of an activation whose powers are in memory at once, in fp64.
@@ -105,8 +104,7 @@ def _watch_outputs(
     """Note the first output that is not finite of each micro-batch of a chunk."""
     model = unwrap(chunk)
     replicas = state.layout.data_parallel_size
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    stage = number * stages + parallel_state.get_pipeline_model_parallel_rank()
+    stage = pipeline_stage(number)
     seen: set[int] = set()
     count = -1
 

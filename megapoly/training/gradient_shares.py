@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -16,7 +17,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
-from megapoly.training.names import named_parameters
+from megapoly.training.names import named_parameters, pipeline_stage
 from megapoly.training.state import TrainState
 
 # Local experts, which have the same numbers on every expert-parallel rank.
@@ -45,20 +46,40 @@ def squares_of_gradients(state: TrainState) -> dict[str, float]:
     return squares
 
 
-def first_gradient_not_finite(state: TrainState) -> str | None:
+@dataclass(order=True, frozen=True)
+class GradientNotFinite:
+    """A parameter whose gradient is not finite on a rank.
+
+    Args:
+        stage: chunk of the pipeline that has it, in the order of the layers.
+        number: of the parameter within its chunk, in the order of the layers.
+        name: in the whole model.
+    """
+
+    stage: int
+    number: int
+    name: str
+
+
+def first_gradient_not_finite(state: TrainState) -> GradientNotFinite | None:
     """Return the parameter nearest to the loss whose gradient is not finite on this rank.
 
     The backward pass runs from the loss to the embedding: parameters before it got what is not
     finite from it.
     """
-    names = {id(parameter): name for name, parameter in named_parameters(state.chunks)}
-    found = {
-        names[id(parameter)]
+    not_finite = {
+        id(parameter)
         for part in _parts(state.optimizer)
         for parameter, main in _with_main(part)
         if main.grad is not None and not main.grad.isfinite().all()
     }
-    return next((name for name in reversed(names.values()) if name in found), None)
+    found = [
+        GradientNotFinite(pipeline_stage(i), number, name)
+        for i, chunk in enumerate(state.chunks)
+        for number, (name, parameter) in enumerate(named_parameters([chunk]))
+        if id(parameter) in not_finite
+    ]
+    return max(found, default=None)
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megapoly.model.builder import unwrap
@@ -18,6 +19,12 @@ def named_parameters(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, T
     for chunk in chunks:
         for name, parameter in unwrap(chunk).named_parameters():
             yield in_whole_model(chunk, name), parameter
+
+
+def pipeline_stage(chunk: int) -> int:
+    """Return the place of a chunk of this rank among all chunks, in the order of the layers."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    return chunk * stages + parallel_state.get_pipeline_model_parallel_rank()
 
 
 def in_whole_model(chunk: torch.nn.Module, name: str) -> str:

@@ -75,6 +75,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return math.inf if overflowed else float(optimizer.get_grad_norm())
 
 
+@torch.no_grad()
 def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip the gradients by their norm and update the parameters; collective.
 

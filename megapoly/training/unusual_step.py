@@ -13,7 +13,11 @@ import torch.distributed as dist
 from megapoly.data.loader import Batch
 from megapoly.training.distributed import owns_loss
 from megapoly.training.forward_inspection import Inspection, inspect_forward
-from megapoly.training.gradient_shares import first_gradient_not_finite, squares_of_gradients
+from megapoly.training.gradient_shares import (
+    GradientNotFinite,
+    first_gradient_not_finite,
+    squares_of_gradients,
+)
 from megapoly.training.loss import Losses
 from megapoly.training.state import TrainState
 
@@ -29,7 +33,8 @@ class _Facts:
     Args:
         rank: of the job.
         grad_norm: as this rank computed it.
-        losses: by the number of the micro-batch in the step.
+        losses: number in the step and loss of each micro-batch, on ranks of the last stage.
+        owns_loss: its losses are in the mean; other ranks have the same ones.
         squares: of the gradient, by parameter.
         gradient: parameter whose gradient is not finite, the one nearest to the loss.
         inspection: of the forward pass; None if it was not run again.
@@ -37,9 +42,10 @@ class _Facts:
 
     rank: int
     grad_norm: float
-    losses: dict[int, float] = field(default_factory=dict)
+    owns_loss: bool
+    losses: list[tuple[int, float]] = field(default_factory=list)
     squares: dict[str, float] = field(default_factory=dict)
-    gradient: str | None = None
+    gradient: GradientNotFinite | None = None
     inspection: Inspection | None = None
 
 
@@ -64,11 +70,10 @@ def describe(
         grad_norm: as this rank computed it.
         is_finite: loss and gradient norm are finite on all ranks.
     """
-    facts = _Facts(dist.get_rank(), grad_norm)
+    facts = _Facts(dist.get_rank(), grad_norm, owns_loss())
     replicas, replica = state.layout.data_parallel_size, state.layout.data_parallel_rank
-    if owns_loss():
-        means = [loss["mean"].item() for loss in losses]
-        facts.losses = {i * replicas + replica: mean for i, mean in enumerate(means)}
+    means = [loss["mean"].item() for loss in losses]
+    facts.losses = [(i * replicas + replica, mean) for i, mean in enumerate(means)]
     facts.squares = squares_of_gradients(state)
     facts.gradient = None if is_finite else first_gradient_not_finite(state)
     if batches:
@@ -101,12 +106,10 @@ def _about_spike(state: TrainState, ranks: Sequence[_Facts]) -> Iterator[str]:
 
 def _about_losses(state: TrainState, ranks: Sequence[_Facts]) -> Iterator[str]:
     """Yield the micro-batch with the largest loss, if there are several."""
-    losses = {
-        number: (loss, facts.rank) for facts in ranks for number, loss in facts.losses.items()
-    }
+    losses = [(loss, number, f.rank) for f in ranks if f.owns_loss for number, loss in f.losses]
     if len(losses) > 1:
-        number, (loss, rank) = max(losses.items(), key=lambda item: item[1][0])
-        middle = median(loss for loss, _ in losses.values())
+        loss, number, rank = max(losses)
+        middle = median(loss for loss, *_ in losses)
         yield (
             f"largest loss of a micro-batch {loss:.6g} (median of {len(losses)} {middle:.6g}): "
             f"{_place(state, number, rank)}"
@@ -139,25 +142,21 @@ def _about_activations(ranks: Sequence[_Facts]) -> Iterator[str]:
 
 def _about_first(state: TrainState, ranks: Sequence[_Facts]) -> Iterator[str]:
     """Yield where the first value that is not finite was computed."""
-    losses = {
-        number: (loss, facts.rank) for facts in ranks for number, loss in facts.losses.items()
-    }
-    bad = {number: rank for number, (loss, rank) in losses.items() if not math.isfinite(loss)}
-    seen = [facts for facts in ranks if facts.inspection is not None]
-    weights = [(f.inspection.weights[0], f.rank) for f in seen if f.inspection.weights]
-    first = min(
-        ((f.inspection.first, f.rank) for f in seen if f.inspection.first is not None), default=None
-    )
+    seen = [(f.inspection, f.rank) for f in ranks if f.inspection is not None]
+    weights = [(each.weights[0], rank) for each, rank in seen if each.weights]
+    outputs = [(each.first, rank) for each, rank in seen if each.first is not None]
+    losses = [(n, f.rank) for f in ranks for n, loss in f.losses if not math.isfinite(loss)]
     if weights:
         name, rank = weights[0]
         yield f"the weights {name} are not finite, on rank {rank}"
-    elif first is not None:
-        where, rank = first
-        place = _place(state, where.micro_batch, rank)
-        yield f"the first value that is not finite is an output of {where.module}, in {place}"
-    elif bad:
-        number = min(bad)
-        yield f"the loss is not finite in {_place(state, number, bad[number])}"
+    elif outputs:
+        first, rank = min(outputs)
+        place = _place(state, first.micro_batch, rank)
+        yield f"the first value that is not finite is an output of {first.module}, in {place}"
+    elif losses:
+        number = min(losses)[0]
+        alike = [rank for each, rank in losses if each == number]  # of one micro-batch
+        yield f"the loss is not finite in {_place(state, number, *alike)}"
         if seen:
             yield (
                 "computed again, the forward pass is finite: the fault does not follow from "
@@ -168,12 +167,13 @@ def _about_first(state: TrainState, ranks: Sequence[_Facts]) -> Iterator[str]:
 
 
 def _about_backward(ranks: Sequence[_Facts]) -> Iterator[str]:
-    bad = [facts for facts in ranks if facts.gradient is not None]
+    bad = [(facts.gradient, -facts.rank) for facts in ranks if facts.gradient is not None]
     if not bad:
         return
+    gradient, rank = max(bad)
     yield (
         "the forward pass is finite; in the backward pass the gradient of "
-        f"{bad[0].gradient} is the first that is not, on rank {bad[0].rank}"
+        f"{gradient.name} is the first that is not, on rank {-rank}"
     )
     norms = [facts.rank for facts in ranks if not math.isfinite(facts.grad_norm)]
     if len(norms) < len(ranks):
@@ -183,16 +183,15 @@ def _about_backward(ranks: Sequence[_Facts]) -> Iterator[str]:
         )
 
 
-def _place(state: TrainState, number: int, rank: int) -> str:
-    """Return where a micro-batch is: its rank, its number there, and its samples."""
+def _place(state: TrainState, number: int, *ranks: int) -> str:
+    """Return where a micro-batch is: its ranks, its number there, and its samples."""
     layout = state.layout
     first = state.consumed_samples + number * layout.micro_batch_size
     last = first + layout.micro_batch_size - 1
     samples = f"sample {first}" if first == last else f"samples {first}-{last}"
-    return (
-        f"micro-batch {number // layout.data_parallel_size + 1} of {layout.num_microbatches} of rank "
-        f"{rank} ({samples} of the data order)"
-    )
+    of_rank = f"{number // layout.data_parallel_size + 1} of {layout.num_microbatches}"
+    on = ", ".join(map(str, sorted(ranks)))
+    return f"micro-batch {of_rank} of rank {on} ({samples} of the data order)"
 
 
 def _numbers(values: Sequence[float]) -> str:
