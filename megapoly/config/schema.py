@@ -342,6 +342,20 @@ class TrainingConfig:
         eval_tasks_limit: number of questions of each task, from the first; null: all.
         eval_tasks_data: folder with the tasks' questions as JSONL, which needs no network; null:
             the harness downloads them, or reads its cache.
+        spike_action: what to do when a loss or the gradient norm of a step is a spike: train on it
+            and report it (``report``), leave out the optimizer's step (``skip``), or end the run
+            before it (``stop``). A value that is not finite is left out with ``skip``, and ends the
+            run otherwise.
+        spike_threshold: a value is a spike above median + ``spike_threshold`` * sigma of recent
+            steps; sigma is 1.4826 times their median absolute deviation from the median, at least
+            1 % of the median.
+        spike_window: number of recent steps to compare with; spikes are found when half of them are
+            known.
+        spike_max_skips: most steps that ``skip`` leaves out among ``spike_window`` successive
+            steps; the next one ends the run.
+        skip_batches: steps whose batches are passed over without training, such as
+            ``[1200-1210, 1300]``; schedule and position of the data move on. A run that has trained
+            on them goes back to its newest checkpoint that has not; null: none.
     """
 
     train_iters: int | None = None
@@ -365,6 +379,11 @@ class TrainingConfig:
     eval_tasks_interval: int = 0
     eval_tasks_limit: int | None = 200
     eval_tasks_data: str | None = None
+    spike_action: Literal["report", "skip", "stop"] = "report"
+    spike_threshold: float = 10.0
+    spike_window: int = 128
+    spike_max_skips: int = 8
+    skip_batches: list[int | str] | None = None
 
 
 @dataclass

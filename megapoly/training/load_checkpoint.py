@@ -34,6 +34,7 @@ from megapoly.training.checkpoint_state import (
 )
 from megapoly.training.distributed import all_ranks
 from megapoly.training.random_state import seed_generators, set_random_state
+from megapoly.training.rewind import check_skipped, passed_over, set_aside_trained
 from megapoly.training.state import ModelState, Position, TrainState
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def restore(state: TrainState) -> Path | None:
             checkpoint does not fit, or none of those to choose from is whole.
     """
     settings, run_dir = state.config.checkpoint, Path(state.config.run_dir)
-    if not settings.resume and (complete := complete_checkpoints(run_dir)):
+    if settings.resume:
+        set_aside_trained(state)
+    elif complete := complete_checkpoints(run_dir):
         raise CheckpointError(
             f"`checkpoint.resume` is false and {run_dir} has {complete[-1].name}; choose "
             "another `run_dir`, or delete the folder."
@@ -117,6 +120,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     with torch.no_grad():
         _check_data(state, position, path)
         _check_batch(state.config, path)
+        check_skipped(state, position, path)
         own = {"layout": layout(state.config), "generators": generators(state)}
         has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
@@ -129,12 +133,23 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     state.start_from(
         Position(position["iteration"], position["consumed_samples"], position["consumed_tokens"])
     )
+    _restore_recent_steps(state, position, path)
     if has_state:
         set_random_state(loaded["random_state"], state.platform)
     else:
         if state.config.model.hidden_dropout or state.config.model.attention_dropout:
             logger.info("no random state of this layout and device: dropout draws from other seeds")
         seed_generators(state.config.training.seed, consumed_samples=state.consumed_samples)
+
+
+def _restore_recent_steps(state: TrainState, position: dict[str, Any], path: Path) -> None:
+    """Continue with what the checkpoint remembers of its steps, if it was saved with that."""
+    state.passed_over = passed_over(position)
+    if "recent_steps" in position:
+        saved = load_yaml(path / "config.yaml").training.global_batch_size
+        is_same = saved == state.config.training.global_batch_size
+        is_same &= position["data_fingerprint"] == state.corpus.fingerprint
+        state.recent_steps.restore(position["recent_steps"], with_values=is_same)
 
 
 def load_weights(state: ModelState, path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 
+from megapoly.config.step_ranges import text_of_steps
 from megapoly.errors import DivergenceError
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.reporter import Reporter
@@ -30,6 +31,10 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
             closing.callback(hook.close)
         closing.push(lambda _, error, __: _tell_of_divergence(hooks, error))
         while state.iteration < state.train_iters:
+            if (passed := state.pass_over()) is not None:
+                reporter.message(f"passed over the batches of step {text_of_steps([passed])}")
+                batches = state.training_batches()
+                continue
             for hook in hooks:
                 hook.before_step()
             heartbeat.begin_step(state.iteration + 1)

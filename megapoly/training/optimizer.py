@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import cast
 
@@ -14,6 +15,7 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -61,6 +63,36 @@ def _count_expert_gradients_once(optimizer: MegatronOptimizer) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if any(group["is_expert_parallel"] for group in part.param_groups):
             part.tp_group = parallel_state.get_expert_tensor_parallel_group()
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Hand the accumulated gradients to the optimizer and return their global norm; collective.
+
+    With :func:`apply_gradients` this is the engine's ``step`` (optimizer/optimizer.py:1308), in two
+    parts: what lies between them may leave the second one out, and changes nothing then.
+    """
+    overflowed = optimizer.prepare_grads()
+    return math.inf if overflowed else float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the gradients by their norm and update the parameters; collective.
+
+    Args:
+        optimizer: of the engine, after :func:`gradient_norm`.
+        norm: its result.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

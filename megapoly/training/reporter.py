@@ -18,6 +18,7 @@ from megapoly.platform.json_lines import LineWriter, drop_lines_after
 from megapoly.training.hooks import StepRecord, is_due
 from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
+from megapoly.training.step import StepResult
 from megapoly.training.throughput import Throughput, shown
 
 # Number of validation sets whose losses a step's line shows. With more sets it shows only the mean,
@@ -112,7 +113,7 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(step.metrics)
+        self._metrics.write(_finite(step.metrics))
         if step.stop or is_due(self._state, self._state.config.checkpoint.save_interval):
             self._metrics.flush_to_disk()  # a checkpoint's steps are there when it is
         for name, value in step.metrics.items():
@@ -133,16 +134,22 @@ class Reporter:
             "learning_rate": result.learning_rate,
             "step_time_s": step.step_time_s,
         }
-        metrics |= self._throughput.add_step(
-            step.step_time_s, is_disturbed=state.iteration in self._disturbed
-        )
+        # The forward pass of an unusual step is run twice.
+        is_disturbed = state.iteration in self._disturbed or bool(result.unusual)
+        metrics |= self._throughput.add_step(step.step_time_s, is_disturbed=is_disturbed)
         metrics |= result.aux_losses
+        if result.unusual:
+            metrics["spike"] = True
+        if result.num_skipped:
+            metrics["skipped_steps"] = result.num_skipped
         if state.platform.is_cuda:
             metrics["max_memory_allocated_bytes"] = torch.cuda.max_memory_allocated()
         return metrics
 
     def _show(self, step: StepRecord) -> None:
         state, total = self._state, self._state.train_iters
+        if step.result.unusual:
+            self.message(_unusual_line(step.result))
         status = self._status(step.metrics)
         if self._progress is not None:
             task = self._progress.task_ids[0]
@@ -185,6 +192,20 @@ def _step(line: Mapping[str, Any]) -> float:
     """Return the step of a line; of a line that is no step, one before all others."""
     step = line.get("iteration")
     return step if isinstance(step, int | float) else -math.inf
+
+
+def _unusual_line(result: StepResult) -> str:
+    if not result.num_skipped:
+        return f"{result.unusual}; trained on"
+    return f"{result.unusual}; skipped: no weight has changed ({result.num_skipped} so far)"
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the metrics with None for a number that is not finite, which JSON has not.
+
+    Only a skipped step has one.
+    """
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _losses(losses: Mapping[str, float]) -> list[str]:

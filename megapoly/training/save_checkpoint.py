@@ -23,9 +23,10 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 
 import megapoly
 from megapoly.checkpoints.choose import check_saved, make_room
-from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
+from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, newest_ordinary
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
+from megapoly.config.step_ranges import text_of_steps
 from megapoly.errors import CheckpointError
 from megapoly.platform.files import free_space
 from megapoly.training import optimizer_state
@@ -71,7 +72,7 @@ class CheckpointSaver:
 
     A checkpoint is written to a hidden folder, which is renamed when complete: a folder named
     ``iter_*`` is always complete. When it is verified, all but the newest ``checkpoint.keep`` are
-    deleted.
+    deleted; the newest with an ordinary loss is spared.
 
     In the background a process that is forked from each rank writes, while the rank trains on: its
     memory is the rank's at the time of the fork. Tensors of a GPU are copied to the host before.
@@ -220,12 +221,18 @@ def _position(state: TrainState) -> dict[str, Any]:
         "layout": layout(state.config),
         "generators": generators(state),
         "add_bos": state.add_bos,
+        "is_ordinary": state.recent_steps.is_ordinary(state.iteration),
+        "passed_over": [text_of_steps([steps]) for steps in state.passed_over],
+        "recent_steps": state.recent_steps.state(),
         "megapoly_version": megapoly.__version__,
     }
 
 
 def _delete_old(run_dir: str, keep: int) -> None:
+    spared = newest_ordinary(run_dir)  # what a run goes back to after a spike
     for path in complete_checkpoints(run_dir)[:-keep] if keep else []:
+        if path == spared:
+            continue
         try:
             # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import parallel_state
@@ -15,11 +15,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapoly.config import Config
+from megapoly.config.step_ranges import joined, step_ranges
 from megapoly.data.corpus import Corpus
 from megapoly.data.loader import Batch, BatchLayout, training_batches
 from megapoly.model.builder import build_model
 from megapoly.platform.device import Platform
 from megapoly.training.optimizer import build_optimizer, build_scheduler, train_samples
+from megapoly.training.spikes import RecentSteps
 
 
 @dataclass
@@ -71,6 +73,7 @@ class TrainState(ModelState):
             have had another batch size or sequence length.
         add_bos: benchmarks begin texts with BOS: recorded by the imported checkpoint that the run
             started from.
+        passed_over: steps whose batches the run has passed over, in order.
     """
 
     chunks: list[DistributedDataParallel]
@@ -80,6 +83,11 @@ class TrainState(ModelState):
     iteration: int = 0
     start: Position = Position()
     add_bos: bool = False
+    passed_over: list[range] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin to remember steps."""
+        self.recent_steps = RecentSteps(self.config.training)
 
     def start_from(self, start: Position) -> None:
         """Move to a position, of data and schedule also."""
@@ -115,6 +123,22 @@ class TrainState(ModelState):
         """Learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def pass_over(self) -> range | None:
+        """Move past the next steps if ``training.skip_batches`` lists them, without training.
+
+        Returns:
+            These steps; None if the next step is not listed.
+        """
+        listed = step_ranges(self.config.training.skip_batches)
+        found = next((steps for steps in listed if self.iteration + 1 in steps), None)
+        if found is None or self.iteration >= self.train_iters:
+            return None
+        passed = range(self.iteration + 1, min(found.stop, self.train_iters + 1))
+        self.iteration += len(passed)
+        self.scheduler.step(increment=len(passed) * self.config.training.global_batch_size)
+        self.passed_over = joined([*self.passed_over, passed])
+        return passed
+
     def training_batches(self) -> Iterator[Batch]:
         """Return this rank's micro-batches from the current position on, without end."""
         return training_batches(
@@ -128,15 +152,21 @@ class TrainState(ModelState):
 
 
 @contextlib.contextmanager
-def gathered_parameters(state: ModelState) -> Iterator[None]:
+def gathered_parameters(state: ModelState, *, are_gathered: bool = False) -> Iterator[None]:
     """Give every parameter its newest value for the duration of a context.
 
     With ``overlap_param_gather`` the values of the last step are otherwise gathered by the next
     forward pass of training.
+
+    Args:
+        state: a run in training, or a model alone.
+        are_gathered: they are gathered, because a forward pass has followed the last step.
+            Gathering again would let the engine take the parameters of the next step for gathered
+            (distributed/param_and_grad_buffer.py:300).
     """
     overlaps = state.config.parallel.overlap_param_gather
     for chunk in state.chunks if overlaps else []:
-        chunk.disable_forward_pre_hook()
+        chunk.disable_forward_pre_hook(param_sync=not are_gathered)
     try:
         yield
     finally:
@@ -145,10 +175,15 @@ def gathered_parameters(state: ModelState) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluation_mode(state: ModelState) -> Iterator[None]:
-    """Use the newest parameters, no dropout and no gradients for the duration of a context."""
+def evaluation_mode(state: ModelState, *, are_gathered: bool = False) -> Iterator[None]:
+    """Use the newest parameters, no dropout and no gradients for the duration of a context.
+
+    Args:
+        state: a run in training, or a model alone.
+        are_gathered: of :func:`gathered_parameters`.
+    """
     modes = [chunk.training for chunk in state.chunks]
-    with gathered_parameters(state), torch.no_grad():
+    with gathered_parameters(state, are_gathered=are_gathered), torch.no_grad():
         for chunk in state.chunks:
             chunk.eval()
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import (
@@ -23,9 +23,12 @@ from torch.profiler import record_function
 
 from megapoly.data.loader import Batch
 from megapoly.errors import DivergenceError
-from megapoly.training.distributed import owns_loss, sum_over_all
+from megapoly.training.distributed import is_rank_zero, owns_loss, sum_over_all
 from megapoly.training.loss import Losses, masked_mean, mean_tokens_per_microbatch
+from megapoly.training.optimizer import apply_gradients, gradient_norm
+from megapoly.training.rewind import way_back
 from megapoly.training.state import ModelState, TrainState
+from megapoly.training.unusual_step import describe
 from megapoly.training.watchdog import heartbeat
 
 T = TypeVar("T")
@@ -46,6 +49,8 @@ class StepResult:
         learning_rate: the one that the step used.
         stop_requested: some process was requested to stop.
         aux_losses: means over layers and micro-batches, unweighted, by the engine's names.
+        unusual: what is unusual about the step, for the user; empty for an ordinary step.
+        num_skipped: steps of the run that were skipped, if this is one of them; else 0.
     """
 
     lm_loss: float
@@ -53,6 +58,8 @@ class StepResult:
     learning_rate: float
     stop_requested: bool = False
     aux_losses: dict[str, float] = field(default_factory=dict)
+    unusual: str = ""
+    num_skipped: int = 0
 
 
 def train_step(
@@ -67,12 +74,20 @@ def train_step(
 
     Raises:
         DataError: every token of the step is masked.
-        DivergenceError: loss or gradient norm is not finite.
+        DivergenceError: as :func:`update_parameters`.
     """
+    kept: list[Batch] = []
     with record_function("gradients"):
-        losses = compute_gradients(state, batches)
+        losses = compute_gradients(state, _keeping(batches, kept))
     with record_function("update"):
-        return update_parameters(state, losses, stop_requested=stop_requested)
+        return update_parameters(state, losses, batches=kept, stop_requested=stop_requested)
+
+
+def _keeping(batches: Iterator[Batch], kept: list[Batch]) -> Iterator[Batch]:
+    """Yield micro-batches, and keep them: an unusual step is looked at again."""
+    for batch in batches:
+        kept.append(batch)
+        yield batch
 
 
 def compute_gradients(state: TrainState, batches: Iterator[Batch]) -> list[Losses]:
@@ -89,21 +104,71 @@ def compute_gradients(state: TrainState, batches: Iterator[Batch]) -> list[Losse
 
 
 def update_parameters(
-    state: TrainState, losses: list[Losses], *, stop_requested: bool = False
+    state: TrainState,
+    losses: list[Losses],
+    *,
+    batches: Sequence[Batch] = (),
+    stop_requested: bool = False,
 ) -> StepResult:
-    """Clip the gradients, update the parameters and move to the next step."""
-    learning_rate = state.learning_rate
-    _, grad_norm, _ = state.optimizer.step()
+    """Clip the gradients, update the parameters and move to the next step.
+
+    A step with a spike or a value that is not finite is decided on before anything changes, from
+    numbers that all ranks share: ``training.spike_action``.
+
+    Args:
+        state: changed in place, including its position.
+        losses: of :func:`compute_gradients`.
+        batches: this rank's micro-batches, to look into an unusual step.
+        stop_requested: whether this process was requested to stop.
+
+    Raises:
+        DivergenceError: the run is to end at this step; neither weights nor optimizer have changed.
+    """
+    own_norm = gradient_norm(state.optimizer)
+    result = _measure(state, losses, own_norm, stop_requested)
+    values = {"lm_loss": result.lm_loss, "grad_norm": result.grad_norm, **result.aux_losses}
+    step, recent = state.iteration + 1, state.recent_steps
+    unusual = recent.compare(values)
+    if unusual:
+        forward = partial(_forward_again, state)
+        is_finite = all(each.is_finite for each in unusual)
+        inside = describe(state, losses, batches, forward, grad_norm=own_norm, is_finite=is_finite)
+        result.unusual = f"step {step}: " + "; ".join([*map(str, unusual), inside]).rstrip("; ")
+        result.num_skipped = _decide(state, result.unusual, is_finite=is_finite)
+    if not result.num_skipped:
+        recent.add(step, values, is_unusual=bool(unusual))
+        apply_gradients(state.optimizer, own_norm)
     state.scheduler.step(increment=state.config.training.global_batch_size)
-    state.iteration += 1
-    lm_loss, stop = _mean_loss(state, losses, stop_requested)
-    if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
-        raise DivergenceError(
-            f"Step {state.iteration}: loss {lm_loss}, gradient norm {grad_norm}; both must be "
-            "finite. Nothing of this step is saved: resume from the newest checkpoint with a lower "
-            "`optimizer.lr` or a longer warm-up."
+    state.iteration = step
+    return result
+
+
+def _decide(state: TrainState, text: str, *, is_finite: bool) -> int:
+    """Return how many steps were skipped if this one is to be, 0 if it is to be trained on.
+
+    Raises:
+        DivergenceError: the run is to end.
+    """
+    training, step, recent = state.config.training, state.iteration + 1, state.recent_steps
+    if training.spike_action == "report" and is_finite:
+        return 0
+    why = "losses and gradient norm must be finite"
+    if training.spike_action == "stop":
+        why = "`training.spike_action` is stop"
+    elif training.spike_action == "skip":
+        if recent.skip(step):
+            return recent.num_skipped
+        why = (
+            f"{training.spike_max_skips} of the last {training.spike_window} steps were skipped, "
+            "the most that `training.spike_max_skips` allows"
         )
-    return StepResult(lm_loss, float(grad_norm), learning_rate, stop, _aux_losses(state))
+    texts = [way_back(state, step) if is_rank_zero() else ""]
+    dist.broadcast_object_list(texts)
+    raise DivergenceError(f"{text}. The run ends before this step: {why}. {texts[0]}.")
+
+
+def _forward_again(state: TrainState, batches: Iterator[Batch]) -> None:
+    run_microbatches(state, batches, state.layout.num_microbatches, forward_only=True)
 
 
 def run_microbatches(
@@ -191,14 +256,30 @@ def _forward_step(
     return token_losses, partial(masked_mean, divisor, batch["loss_mask"])
 
 
-def _mean_loss(state: TrainState, losses: list[Losses], stop_requested: bool) -> tuple[float, bool]:
-    """Return the mean over the micro-batches of all ranks, and whether any was asked to stop."""
+def _measure(
+    state: TrainState, losses: list[Losses], grad_norm: float, stop_requested: bool
+) -> StepResult:
+    """Return losses and gradient norm of a step, the same on all ranks to the bit.
+
+    All ranks have the same norm and router losses, unless a device fails. What is not finite on one
+    rank is not finite in the result, and a norm that is too large on one is
+    not lost.
+    """
+    aux = _aux_losses(state)
     means = [loss["mean"] for loss in losses] if owns_loss() else []
     local_sum = torch.stack(means).sum().item() if means else 0.0
-    total, count, stop = sum_over_all(
-        [local_sum, len(means), float(stop_requested)], state.platform
+    own = 1.0 if is_rank_zero() else 0.0  # 0 times what is not finite is NaN
+    total, count, stop, norms, *shared = sum_over_all(
+        [local_sum, len(means), float(stop_requested), grad_norm, *(own * v for v in aux.values())],
+        state.platform,
     )
-    return total / count, stop > 0
+    return StepResult(
+        total / count,
+        norms / dist.get_world_size(),
+        state.learning_rate,
+        stop > 0,
+        dict(zip(aux, shared, strict=True)),
+    )
 
 
 def _aux_losses(state: TrainState) -> dict[str, float]:

@@ -22,6 +22,8 @@ _TAGS = {
     "lm_loss": "Train/loss",
     "grad_norm": "optimizer/grad_norm",
     "learning_rate": "optimizer/learning_rate",
+    "spike": "optimizer/spike",
+    "skipped_steps": "optimizer/skipped_steps",
 }
 
 
@@ -41,9 +43,9 @@ def tag_of(name: str) -> str:
 class TensorBoardHook(Hook):
     """Writes the metrics every ``logging.log_interval`` steps, and details whenever a step has any.
 
-    The metrics of a step with an evaluation are always written. The configuration is written as
-    text. When the disk takes no more, scalars are left out until it does, tried every
-    ``checkpoint.save_interval`` steps; ``metrics.jsonl`` has them.
+    The metrics of a step with an evaluation and of an unusual step are always written. The
+    configuration is written as text. When the disk takes no more, scalars are left out until it
+    does, tried every ``checkpoint.save_interval`` steps; ``metrics.jsonl`` has them.
 
     Args:
         state: the run, restored; TensorBoard hides what was written after its position.
@@ -77,7 +79,8 @@ class TensorBoardHook(Hook):
             if is_due(self._state, config.checkpoint.save_interval):
                 self._open()
             return
-        due = step.is_evaluated or iteration % config.logging.log_interval == 0
+        always = step.is_evaluated or bool(step.result.unusual)
+        due = always or iteration % config.logging.log_interval == 0
         scalars = (step.metrics if due else {}) | step.details
         with self._noting_failures():
             for name, value in scalars.items():

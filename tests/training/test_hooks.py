@@ -61,6 +61,7 @@ def trained(monkeypatch, hooks, calls, *, train_iters, requested_at=None):
     state = SimpleNamespace(
         iteration=0,
         train_iters=train_iters,
+        pass_over=lambda: None,
         training_batches=lambda: iter(()),
         platform=SimpleNamespace(synchronize=lambda: None),
     )

@@ -10,7 +10,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from megapoly.config.rules import data, gpu, layout, model, profile, run, schedule, tasks, values
+from megapoly.config.rules import (
+    data,
+    gpu,
+    layout,
+    model,
+    profile,
+    run,
+    schedule,
+    spikes,
+    tasks,
+    values,
+)
 from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.schema import Config
 from megapoly.errors import ConfigError
@@ -21,6 +32,7 @@ RULES: tuple[Rule, ...] = (
     *model.RULES,
     *layout.RULES,
     *schedule.RULES,
+    *spikes.RULES,
     *run.RULES,
     *gpu.RULES,
     *profile.RULES,

@@ -46,6 +46,7 @@ AT_LEAST_ONE = (
     "training.fp8_amax_history_len",
     "training.eval_iters",
     "training.eval_tasks_limit",
+    "training.spike_max_skips",
     "logging.log_interval",
     "logging.profile_step_start",
     "logging.profile_step_end",
@@ -122,6 +123,8 @@ RANGES: Mapping[str, Range] = {
     **{key: Range(0, _most(OPTIONS[key]), open_below=True) for key in ABOVE_ZERO},
     **{key: Range(0, 1, open_above=True) for key in FRACTIONS},
     **{key: Range(0, SEEDS_BELOW, open_above=True) for key in SEEDS},
+    "training.spike_threshold": Range(1, 1e6),
+    "training.spike_window": Range(2, 10_000),  # each step sorts it, and run.json has it
     "model.activation_eps": Range(1e-30, 1e6),  # of the operators, megapoly/ops/arguments.py
 }
 
