@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +26,12 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
 
     ``run.json`` is written last, so a checkpoint that has it is complete.
     """
-    found = [path.parent for path in (Path(run_dir) / _FOLDER).glob("iter_*/run.json")]
+    return [path for path in checkpoint_names(run_dir) if os.path.exists(path / "run.json")]
+
+
+def checkpoint_names(run_dir: str | Path) -> list[Path]:
+    """Return everything with a checkpoint's name in a run, oldest first, complete or not."""
+    found = (Path(run_dir) / _FOLDER).glob("iter_*")
     by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
     return [path for _, path in sorted(by_step.items())]
 

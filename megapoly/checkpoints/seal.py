@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megapoly.checkpoints.crc32 import joined
+from megapoly.checkpoints.crc32 import crc32, joined
+from megapoly.checkpoints.run_file import FILES, run_text
+from megapoly.checkpoints.run_file import NAME as RUN
 from megapoly.checkpoints.tensor_metadata import NAME as METADATA
 from megapoly.checkpoints.tensor_metadata import read_metadata
 from megapoly.errors import CheckpointError
 
-RUN = "run.json"
 _PIECE_BYTES = 1 << 20
 # `torch.save` has computed the CRC-32 of each member already; shorter ones are read again.
 _LONG_MEMBER_BYTES = 4096
@@ -48,18 +47,11 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         files[name] = {"bytes": size, "crc32": f"{crc:08x}"}
     with (folder / RUN).open("w", encoding="utf-8") as stream:
-        stream.write(run_text(run | {"files": files}))
+        stream.write(run_text(run | {FILES: files}))
         stream.flush()
         os.fsync(stream.fileno())
     for inner in {path.parent for path in names} | {folder}:
         flush_folder(inner)
-
-
-def run_text(run: dict[str, Any]) -> str:
-    """Return the text of ``run.json``, with a CRC-32 of its content at the end."""
-    content = {key: value for key, value in run.items() if key != "crc32"}
-    crc = zlib.crc32(json.dumps(content).encode())
-    return json.dumps(content | {"crc32": f"{crc:08x}"}, indent=2) + "\n"
 
 
 def _entries(folder: Path) -> dict[str, list[tuple[int, int]]]:
@@ -114,7 +106,7 @@ def _crc_of_bytes(stream: IO[bytes], start: int, end: int, crc: int) -> int:
         piece = stream.read(min(_PIECE_BYTES, end - start))
         if not piece:
             raise CheckpointError("a file became shorter while it was read")
-        crc, start = zlib.crc32(piece, crc), start + len(piece)
+        crc, start = crc32(piece, crc), start + len(piece)
     return crc
 
 

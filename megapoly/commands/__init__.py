@@ -80,6 +80,7 @@ COMMANDS = {
         takes_overrides=True,
     ),
     "generate": Command("generate", "let a model continue a text", needs=_HUGGING_FACE),
+    "verify": Command("verify", "compare the files of checkpoints with their CRC-32"),
     "plan": Command(
         "plan",
         "estimate memory, communication and time of a job",

@@ -1,7 +1,8 @@
 """Save checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, either complete or not there at all.
 
 Tensors are in the engine's ``torch_dist`` format, which can be loaded at another layout. Next to
-them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version, checksums).
+them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version, and what proves the
+files, see :mod:`megapoly.checkpoints.seal`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 import megapoly
+from megapoly.checkpoints.choose import check_saved, make_room
 from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
@@ -35,7 +37,7 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
-from megapoly.training.distributed import is_rank_zero
+from megapoly.training.distributed import all_ranks, is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ class CheckpointSaver:
     """Saves the checkpoints of a run, one at a time; every method is collective, except close.
 
     A checkpoint is written to a hidden folder, which is renamed when complete: a folder named
-    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted.
+    ``iter_*`` is always complete. When it is verified, all but the newest ``checkpoint.keep`` are
+    deleted.
 
     In the background a process that is forked from each rank writes, while the rank trains on: its
     memory is the rank's at the time of the fork. Tensors of a GPU are copied to the host before.
@@ -151,19 +154,22 @@ class CheckpointSaver:
         assert saving is not None
         failures = self._files.gather()
         _on_rank_zero(saving, lambda: self._complete(saving, failures))
+        check_saved(saving.final, all_ranks())
+        if is_rank_zero():
+            _delete_old(self._state.config.run_dir, self._state.config.checkpoint.keep)
 
     def _complete(self, saving: _Saving, failures: list[str]) -> None:
         if failures:
             raise CheckpointError("; ".join(failures[:_MAX_REASONS]))
-        partial, config = saving.partial, self._state.config
+        partial = saving.partial
         self._files.write_metadata()
         TorchCommonSaveStrategy("torch", 1).save_common(saving.common, partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         (partial / "config.yaml").write_text(saving.config)
         seal(partial, saving.run)
+        make_room(saving.final)
         partial.rename(saving.final)
         flush_folder(saving.final.parent)
-        _delete_old(config.run_dir, config.checkpoint.keep)
 
 
 def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:

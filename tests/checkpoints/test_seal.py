@@ -12,7 +12,8 @@ import pytest
 import torch
 from made_checkpoints import RUN, make_checkpoint
 
-from megapoly.checkpoints.seal import run_text, seal
+from megapoly.checkpoints.run_file import run_text
+from megapoly.checkpoints.seal import seal
 from megapoly.errors import CheckpointError
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.choose import newest_description
 from megapoly.config import load_yaml
 from megapoly.config.data_sources import MEAN
 from megapoly.config.parsing import to_dict
@@ -171,7 +171,7 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
 
     config = load_yaml(folder / "config.yaml")
     steps = read_metrics(folder / "metrics.jsonl")
-    position = _position(folder)
+    position = newest_description(folder)
     iteration = steps[-1]["iteration"] if steps else 0
     samples = steps[-1]["consumed_samples"] if steps else 0
     total = _num_steps(
@@ -298,12 +298,6 @@ def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
     if len(domains) == 1:
         losses[MEAN] = next(iter(losses.values()))
     return {"tokens": [step["consumed_tokens"] for step in evaluated], "loss": losses}
-
-
-def _position(folder: Path) -> dict[str, Any]:
-    """Return run.json of the newest checkpoint; empty without a checkpoint."""
-    found = complete_checkpoints(folder)
-    return (_read_json(found[-1] / "run.json") or {}) if found else {}
 
 
 def _data(position: dict[str, Any]) -> dict[str, Any] | None:
