@@ -6,7 +6,8 @@ r"""Import a Hugging Face folder as a checkpoint, and prove that it is the same 
 
 DIR is a Llama, a Mistral without a sliding window, an OLMoE, a folder that `megapoly export` wrote,
 or a PolyCom release: Llama with `hidden_act` polynorm or polyrelu, and coefficients
-`mlp.act_fn.weight` (highest power first) and `mlp.act_fn.bias`. Its own code is never run. Needs `pip install 'megapoly[train,hf]'`.
+`mlp.act_fn.weight` (highest power first) and `mlp.act_fn.bias`. Code in it is never run. Needs
+`pip install 'megapoly[train,hf]'`.
 
 The checkpoint can be loaded at every parallel layout. Its recipe.yaml has the model, its tokenizer
 and the path of the checkpoint, to train with. After conversion the logits of both models are
