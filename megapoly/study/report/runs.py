@@ -318,7 +318,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"`{path}` is not JSON ({error}); write it again.") from error
     return content if isinstance(content, dict) else None
 
