@@ -64,9 +64,9 @@ def restore(state: TrainState) -> Path | None:
             checkpoint does not fit.
     """
     settings = state.config.checkpoint
-    own = (
-        set_aside_trained(state) if settings.resume else complete_checkpoints(state.config.run_dir)
-    )
+    if settings.resume:
+        set_aside_trained(state)
+    own = complete_checkpoints(state.config.run_dir)
     if own and not settings.resume:
         raise CheckpointError(
             f"`checkpoint.resume` is false and {state.config.run_dir} has {own[-1].name}; choose "
@@ -107,7 +107,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     with torch.no_grad():
         _check_data(state, position, path)
         _check_batch(state.config, path)
-        check_skipped(state, position, path)
+        check_skipped(state, path)
         own = {"layout": layout(state.config), "generators": generators(state)}
         has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
