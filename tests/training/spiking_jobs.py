@@ -32,7 +32,7 @@ TINY = {
     "training.seq_length": 16,
     "training.micro_batch_size": 1,
     "training.global_batch_size": 4,
-    "training.train_iters": 8,
+    "training.train_iters": 6,
     "training.eval_interval": 0,
     "training.spike_window": 4,
     "optimizer.lr_warmup_iters": 2,
@@ -58,7 +58,7 @@ OVERLAP = {
 BF16 = {"training.bf16": True}
 # Name: recipe, options. Each has two processes.
 LAYOUTS = {
-    "tp2": ("dense_tiny", DENSE | TENSOR),
+    "tp2": ("dense_tiny", DENSE | TENSOR | {"training.global_batch_size": 2}),
     "dp2-overlap": ("dense_tiny", DENSE | OVERLAP),
     "pp2": ("dense_tiny", DENSE | PIPELINE),
     "pp2-bf16-tied": (

@@ -33,9 +33,9 @@ def test_a_skipped_step_is_a_step_whose_batch_is_passed_over(tmp_path, layout):
         tmp_path / "b", options | {"training.skip_batches": "[5]"}, recipe=recipe, num_ranks=2
     )
     assert skipped.metrics[4]["skipped_steps"] == 1 and skipped.metrics[4]["spike"] is True
-    assert [line["iteration"] for line in passed.metrics] == [1, 2, 3, 4, 6, 7, 8]
+    assert [line["iteration"] for line in passed.metrics] == [1, 2, 3, 4, 6]
     assert results(skipped.metrics[:4] + skipped.metrics[5:]) == results(passed.metrics)
-    assert_same_tensors(checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8))
+    assert_same_tensors(checkpoint(tmp_path / "a", 6), checkpoint(tmp_path / "b", 6))
 
 
 @pytest.mark.parametrize("layout", layouts({"dp2-overlap"}))
@@ -50,15 +50,16 @@ def test_a_report_changes_nothing(tmp_path, layout):
     assert plain.unusual == []
     assert reported.metrics[4].pop("spike") is True
     assert results(reported.metrics) == results(plain.metrics)
-    assert_same_tensors(checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8))
+    assert_same_tensors(checkpoint(tmp_path / "a", 6), checkpoint(tmp_path / "b", 6))
 
 
 def test_a_skipped_step_is_one_without_the_optimizer(tmp_path):
     """With dropout, whose state moves on; and resumed between two skipped steps."""
-    options = DENSE | DROPOUT | SKIP
+    dense = DENSE | DROPOUT | {"training.train_iters": 8}
+    options = dense | SKIP
     spikes = Fault("loss", (4, 7), factor=1e4)
     skipped = train(tmp_path / "a", options | SAVING, spikes)
-    left_out = DENSE | DROPOUT | {"training.spike_window": 128}
+    left_out = dense | {"training.spike_window": 128}
     plain = train(tmp_path / "b", left_out, Fault("left out", (4, 7)))
     assert_same_tensors(checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8))
     assert [line.get("skipped_steps") for line in skipped.metrics[3:7]] == [1, None, None, 2]
