@@ -37,7 +37,7 @@ class CheckpointError(MegapolyError):
 
 
 class DivergenceError(MegapolyError):
-    """The loss or the gradient of a training step is not finite."""
+    """A loss or the gradient of a step is not finite, or a spike that ends the run."""
 
 
 class LaunchError(MegapolyError):

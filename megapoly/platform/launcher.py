@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from megapoly.errors import LaunchError
 
-# Exit status of a run whose loss was not finite: its configuration is valid, and starting it again
-# changes nothing.
+# Exit status of a run whose loss was not finite, or had more spikes than `training.spike_action`
+# allows: its configuration is valid, and starting it again changes nothing.
 DIVERGED = 3
 # Environment variable with the path of a file. The first process of a host writes it when it ends
 # without an error: COMPLETE, or STOPPED before the run's last step. Each host has a launcher that

@@ -99,7 +99,7 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(_as_json(step.metrics) + "\n")
+        self._metrics.write(json.dumps(_without_nan(step.metrics)) + "\n")
         self._metrics.flush()
         for name, value in step.metrics.items():
             if name.startswith("val/") and name.endswith("/loss"):
@@ -179,13 +179,9 @@ def _unusual_line(result: StepResult) -> str:
     return f"{result.unusual}; skipped: no weight has changed ({result.num_skipped} so far)"
 
 
-def _as_json(metrics: Mapping[str, float]) -> str:
-    """Return a line of ``metrics.jsonl``; a number that is not finite, which JSON has not, is null.
-
-    Only a skipped step has one.
-    """
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return json.dumps(finite, allow_nan=False)
+def _without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics for JSON, which has no number that is not finite: null, of a skipped step."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _losses(losses: Mapping[str, float]) -> list[str]:
