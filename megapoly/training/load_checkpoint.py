@@ -121,7 +121,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     with torch.no_grad():
         _check_data(state, position, path)
         _check_batch(state.config, path)
-        check_skipped(state, position, path)
+        check_skipped(state, path)
         own = {"layout": layout(state.config), "generators": generators(state)}
         has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))

@@ -277,6 +277,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:
+    # A skipped step was not trained on; its loss is a spike, or null.
+    steps = [step for step in steps if "skipped_steps" not in step]
     means = trailing_mean([step["lm_loss"] for step in steps], window)
     kept = thinned(len(steps), MOST_POINTS)
     return {
