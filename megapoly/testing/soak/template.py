@@ -1,0 +1,105 @@
+"""A process that has imported everything, and forks the launchers and processes of jobs.
+
+Importing torch and the engine takes seconds, so that a job that starts from nothing spends most of
+its short life on it. The code of the jobs is the real one: ``megapoly launch`` for several
+processes, :mod:`megapoly.testing.soak.rank` for one.
+
+Requests are lines of JSON on the standard input, answers on the standard output. When the input
+ends, every job is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    _preload()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed here goes to the errors
+    print(json.dumps("ready"), file=answers, flush=True)
+    statuses: dict[int, int | None] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: int | None
+        if "argv" in request:
+            answer = _fork(request)
+            statuses[answer] = None
+        else:
+            answer = _status(request["pid"], statuses)
+        print(json.dumps(answer), file=answers, flush=True)
+    for pid, status in statuses.items():
+        if status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _preload() -> None:
+    import megapoly.commands.launch
+    import megapoly.preflight.local_ranks_preload
+    import megapoly.testing.soak.rank  # noqa: F401
+
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _status(pid: int, statuses: dict[int, int | None]) -> int | None:
+    """Return the exit status of a job's first process; minus a signal's number if one killed it."""
+    if statuses[pid] is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            statuses[pid] = os.waitstatus_to_exitcode(status)
+    return statuses[pid]
+
+
+def _fork(request: dict[str, Any]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _run(request)
+    return pid
+
+
+def _run(request: dict[str, Any]) -> NoReturn:
+    status = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+        for source, target in ((null, 0), (log, 1), (log, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 256)
+        os.environ.update(request["environment"])
+        status = _work(request["argv"], request["num_processes"])
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _work(argv: list[str], num_processes: int) -> int:
+    from megapoly.commands import launch
+    from megapoly.testing.soak import rank
+
+    if num_processes == 1:
+        return rank.main(argv)
+    launcher = ["--standalone", "--nproc-per-node", str(num_processes), "--start-method", "fork"]
+    assert rank.__file__ is not None
+    return launch.main([*launcher, "--run-path", rank.__file__, *argv])
+
+
+if __name__ == "__main__":
+    main()
