@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megapoly.checkpoints.tensor_metadata import read_metadata
+from megapoly.checkpoints.tensor_reader import load_object
 
 # Depend on the machine and on where a process began, not on what is trained.
 _SPEED = ("step_time_s", "tokens_per_second", "tflops_per_device", "mfu", "peak_tflops")
@@ -79,7 +81,7 @@ def checkpoints_differ(found: Path, expected: Path) -> str | None:
 
 def _entries(checkpoint: Path) -> dict[MetadataIndex, tuple[str, int, int]]:
     """Return the file, offset and length of every shard."""
-    storage = FileSystemReader(checkpoint).read_metadata().storage_data
+    storage = read_metadata(checkpoint).storage_data
     # The hint of an index is a position in a list, not part of its identity.
     return {
         MetadataIndex(index.fqn, index.offset): (place.relative_path, place.offset, place.length)
@@ -98,7 +100,7 @@ def _equal(one: bytes, other: bytes) -> bool:
     """Compare two archives of ``torch.save``; equal objects may be written in different ways."""
     if one == other:
         return True
-    first, second = (torch.load(io.BytesIO(each), weights_only=True) for each in (one, other))
+    first, second = (load_object(io.BytesIO(each)) for each in (one, other))
     return list(_leaves(first)) == list(_leaves(second))
 
 

@@ -35,12 +35,16 @@ class Job:
     Args:
         pid: of the launcher; of the only rank if the job is one process.
         pids: folder where each rank writes its process id.
-        log: what the job prints.
+        log: file for what the job prints; earlier jobs may have written to it.
+        begin: size of the log before.
         poll: returns the exit status, minus a signal's number after a signal; None until the end.
     """
 
-    def __init__(self, pid: int, pids: Path, log: Path, poll: Callable[[], int | None]) -> None:
+    def __init__(
+        self, pid: int, pids: Path, log: Path, begin: int, poll: Callable[[], int | None]
+    ) -> None:
         self.pid, self.log, self._pids, self.status = pid, log, pids, poll
+        self._begin = begin
 
     def ranks(self) -> list[int]:
         """Return the process ids of the ranks that have started, by rank."""
@@ -49,7 +53,7 @@ class Job:
 
     def text(self) -> str:
         """Return what the job has printed."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_bytes()[self._begin :].decode(errors="replace")
 
     def wait(self, limit_s: float) -> int | None:
         """Return the exit status; None if the job has not ended in ``limit_s`` seconds."""
@@ -121,10 +125,12 @@ class Jobs:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         environment = {PIDS: str(self._folder), NAN_STEPS: json.dumps(list(nan_steps))}
+        log.touch()
+        begin = log.stat().st_size
         if self._template is not None and not new_processes:
             request = {"argv": list(argv), "num_processes": self.num_processes}
             pid = self._ask(request | {"log": str(log), "environment": environment})
-            return Job(pid, self._folder, log, lambda: self._ask({"pid": pid}))
+            return Job(pid, self._folder, log, begin, lambda: self._ask({"pid": pid}))
         with log.open("a") as output:
             process = subprocess.Popen(
                 [*self._command(), *argv],
@@ -134,7 +140,7 @@ class Jobs:
                 env=self._environment | environment,
                 start_new_session=True,
             )
-        return Job(process.pid, self._folder, log, process.poll)
+        return Job(process.pid, self._folder, log, begin, process.poll)
 
     def _command(self) -> list[str]:
         if self.num_processes == 1:

@@ -153,8 +153,9 @@ def _kill_all(scene: Scene) -> None:
 
 
 def _kill_in_a_save(scene: Scene) -> None:
+    before = scene.run.partial_checkpoints()  # of a job that was killed
     job = scene.start()
-    scene.wait_for(scene.run.is_saving, job, pause_s=0.001)
+    scene.wait_for(lambda: scene.run.partial_checkpoints() - before, job, pause_s=0.001)
     scene.let_pass(scene.run.reference.seconds_of_a_save, job)
     scene.kill_all(job)
 
@@ -245,7 +246,7 @@ def _fill_disk(scene: Scene) -> None:
     scene.wait_for_save(job)
     run = scene.run
     sizes = [file.stat().st_size for path in run.checkpoints() for file in path.iterdir()]
-    limit, before = max(sizes) // 2, run.saved_step()
+    limit = max(sizes) // 2
     ranks = job.ranks()
     for pid in [*ranks, *children(ranks)]:
         with contextlib.suppress(ProcessLookupError):

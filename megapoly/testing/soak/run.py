@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,9 +73,13 @@ class Run:
         lines = metrics_of(self.folder)
         return int(lines[-1]["iteration"]) if lines else 0
 
-    def is_saving(self) -> bool:
-        """Return whether a checkpoint is being written."""
-        return next((self.folder / "checkpoints").glob(".iter_*"), None) is not None
+    def partial_checkpoints(self) -> set[int]:
+        """Return the inodes of incomplete checkpoints: being written, or left by a kill."""
+        found = set()
+        for folder in (self.folder / "checkpoints").glob(".iter_*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add(folder.stat().st_ino)
+        return found
 
     def problems(self) -> Iterator[str]:
         """Yield what differs from the uninterrupted run so far."""

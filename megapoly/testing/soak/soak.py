@@ -148,7 +148,7 @@ class Soak:
         while job.status() is None:
             time.sleep(0.002)
             present = time.monotonic()
-            if run.is_saving():
+            if run.partial_checkpoints():
                 saving_s += present - previous
             if (folder / "metrics.jsonl").exists() and first_step_s is None:
                 first_step_s = present - begin
@@ -161,8 +161,8 @@ class Soak:
         times = [time for step, time in saves if step > 0]
         if len(times) < _LEAST_SAVES:
             raise MegapolyError(
-                f"The job saves {len(times)} checkpoints; a soak needs at least {_LEAST_SAVES}. Set "
-                "a longer `training.train_iters` or a shorter `checkpoint.save_interval`."
+                f"The job saves {len(times)} checkpoints; a soak needs at least {_LEAST_SAVES}. "
+                "Set a longer `training.train_iters` or a shorter `checkpoint.save_interval`."
             )
         between = (times[-1] - times[0]) / (len(times) - 1)
         mean_s = saving_s / len(times)

@@ -15,8 +15,9 @@ import json
 import os
 import signal
 import sys
-import traceback
-from typing import Any, NoReturn
+from typing import Any
+
+from megapoly.testing.soak.forked import fork_ranks, run_and_exit
 
 
 def main() -> None:
@@ -42,13 +43,14 @@ def main() -> None:
 
 
 def _preload() -> None:
-    import megapoly.commands.launch
-    import megapoly.preflight.local_ranks_preload
-    import megapoly.testing.soak.rank  # noqa: F401
-
     import torch
 
+    import megapoly.commands.launch
+    import megapoly.preflight.local_ranks_preload  # noqa: F401
+    import megapoly.testing.soak.rank as rank
+
     torch.set_num_threads(1)
+    fork_ranks(rank.__name__, rank.main)
 
 
 def _status(pid: int, statuses: dict[int, int | None]) -> int | None:
@@ -65,40 +67,26 @@ def _fork(request: dict[str, Any]) -> int:
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        _run(request)
+        run_and_exit(lambda: _work(request))
     return pid
 
 
-def _run(request: dict[str, Any]) -> NoReturn:
-    status = 1
-    try:
-        os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
-        log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-        for source, target in ((null, 0), (log, 1), (log, 2)):
-            os.dup2(source, target)
-        os.closerange(3, 256)
-        os.environ.update(request["environment"])
-        status = _work(request["argv"], request["num_processes"])
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def _work(argv: list[str], num_processes: int) -> int:
+def _work(request: dict[str, Any]) -> int:
     from megapoly.commands import launch
     from megapoly.testing.soak import rank
 
-    if num_processes == 1:
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    os.closerange(3, 256)
+    os.environ.update(request["environment"])
+    argv: list[str] = request["argv"]
+    if request["num_processes"] == 1:
         return rank.main(argv)
-    launcher = ["--standalone", "--nproc-per-node", str(num_processes), "--start-method", "fork"]
-    assert rank.__file__ is not None
-    return launch.main([*launcher, "--run-path", rank.__file__, *argv])
+    count = ["--nproc-per-node", str(request["num_processes"])]
+    return launch.main(["--standalone", *count, "-m", rank.__name__, *argv])
 
 
 if __name__ == "__main__":
