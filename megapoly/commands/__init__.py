@@ -94,6 +94,12 @@ COMMANDS = {
         needs=_ENGINE,
         takes_overrides=True,
     ),
+    "soak": Command(
+        "soak",
+        "let faults strike a job, and compare it with an uninterrupted run",
+        needs=_ENGINE,
+        takes_overrides=True,
+    ),
     "compare": Command(
         "compare",
         "train the same model with several activations",
