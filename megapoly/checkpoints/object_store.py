@@ -52,6 +52,9 @@ def upload(checkpoint: Path, run_url: str, advance: Advance = lambda file: None)
             if store.cat_file(f"{root}/{RUN}") == (checkpoint / RUN).read_bytes():
                 return url
             raise CheckpointError(f"{url} is another checkpoint; delete it, or choose another URL")
+        bucket = root[: root.index("/", 1)]
+        if not store.exists(bucket):  # `makedirs` would make one of a mistyped name
+            raise CheckpointError(f"{bucket} cannot be seen; make it, or choose another URL")
         for name in files:
             advance(name)
             target = f"{root}/{name}"

@@ -27,6 +27,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(params=STORES)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    fsspec.filesystem("memory").makedirs("/bucket", exist_ok=True)
     return str(request.param).format(tmp_path / "store")
 
 
@@ -111,6 +112,8 @@ def test_what_cannot_be_copied_is_said(
         object_store.download(url, tmp_path / "again")
     with pytest.raises(UnavailableError, match="needs a package of fsspec"):
         object_store.download("oss://bucket/run", tmp_path / "again")
+    with pytest.raises(CheckpointError, match="/none cannot be seen; make it"):
+        object_store.upload(checkpoint_path(run, 6), "memory://none/run")
     assert copy.main([str(run), str(tmp_path)]) == 2
     assert "must be a URL" in capsys.readouterr().err
     object_store.upload(checkpoint_path(run, 9), url)
