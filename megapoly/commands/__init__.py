@@ -80,6 +80,7 @@ COMMANDS = {
         takes_overrides=True,
     ),
     "generate": Command("generate", "let a model continue a text", needs=_HUGGING_FACE),
+    "copy": Command("copy", "copy a checkpoint to an object store, or from one, verified"),
     "verify": Command("verify", "compare the files of checkpoints with their CRC-32"),
     "plan": Command(
         "plan",

@@ -1,7 +1,8 @@
-"""Measure operators, training or preprocessing against something else, in the same run.
+"""Measure operators, training, saving or preprocessing against something else, in the same run.
 
     megapoly benchmark operators     PolyNorm and PolyReLU against other ways to compute them
     megapoly benchmark training      training speed on CPU against plain PyTorch
+    megapoly benchmark saving        seconds that saving a checkpoint holds the training loop up
     megapoly benchmark preprocess    documents per CPU-second against the usual loop
 
 Each has its own options: megapoly benchmark NAME --help.
@@ -15,7 +16,7 @@ from types import ModuleType
 
 from megapoly.config.command_line import Parser
 
-BENCHMARKS = ("operators", "training", "preprocess")
+BENCHMARKS = ("operators", "training", "saving", "preprocess")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -396,6 +396,8 @@ class CheckpointConfig:
         async_save: write checkpoints in the background while the run trains on, except the last;
             false: the run waits.
         keep: number of newest checkpoints to keep (0: all).
+        upload: URL of an object store, such as s3://bucket/run, to which complete checkpoints are
+            copied while the run trains on.
         resume: resume from the newest complete checkpoint of ``run_dir`` if it has one; false:
             refuse a ``run_dir`` that has one.
         load: checkpoint to start from if ``run_dir`` has none.
@@ -411,6 +413,7 @@ class CheckpointConfig:
     save_interval: int = 0
     async_save: bool = True
     keep: int = 2
+    upload: str | None = None
     resume: bool = True
     load: str | None = None
     load_weights_only: bool = False

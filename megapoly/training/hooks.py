@@ -131,10 +131,14 @@ class CheckpointHook(Hook):
     Args:
         state: the run.
         show: shows a line to the user.
+
+    Attributes:
+        saved: the newest checkpoint that this job has completed.
     """
 
     def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         self._state, self._show = state, show
+        self.saved: Path | None = None
         self._saver = CheckpointSaver(state)
         self._tried_at: int | None = None
         self._failure: CheckpointError | None = None  # of the last try
@@ -201,5 +205,6 @@ class CheckpointHook(Hook):
 
     def _show_saved(self, path: Path | None) -> bool:
         if path is not None:
+            self.saved = path
             self._show(f"saved {path}")
         return path is not None

@@ -13,7 +13,8 @@ import torch
 from made_checkpoints import RUN, make_checkpoint
 
 from megapoly.checkpoints.run_file import run_text
-from megapoly.checkpoints.seal import seal
+from megapoly.checkpoints.seal import read_back_crc, seal
+from megapoly.checkpoints.tensor_metadata import read_metadata
 from megapoly.errors import CheckpointError
 
 
@@ -85,3 +86,24 @@ def test_run_json_is_the_same_text_again() -> None:
     text = run_text(content)
     assert run_text(json.loads(text)) == text
     assert run_text(content | {"iteration": 7}) != text
+
+
+def test_a_file_that_was_written_is_read_back(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "iter_0000006")
+    places: dict[str, list[tuple[int, int]]] = {}
+    for info in read_metadata(folder).storage_data.values():
+        places.setdefault(info.relative_path, []).append((info.offset, info.length))
+    read_back = {name: read_back_crc(folder / name, each) for name, each in places.items()}
+    before = json.loads((folder / "run.json").read_text())["files"]
+    assert {name: before[name] for name in read_back} == {
+        name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in read_back.items()
+    }
+    seal(folder, RUN, read_back=read_back)
+    assert json.loads((folder / "run.json").read_text())["files"] == before
+
+    name = max(read_back, key=lambda name: read_back[name])
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 16  # in a large tensor
+    (folder / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        read_back_crc(folder / name, places[name])

@@ -40,6 +40,24 @@ CASES: list[dict[str, Any]] = [
         right={"checkpoint.load_weights_only": True, "checkpoint.load": "HERE"},
     ),
     dict(
+        rule="upload_is_possible",
+        wrong={"checkpoint.upload": "bucket/run"},
+        words=["`checkpoint.upload` (bucket/run)", "must be a URL"],
+        right={"checkpoint.upload": "s3://bucket/run"},
+    ),
+    dict(
+        rule="upload_is_possible",
+        wrong={"checkpoint.upload": "s3://bucket/run", "checkpoint.save": False},
+        words=["has no effect", "`checkpoint.save` (False)"],
+        right={"checkpoint.upload": "s3://bucket/run"},
+    ),
+    dict(
+        rule="upload_is_possible",
+        wrong={"checkpoint.upload": "s3://bucket/run", "checkpoint.keep": 1},
+        words=["`checkpoint.keep` other than 1", "2 is the lowest"],
+        right={"checkpoint.upload": "s3://bucket/run", "checkpoint.keep": 2},
+    ),
+    dict(
         rule="checkpoint_exists",
         wrong={"checkpoint.load": "HERE/absent"},
         words=["absent", "does not exist"],

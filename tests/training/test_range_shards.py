@@ -31,7 +31,7 @@ def test_boxes_have_the_elements_of_the_range_in_their_order():
 
 
 def entry(parameter, *, layer, rank):
-    """Return the entry of a matrix in layer ``layer`` of 3, of which ``rank`` of 2 has these rows."""
+    """Return the entry of half a matrix, of which tensor-parallel rank ``rank`` has these rows."""
     return ShardedTensor.from_rank_offsets(
         "weight", parameter, (0, layer, 3), (1, rank, 2), replica_id=(0, 0, 5), prepend_axis_num=1
     )

@@ -64,6 +64,23 @@ def loading_is_possible(facts: Facts) -> Iterator[str]:
             )
 
 
+def upload_is_possible(facts: Facts) -> Iterator[str]:
+    """Checkpoints that are copied to a store are saved, and stay until they are copied."""
+    checkpoint = facts.config.checkpoint
+    if checkpoint.upload is None:
+        return
+    upload = f"`checkpoint.upload` ({short(checkpoint.upload)})"
+    if "://" not in checkpoint.upload:
+        yield f"{upload} must be a URL, such as s3://bucket/run"
+    if not checkpoint.save:
+        yield f"{upload} has no effect with `checkpoint.save` (False); remove it, or save"
+    elif checkpoint.keep == 1:
+        yield (
+            f"{upload} needs a `checkpoint.keep` other than 1: the next checkpoint deletes the "
+            "one that is being copied; 2 is the lowest"
+        )
+
+
 def checkpoint_exists(facts: Facts) -> Iterator[str]:
     """The checkpoint to start from exists."""
     load = facts.config.checkpoint.load
@@ -100,6 +117,7 @@ RULES: tuple[Rule, ...] = (
     transformer_engine_is_usable,
     hang_is_seen_before_collectives_fail,
     loading_is_possible,
+    upload_is_possible,
     checkpoint_exists,
     folders_can_be_made,
 )
