@@ -49,4 +49,4 @@ def test_no_process_is_left_of_killed_jobs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_no_process_is_left_of_a_hundred_kills(tmp_path):
-    no_process_is_left(tmp_path, seeds=list(range(100)), steps=1200)
+    no_process_is_left(tmp_path, seeds=list(range(100)), steps=400)
