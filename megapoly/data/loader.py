@@ -8,8 +8,6 @@ size.
 
 from __future__ import annotations
 
-import functools
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -164,11 +162,11 @@ def _data_loader(
         pin_memory=pin_memory,
         # Every new iterator draws a number; from the global generator, that would change dropout.
         generator=torch.Generator(),
-        worker_init_fn=functools.partial(_begin_worker, os.getpid()),
+        worker_init_fn=_begin_worker,
     )
 
 
-def _begin_worker(parent: int, worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """End with the main process, and not by Ctrl-C: it needs its workers until it has saved."""
-    die_with_parent(parent)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -145,4 +145,5 @@ def drop_lines_after(path: Path, is_after: Callable[[dict[str, Any]], bool]) -> 
         elif not line.is_whole:
             with path.open("ab") as stream:
                 stream.write(b"\n")
+            break  # it is the last one
     return damaged

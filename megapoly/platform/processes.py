@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1  # in linux/prctl.h
@@ -20,20 +22,24 @@ def die_with_parent(parent: int | None = None) -> None:
 
     Call it first in the main thread of the new process. The process must be started by a thread
     that lives as long as its parent does, such as the main thread: the kernel sends the signal when
-    that *thread* ends. A process of multiprocessing's fork server ends with the server, which ends
-    with the process that started it.
+    that *thread* ends. For a process of multiprocessing's fork server, whose parent is the server,
+    a thread waits for the end of the process that asked for it.
 
-    On other systems than Linux it has no effect except for a parent that has ended already.
+    On other systems than Linux only the thread and the check of ``parent`` have an effect.
 
     Args:
         parent: process id of the parent, which it has put down before it started this process. With
             it a parent that ended before this call is noticed. A process of :mod:`multiprocessing`
-            may leave it out.
+            leaves it out.
     """
     if _LIBC is not None and _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if _parent_is_gone(parent):
-        os.kill(os.getpid(), signal.SIGKILL)
+    asked_by = multiprocessing.parent_process()
+    if parent is not None:
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif asked_by is not None and asked_by.pid != os.getppid():  # or it has ended already
+        threading.Thread(target=_die_with, args=(asked_by.sentinel,), daemon=True).start()
 
 
 def dying_with_this_process() -> Callable[[], None]:
@@ -44,8 +50,7 @@ def dying_with_this_process() -> Callable[[], None]:
     return functools.partial(die_with_parent, os.getpid())
 
 
-def _parent_is_gone(parent: int | None) -> bool:
-    if parent is not None:
-        return os.getppid() != parent
-    started_by = multiprocessing.parent_process()
-    return started_by is not None and not started_by.is_alive()
+def _die_with(sentinel: int) -> None:
+    """End this process when the pipe that another one holds open is closed."""
+    multiprocessing.connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -15,14 +15,14 @@ from megapoly.training.distributed import is_rank_zero, sum_over_all
 from megapoly.training.hooks import Hook, StepRecord, is_due
 from megapoly.training.state import TrainState
 
-# A parameter's value and its two moments of Adam, in fp32.
-_BYTES_OF_A_PARAMETER = 3 * 4
+# A parameter's value and its two moments of Adam, in fp32; with bf16 also the value in bf16.
+_BYTES_IN_FP32, _BYTES_IN_BF16 = 3 * 4, 2
 
 
 def tensor_bytes(state: TrainState) -> int:
     """Return the bytes of all tensors in a checkpoint of a run; collective.
 
-    12 bytes a parameter; those that ranks have in common count once. What else a checkpoint has,
+    12 bytes a parameter, 14 with ``training.bf16``; those that ranks have in common count once. What else a checkpoint has,
     about 1 KB a tensor, does not count.
     """
     shards = (
@@ -33,7 +33,8 @@ def tensor_bytes(state: TrainState) -> int:
     )
     own = sum(shard.data.numel() for shard in shards if is_main_replica(shard.replica_id))
     (parameters,) = sum_over_all([float(own)], state.platform)
-    return _BYTES_OF_A_PARAMETER * round(parameters)
+    of_each = _BYTES_IN_FP32 + (_BYTES_IN_BF16 if state.config.training.bf16 else 0)
+    return of_each * round(parameters)
 
 
 class RoomHook(Hook):
