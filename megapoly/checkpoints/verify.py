@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def _joined(parts: Iterator[tuple[str, int, int, int]]) -> dict[str, int]:
 def _num_threads() -> int:
     """Return the threads of this process: the cores that it may use, at most 8.
 
-    Ranks of one host are usually given cores of their own, or share them; more threads than cores
-    cost nothing here.
+    Ranks of one host may share them: more threads than cores cost nothing here.
     """
-    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(_MAX_THREADS, cores)
