@@ -8,11 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from megapoly.checkpoints.run_file import NAME as RUN
 from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import checkpoint_names, complete_checkpoints
-from megapoly.checkpoints.verify import ALONE, Ranks, Verdict, verify
+from megapoly.checkpoints.verify import ALONE, Ranks, Verdict, total_bytes, verify
 from megapoly.errors import CheckpointError
+from megapoly.platform.progress import bytes_bar
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +123,21 @@ def verdict_of(folder: Path, ranks: Ranks = ALONE) -> Verdict:
     key = _state_of_files(folder)
     known = _verdicts.get(key)
     if not all(ranks.gather(known is not None)) or known is None:
-        known = _verdicts[key] = verify(folder, ranks)
+        known = _verdicts[key] = _verify(folder, ranks)
         if not known.is_sealed and not known.damages and ranks.rank == 0:
             logger.warning(
                 "%s is not verified: its run.json has no sizes and CRC-32 of its files", folder
             )
     return known
+
+
+def _verify(folder: Path, ranks: Ranks) -> Verdict:
+    """Verify a checkpoint; rank 0 shows how far it is, on a terminal."""
+    if ranks.rank != 0:
+        return verify(folder, ranks)
+    share, console = total_bytes(folder) // ranks.num_ranks, Console(stderr=True)
+    with bytes_bar(f"verifying {folder}", share, console, transient=True) as advance:
+        return verify(folder, ranks, advance)
 
 
 def _state_of_files(folder: Path) -> tuple[object, ...]:
@@ -149,7 +161,8 @@ def _newest_whole(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, di
         verdict = verdict_of(path, ranks)
         if not verdict.damages:
             return path, damaged
-        damaged[path] = verdict
+        if all(ranks.gather(path.exists())):  # a run that trains deletes old ones
+            damaged[path] = verdict
     return None, damaged
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from megapoly.errors import CheckpointError
 
 _RECIPES = "transformer_engine.common.recipe"
+_RECIPE_OF_ENGINE = ("megatron.core.extensions.transformer_engine", "TEDelayedScaling")
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -52,6 +53,8 @@ class _Unpickler(pickle.Unpickler):
             return _NAMES[module, name]
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _storage
+        if (module, name) == _RECIPE_OF_ENGINE:
+            return super().find_class(module, name)
         found = super().find_class(module, name) if module == _RECIPES and "." not in name else None
         if isinstance(found, type) and found.__module__ == _RECIPES:
             return found

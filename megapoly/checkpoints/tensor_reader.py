@@ -19,7 +19,7 @@ from megapoly.checkpoints.tensor_metadata import read_metadata
 from megapoly.errors import CheckpointError
 
 # Of NumPy's random state. torch knows it as safe, and does not have it in its own list.
-_SAFE = [
+_SAFE: list[Any] = [
     (np.zeros(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
     (np.zeros(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
     np.ndarray,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -114,7 +116,12 @@ def _files(folder: Path) -> tuple[dict[str, tuple[int, str]], Verdict]:
 
 
 def _share(files: dict[str, tuple[int, str]], rank: int, num_ranks: int) -> list[_Piece]:
-    """Return what a rank reads: a run of bytes, if all files are put in a row."""
+    """Return what a rank reads: a run of bytes, if all files are put in a row.
+
+    Files are in the order of the ranks that wrote them, ``__RANK_NUMBER.distcp``: at the same
+    layout a rank verifies about what it loads next, which is then in the memory of its host.
+    """
+    files = dict(sorted(files.items(), key=lambda item: _number(item[0])))
     total = sum(size for size, _ in files.values())
     begin, end = (total * each // num_ranks for each in (rank, rank + 1))
     pieces, position = [], 0
@@ -127,6 +134,11 @@ def _share(files: dict[str, tuple[int, str]], rank: int, num_ranks: int) -> list
             pieces.append(_Piece(file, 0, 0))
         position += size
     return pieces
+
+
+def _number(file: str) -> tuple[int, str]:
+    match = re.match(r"__(\d+)_", file)
+    return (-1 if match is None else int(match[1]), file)
 
 
 def _count(
@@ -185,7 +197,7 @@ def _joined(parts: Iterator[tuple[str, int, int, int]]) -> dict[str, int]:
 def _num_threads() -> int:
     """Return the threads of this process: the cores that it may use, at most 8.
 
-    Ranks of one host are usually given cores of their own, or share them; more threads than cores
-    cost nothing here.
+    Ranks of one host may share them: more threads than cores cost nothing here.
     """
-    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(_MAX_THREADS, cores)

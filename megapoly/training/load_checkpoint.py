@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megapoly.checkpoints.module_state import check_module_state
 from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import complete_checkpoints
 from megapoly.checkpoints.tensor_reader import TensorReader, load_object
+from megapoly.checkpoints.verify import total_bytes
 from megapoly.config import Config, load_yaml
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
@@ -84,15 +86,22 @@ def restore(state: TrainState) -> Path | None:
             f"`checkpoint.resume` is false and {run_dir} has {complete[-1].name}; choose "
             "another `run_dir`, or delete the folder."
         )
-    own = newest_to_resume(run_dir, all_ranks())
-    if own is not None:
-        load_checkpoint(state, own)
-        return own
-    if settings.load is not None:
-        check_whole(Path(settings.load), all_ranks())
-        load_checkpoint(state, Path(settings.load), weights_only=settings.load_weights_only)
-        return Path(settings.load)
-    return None
+    begin = time.monotonic()
+    path, weights_only = newest_to_resume(run_dir, all_ranks()), False
+    if path is None and settings.load is not None:
+        path, weights_only = Path(settings.load), settings.load_weights_only
+        check_whole(path, all_ranks())
+    if path is None:
+        return None
+    verified = time.monotonic()
+    load_checkpoint(state, path, weights_only=weights_only)
+    logger.info(
+        "verified %s MB in %.2f s, loaded in %.2f s",
+        f"{total_bytes(path) / 1e6:,.0f}",
+        verified - begin,
+        time.monotonic() - verified,
+    )
+    return path
 
 
 def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False) -> None:

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_checkpoints import make_checkpoint
@@ -92,6 +93,21 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
     checkpoint_path(tmp_path, 3).mkdir(parents=True)  # the first save was not finished
     assert newest_whole(tmp_path) is None and newest_to_resume(tmp_path) is None
     assert newest_description(tmp_path) == {}
+
+
+def test_one_that_is_deleted_meanwhile_is_not_damaged(
+    run: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the run itself, which trains on."""
+    verify = choose.verify
+
+    def slowly(folder: Path, *args: Any) -> Any:
+        if folder == checkpoint_path(run, 9):
+            shutil.rmtree(folder)
+        return verify(folder, *args)
+
+    monkeypatch.setattr(choose, "verify", slowly)
+    assert newest_whole(run) == checkpoint_path(run, 6) and not caplog.messages
 
 
 def test_a_folder_that_is_named_must_be_whole(run: Path) -> None:

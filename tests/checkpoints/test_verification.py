@@ -155,6 +155,13 @@ def on_ranks(folder: Path, num_ranks: int) -> list[Verdict]:
     return verdicts
 
 
+def test_ranks_verify_their_own_files() -> None:
+    """At the layout that wrote them; in the order of numbers and not of letters."""
+    sizes = {name: (1000, "") for name in sorted(f"__{rank}_0.distcp" for rank in range(16))}
+    for rank in range(16):
+        assert [piece.file for piece in module._share(sizes, rank, 16)] == [f"__{rank}_0.distcp"]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3, 7])
 def test_all_ranks_agree_and_read_every_byte_once(
     checkpoint: Path, num_ranks: int, monkeypatch: pytest.MonkeyPatch

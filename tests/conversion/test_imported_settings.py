@@ -13,6 +13,8 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
+from megapoly.checkpoints.run_file import read_run_file
+from megapoly.checkpoints.seal import seal
 from megapoly.commands import export, generate
 from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.generation import text_settings
@@ -118,6 +120,7 @@ def test_limits_of_a_model_that_was_trained_further(tmp_path):
         text.replace("max_position_embeddings: 64", "max_position_embeddings: 128"): (128, 128),
     }.items():
         path.write_text(config)
+        seal(path.parent, read_run_file(path.parent))
         output = tmp_path / str(limits[0])
         export_model(ExportOptions(tmp_path / "checkpoint", output, skip_parity=True), QUIET)
         found = read(output, "config")["max_position_embeddings"]
@@ -183,6 +186,7 @@ def test_an_export_with_another_tokenizer_has_no_ids_of_the_source(tmp_path, cap
     assert (generation["eos_token_id"], generation["temperature"]) == (0, 0.6)
     # The run's folder is gone: nothing is known of the source but what the configuration has.
     (checkpoint / "tokenizer").rename(tmp_path / "gone")
+    seal(checkpoint, read_run_file(checkpoint))
     assert export.main([*map(str, arguments), str(tmp_path / "without")]) == 0
     assert "does not exist here; if the model was imported" in capsys.readouterr().err
     assert read(tmp_path / "without", "config")["max_position_embeddings"] == 64
