@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,8 @@ from megapoly.evaluation.local_tasks import QUESTION_FILES, missing_files
 from megapoly.evaluation.tasks import TASKS
 
 QUIET = Console(quiet=True)
+# Beside the installed release, by the Makefile.
+OLDER = Path(sys.prefix) / "transformers-4"
 NO_FLAG = {"dtype": "auto", "device": "cpu", "batch_size": 1}
 
 
@@ -131,8 +135,8 @@ def test_pickled_weights(folder, executed, tmp_path, capsys):
     assert was_executed(executed)
     for options in ((), ("--trust-remote-code",)):
         status, _, message = generated(folder, capsys, *options)
-        assert status == 2 and "mkdir" in message
-    with pytest.raises(CheckpointError, match="mkdir"):
+        assert status == 2 and ("mkdir" in message or "pytorch_model.bin" in message)
+    with pytest.raises(CheckpointError, match=r"mkdir|pytorch_model.bin"):
         load_lm(folder, **NO_FLAG)
     assert imported(folder, tmp_path) == 2
     assert "has no *.safetensors" in capsys.readouterr().err
@@ -154,15 +158,13 @@ def test_pickled_weights_beside_others_are_not_opened(folder, executed, tmp_path
 
 
 def add_code(folder, executed):
-    """Add a model class, a tokenizer class and a function that generates, all with code."""
-    (folder / "custom_generate").mkdir()
-    for name in ("modeling_mine.py", "tokenization_mine.py", "custom_generate/generate.py"):
+    """Add classes of a model and of a tokenizer, with code."""
+    for name in ("modeling_mine.py", "tokenization_mine.py"):
         (folder / name).write_text(
             "import os\nfrom transformers import LlamaForCausalLM, PreTrainedTokenizerFast\n"
             f"os.makedirs({str(executed)!r}, exist_ok=True)\n"
             "class Model(LlamaForCausalLM): pass\n"
             "class Tokenizer(PreTrainedTokenizerFast): pass\n"
-            "def generate(inputs, *, model, **options): return inputs\n"
         )
     change(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Model"})
     change(
@@ -177,7 +179,7 @@ def test_code_beside_a_model_that_transformers_knows(folder, executed, tmp_path,
     add_code(folder, executed)
     status, printed, message = generated(folder, capsys)
     assert (status, printed) == text[:2]
-    names = "custom_generate/generate.py, modeling_mine.py, tokenization_mine.py"
+    names = "modeling_mine.py, tokenization_mine.py"
     assert f"is not run ({names}): transformers' own classes open the model" in message
     load_lm(folder, **NO_FLAG)
     load_folder(folder, tmp_path, run_code=False)
@@ -193,7 +195,6 @@ def test_code_beside_a_model_that_transformers_knows(folder, executed, tmp_path,
 
 def test_code_that_a_model_needs(folder, executed, capsys):
     add_code(folder, executed)
-    shutil.rmtree(folder / "custom_generate")
     auto_map = {
         "AutoConfig": "other/repository--conf.Config",
         "AutoModelForCausalLM": "modeling_mine.M",
@@ -206,6 +207,27 @@ def test_code_that_a_model_needs(folder, executed, capsys):
     with pytest.raises(CheckpointError, match="only code of its own opens"):
         load_lm(folder, **NO_FLAG)
     assert not was_executed(executed)
+
+
+def test_a_function_that_generates(folder, executed, tmp_path, capsys):
+    """transformers 4.57 runs it for every model that it opens in a folder of the disk."""
+    path = folder / "custom_generate/generate.py"
+    path.parent.mkdir()
+    path.write_text(
+        f"import os; os.makedirs({str(executed)!r})\n"
+        "def generate(inputs, *, model, **options): return inputs\n"
+    )
+    status, printed, message = generated(folder, capsys)
+    assert (status, printed) == (2, "") and "is not run: custom_generate/generate.py" in message
+    refused = {"match": "replaces how text is generated"}
+    with pytest.raises(CheckpointError, **refused):
+        load_lm(folder, **NO_FLAG)
+    with pytest.raises(CheckpointError, **refused):
+        load_folder(folder, tmp_path, run_code=False)
+    assert imported(folder, tmp_path) == 2
+    assert not was_executed(executed)
+    assert generated(folder, capsys, "--trust-remote-code")[0] == 0
+    assert was_executed(executed)
 
 
 def test_code_of_a_tokenizer(folder, executed, capsys):
@@ -229,6 +251,18 @@ def test_an_export_whose_code_was_changed_is_not_compared(folder, executed, tmp_
     with pytest.raises(CheckpointError, match="no code but what `megapoly export` writes"):
         check_export_parity(tmp_path, folder, torch.float32, 1e-5, QUIET)
     assert not was_executed(executed)
+
+
+@pytest.mark.slow
+def test_the_oldest_release_of_transformers() -> None:
+    """It runs more by itself: ``custom_generate``, and a ``tokenizer_file`` elsewhere."""
+    assert OLDER.is_dir(), f"`make {OLDER}` installs transformers 4.57 for this test"
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": f"{OLDER}{os.pathsep}{Path(__file__).parents[1]}"}
+    finished = subprocess.run(
+        [*command, "-W", "ignore", __file__], env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:]
 
 
 # YAML.

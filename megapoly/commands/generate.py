@@ -46,6 +46,7 @@ def _generate(options: argparse.Namespace) -> int:
     import torch
 
     from megapoly.conversion.bos_rule import bos_rule
+    from megapoly.conversion.checkpoint_reader import checkpoint_of_model
     from megapoly.conversion.transformers_model import load_transformers_model
     from megapoly.platform.device import check_device
 
@@ -54,14 +55,14 @@ def _generate(options: argparse.Namespace) -> int:
 
     check_device("--device", options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    _check_trust(options)
+    checkpoint = checkpoint_of_model(options.model)
+    _check_trust(options, checkpoint)
+    path = checkpoint or options.model
     model, tokenizer = load_transformers_model(
-        options.model, dtype=dtype, device=options.device, run_code=options.trust_remote_code
+        path, dtype=dtype, device=options.device, run_code=options.trust_remote_code
     )
     torch.manual_seed(options.seed)
-    ids = tokenizer(options.prompt, add_special_tokens=bos_rule(options.model) is not False)[
-        "input_ids"
-    ]
+    ids = tokenizer(options.prompt, add_special_tokens=bos_rule(path) is not False)["input_ids"]
     if not ids:  # in training, documents begin after this token
         ids = [tokenizer.eos_token_id]
     prompt = torch.tensor([ids], device=options.device)
@@ -85,15 +86,14 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_trust(options: argparse.Namespace) -> None:
+def _check_trust(options: argparse.Namespace, checkpoint: Path | None) -> None:
     """Refuse an option without effect; name code that is not run."""
-    from megapoly.conversion.checkpoint_reader import checkpoint_of_model
     from megapoly.conversion.folder_code import note_on_code
 
-    is_folder = checkpoint_of_model(options.model) is None
-    if options.trust_remote_code and not is_folder:
-        raise CheckpointError(NO_CODE_TO_TRUST)
-    if is_folder and not options.trust_remote_code and (note := note_on_code(options.model)):
+    if options.trust_remote_code:
+        if checkpoint is not None:
+            raise CheckpointError(NO_CODE_TO_TRUST)
+    elif checkpoint is None and (note := note_on_code(options.model)):
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -195,7 +195,7 @@ def model_config(config: Mapping[str, Any], *, source: str) -> ModelConfig:
             f"imported; it is {kind}."
         )
     if kind == "mistral":
-        config = _MISTRAL_WINDOW | config
+        config = {**_MISTRAL_WINDOW, **config}
     _require(config, source)
     _refuse_unsupported(config, source)
     heads = config["num_attention_heads"]

@@ -55,15 +55,22 @@ def check_code(folder: Path) -> None:
     """Refuse a model that needs code in its folder, before transformers asks on the terminal.
 
     Raises:
-        CheckpointError: neither this package nor transformers has a class for it, or its
-            ``config.json`` names kernels of the hub, which transformers would download and run.
+        CheckpointError: neither this package nor transformers has a class for it, or it has code
+            that releases of transformers run unasked: kernels of the hub that its ``config.json``
+            names (5.24), a function that replaces ``generate`` (4.57).
     """
     config = read_json(folder / "config.json")
+    remedy = f"or add `{TRUST_CODE}` where the command has it."
     if kernels := list(_kernels(config)):
         raise CheckpointError(
             f"`{folder}/config.json` names kernels of the hub, which transformers may download and "
             f"run, and such code is not run: {', '.join(kernels)}. Remove the entry to compute "
-            f"with torch, or add `{TRUST_CODE}`."
+            f"with torch, {remedy}"
+        )
+    if (folder / _GENERATE).is_file():
+        raise CheckpointError(
+            f"`{folder}` replaces how text is generated, and such code is not run: {_GENERATE}. "
+            f"Delete it in a copy of the folder, {remedy}"
         )
     if not code_of_others(folder) or _has_class(config):
         return

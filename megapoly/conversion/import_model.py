@@ -31,6 +31,7 @@ from megapoly.conversion.architecture import max_positions, model_config
 from megapoly.conversion.bos_rule import rule_of_import
 from megapoly.conversion.checkpoint_model import check_finite
 from megapoly.conversion.checkpoint_writer import TensorBlock, write_tensors
+from megapoly.conversion.folder_code import check_code
 from megapoly.conversion.folder_links import check_links
 from megapoly.conversion.imported_settings import settings_of_folder
 from megapoly.conversion.output_folder import output_folder, write_json
@@ -135,6 +136,7 @@ def _write(
     options: ImportOptions, source: SafetensorsReader, folder: Path, console: Console
 ) -> ImportReport:
     original = model_config(source.config, source=str(options.model / "config.json"))
+    check_code(options.model)
     _check_names(source, original)
     model, seed = original, Config().training.seed
     if options.activation is not None:

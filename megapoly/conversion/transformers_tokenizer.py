@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megapoly.data.special_tokens import CONFIG_NAME, read_object
 from megapoly.data.tokenizer import ignore_truncation_and_padding
 
 _PROBE = "a"
@@ -22,15 +23,19 @@ def open_in_transformers(folder: Path, *, run_code: bool) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    arguments = {"local_files_only": True, "trust_remote_code": run_code}
+    arguments: dict[str, Any] = {"local_files_only": True}
+    has_file = (folder / "tokenizer.json").is_file()
+    if has_file and "tokenizer_file" in read_object(folder / CONFIG_NAME):
+        # transformers 4.57 would read the file that this names, wherever it is.
+        arguments["tokenizer_file"] = str(folder / "tokenizer.json")
     tokenizer = None
     # A class that is unknown, needs code or needs a library that is missing.
     with contextlib.ExitStack() as stack:
-        if not run_code and (folder / "tokenizer.json").is_file():
+        if not run_code and has_file:
             stack.enter_context(contextlib.suppress(ImportError, KeyError, OSError, ValueError))
-        tokenizer = AutoTokenizer.from_pretrained(folder, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=run_code, **arguments)
     if tokenizer is None:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **arguments)
     library = getattr(tokenizer, "backend_tokenizer", None)
     if library is not None:
         ignore_truncation_and_padding(library, folder / "tokenizer.json")

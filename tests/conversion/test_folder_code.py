@@ -79,6 +79,8 @@ def test_modules_beside_those_that_are_named(export):
     assert code_of_others(export) == ["custom_generate/generate.py", "helpers.py"]
     change(export / "config.json", auto_map=None, model_type="llama")
     assert code_of_others(export) == ["custom_generate/generate.py"]  # nothing names the others
+    with pytest.raises(CheckpointError, match="replaces how text is generated.*generate.py"):
+        note_on_code(export)
 
 
 def test_a_model_that_nothing_else_opens(export):
