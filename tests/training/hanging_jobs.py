@@ -1,4 +1,4 @@
-"""Jobs whose ranks are processes of their own, with exit statuses, in which one does not advance."""
+"""Jobs whose ranks are processes of their own, of which one stops advancing."""
 
 from __future__ import annotations
 

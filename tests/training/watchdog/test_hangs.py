@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hanging_jobs as jobs
 import pytest
+from processes import wait_until
 
 from megapoly.platform.launcher import HUNG
 from megapoly.training.watchdog.evidence import Report, process
@@ -65,8 +66,7 @@ def test_one_process_alone_whose_data_worker_is_stopped(tmp_path) -> None:
     stack = (folder_of(tmp_path) / "rank_0.stack").read_text()
     assert "/torch/utils/data/dataloader.py" in stack
     worker = stack.rpartition("pt_data_worker, pid ")[2].partition(",")[0]
-    its = process(int(worker))
-    assert its is None or its.state == "Z"
+    wait_until(lambda: (its := process(int(worker))) is None or its.state == "Z")
 
 
 def test_a_data_worker_that_hangs_has_its_stack_written(tmp_path) -> None:
