@@ -50,7 +50,7 @@ def test_a_rank_that_never_reaches_its_collective(tmp_path, layout, num_ranks, b
 
 def test_a_stopped_rank_of_a_pipeline(tmp_path) -> None:
     ended = jobs.run(tmp_path, PIPELINE, 2, jobs.hang_in_step, 1, jobs.stop)
-    assert ended.statuses == [HUNG, -9]  # a stopped process can only be killed
+    assert ended.statuses == [HUNG] * 2  # continued, and ended before it goes on
     (line,) = hang_lines(ended)
     assert "rank 1 (pid " in line and " is behind: stopped by SIGSTOP" in line
     assert "rank 0 waits in send_forward" in line
