@@ -52,6 +52,10 @@ class PeerError(MegapolyError):
     """Another process of the job failed or did not respond in time."""
 
 
+class LostPeerError(PeerError):
+    """Another process of the job ended in the middle of the run, or stopped answering."""
+
+
 class ShapeError(MegapolyError, ValueError):
     """A tensor has a shape that the operator does not support."""
 

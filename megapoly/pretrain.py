@@ -19,6 +19,7 @@ from megapoly.errors import (
     DataError,
     DivergenceError,
     LaunchError,
+    LostPeerError,
     MegapolyError,
     PeerError,
 )
@@ -46,9 +47,11 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         program: name to show in the help.
 
     Returns:
-        Exit status: 0 when the run is complete or was requested to stop, 2 when the configuration,
-        the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
-        the loss is not finite or spikes end the run (one process of each host says why).
+        Exit status: 0 when the run is complete or was requested to stop, 1 after another error, 2
+        when the configuration, the data or a checkpoint cannot be used,
+        :data:`~megapoly.platform.launcher.DIVERGED` when the loss is not finite or spikes end the
+        run (one process of each host says why). A run that hangs ends with
+        :data:`~megapoly.platform.launcher.HUNG`.
     """
     if launcher.is_torchrun():
         die_with_parent()
@@ -72,7 +75,13 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
                 print(error, file=sys.stderr)
             elif of_one_process or (second and isinstance(error, PeerError)):
                 print(f"rank {launcher.rank()}: {error}", file=sys.stderr)
+        if isinstance(error, LostPeerError):
+            return 1
         return launcher.DIVERGED if isinstance(error, DivergenceError) else 2
+    except BaseException as error:
+        if getattr(error, "is_shown", False):  # by `shown_once`, with its stack trace
+            return 1
+        raise
     status_file = os.environ.get(launcher.STATUS_FILE)
     if is_first_of_host and status_file is not None:
         Path(status_file).write_text(launcher.COMPLETE if complete else launcher.STOPPED)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -217,7 +218,8 @@ class RankZeroFirst:
                 wait_for_peers(self._store, "left", self._world_size, timeout_s=_FAREWELL_S)
 
     def _tell(self, error: BaseException) -> None:
-        text = str(error) if isinstance(error, MegapolyError) else repr(error)
+        brief = traceback.format_exception_only(error)
+        text = str(error) if isinstance(error, MegapolyError) else "".join(brief).strip()
         if self._store.add("failures", 1) == 1:
             self._store.set("failure", f"rank {self._rank}: {text}")
             # The first process of a host reports errors, but it may hang and never read this one.

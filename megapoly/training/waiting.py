@@ -40,7 +40,7 @@ class Waiting:
         def measured(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
             return self._measured(wait, work, *args, **kwargs)
 
-        dist.Work.wait = measured  # type: ignore[method-assign]
+        dist.Work.wait = measured  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:

@@ -34,6 +34,19 @@ CASES: list[dict[str, Any]] = [
         right={"model.transformer_engine": False},
     ),
     dict(
+        rule="hang_is_seen_before_collectives_fail",
+        wrong={"parallel.hang_timeout_s": 481.0, "world_size": 2},
+        words=["`parallel.hang_timeout_s` (481)", "at most 80 %", "480 s", "raise the second"],
+        right={"parallel.hang_timeout_s": 480.0, "world_size": 2},
+    ),
+    dict(
+        rule="hang_is_seen_before_collectives_fail",
+        wrong={"parallel.hang_timeout_s": 49.0, "world_size": 2}
+        | {"parallel.distributed_timeout_minutes": 1.0},
+        words=["(1), 48 s"],
+        right={"parallel.hang_timeout_s": 481.0, "world_size": 1},
+    ),
+    dict(
         rule="loading_is_possible",
         wrong={"checkpoint.load_weights_only": True},
         words=["(True)", "`checkpoint.load` (null)"],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megapoly.platform.launcher import HUNG
 from megapoly.testing import run_job
 from megapoly.testing.jobs import shared_cache
 
@@ -234,3 +235,34 @@ def test_two_hosts_stop_together(tmp_path, hosts, one_host):
     steps = results(run_dir)
     assert checkpoint.name == f"iter_{len(steps):07d}"
     assert steps[:STEPS] == one_host[: len(steps)]
+
+
+def pid_of_rank(host):
+    """Return the process on a host that trains; the launcher and the watcher have no such name."""
+    for pid in run("ip", "netns", "pids", host.namespace).split():
+        command = Path("/proc", pid, "cmdline").read_bytes().split(b"\0")
+        variables = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+        if any(each.startswith(b"RANK=") for each in variables) and (
+            "megapoly.training.watchdog.watcher" not in (part.decode() for part in command)
+        ):
+            return int(pid)
+    raise AssertionError(f"no rank on {host.name}")
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_hang_is_explained_on_both_hosts(tmp_path, hosts, behind):
+    """The watchers meet in the run folder; a hang has its status on each host."""
+    run_dir = tmp_path / "run"
+    options = OPTIONS | LAYOUT | {"training.train_iters": 100_000, "parallel.hang_timeout_s": 20}
+    start(hosts, "megapoly-launch", run_dir, options)
+    wait_until(lambda: len(results(run_dir)) >= 3, hosts)
+    stopped = pid_of_rank(hosts[behind])
+    os.kill(stopped, signal.SIGSTOP)
+    assert [host.process.wait() for host in hosts] == [HUNG, HUNG]
+    for host in hosts:
+        (line,) = [line for line in host.log.read_text().splitlines() if line[:6] == "hang: "]
+        name = hosts[behind].name
+        assert f"rank {behind} (pid {stopped} on {name}) is behind: stopped by SIGSTOP" in line
+        assert f"; rank {1 - behind} waits in " in line and "of 2 of 2 ranks are in" in line
+    (folder,) = (run_dir / "diagnostics").iterdir()
+    assert "in run_schedule" in (folder / f"rank_{1 - behind}.stack").read_text()

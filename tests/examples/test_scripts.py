@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 from processes import num_lines, wait_until
 from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megapoly.commands import launch
-from megapoly.platform.launcher import COMPLETE, DIVERGED, STATUS_FILE, STOPPED
+from megapoly.platform.launcher import (
+    COMPLETE,
+    DIVERGED,
+    HUNG,
+    STATUS_FILE,
+    STATUS_HUNG,
+    STOPPED,
+)
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -131,6 +139,23 @@ def test_launcher_distinguishes_a_stopped_run_from_a_complete_one(monkeypatch, e
     assert launch.main(["job.py"]) == 0
     monkeypatch.setenv("MEGAPOLY_STOPPED_STATUS", "75")
     assert launch.main(["job.py"]) == expected
+
+
+@pytest.mark.parametrize("cause", ["failed", "signal"])
+def test_launcher_has_the_status_of_a_hang(monkeypatch, capsys, cause):
+    """Whether the watcher ended the worker, killed it, or a signal came at the same time."""
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=-9, error_file="")
+    errors = {"failed": ChildFailedError("job", {1: failure}), "signal": SignalException("15", 15)}
+
+    def run(arguments):
+        Path(os.environ[STATUS_FILE]).write_text(STATUS_HUNG)
+        raise errors[cause]
+
+    monkeypatch.setattr(launch, "torchrun", run)
+    monkeypatch.setenv(STATUS_FILE, "restored after the test")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    assert launch.main(["job.py"]) == HUNG == 4
+    assert capsys.readouterr().err == ""  # the watcher has said it
 
 
 def test_launcher_refuses_what_is_no_status(monkeypatch, capsys):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
-from megapoly.errors import CheckpointError, DivergenceError, MegapolyError, PeerError
+from megapoly.errors import (
+    CheckpointError,
+    DivergenceError,
+    LostPeerError,
+    MegapolyError,
+    PeerError,
+)
 from megapoly.training import failures
 
+CLOSED = RuntimeError(
+    "[a/pair.cc:553] Connection closed by peer [127.0.0.1]:8085. This is typically caused by a "
+    "remote worker crashing."
+)
 MISSING = CheckpointError("`iter_0000010/part_1` is missing")
 
 
@@ -30,6 +39,22 @@ def shown(
         with pytest.raises(type(error)), failures.shown_once(store):
             raise error
     assert not isinstance(error, MegapolyError) or error.is_shown
+    return capsys.readouterr().err
+
+
+def lost(
+    store: dist.Store, capsys: pytest.CaptureFixture[str], rank: int, error: Exception = CLOSED
+) -> str:
+    """What rank R prints whose collective raises an error because of another rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setenv("LOCAL_RANK", str(rank % 2))
+        with pytest.raises(LostPeerError) as caught, failures.shown_once(store):
+            try:
+                raise error
+            except RuntimeError as inner:  # as the engine does while it saves
+                raise ValueError("saving failed") from inner
+    assert caught.value.is_shown
     return capsys.readouterr().err
 
 
@@ -86,8 +111,36 @@ def test_a_store_that_is_gone(monkeypatch, capsys) -> None:
     assert shown(Gone(), capsys, 1, MISSING) == f"rank 1: {MISSING}\n"
 
 
-def test_other_errors_have_their_stack_trace_alone(store, capsys) -> None:
-    assert shown(store, capsys, 1, RuntimeError("a defect")) == ""
-    with contextlib.nullcontext(), failures.shown_once(store):
+def test_other_errors_have_their_stack_trace_before_what_follows_from_them(store, capsys) -> None:
+    printed = shown(store, capsys, 1, RuntimeError("a defect"))
+    assert printed.startswith(
+        "rank 1: RuntimeError: a defect\nTraceback (most recent call last):\n"
+    )
+    assert printed.count("Traceback") == 1 and printed.endswith("RuntimeError: a defect\n")
+    # Ranks that lose it add nothing on that host; one of another host says which rank failed.
+    assert lost(store, capsys, 0) == ""
+    assert lost(store, capsys, 3) == "rank 3: rank 1 failed: RuntimeError: a defect\n"
+    assert lost(store, capsys, 2) == ""
+
+
+def test_a_process_that_ends_without_a_message_is_noticed_once(store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE_S", 0.0)
+    printed = lost(store, capsys, 1)
+    assert printed.startswith("rank 1: another rank ended without a message")
+    assert printed.endswith("(Connection closed by peer [127.0.0.1]:8085)\n")
+    assert lost(store, capsys, 0) == ""
+
+
+def test_a_collective_that_waits_too_long_names_the_option(store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE_S", 0.0)
+    late = "[a/unbound_buffer.cc:81] Timed out waiting 60000ms for recv operation to complete"
+    printed = lost(store, capsys, 0, RuntimeError(late))
+    assert "`parallel.distributed_timeout_minutes`" in printed and "60000ms" in printed
+
+
+def test_nothing_is_shown_without_an_error(store, capsys) -> None:
+    with failures.shown_once(store):
         pass
-    assert not store.check(["first failure"])
+    with pytest.raises(KeyboardInterrupt), failures.shown_once(store):
+        raise KeyboardInterrupt
+    assert not store.check(["first failure"]) and capsys.readouterr().err == ""

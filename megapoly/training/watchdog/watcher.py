@@ -243,18 +243,15 @@ class Watcher:
         _die_with_parent(0)  # its processes are killed after it
         with contextlib.suppress(OSError):
             self._talk.sendall(END)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(watched.pid, signal.SIGCONT)  # a stopped process reads its end, and ends
         deadline = time.monotonic() + _ANSWER_S
-        its = evidence.process(watched.pid)
-        # A stopped process cannot answer.
-        while its is not None and its.state.upper() not in (evidence.STOPPED, "Z"):
-            if time.monotonic() > deadline:
-                break
+        while _is_alive(watched.pid) and time.monotonic() < deadline:
             time.sleep(0.05)
-            its = evidence.process(watched.pid)
-        if its is not None and its.state != "Z":
-            _kill(its)
+        if _is_alive(watched.pid):
+            _kill(watched.pid)
         for worker in workers:
-            _kill(worker)
+            _kill(worker.pid)
 
 
 def line(report: Report) -> str:
@@ -302,9 +299,14 @@ def _read(folder: Path, ranks: set[int]) -> dict[int, Report]:
     return found
 
 
-def _kill(process: evidence.Process) -> None:
+def _is_alive(pid: int) -> bool:
+    its = evidence.process(pid)
+    return its is not None and its.state != "Z"
+
+
+def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
 
 def _die_with_parent(number: int) -> None:
