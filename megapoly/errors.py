@@ -36,6 +36,10 @@ class CheckpointError(MegapolyError):
     """A checkpoint is missing, incomplete or does not fit the model."""
 
 
+class LockError(MegapolyError):
+    """Another job trains in the same folder."""
+
+
 class DivergenceError(MegapolyError):
     """A loss or the gradient of a step is not finite, or a spike that ends the run."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -22,7 +23,9 @@ from megapoly.errors import (
     PeerError,
 )
 from megapoly.platform import extras, launcher
+from megapoly.platform.files import free_space, write_text
 from megapoly.platform.logs import configure_logging
+from megapoly.platform.processes import die_with_parent
 
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
@@ -47,6 +50,8 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
         the loss is not finite or spikes end the run (one process of each host says why).
     """
+    if launcher.is_torchrun():
+        die_with_parent()
     try:
         launcher.check(with_address=False)
     except LaunchError as error:
@@ -122,8 +127,9 @@ def pretrain(config: Config) -> bool:
 
     Raises:
         ConfigError: ``run_dir`` cannot be made or written to.
+        LockError: another job trains in ``run_dir``.
     """
-    if launcher.rank() == 0:
+    if not launcher.is_launched():  # otherwise later, to tell the other processes
         _make(Path(config.run_dir))
     from megapoly.platform.device import select_platform
 
@@ -143,22 +149,24 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
 
-    with process_group(config, platform) as store, shown_once(store):
+    with ExitStack() as held, process_group(config, platform) as store, shown_once(store):
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
+            if is_rank_zero():
+                held.enter_context(_run_folder(config))
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
         with model_groups(config):
             state = build_state(config, platform, corpus)
             loaded = restore(state)
-            if is_rank_zero():
-                (Path(config.run_dir) / "config.yaml").write_text(to_yaml(config))
             num_devices = dist.get_world_size()
             with Reporter(state, num_devices=num_devices, enabled=is_rank_zero()) as reporter:
                 reporter.message(_summary(config, platform.describe(), num_devices))
                 for line in _data_lines(config, corpus):
                     reporter.message(line)
                 reporter.begin()
+                if is_rank_zero():
+                    _write_config(config, reporter)
                 if loaded is not None:
                     at = f"at step {state.iteration}" if state.iteration else "its weights alone"
                     reporter.message(f"loaded {loaded}, {at}")
@@ -169,15 +177,48 @@ def pretrain(config: Config) -> bool:
     return state.iteration >= state.train_iters
 
 
-def _make(run_dir: Path) -> None:
+def _make(folder: Path) -> None:
+    """Make a folder if it does not exist, and check that files can be made in it."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn the system's reason why a folder cannot be written into a sentence."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=run_dir).close()
+        yield
     except OSError as error:
         problem = (
-            f"`run_dir` ({run_dir}) cannot be written: {error.strerror}; choose another folder"
+            f"`run_dir` ({folder}) cannot be written: {error.strerror}; {free_space(folder)}; "
+            "make room or choose another folder"
         )
         raise ConfigError([problem]) from error
+
+
+@contextmanager
+def _run_folder(config: Config) -> Iterator[None]:
+    """Lock the folder for this job, and delete what a killed one left there before all else."""
+    from megapoly.checkpoints.run_folder import checkpoints_folder, delete_unfinished
+    from megapoly.training.run_lock import sole_job
+
+    run_dir = Path(config.run_dir)
+    _make(run_dir)
+    with ExitStack() as held:
+        with _explained(run_dir):
+            held.enter_context(sole_job(run_dir))
+            delete_unfinished(run_dir)
+        if config.checkpoint.save:
+            _make(checkpoints_folder(run_dir))
+        yield
+
+
+def _write_config(config: Config, reporter: Reporter) -> None:
+    try:
+        write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
+    except DataError as error:  # each checkpoint has its own copy
+        reporter.message(f"warning: {error}")
 
 
 def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
@@ -185,6 +226,7 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
+    from megapoly.training.room import RoomHook
 
     logging = state.config.logging
     checkpoints = CheckpointHook(state, reporter.message)
@@ -200,8 +242,10 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
     if logging.tensorboard and is_rank_zero():
         from megapoly.training.tensorboard import TensorBoardHook
 
-        hooks.append(TensorBoardHook(state))
+        hooks.append(TensorBoardHook(state, reporter.message))
     hooks.append(checkpoints)
+    if state.config.checkpoint.save:
+        hooks.append(RoomHook(state, reporter.message))
     return hooks
 
 

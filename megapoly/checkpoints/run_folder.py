@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 _FOLDER = "checkpoints"
 _NAME = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoints_folder(run_dir: str | Path) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(run_dir) / _FOLDER
 
 
 def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:
@@ -20,28 +26,29 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
 
     ``run.json`` is written last, so a checkpoint that has it is complete.
     """
-    found = [path.parent for path in (Path(run_dir) / _FOLDER).glob("iter_*/run.json")]
+    return [path for path in checkpoint_names(run_dir) if os.path.exists(path / "run.json")]
+
+
+def checkpoint_names(run_dir: str | Path) -> list[Path]:
+    """Return everything with a checkpoint's name in a run, oldest first, complete or not."""
+    found = (Path(run_dir) / _FOLDER).glob("iter_*")
     by_step = {int(match[1]): path for path in found if (match := _NAME.fullmatch(path.name))}
     return [path for _, path in sorted(by_step.items())]
+
+
+def delete_unfinished(run_dir: str | Path) -> None:
+    """Delete what jobs that were killed left of checkpoints, which may fill a disk.
+
+    Raises:
+        OSError: a file cannot be deleted.
+    """
+    for folder in (Path(run_dir) / _FOLDER).glob(".iter_*.partial"):
+        shutil.rmtree(folder)
 
 
 def step_of(checkpoint: Path) -> int:
     """Return the step after which a checkpoint of :func:`complete_checkpoints` was saved."""
     return int(checkpoint.name.removeprefix("iter_"))
-
-
-def newest_ordinary(run_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint before which no loss was unusual; None without one.
-
-    Its ``run.json`` says so. One that cannot be read is not such a checkpoint.
-    """
-    for path in reversed(complete_checkpoints(run_dir)):
-        try:
-            if json.loads((path / "run.json").read_text()).get("is_ordinary", True):
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -19,6 +19,7 @@ from typing import ParamSpec
 from megapoly.errors import LaunchError
 from megapoly.platform import extras, launcher
 from megapoly.platform.logs import discard_output
+from megapoly.platform.processes import die_with_parent
 
 P = ParamSpec("P")
 
@@ -79,6 +80,7 @@ COMMANDS = {
         takes_overrides=True,
     ),
     "generate": Command("generate", "let a model continue a text", needs=_HUGGING_FACE),
+    "verify": Command("verify", "compare the files of checkpoints with their CRC-32"),
     "plan": Command(
         "plan",
         "estimate memory, communication and time of a job",
@@ -174,6 +176,8 @@ def run(name: str, argv: Sequence[str]) -> int:
         launcher's variables cannot be used; that of SIGPIPE as of :func:`main`.
     """
     command = COMMANDS[name]
+    if launcher.is_torchrun():
+        die_with_parent()
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
     try:
         launcher.check(with_address=False)

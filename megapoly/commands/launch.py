@@ -26,11 +26,14 @@ import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from subprocess import Popen
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser
 from torch.distributed.run import main as torchrun
@@ -38,6 +41,7 @@ from torch.distributed.run import main as torchrun
 from megapoly.commands import ends_with_its_reader
 from megapoly.errors import MegapolyError
 from megapoly.platform.launcher import JOIN_TIMEOUT, STATUS_FILE, STOPPED
+from megapoly.platform.processes import dying_with_this_process
 from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
 
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
@@ -71,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
+    subprocess_handler.Popen = partial(Popen, preexec_fn=dying_with_this_process())  # type: ignore[assignment,misc]
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)

@@ -387,6 +387,8 @@ class CheckpointConfig:
     Args:
         save: save checkpoints (also at the end and on SIGTERM or Ctrl-C).
         save_interval: steps between checkpoints (0: only at the end and when stopped).
+        async_save: write checkpoints in the background while the run trains on, except the last;
+            false: the run waits.
         keep: number of newest checkpoints to keep (0: all).
         resume: resume from the newest complete checkpoint of ``run_dir`` if it has one; false:
             refuse a ``run_dir`` that has one.
@@ -401,6 +403,7 @@ class CheckpointConfig:
 
     save: bool = True
     save_interval: int = 0
+    async_save: bool = True
     keep: int = 2
     resume: bool = True
     load: str | None = None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     TensorStorageMetadata,
@@ -16,7 +14,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.choose import check_whole, newest_whole
+from megapoly.checkpoints.run_file import DamageError, read_run_file
+from megapoly.checkpoints.tensor_reader import TensorReader
+from megapoly.checkpoints.verify import ALONE, Ranks
 from megapoly.config import Config, load_yaml
 from megapoly.errors import CheckpointError
 
@@ -38,11 +39,8 @@ class CheckpointReader:
     def __init__(self, path: Path):
         self.path = path
         self.config, self.run = read_description(path)
-        self._reader = FileSystemReader(path)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{path} has no readable tensors: {error!r}") from error
+        self._reader = TensorReader(path)
+        metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: entry
@@ -142,11 +140,9 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
         CheckpointError: ``path`` is not a complete checkpoint.
     """
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = read_run_file(path)
         config = load_yaml(path / "config.yaml")
-        if not isinstance(run, dict):
-            raise ValueError("run.json is not an object")
-    except (OSError, ValueError) as error:
+    except (DamageError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give a run that has one, or the "
             "path of an `iter_*` folder, such as runs/NAME/checkpoints/iter_0000100."
@@ -154,20 +150,27 @@ def read_description(path: Path) -> tuple[Config, dict[str, Any]]:
     return config, run
 
 
-def find_checkpoint(path: Path) -> Path | None:
-    """Return ``path`` if it is a checkpoint, the newest one if it is a run, else None."""
-    if (path / "run.json").is_file():
+def find_checkpoint(path: Path, ranks: Ranks = ALONE) -> Path | None:
+    """Return ``path`` if it is a checkpoint, the newest whole one if it is a run, else None.
+
+    The checkpoint is verified, once in a process. Collective if there are several ranks.
+
+    Raises:
+        CheckpointError: ``path`` is a damaged checkpoint, or a run with no other.
+    """
+    if (path / "run.json").exists():
+        check_whole(path, ranks)
         return path
-    return next(reversed(complete_checkpoints(path)), None)
+    return newest_whole(path, ranks)
 
 
-def checkpoint_of_model(path: Path) -> Path | None:
+def checkpoint_of_model(path: Path, ranks: Ranks = ALONE) -> Path | None:
     """Return the checkpoint that a path names; None if it is a Hugging Face folder.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: it is neither, or :func:`find_checkpoint` raises.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, ranks)
     if checkpoint is None and not (path / "config.json").is_file():
         raise CheckpointError(
             f"`{path}` is not a model. Give a checkpoint (a complete `iter_*` folder has a "

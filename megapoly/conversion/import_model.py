@@ -16,6 +16,8 @@ from torch import Tensor
 
 import megapoly
 from megapoly.activations import registry
+from megapoly.checkpoints.run_file import read_run_file
+from megapoly.checkpoints.seal import seal
 from megapoly.config import Config, ModelConfig, to_yaml
 from megapoly.config.data_sources import tokenizer_file
 from megapoly.config.rules import find_problems
@@ -119,6 +121,7 @@ def import_model(options: ImportOptions, console: Console) -> ImportReport:
         with SafetensorsReader(options.model) as source:
             report = _write(options, source, folder, console)
         write_json(folder / "import.json", report.to_dict())
+        seal(folder, read_run_file(folder))  # again, with import.json
         if report.parity is not None:
             report.parity.raise_if_different("import.json")
     return report
@@ -144,7 +147,7 @@ def _write(
     report = dataclasses.replace(report, notes=notes)
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "recipe.yaml").write_text(_recipe(config, options.output.resolve()))
-    write_json(folder / "run.json", _run_description(options) | {"add_bos": add_bos})
+    seal(folder, _run_description(options) | {"add_bos": add_bos})
     if options.skip_parity or options.activation is not None:
         return dataclasses.replace(report, skipped=options.skip_parity)
     result = check_import_parity(folder, options.model, dtype, options.tolerance, console)

@@ -8,6 +8,8 @@ size.
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from megapoly.data.sample_order import EpochOrder, Order
 from megapoly.data.samples import SamplePool
 from megapoly.errors import ConfigError
+from megapoly.platform.processes import die_with_parent
 
 Batch = dict[str, Tensor]
 
@@ -161,10 +164,11 @@ def _data_loader(
         pin_memory=pin_memory,
         # Every new iterator draws a number; from the global generator, that would change dropout.
         generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=functools.partial(_begin_worker, os.getpid()),
     )
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C also reaches the workers, and the main process needs them until it has saved."""
+def _begin_worker(parent: int, worker: int) -> None:
+    """End with the main process, and not by Ctrl-C: it needs its workers until it has saved."""
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

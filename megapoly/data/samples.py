@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megapoly.data.cache_files import built_once
 from megapoly.data.token_file_checks import outside_vocabulary
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
@@ -52,18 +53,20 @@ class PackedDataset(GPTDataset):
         """Return document order, bounds of the samples, and sample order (ascending)."""
         folder = Path(self.config.path_to_cache) / "samples" / self.unique_description_hash
         paths = [folder / "documents.npy", folder / "bounds.npy"]
-        if not all(path.is_file() for path in paths):
-            documents = self.indices
-            if self.index_split == Split.train:
-                documents = np.random.RandomState(self.config.random_seed).permutation(documents)
-            bounds = sample_bounds(
-                self.dataset.sequence_lengths[documents],
-                self.config.sequence_length,
-                keep_partial=self.index_split == Split.valid,
-            )
-            _save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
+        built_once(paths, folder / "sums.json", lambda: self._build_index(paths))
         documents, bounds = (np.load(path, mmap_mode="r") for path in paths)
         return documents, bounds, range(len(bounds) - 1)
+
+    def _build_index(self, paths: list[Path]) -> None:
+        documents = self.indices
+        if self.index_split == Split.train:
+            documents = np.random.RandomState(self.config.random_seed).permutation(documents)
+        bounds = sample_bounds(
+            self.dataset.sequence_lengths[documents],
+            self.config.sequence_length,
+            keep_partial=self.index_split == Split.valid,
+        )
+        _save_arrays(dict(zip(paths, (documents, bounds), strict=True)))
 
 
 class SamplePool(Dataset[dict[str, Tensor]]):

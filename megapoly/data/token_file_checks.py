@@ -7,15 +7,19 @@ compares them with the manifest, if it exists, and token ids with the vocabulary
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from megapoly.data.cache_files import read_cached_object
 from megapoly.data.manifest import PairRecord, find_manifest, read_manifest
 from megapoly.data.token_files import TokenFile, negative_id, open_token_file, pair_paths
 from megapoly.errors import DataError
 from megapoly.platform.files import write_text
+
+logger = logging.getLogger(__name__)
 
 _BLOCKS = 64
 _BLOCK_BYTES = 1 << 20
@@ -142,12 +146,15 @@ def _tokenizer_warnings(token_file: TokenFile, theirs: str, ours: str) -> list[s
 
 def _sampled_extremes(token_file: TokenFile, cache_dir: Path) -> Extremes:
     kept = cache_dir / "token_ids" / f"{token_file.fingerprint}.json"
-    found = json.loads(kept.read_text()) if kept.is_file() else {}
-    if "lowest_sampled_id" not in found:
+    found = read_cached_object(kept)
+    lowest, highest = found.get("lowest_sampled_id"), found.get("highest_sampled_id")
+    if not (isinstance(lowest, int) and isinstance(highest, int)):
+        if kept.is_file():
+            logger.warning("%s is damaged; it is built again", kept)
         lowest, highest = _extremes_of_blocks(token_file)
         found = {"lowest_sampled_id": lowest, "highest_sampled_id": highest}
         write_text(kept, json.dumps(found) + "\n")
-    return int(found["lowest_sampled_id"]), int(found["highest_sampled_id"])
+    return lowest, highest
 
 
 def _extremes_of_blocks(token_file: TokenFile) -> Extremes:

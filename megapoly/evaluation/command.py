@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.checkpoints.verify import ALONE
 from megapoly.config.command_line import check_can_write
 from megapoly.conversion.checkpoint_reader import checkpoint_of_model
 from megapoly.errors import EvaluationError
@@ -22,6 +23,7 @@ from megapoly.evaluation.harness import (
 from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
 from megapoly.evaluation.perplexity import report_perplexity
+from megapoly.evaluation.ranks import MeetingRanks
 from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, EvaluationRequest, find_problems
 from megapoly.evaluation.results import TaskResults, as_json, write_results
 from megapoly.evaluation.results_table import show_results
@@ -51,8 +53,10 @@ def evaluate(request: EvaluationRequest) -> None:
         MegapolyError: something cannot be evaluated. In a job of several processes all raise, or
             are stopped by their launcher.
     """
-    checkpoint = checkpoint_of_model(request.model)
     num_processes = launcher.world_size()
+    meeting = MeetingRanks() if num_processes > 1 else None
+    ranks = ALONE if meeting is None else meeting.ranks()
+    checkpoint = checkpoint_of_model(request.model, ranks)
     problems = list(find_problems(request, checkpoint, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
@@ -90,7 +94,9 @@ def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None
         add_bos=request.add_bos,
     )
     dtype = str(lm.model.dtype).removeprefix("torch.")
-    model = _entry(request, dtype=dtype, device=device, add_bos=lm.adds_bos)
+    model = _entry(
+        request, checkpoint or request.model, dtype=dtype, device=device, add_bos=lm.adds_bos
+    )
     with _answers_bar() as on_progress:
         tasks = _run_tasks(request, lm, on_progress)
     _show(request, tasks)
@@ -169,6 +175,7 @@ def _engine_entry(request: EvaluationRequest, loaded: LoadedCheckpoint) -> dict[
     config = loaded.model.config
     return _entry(
         request,
+        loaded.path,
         dtype="bfloat16" if config.training.bf16 else "float32",
         device=loaded.model.platform.device.type,
         add_bos=_adds_bos(request, loaded),
@@ -179,10 +186,12 @@ def _adds_bos(request: EvaluationRequest, loaded: LoadedCheckpoint) -> bool:
     return loaded.add_bos if request.add_bos is None else request.add_bos
 
 
-def _entry(request: EvaluationRequest, *, dtype: str, device: str, add_bos: bool) -> dict[str, Any]:
+def _entry(
+    request: EvaluationRequest, path: Path, *, dtype: str, device: str, add_bos: bool
+) -> dict[str, Any]:
     """Return how the figures were computed, for the JSON."""
     entry = {
-        "path": str((checkpoint_of_model(request.model) or request.model).resolve()),
+        "path": str(path.resolve()),
         "dtype": dtype,
         "device": device,
         "num_processes": launcher.world_size(),

@@ -60,7 +60,7 @@ def load_lm(
         tokenizer,
         batch_size=batch_size,
         trained_here=checkpoint is not None or is_export(path),
-        add_bos=bos_rule(path) if add_bos is None else add_bos,
+        add_bos=bos_rule(checkpoint or path) if add_bos is None else add_bos,
     )
 
 

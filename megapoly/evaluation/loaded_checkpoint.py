@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megapoly.checkpoints.choose import check_whole
 from megapoly.config import Config
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.evaluation.checkpoint_config import configure_evaluation
@@ -78,13 +79,14 @@ def loaded_checkpoint(
 
     from megapoly.data.corpus import load_validation
     from megapoly.data.tokenizer import load_tokenizer
-    from megapoly.training.distributed import model_groups, process_group
+    from megapoly.training.distributed import all_ranks, model_groups, process_group
     from megapoly.training.load_checkpoint import read_position
     from megapoly.training.model_only import load_model
     from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 
     position = read_position(path)
     with process_group(config, platform) as store:
+        check_whole(path, all_ranks())
         validation: dict[str, SamplePool] = {}
         warnings: list[str] = []
         with RankZeroFirst.of_job(store, config) as rank_zero_first:

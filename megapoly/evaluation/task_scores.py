@@ -43,7 +43,7 @@ class TaskHook(Hook):
         training = self._state.config.training
         if step.stop or not is_due(self._state, training.eval_tasks_interval):
             return
-        self._checkpoints.save_if_due()
+        self._checkpoints.save_if_due(wait=True)
         try:
             scores = task_scores(
                 self._state,

@@ -7,6 +7,7 @@ The engine is written for CUDA.
   device.
 - :func:`install_on_every_device` changes recomputation, for PolyNorm, and saving.
 - :func:`install_with_transformer_engine` changes recomputation in FP8.
+- :func:`read_checkpoints_with` changes what reads checkpoints.
 
 Each function below names the places in ``megatron/core/`` that make it necessary. What a dry run
 replaces for its duration is in ``megapoly/preflight/planning``, ``fake_job.py`` and
@@ -117,11 +118,38 @@ def _saving_starts_no_manager() -> None:
     """Replace the process that dist_checkpointing/strategies/filesystem_async.py:51 starts.
 
     It manages a queue and imports torch on every rank, 2.4 s of a first save with 2 ranks on 2
-    cores. Only saving in the background needs it; here the rank that fills the queue empties it.
+    cores, and outlives a rank that is killed. Only the engine's own writers need it:
+    :mod:`megapoly.training.checkpoint_files` has another, which leaves this queue empty.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._get_write_results_queue = functools.cache(queue.Queue)
+
+
+def read_checkpoints_with(reader: type[Any], load_object: Callable[[Any], Any]) -> None:
+    """Replace what unpickles when the engine loads a checkpoint; idempotent.
+
+    dist_checkpointing/strategies/torch.py:758 makes a reader that unpickles ``.metadata``, and its
+    planner (:484) inherits ``load_bytes``, which unpickles objects: torch 2.13,
+    distributed/checkpoint/filesystem.py:930 and default_planner.py:387.
+
+    Args:
+        reader: a ``FileSystemReader`` that caches its metadata.
+        load_object: returns the object in a stream.
+    """
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from torch.distributed.checkpoint._nested_dict import set_element
+
+    def load_bytes(self: Any, read_item: Any, value: Any) -> None:
+        name, loaded = read_item.dest_index.fqn, load_object(value)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
+
+    strategies.CachedMetadataFileSystemReader = reader
+    strategies.FileSystemReader = reader
+    strategies.MCoreLoadPlanner.load_bytes = load_bytes
 
 
 def _current_device_is_cpu() -> None:

@@ -7,12 +7,14 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megapoly.errors import DataError
 
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# A disk that is read-only, broken or gone, such as a file server's.
+_OUT_OF_REACH = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
 
 
 def is_file(path: str | Path) -> bool:
@@ -47,7 +49,7 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
             files ``NAME.partial``; None: hidden files with unique names next to ``paths``.
 
     Raises:
-        DataError: the disk is full; the temporary files are deleted.
+        DataError: the disk is full, read-only or gone; the temporary files are deleted.
     """
     if folder is None:
         suffix = f".{uuid.uuid4().hex[:8]}.tmp"
@@ -65,23 +67,38 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
                 os.replace(source, target)
     finally:
         for path in temporary:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that is gone
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
 def full_disk_explained(*paths: Path) -> Iterator[None]:
-    """Turn the operating system's "no space left" into a :class:`DataError` with sizes."""
+    """Turn the operating system's reason why a disk takes nothing into a :class:`DataError`."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _OUT_OF_SPACE:
-            raise
-        folder = next(p for p in paths[0].absolute().parents if p.is_dir())
-        raise DataError(
-            f"No space is left to write `{paths[0]}`: {os.strerror(error.errno)}, "
-            f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}. No incomplete file "
-            "has the final name; free some space and run the same command again."
-        ) from error
+        if error.errno in _OUT_OF_SPACE:
+            raise DataError(
+                f"No space is left to write `{paths[0]}`: {os.strerror(error.errno)}, "
+                f"{free_space(paths[0])}. No incomplete file has the final name; free some space "
+                "and run the same command again."
+            ) from error
+        if error.errno in _OUT_OF_REACH:
+            raise DataError(
+                f"`{paths[0]}` cannot be written: {os.strerror(error.errno)}. No incomplete file "
+                "has the final name; make the disk writable, or choose another folder, and run the "
+                "same command again."
+            ) from error
+        raise
+
+
+def free_space(path: Path) -> str:
+    """Return how much room there is for a file, as a part of a sentence."""
+    try:
+        folder = next(p for p in path.absolute().parents if p.is_dir())
+        return f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}"
+    except OSError as error:
+        return f"the room on its disk is not known ({error.strerror})"
 
 
 def write_text(path: Path, text: str) -> None:

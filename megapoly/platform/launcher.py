@@ -103,3 +103,8 @@ def _is_number(text: str) -> bool:
 def is_launched() -> bool:
     """Return whether a launcher started this process."""
     return "RANK" in os.environ
+
+
+def is_torchrun() -> bool:
+    """Return whether this process is a rank whose parent is torchrun or ``megapoly launch``."""
+    return is_launched() and "TORCHELASTIC_RUN_ID" in os.environ

@@ -27,10 +27,11 @@ def show_errors_only() -> None:
     """Show only errors of what the engine and libraries log, and none of their warnings.
 
     For commands of one process, which report in their own way. What this project says about the
-    user's data and tokenizer is shown.
+    user's data, tokenizer and checkpoints is shown.
     """
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    logging.getLogger("megapoly.data").setLevel(logging.WARNING)
+    for name in ("megapoly.data", "megapoly.checkpoints"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
 
 

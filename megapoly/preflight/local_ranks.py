@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megapoly.platform.processes import die_with_parent
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["megapoly.preflight.local_ranks_preload"])
 # The fork server has set the engine up for CPU, in every process that it starts.
@@ -89,6 +91,7 @@ def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
 def _worker(
     sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any
 ) -> None:
+    die_with_parent()
     import torch
 
     os.environ.update(environment)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megapoly.checkpoints.verify import Ranks
 from megapoly.config import Config
 from megapoly.platform import launcher
 from megapoly.platform.device import Platform
@@ -82,6 +84,17 @@ def process_groups(config: Config, platform: Platform, *, alone: bool = False) -
 def is_rank_zero() -> bool:
     """Return whether this is the process that reports and writes."""
     return dist.get_rank() == 0
+
+
+def all_ranks() -> Ranks:
+    """Return the processes of the job, which share the work of verifying a checkpoint."""
+    return Ranks(dist.get_rank(), dist.get_world_size(), _gather)
+
+
+def _gather(own: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
 
 
 def owns_loss() -> bool:

@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from megapoly.errors import CheckpointError
 from megapoly.training.evaluation import evaluate_validation_sets
-from megapoly.training.save_checkpoint import save_checkpoint
+from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
 from megapoly.training.telemetry import ExpertLoad, activation_coefficients
@@ -60,6 +63,9 @@ class Hook:
 
     def at_end(self) -> None:
         """Act when the run is complete or was requested to stop, but not after an error."""
+
+    def at_divergence(self) -> None:
+        """Act when a loss or gradient that is not finite ends the run, which every rank finds."""
 
     def close(self) -> None:
         """Release what the hook holds, also after an error; the last hook is closed first."""
@@ -114,6 +120,12 @@ class TelemetryHook(Hook):
 class CheckpointHook(Hook):
     """Saves every ``checkpoint.save_interval`` steps and at the end, if ``checkpoint.save`` is on.
 
+    With ``checkpoint.async_save`` the run trains on while a checkpoint is written. There is one at
+    a time: the next waits for it.
+
+    When a checkpoint cannot be saved, as on a full disk, the run trains on and tries the next one;
+    the error of the last one ends it.
+
     Args:
         state: the run.
         show: shows a line to the user.
@@ -121,22 +133,70 @@ class CheckpointHook(Hook):
 
     def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         self._state, self._show = state, show
-        self._saved_at: int | None = None
+        self._saver = CheckpointSaver(state)
+        self._tried_at: int | None = None
+        self._failure: CheckpointError | None = None  # of the last try
 
     def after_record(self, step: StepRecord) -> None:
-        """Save, if due."""
+        """Complete a checkpoint that has been written, and save, if due."""
+        self._finish(wait=False)
         self.save_if_due()
 
     def at_end(self) -> None:
-        """Save what was trained since the last checkpoint."""
-        self._save()
+        """Save what was trained since the last checkpoint.
 
-    def save_if_due(self) -> None:
-        """Save, if due; for a hook that takes long, before it begins."""
-        if is_due(self._state, self._state.config.checkpoint.save_interval):
-            self._save()
+        Raises:
+            CheckpointError: it could not be saved; on every rank.
+        """
+        self._save(in_background=False)
+        if self._failure is not None:  # once more: there may be room by now
+            self._show_saved(self._saver.save(in_background=False))
 
-    def _save(self) -> None:
-        if self._state.config.checkpoint.save and self._saved_at != self._state.iteration:
-            self._saved_at = self._state.iteration
-            self._show(f"saved {save_checkpoint(self._state)}")
+    def at_divergence(self) -> None:
+        """Complete the checkpoint of an earlier step."""
+        self._finish(wait=True)
+
+    def close(self) -> None:
+        """End the processes that still write; only after an error there are any."""
+        self._saver.close()
+
+    def save_if_due(self, *, wait: bool = False) -> None:
+        """Save, if due.
+
+        Args:
+            wait: until the checkpoint is complete; for a hook that takes long, before it begins.
+        """
+        settings = self._state.config.checkpoint
+        if is_due(self._state, settings.save_interval):
+            self._save(in_background=settings.async_save and not wait)
+
+    def _save(self, *, in_background: bool) -> None:
+        if not self._state.config.checkpoint.save:
+            return
+        is_new = self._tried_at != self._state.iteration
+        if self._saver.path is not None and (is_new or not in_background):
+            if is_new and not self._finish(wait=False):
+                self._show(f"waiting for {self._saver.path}, which is still being written")
+            self._finish(wait=True)
+        if is_new:
+            self._tried_at, self._failure = self._state.iteration, None
+            with self._failure_shown():
+                self._show_saved(self._saver.save(in_background=in_background))
+
+    def _finish(self, *, wait: bool) -> bool:
+        with self._failure_shown():
+            return self._show_saved(self._saver.finish(wait=wait))
+        return False
+
+    @contextlib.contextmanager
+    def _failure_shown(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:  # on every rank
+            self._failure = error
+            self._show(f"warning: {error}")
+
+    def _show_saved(self, path: Path | None) -> bool:
+        if path is not None:
+            self._show(f"saved {path}")
+        return path is not None

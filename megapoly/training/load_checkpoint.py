@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint import CheckpointException
 
+from megapoly.checkpoints.choose import check_whole, newest_to_resume
+from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.tensor_reader import TensorReader, load_object
 from megapoly.config import Config, load_yaml
 from megapoly.data.fingerprint import differences
 from megapoly.errors import CheckpointError
 from megapoly.model.builder import unwrap
+from megapoly.platform.engine_workarounds import read_checkpoints_with
 from megapoly.training import optimizer_state
 from megapoly.training.checkpoint_state import (
     generators,
@@ -24,6 +32,7 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
+from megapoly.training.distributed import all_ranks
 from megapoly.training.random_state import seed_generators, set_random_state
 from megapoly.training.rewind import check_skipped, passed_over, set_aside_trained
 from megapoly.training.state import ModelState, Position, TrainState
@@ -56,26 +65,30 @@ _MAY_CHANGE = {
 def restore(state: TrainState) -> Path | None:
     """Resume from the newest checkpoint of the run, or start from ``checkpoint.load``; collective.
 
+    The checkpoint is verified before, by all ranks together. Damaged ones of the run are set aside,
+    and the newest that is whole is taken.
+
     Returns:
         The checkpoint that was loaded, or None if the run starts from the beginning.
 
     Raises:
-        CheckpointError: the run has a checkpoint and ``checkpoint.resume`` is false, or a
-            checkpoint does not fit.
+        CheckpointError: the run has a checkpoint and ``checkpoint.resume`` is false, a
+            checkpoint does not fit, or none of those to choose from is whole.
     """
-    settings = state.config.checkpoint
+    settings, run_dir = state.config.checkpoint, Path(state.config.run_dir)
     if settings.resume:
         set_aside_trained(state)
-    own = complete_checkpoints(state.config.run_dir)
-    if own and not settings.resume:
+    elif complete := complete_checkpoints(run_dir):
         raise CheckpointError(
-            f"`checkpoint.resume` is false and {state.config.run_dir} has {own[-1].name}; choose "
+            f"`checkpoint.resume` is false and {run_dir} has {complete[-1].name}; choose "
             "another `run_dir`, or delete the folder."
         )
-    if own:
-        load_checkpoint(state, own[-1])
-        return own[-1]
+    own = newest_to_resume(run_dir, all_ranks())
+    if own is not None:
+        load_checkpoint(state, own)
+        return own
     if settings.load is not None:
+        check_whole(Path(settings.load), all_ranks())
         load_checkpoint(state, Path(settings.load), weights_only=settings.load_weights_only)
         return Path(settings.load)
     return None
@@ -113,7 +126,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
         if has_state:
             expected["random_state"] = random_state_entry(state)
-        loaded = dist_checkpointing.load(expected, str(path))
+        loaded = _load_entries(expected, path)
         # "model" is absent if the optimizer's state has all parameters.
         _load_model_state(state, loaded.get("model", {}))
         optimizer_state.load_state(state.optimizer, loaded["optimizer"])
@@ -154,9 +167,49 @@ def load_weights(state: ModelState, path: Path) -> None:
     read_position(path)  # only a complete checkpoint has it
     _check_model(state.config, path)
     expected = model_state(state, with_scales=False)
-    loaded = dist_checkpointing.load({"model": expected}, str(path))
+    loaded = _load_entries({"model": expected}, path)
     with torch.no_grad():
         _load_model_state(state, loaded["model"])
+
+
+class _CommonReader(TorchCommonLoadStrategy):
+    """Reader of ``common.pt``. The engine's unpickles with TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        """Return the entries that are not sharded."""
+        with (Path(checkpoint_dir) / "common.pt").open("rb") as stream:
+            return load_object(stream)
+
+
+def _load_entries(expected: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Load entries with the engine; nothing that a file names is executed; collective.
+
+    Raises:
+        CheckpointError: a file is damaged, is missing or names code, or the entries do not fit.
+    """
+    read_checkpoints_with(TensorReader, load_object)
+    try:
+        # Given here, they are not chosen by the checkpoint's own metadata.json.
+        return dist_checkpointing.load(
+            expected,
+            str(path),
+            sharded_strategy=TorchDistLoadShardedStrategy(),
+            common_strategy=_CommonReader(),
+        )
+    except dist.DistError:
+        raise
+    except CheckpointException as error:  # a BaseException, of all ranks that failed
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{path} cannot be loaded (rank {rank}): {_line(cause)}") from error
+    except (OSError, RuntimeError, ValueError, CheckpointingException) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
 
 
 def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
@@ -190,8 +243,8 @@ def read_position(path: Path) -> dict[str, Any]:
         CheckpointError: the checkpoint is not complete.
     """
     try:
-        return json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        return read_run_file(path)
+    except DamageError as error:
         raise CheckpointError(
             f"{path} is not a complete checkpoint ({error}); give the path of an `iter_*` folder."
         ) from error

@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 
 from megapoly.config.step_ranges import text_of_steps
+from megapoly.errors import DivergenceError
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.reporter import Reporter
+from megapoly.training.rewind import way_back
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
@@ -35,7 +37,12 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
             for hook in hooks:
                 hook.before_step()
             start = time.perf_counter()
-            result = train_step(state, batches, stop_requested=stop.requested)
+            try:
+                result = train_step(state, batches, stop_requested=stop.requested)
+            except DivergenceError as error:
+                for hook in hooks:
+                    hook.at_divergence()
+                raise DivergenceError(f"{error} {way_back(state)}") from None
             state.platform.synchronize()
             step = StepRecord(result, time.perf_counter() - start, stop=result.stop_requested)
             for hook in hooks:

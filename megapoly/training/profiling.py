@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
 from megapoly.config import Config
+from megapoly.platform.files import free_space
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 # Rows of the table of operators next to the trace.
 _TABLE_ROWS = 25
@@ -109,13 +113,27 @@ class ProfileHook(Hook):
         return ProfilerAction.RECORD_AND_SAVE if step == self._last else ProfilerAction.NONE
 
     def _write(self, trace: profile) -> None:
-        """Write the files; torch calls it when the trace stops."""
+        """Write the files, if the disk takes them; torch calls it when the trace stops."""
+        try:
+            self._write_files(trace)
+        except OSError as error:
+            logger.warning(
+                "the trace of rank %d cannot be written: %s; %s",
+                dist.get_rank(),
+                error.strerror,
+                free_space(self._folder),
+            )
+
+    def _write_files(self, trace: profile) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         last = min(self._last, self._state.iteration)
         stem = self._folder / f"rank_{dist.get_rank()}.steps_{self._first}-{last}"
         partial = stem.with_name(f"{stem.name}.partial.json.gz")
-        trace.export_chrome_trace(str(partial))
-        partial.replace(stem.with_name(f"{stem.name}.json.gz"))
+        try:
+            trace.export_chrome_trace(str(partial))
+            partial.replace(stem.with_name(f"{stem.name}.json.gz"))
+        finally:
+            partial.unlink(missing_ok=True)
         device = "cuda" if self._state.platform.is_cuda else "cpu"
         table = trace.key_averages().table(
             sort_by=f"self_{device}_time_total", row_limit=_TABLE_ROWS, max_name_column_width=60

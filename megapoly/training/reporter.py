@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megapoly.config.data_sources import MEAN
-from megapoly.training.hooks import StepRecord
+from megapoly.platform.json_lines import LineWriter, drop_lines_after
+from megapoly.training.hooks import StepRecord, is_due
 from megapoly.training.profiling import disturbed_steps
 from megapoly.training.state import TrainState
 from megapoly.training.step import StepResult
@@ -25,6 +25,8 @@ from megapoly.training.throughput import Throughput, shown
 # and after an evaluation a second line shows all. Tasks have no mean: more tasks are only in the
 # second line.
 _INLINE_SETS = 3
+# Number of damaged lines of metrics.jsonl that are named.
+_NAMED = 5
 
 
 class Reporter:
@@ -46,17 +48,16 @@ class Reporter:
         self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
         self._console = Console(highlight=False)
-        self._metrics: TextIO | None = None
+        self._metrics: LineWriter | None = None
         self._progress: Progress | None = None
 
     def __enter__(self) -> Reporter:
         if not self._enabled:
             return self
-        run_dir = Path(self._state.config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / "metrics.jsonl"
-        _drop_after(path, self._state.iteration)
-        self._metrics = self._resources.enter_context(path.open("a"))
+        path = Path(self._state.config.run_dir) / "metrics.jsonl"
+        self._drop_after(path, self._state.iteration)
+        self._metrics = LineWriter(path, self.message)
+        self._resources.callback(self._metrics.close)
         if self._console.is_terminal:
             self._progress = self._resources.enter_context(self._live_progress())
         return self
@@ -74,6 +75,19 @@ class Reporter:
         state = self._state
         progress.add_task("train", total=state.train_iters, completed=state.iteration, status="")
         return progress
+
+    def _drop_after(self, path: Path, iteration: int) -> None:
+        """Delete the lines of steps after one; name the lines that are damaged."""
+        try:
+            damaged = drop_lines_after(path, lambda line: _step(line) > iteration)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.message(f"warning: {path} cannot be read or changed: {error.strerror}")
+            return
+        if damaged:
+            numbers = ", ".join(map(str, damaged[:_NAMED])) + (", ..." if damaged[_NAMED:] else "")
+            self.message(f"warning: {path} has damaged lines, which are left out: {numbers}")
 
     def message(self, text: str) -> None:
         """Show a line."""
@@ -99,8 +113,9 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(json.dumps(_without_nan(step.metrics)) + "\n")
-        self._metrics.flush()
+        self._metrics.write(_without_nan(step.metrics))
+        if step.stop or is_due(self._state, self._state.config.checkpoint.save_interval):
+            self._metrics.flush_to_disk()  # a checkpoint's steps are there when it is
         for name, value in step.metrics.items():
             if name.startswith("val/") and name.endswith("/loss"):
                 self._last_loss[name.removesuffix("/loss")] = value
@@ -173,6 +188,12 @@ class Reporter:
         return " | ".join(parts)
 
 
+def _step(line: Mapping[str, Any]) -> float:
+    """Return the step of a line; of a line that is no step, one before all others."""
+    step = line.get("iteration")
+    return step if isinstance(step, int | float) else -math.inf
+
+
 def _unusual_line(result: StepResult) -> str:
     if not result.num_skipped:
         return f"{result.unusual}; trained on"
@@ -190,19 +211,3 @@ def _losses(losses: Mapping[str, float]) -> list[str]:
 
 def _scores(tasks: Mapping[str, float]) -> list[str]:
     return [f"{name} {score:.1f}" for name, score in tasks.items()]
-
-
-def _drop_after(path: Path, iteration: int) -> None:
-    """Delete the lines of a metrics file after a step, and a last line that is incomplete."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line)
-        except ValueError:
-            break
-    temporary = path.with_suffix(".jsonl.partial")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)

@@ -1,25 +1,36 @@
 """Save checkpoints: ``RUN_DIR/checkpoints/iter_0000100``, either complete or not there at all.
 
 Tensors are in the engine's ``torch_dist`` format, which can be loaded at another layout. Next to
-them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version).
+them are ``config.yaml`` (resolved) and ``run.json`` (position, data, version, and what proves the
+files, see :mod:`megapoly.checkpoints.seal`).
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 import megapoly
-from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, newest_ordinary
+from megapoly.checkpoints.choose import make_room, newest_ordinary
+from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
+from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.config.step_ranges import text_of_steps
-from megapoly.model.shards import checkpoint_metadata
+from megapoly.errors import CheckpointError
+from megapoly.platform.files import free_space
 from megapoly.training import optimizer_state
+from megapoly.training.checkpoint_files import ShardFiles, Written
 from megapoly.training.checkpoint_state import (
     generators,
     layout,
@@ -30,44 +41,172 @@ from megapoly.training.checkpoint_state import (
 from megapoly.training.distributed import is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
 
+logger = logging.getLogger(__name__)
 
-def save_checkpoint(state: TrainState) -> Path:
-    """Write everything that the run needs to resume; collective.
+_MAX_REASONS = 3  # of a failure: when a disk is full, every rank says so
 
-    The checkpoint is written to a hidden folder, which is renamed when complete: a folder named
-    ``iter_*`` is always complete. Then all but the newest ``checkpoint.keep`` are deleted, and
-    the newest with an ordinary loss is spared.
 
-    Returns:
-        The checkpoint's folder.
+@dataclass(frozen=True)
+class _Saving:
+    """A checkpoint that is being written: what was true of the run when it began.
+
+    Args:
+        final: its folder when it is complete.
+        common: the part of the state that is the same on every rank.
+        config: content of ``config.yaml``.
+        run: content of ``run.json``.
     """
-    final = checkpoint_path(state.config.run_dir, state.iteration)
-    partial = final.with_name(f".{final.name}.partial")
-    if final in complete_checkpoints(state.config.run_dir):
-        return final  # the run resumed from it, and nothing has been trained since
-    dist.barrier()
-    if is_rank_zero():
-        for unfinished in final.parent.glob(".iter_*.partial"):
-            shutil.rmtree(unfinished)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with gathered_parameters(state):
-        dist_checkpointing.save(_state_to_save(state), str(partial))
-    dist.barrier()
-    if is_rank_zero():
-        (partial / "config.yaml").write_text(to_yaml(state.config))
-        (partial / "run.json").write_text(json.dumps(_position(state), indent=2) + "\n")
-        partial.rename(final)
-        _delete_old(state.config.run_dir, state.config.checkpoint.keep)
-    dist.barrier()
-    return final
+
+    final: Path
+    common: dict[str, Any]
+    config: str
+    run: dict[str, Any]
+
+    @property
+    def partial(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.partial")
 
 
-def _state_to_save(state: TrainState) -> dict[str, Any]:
+class CheckpointSaver:
+    """Saves the checkpoints of a run, one at a time; every method is collective, except close.
+
+    A checkpoint is written to a hidden folder, which is renamed when complete: a folder named
+    ``iter_*`` is always complete. When it is verified, all but the newest ``checkpoint.keep`` are
+    deleted, except the newest with an ordinary loss.
+
+    In the background a process that is forked from each rank writes, while the rank trains on: its
+    memory is the rank's at the time of the fork. Tensors of a GPU are copied to the host before.
+
+    Args:
+        state: the run.
+    """
+
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._files = state, ShardFiles()
+        self._calls, self._saving = AsyncCallsQueue(), None
+        self._is_checked = False
+
+    @property
+    def path(self) -> Path | None:
+        """Folder of the checkpoint that is being saved; None if there is none."""
+        return None if self._saving is None else self._saving.final
+
+    def save(self, *, in_background: bool) -> Path | None:
+        """Save everything that the run needs to resume.
+
+        The checkpoint before must have been finished.
+
+        Args:
+            in_background: only begin to; :meth:`finish` completes it.
+
+        Returns:
+            The checkpoint's folder if it is complete.
+
+        Raises:
+            CheckpointError: the checkpoint could not be saved; on every rank.
+        """
+        assert self._saving is None, "the checkpoint before is not finished"
+        state = self._state
+        final = checkpoint_path(state.config.run_dir, state.iteration)
+        if final in complete_checkpoints(state.config.run_dir):
+            return final  # the run resumed from it, and nothing has been trained since
+        with gathered_parameters(state):
+            tensors, common = save_preprocess(_state_to_save(state), not self._is_checked)
+            self._is_checked = True
+            saving = _Saving(final, common, to_yaml(state.config), _position(state))
+            _on_rank_zero(saving, lambda: _make_folder(saving.partial))
+            request = self._files.plan(tensors, saving.partial)
+            request.add_finalize_fn(self._publish)
+            self._saving = saving
+            if in_background:
+                self._calls.schedule_async_request(request)
+                return None
+        request.execute_sync()
+        return final
+
+    def finish(self, *, wait: bool) -> Path | None:
+        """Complete the checkpoint that :meth:`save` began.
+
+        Args:
+            wait: until it is written; otherwise do nothing while some rank still writes.
+
+        Returns:
+            The checkpoint's folder, if this call has completed it.
+
+        Raises:
+            CheckpointError: the checkpoint could not be saved; on every rank.
+        """
+        path = self.path
+        if path is not None:
+            self._calls.maybe_finalize_async_calls(blocking=wait)
+        return None if self._saving is not None else path
+
+    def close(self) -> None:
+        """End the process that still writes, if there is one; its checkpoint is not saved."""
+        for call in self._calls.async_calls:
+            process = call.async_caller.process
+            if process is not None:
+                process.kill()
+                process.join()
+
+    def _publish(self) -> None:
+        """Give the checkpoint its name; when the files of all ranks are written."""
+        saving, self._saving = self._saving, None
+        assert saving is not None
+        written = self._files.gather()
+        _on_rank_zero(saving, lambda: self._complete(saving, written or []))
+
+    def _complete(self, saving: _Saving, written: list[Written | str]) -> None:
+        failures = [f"rank {i}: {each}" for i, each in enumerate(written) if isinstance(each, str)]
+        if failures:
+            raise CheckpointError("; ".join(failures[:_MAX_REASONS]))
+        partial, of_ranks = saving.partial, [each for each in written if isinstance(each, Written)]
+        self._files.write_metadata(of_ranks)
+        TorchCommonSaveStrategy("torch", 1).save_common(saving.common, partial)
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        (partial / "config.yaml").write_text(saving.config)
+        files = {name: crc for each in of_ranks for name, crc in each.files.items()}
+        seal(partial, saving.run, read_back=files)
+        make_room(saving.final)
+        partial.rename(saving.final)
+        flush_folder(saving.final.parent)
+        _delete_old(self._state.config.run_dir, self._state.config.checkpoint.keep)
+
+
+def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
+    """Do something on rank 0; collective.
+
+    Raises:
+        CheckpointError: it failed; on every rank. The files that were written are deleted.
+    """
+    reason: list[str | None] = [None]
+    if is_rank_zero():
+        try:
+            act()
+        except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
+            shutil.rmtree(saving.partial, ignore_errors=True)
+            reason[0] = f"{error}; without its files {free_space(saving.final)}"
+    dist.broadcast_object_list(reason)
+    if reason[0] is not None:
+        raise CheckpointError(
+            f"{saving.final} was not saved: {reason[0]}. The checkpoints before are as they were; "
+            "make the disk writable, with room for one more"
+        )
+
+
+def _make_folder(partial: Path) -> None:
+    for unfinished in partial.parent.glob(".iter_*.partial"):
+        shutil.rmtree(unfinished)
+    # Not the run's folder: where its disk was mounted, another disk would fill up.
+    partial.parent.mkdir(exist_ok=True)
+    partial.mkdir()
+
+
+def _state_to_save(state: TrainState) -> ShardedStateDict:
     model = model_state(state, with_scales=scales_have_history(state.config))
     return {
         "model": model,
-        "optimizer": optimizer_state.state_to_save(state.optimizer, model, checkpoint_metadata()),
+        "optimizer": optimizer_state.state_to_save(state.optimizer, model),
         "random_state": random_state_entry(state),
     }
 
@@ -94,5 +233,8 @@ def _delete_old(run_dir: str, keep: int) -> None:
     for path in complete_checkpoints(run_dir)[:-keep] if keep else []:
         if path == spared:
             continue
-        # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+        try:
+            # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s", path, error)

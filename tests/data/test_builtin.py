@@ -64,7 +64,7 @@ def test_token_files_are_made_once_for_each_tokenizer(few_documents, tmp_path, t
     other.save(str(tmp_path / "tokenizer.json"))
     second = prepare_builtin_text(tmp_path / "cache", load_tokenizer(tmp_path))
     assert not set(first.values()) & set(second.values())
-    assert len(list((tmp_path / "cache").iterdir())) == 8
+    assert len(list((tmp_path / "cache").iterdir())) == 12
 
 
 def test_interrupted_tokenization_is_repeated(few_documents, tmp_path, tokenizer, monkeypatch):

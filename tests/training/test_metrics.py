@@ -1,7 +1,6 @@
 """Output of a run: metrics.jsonl, TensorBoard, configuration, progress lines."""
 
 import io
-import json
 import math
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from megapoly.config.schema import ModelConfig, TrainingConfig
 from megapoly.testing import run_job
 from megapoly.training.evaluation import Evaluation, weighted_mean
 from megapoly.training.hooks import StepRecord
-from megapoly.training.reporter import Reporter, _drop_after
+from megapoly.training.reporter import Reporter
 from megapoly.training.step import StepResult
 from megapoly.training.tensorboard import tag_of
 
@@ -128,14 +127,6 @@ def test_resolved_configuration_is_saved(run):
     assert config.model.vocab_size == 4096
     assert config.parallel.expert_model_parallel_size == 2
     assert config.optimizer.lr_decay_iters == 6
-
-
-def test_lines_after_the_position_and_half_lines_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"iteration": i}) for i in range(1, 6)]
-    path.write_text("\n".join(lines) + '\n{"iterat')
-    _drop_after(path, 3)
-    assert path.read_text().splitlines() == lines[:3]
 
 
 SETS = {"a": Evaluation(2.0, 100), "b": Evaluation(3.0, 300), "c": Evaluation(5.0, 100)}

@@ -6,11 +6,12 @@ import hashlib
 import json
 import lzma
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-from megapoly.data.token_files import write_token_file
+from megapoly.data.cache_files import built_once
+from megapoly.data.token_files import pair_paths, write_token_file
 from megapoly.data.tokenizer import Tokenizer
 
 BUILTIN_TEXT = Path(__file__).parent / "books.jsonl.xz"
@@ -39,7 +40,7 @@ def builtin_documents() -> tuple[BuiltinDocument, ...]:
 
 
 def prepare_builtin_text(cache_dir: str | Path, tokenizer: Tokenizer) -> dict[str, Path]:
-    """Tokenize the built-in text unless its token files exist.
+    """Tokenize the built-in text unless its token files exist and are whole.
 
     File names contain a hash of text and tokenizer, so a change of either creates other files.
     When interrupted, or run by several processes at once, it leaves complete files or none.
@@ -57,7 +58,7 @@ def prepare_builtin_text(cache_dir: str | Path, tokenizer: Tokenizer) -> dict[st
         split: Path(cache_dir) / f"books-{split}-{key}" for split in ("train", "validation")
     }
     for split, prefix in prefixes.items():
-        if not Path(f"{prefix}.idx").is_file():  # written last
-            texts = (document.text for document in builtin_documents() if document.split == split)
-            write_token_file(prefix, texts, tokenizer)
+        texts = (document.text for document in builtin_documents() if document.split == split)
+        build = partial(write_token_file, prefix, texts, tokenizer)
+        built_once(pair_paths(prefix), Path(f"{prefix}.sums.json"), build)
     return prefixes

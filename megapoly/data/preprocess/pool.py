@@ -16,6 +16,7 @@ import psutil
 from megapoly.data.preprocess.tokenization import Backend, ReferenceBackend
 from megapoly.data.preprocess.worker import Task, Worker, WorkerConfig, WorkerProgress
 from megapoly.errors import DataError, MegapolyError
+from megapoly.platform.processes import die_with_parent
 
 
 class WorkerPool:
@@ -127,6 +128,7 @@ def _serve(
     inherited: Sequence[Connection],
 ) -> None:
     """Run a worker: receive parts, send progress and results, until the pipe is closed."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:

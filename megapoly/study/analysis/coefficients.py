@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from megapoly.platform.json_lines import lines
 
 _PREFIX = "activation/"
 
@@ -50,12 +51,10 @@ def _nothing(why: str) -> dict[str, Any]:
 
 
 def _consumed_tokens(metrics: Path) -> dict[int, int]:
-    """Return tokens by step, without a line that is still being written."""
-    consumed = {}
-    for line in metrics.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        consumed[record["iteration"]] = record["consumed_tokens"]
-    return consumed
+    """Return tokens by step, without damaged lines and one that is still being written."""
+    records = (line.record for line in lines(metrics))
+    return {
+        record["iteration"]: record["consumed_tokens"]
+        for record in records
+        if record is not None and {"iteration", "consumed_tokens"} <= record.keys()
+    }

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.choose import newest_description
 from megapoly.config import load_yaml
 from megapoly.config.data_sources import MEAN
 from megapoly.config.parsing import to_dict
 from megapoly.errors import DataError
+from megapoly.platform.json_lines import lines
 from megapoly.study.report.statistics import thinned, trailing_mean
+
+logger = logging.getLogger(__name__)
 
 # Share of a run's steps over which the trailing mean is taken.
 WINDOW = 1 / 20
@@ -167,7 +171,7 @@ def read_run(folder: Path, *, comparison: str | None = None, trial: Any = None) 
 
     config = load_yaml(folder / "config.yaml")
     steps = read_metrics(folder / "metrics.jsonl")
-    position = _position(folder)
+    position = newest_description(folder)
     iteration = steps[-1]["iteration"] if steps else 0
     samples = steps[-1]["consumed_samples"] if steps else 0
     total = _num_steps(
@@ -219,30 +223,39 @@ def _num_steps(
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the steps of a run in order, without a last line that is still being written.
 
+    Lines that are damaged, or lack what every step has, are left out with a warning.
+
     Raises:
-        DataError: the file cannot be read, or another line lacks what every step has.
+        DataError: the file cannot be read, or no line is a step.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"`{path}` cannot be read ({error}); give the folder of a run.") from error
-    whole, unfinished = lines[:-1], lines[-1]
     found: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate([*whole, unfinished] if unfinished else whole, start=1):
-        try:
-            step = json.loads(line)
-            missing = [name for name in _OF_A_STEP if name not in step]
-            if missing:
-                raise ValueError(f"{', '.join(missing)} missing")
-            found[step["iteration"]] = step
-        except (ValueError, TypeError) as error:
-            if number > len(whole):
-                break
-            raise DataError(
-                f"`{path}`, line {number}, is not a step of a run ({error}); give the "
-                "`metrics.jsonl` of megapoly train."
-            ) from error
+    problems: list[str] = []
+    try:
+        for line in lines(path):
+            problem = _problem_of(line.record)
+            if problem is None:
+                assert line.record is not None
+                found[line.record["iteration"]] = line.record
+            elif line.is_whole:
+                problems.append(f"line {line.number}, is not a step of a run ({problem})")
+    except OSError as error:
+        raise DataError(f"`{path}` cannot be read ({error}); give the folder of a run.") from error
+    if problems and not found:
+        raise DataError(f"`{path}`, {problems[0]}; give the `metrics.jsonl` of megapoly train.")
+    if problems:
+        more = f"; so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+        logger.warning("%s, %s and is left out%s", path, problems[0], more)
     return [found[iteration] for iteration in sorted(found)]
+
+
+def _problem_of(record: dict[str, Any] | None) -> str | None:
+    """Return why a line is not a step."""
+    if record is None:
+        return "it is damaged"
+    missing = [name for name in _OF_A_STEP if name not in record]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    return None if isinstance(record["iteration"], int) else "its iteration is no whole number"
 
 
 def _is(key: str, kind: str) -> bool:
@@ -287,12 +300,6 @@ def _validation(steps: list[dict[str, Any]]) -> dict[str, Any]:
     if len(domains) == 1:
         losses[MEAN] = next(iter(losses.values()))
     return {"tokens": [step["consumed_tokens"] for step in evaluated], "loss": losses}
-
-
-def _position(folder: Path) -> dict[str, Any]:
-    """Return run.json of the newest checkpoint; empty without a checkpoint."""
-    found = complete_checkpoints(folder)
-    return (_read_json(found[-1] / "run.json") or {}) if found else {}
 
 
 def _data(position: dict[str, Any]) -> dict[str, Any] | None:

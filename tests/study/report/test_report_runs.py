@@ -107,13 +107,16 @@ def test_no_place_on_disk_is_kept(tmp_path):
     assert run.data["fingerprint"] == "ffffffffffff0001"
 
 
-def test_line_that_is_being_written(tmp_path):
+def test_damaged_lines_and_one_that_is_being_written_are_left_out(tmp_path, caplog):
     path = write_run(tmp_path / "r", [3.0, 2.0]) / "metrics.jsonl"
     path.write_text(path.read_text() + '{"iteration": 3, "lm_')
     assert [step["iteration"] for step in read_metrics(path)] == [1, 2]
-    path.write_text('{"iter\n' + path.read_text())
-    with pytest.raises(DataError, match="line 1, is not a step"):
-        read_metrics(path)
+    assert not caplog.records
+    whole = path.read_bytes()
+    path.write_bytes(b'{"iter\n\xff\xfe\x00\n[1]\n{"x": 1}\n' + whole)
+    assert [step["iteration"] for step in read_metrics(path)] == [1, 2]
+    assert "line 1, is not a step of a run (it is damaged) and is left out" in caplog.text
+    assert "so are 3 more lines" in caplog.text
     path.write_text('{"iteration": 1, "lm_loss": 3.0}\n')
     with pytest.raises(DataError, match="line 1, .*consumed_tokens, step_time_s missing"):
         read_metrics(path)
