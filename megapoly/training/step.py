@@ -150,7 +150,7 @@ def _decide(state: TrainState, text: str, *, is_finite: bool) -> int:
     training, step, recent = state.config.training, state.iteration + 1, state.recent_steps
     if training.spike_action == "report" and is_finite:
         return 0
-    why = "losses and gradient norm must be finite"
+    why = "loss and gradient norm both must be finite"
     if training.spike_action == "stop":
         why = "`training.spike_action` is stop"
     elif training.spike_action == "skip":
@@ -160,7 +160,7 @@ def _decide(state: TrainState, text: str, *, is_finite: bool) -> int:
             f"{training.spike_max_skips} of the last {training.spike_window} steps were skipped, "
             "the most that `training.spike_max_skips` allows"
         )
-    raise DivergenceError(f"{text}. The run ends before this step: {why}.")
+    raise DivergenceError(f"{text}. The run ends before this step, because {why}.")
 
 
 def _forward_again(state: TrainState, batches: Iterator[Batch]) -> None:
