@@ -79,10 +79,10 @@ def newest_to_resume(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
         raise CheckpointError(_all_damaged(run_dir, damaged))
     if ranks.rank == 0:
         for path, verdict in damaged.items():
-            logger.warning("%s is damaged: %s. %s", path, verdict, _set_aside(path))
+            logger.warning("%s is damaged: %s. %s", path, verdict, set_aside(path))
         for path in names:
             if path not in candidates:
-                logger.warning("%s is not a complete checkpoint. %s", path, _set_aside(path))
+                logger.warning("%s is not a complete checkpoint. %s", path, set_aside(path))
     ranks.gather(None)  # all see the names that are left
     return whole
 
@@ -101,6 +101,39 @@ def newest_description(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def newest_ordinary(run_dir: str | Path) -> Path | None:
+    """Return the newest complete checkpoint before which no loss was unusual; None without one.
+
+    Its ``run.json`` says so. Only that file is verified.
+    """
+    for path in reversed(complete_checkpoints(run_dir)):
+        try:
+            if read_run_file(path).get("is_ordinary", True):
+                return path
+        except DamageError:
+            continue
+    return None
+
+
+def set_aside(path: Path, kind: str = "damaged") -> str:
+    """Rename a checkpoint that is not to be used; return a sentence that says so.
+
+    Args:
+        path: its folder.
+        kind: why, the ending of its name.
+    """
+    aside = path.with_name(f"{path.name}.{kind}")
+    for number in itertools.count(2):
+        if not os.path.lexists(aside):
+            break
+        aside = path.with_name(f"{path.name}.{kind}.{number}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        return f"It cannot be set aside ({error.strerror})"
+    return f"It is set aside as {aside.name}"
+
+
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a checkpoint, whole or damaged, and no leftover of a crash.
 
@@ -112,7 +145,7 @@ def is_checkpoint(path: Path) -> bool:
 def make_room(path: Path) -> None:
     """Rename what has the name of a checkpoint that is about to be complete, on rank 0."""
     if os.path.lexists(path):
-        logger.warning("%s is in the way of a checkpoint. %s", path, _set_aside(path))
+        logger.warning("%s is in the way of a checkpoint. %s", path, set_aside(path))
 
 
 def verdict_of(folder: Path, ranks: Ranks = ALONE) -> Verdict:
@@ -179,17 +212,3 @@ def _all_damaged(run_dir: Path, damaged: dict[Path, Verdict]) -> str:
         "checkpoint from a copy, or use another `run_dir`; to train this run from its beginning, "
         "delete its folder."
     )
-
-
-def _set_aside(path: Path) -> str:
-    """Rename what cannot be used; return a sentence that says so."""
-    aside = path.with_name(f"{path.name}.damaged")
-    for number in itertools.count(2):
-        if not os.path.lexists(aside):
-            break
-        aside = path.with_name(f"{path.name}.damaged.{number}")
-    try:
-        path.rename(aside)
-    except OSError as error:
-        return f"It cannot be set aside ({error.strerror})"
-    return f"It is set aside as {aside.name}"

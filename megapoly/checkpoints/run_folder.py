@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -56,20 +55,6 @@ def delete_unfinished(run_dir: str | Path) -> None:
 def step_of(checkpoint: Path) -> int:
     """Return the step after which a checkpoint of :func:`complete_checkpoints` was saved."""
     return int(checkpoint.name.removeprefix("iter_"))
-
-
-def newest_ordinary(run_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint before which no loss was unusual; None without one.
-
-    Its ``run.json`` says so. One that cannot be read is not such a checkpoint.
-    """
-    for path in reversed(complete_checkpoints(run_dir)):
-        try:
-            if json.loads((path / "run.json").read_text()).get("is_ordinary", True):
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def run_of(checkpoint: Path) -> Path | None:

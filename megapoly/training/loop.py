@@ -10,6 +10,7 @@ from megapoly.config.step_ranges import text_of_steps
 from megapoly.errors import DivergenceError
 from megapoly.training.hooks import Hook, StepRecord
 from megapoly.training.reporter import Reporter
+from megapoly.training.rewind import way_back
 from megapoly.training.state import TrainState
 from megapoly.training.step import train_step
 from megapoly.training.stop import StopRequest
@@ -29,7 +30,6 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
     with stop, contextlib.ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
-        closing.push(lambda _, error, __: _tell_of_divergence(hooks, error))
         while state.iteration < state.train_iters:
             if (passed := state.pass_over()) is not None:
                 reporter.message(f"passed over the batches of step {text_of_steps([passed])}")
@@ -39,7 +39,12 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
                 hook.before_step()
             heartbeat.begin_step(state.iteration + 1)
             start = time.perf_counter()
-            result = train_step(state, batches, stop_requested=stop.requested)
+            try:
+                result = train_step(state, batches, stop_requested=stop.requested)
+            except DivergenceError as error:
+                for hook in hooks:
+                    hook.at_divergence()
+                raise DivergenceError(f"{error} {way_back(state)}") from None
             state.platform.synchronize()
             step = StepRecord(result, time.perf_counter() - start, stop=result.stop_requested)
             heartbeat.end_step(step.step_time_s)
@@ -55,8 +60,3 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
         for hook in hooks:
             hook.at_end()
         reporter.end()
-
-
-def _tell_of_divergence(hooks: Sequence[Hook], error: BaseException | None) -> None:
-    for hook in hooks if isinstance(error, DivergenceError) else ():
-        hook.at_divergence()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megapoly.checkpoints.run_folder import complete_checkpoints, newest_ordinary, step_of
+from megapoly.checkpoints.choose import newest_ordinary, set_aside
+from megapoly.checkpoints.run_file import DamageError, read_run_file
+from megapoly.checkpoints.run_folder import complete_checkpoints, step_of
 from megapoly.config.step_ranges import contain, step_ranges, text_of_steps, until
 from megapoly.errors import CheckpointError
 from megapoly.training.distributed import is_rank_zero
 from megapoly.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-_SET_ASIDE = ".set_aside"
 
 
 def passed_over(position: dict[str, Any]) -> list[range]:
@@ -37,21 +36,27 @@ def set_aside_trained(state: TrainState) -> None:
     """
     if not state.config.training.skip_batches:
         return
+    problem = [_set_aside_trained(state) if is_rank_zero() else ""]
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise CheckpointError(problem[0])
+
+
+def _set_aside_trained(state: TrainState) -> str:
+    """Do it on rank 0; return why it cannot be done, or nothing."""
     own = complete_checkpoints(state.config.run_dir)
     trained = {path: steps for path in own if (steps := _trained_on_skipped(state, path))}
     if own and len(trained) == len(own):
-        raise CheckpointError(_no_checkpoint_before(own[0], trained[own[0]]))
-    dist.barrier()  # all ranks have the same list
-    for path, steps in trained.items() if is_rank_zero() else ():
-        aside = path.rename(path.with_name(path.name + _SET_ASIDE))
+        return _no_checkpoint_before(own[0], trained[own[0]])
+    for path, steps in trained.items():
         logger.warning(
-            "%s has trained on the batches of step %s, which `training.skip_batches` passes over: "
-            "set aside as %s; delete it when it is not needed",
+            "%s has trained on the batches of step %s, which `training.skip_batches` passes over. "
+            "%s; delete it when it is not needed",
             path,
             text_of_steps(steps),
-            aside.name,
+            set_aside(path, "set_aside"),
         )
-    dist.barrier()
+    return ""
 
 
 def check_skipped(state: TrainState, path: Path) -> None:
@@ -64,19 +69,23 @@ def check_skipped(state: TrainState, path: Path) -> None:
         raise CheckpointError(_no_checkpoint_before(path, steps))
 
 
-def way_back(state: TrainState, step: int) -> str:
-    """Return how to go on after a run that ends at a step: from which checkpoint, with what option.
+def way_back(state: TrainState) -> str:
+    """Return how to go on after a run that ends before its next step; collective.
 
-    Args:
-        state: the run.
-        step: the one that ends it.
+    From which checkpoint, and with what option. Checkpoints of earlier steps must be complete.
     """
+    texts = [_way_back(state, state.iteration + 1) if is_rank_zero() else ""]
+    dist.broadcast_object_list(texts)
+    return texts[0]
+
+
+def _way_back(state: TrainState, step: int) -> str:
     own = complete_checkpoints(state.config.run_dir)
     good = newest_ordinary(state.config.run_dir)
     if good is None:
         return (
             "There is no checkpoint with an ordinary loss: start again with a lower "
-            "`optimizer.lr` or a longer warm-up"
+            "`optimizer.lr` or a longer warm-up."
         )
     first = state.recent_steps.first_unusual_after(step_of(good)) or step
     # Of the checkpoints since then, none has an ordinary loss: go back behind all of them.
@@ -87,15 +96,15 @@ def way_back(state: TrainState, step: int) -> str:
         "newest checkpoint and meets the same batches; with "
         f"`--training.skip_batches [{steps}]` it goes on from {good.name} and passes over the "
         f"batches of step {steps}. If the loss rises again, pass over more of them, or lower "
-        "`optimizer.lr`"
+        "`optimizer.lr`."
     )
 
 
 def _trained_on_skipped(state: TrainState, path: Path) -> list[range]:
     """Return the steps to pass over that a checkpoint has trained on; none if it cannot be read."""
     try:
-        position = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError):
+        position = read_run_file(path)
+    except DamageError:
         return []  # loading says so
     listed = until(step_ranges(state.config.training.skip_batches), position["iteration"])
     passed = passed_over(position)

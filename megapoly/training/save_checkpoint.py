@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 import megapoly
-from megapoly.checkpoints.choose import make_room
-from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, newest_ordinary
+from megapoly.checkpoints.choose import make_room, newest_ordinary
+from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.config.step_ranges import text_of_steps
@@ -72,7 +72,7 @@ class CheckpointSaver:
 
     A checkpoint is written to a hidden folder, which is renamed when complete: a folder named
     ``iter_*`` is always complete. When it is verified, all but the newest ``checkpoint.keep`` are
-    deleted; the newest with an ordinary loss is spared.
+    deleted, except the newest with an ordinary loss.
 
     In the background a process that is forked from each rank writes, while the rank trains on: its
     memory is the rank's at the time of the fork. Tensors of a GPU are copied to the host before.

@@ -26,7 +26,6 @@ from megapoly.errors import DivergenceError
 from megapoly.training.distributed import is_rank_zero, owns_loss, sum_over_all
 from megapoly.training.loss import Losses, masked_mean, mean_tokens_per_microbatch
 from megapoly.training.optimizer import apply_gradients, gradient_norm
-from megapoly.training.rewind import way_back
 from megapoly.training.state import ModelState, TrainState
 from megapoly.training.unusual_step import describe
 from megapoly.training.watchdog import heartbeat
@@ -152,7 +151,7 @@ def _decide(state: TrainState, text: str, *, is_finite: bool) -> int:
     training, step, recent = state.config.training, state.iteration + 1, state.recent_steps
     if training.spike_action == "report" and is_finite:
         return 0
-    why = "losses and gradient norm must be finite"
+    why = "loss and gradient norm both must be finite"
     if training.spike_action == "stop":
         why = "`training.spike_action` is stop"
     elif training.spike_action == "skip":
@@ -162,9 +161,7 @@ def _decide(state: TrainState, text: str, *, is_finite: bool) -> int:
             f"{training.spike_max_skips} of the last {training.spike_window} steps were skipped, "
             "the most that `training.spike_max_skips` allows"
         )
-    texts = [way_back(state, step) if is_rank_zero() else ""]
-    dist.broadcast_object_list(texts)
-    raise DivergenceError(f"{text}. The run ends before this step: {why}. {texts[0]}.")
+    raise DivergenceError(f"{text}. The run ends before this step, because {why}.")
 
 
 def _forward_again(state: TrainState, batches: Iterator[Batch]) -> None:

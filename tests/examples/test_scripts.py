@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_has_a_status_of_its_own(tmp_path):
     process = start(command, num_processes="1")
     output, _ = process.communicate()
     assert process.returncode == DIVERGED == 3, output
-    assert "must be finite" in output
+    assert "both must be finite" in output
 
 
 def test_unknown_option_names_the_nearest(tmp_path):

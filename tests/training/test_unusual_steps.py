@@ -83,7 +83,7 @@ def test_a_run_that_stops_changes_no_weight_and_says_where_to_go_on(tmp_path):
     job = train(tmp_path, options, Fault("loss", (6,), factor=1e4))
     (error,) = job.errors
     assert error.startswith("step 6: lm_loss 8")
-    assert "The run ends before this step: `training.spike_action` is stop." in error
+    assert "The run ends before this step, because `training.spike_action` is stop." in error
     assert f"ordinary loss is {checkpoint(tmp_path, 5)}" in error
     assert "`--training.skip_batches [6]` it goes on from iter_0000005" in error
     assert [line["iteration"] for line in job.metrics] == [1, 2, 3, 4, 5]
