@@ -18,6 +18,7 @@ cannot be started or fails without a fault.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,9 +130,25 @@ def _plan(options: argparse.Namespace, config: Config, arguments: list[str]) -> 
         num_faults=options.faults,
         kinds=options.kinds,
         seed=options.seed,
+        nan_steps=_nan_steps(options, config),
         new_processes=options.new_processes or on_gpu,
         timeout_s=options.timeout_s,
     )
+
+
+def _nan_steps(options: argparse.Namespace, config: Config) -> tuple[tuple[int, int], ...]:
+    """Return steps and ranks that meet NaN in every run; none if NaN is not left out."""
+    training = config.training
+    if training.spike_action != "skip" or "nan" not in options.kinds:
+        return ()
+    if training.train_iters is None:
+        raise ConfigError(
+            ["a soak with nan and `training.spike_action` skip needs `training.train_iters`"]
+        )
+    drawn = random.Random(options.seed)
+    number = min(training.spike_max_skips, training.train_iters // 4)
+    steps = drawn.sample(range(1, training.train_iters + 1), number)
+    return tuple((step, drawn.randrange(options.nproc_per_node)) for step in sorted(steps))
 
 
 def _check(options: argparse.Namespace, config: Config) -> None:

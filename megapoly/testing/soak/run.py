@@ -33,6 +33,12 @@ class Reference:
     seconds_of_start: float
 
     @property
+    def save_interval(self) -> int:
+        """Steps between its last two checkpoints, or between the start and the only one."""
+        steps = [0, *(step_of(path) for path in complete_checkpoints(self.folder))]
+        return steps[-1] - steps[-2]
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
         return metrics_of(self.folder)

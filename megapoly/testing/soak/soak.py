@@ -95,9 +95,8 @@ class Soak:
             self.say("a run without faults")
             reference = self._train_without_faults(jobs)
             run: Run | None = None
-            for number in range(plan.num_faults):
+            for number, kind in zip(range(plan.num_faults), self._kinds(), strict=False):
                 drawn = random.Random(f"{plan.seed}/{number}")
-                kind = self._draw(drawn)
                 outcome: Outcome | None = None
                 while outcome is None:
                     is_fresh = run is None
@@ -123,13 +122,14 @@ class Soak:
                 self.say("the last run, to its end")
                 yield self._train_to_end(jobs, run)
 
-    def _draw(self, drawn: random.Random) -> str:
-        possible = [
-            name
-            for name in self.plan.kinds
-            if KINDS[name].least_processes <= self.plan.num_processes
-        ]
-        return drawn.choices(possible, [KINDS[name].weight for name in possible])[0]
+    def _kinds(self) -> Iterator[str]:
+        """Yield the kinds to strike: every few dozen have each kind as often as it is to strike."""
+        plan, drawn = self.plan, random.Random(self.plan.seed)
+        possible = [n for n in plan.kinds if KINDS[n].least_processes <= plan.num_processes]
+        while True:
+            deck = [name for name in possible for _ in range(KINDS[name].number)]
+            drawn.shuffle(deck)
+            yield from deck
 
     def _new_run(self, reference: Reference) -> Run:
         self._num_runs += 1
