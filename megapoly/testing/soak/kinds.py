@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.platform import launcher
-from megapoly.testing.soak.jobs import Job, Jobs, NanStep, children, kill, wait_until
 from megapoly.testing.soak.run import Run, step_of
+from megapoly.testing.soak.started_jobs import Job, Jobs, NanStep, children, kill, wait_until
 
 # A launcher is started with interpreters of its own, as `megapoly train` does, in one of so many.
 _REAL_LAUNCHERS = 8
+# In the log of a job that has failed to save.
+_NOT_SAVED = "was not saved: "
 
 
 class LostError(Exception):
@@ -253,13 +255,11 @@ def _fill_disk(scene: Scene) -> None:
     limit = max(sizes) // 2
     _limit_files(job, limit)
     try:
-        most = run.reference.save_interval
-        scene.wait_for(lambda: run.recorded_step() > run.saved_step() + most, job)
+        scene.wait_for(lambda: _NOT_SAVED in job.text(), job)
     except EndedError as error:
-        if error.status == 0:  # it has saved before the limit
-            raise
-        _expect_sentence(job)
-        return
+        if error.status:
+            raise LostError(f"{error}, and its log has no `{_NOT_SAVED}`") from error
+        raise  # it had saved its last step before
     _expect_sentence(job)
     if scene.random.random() < 0.5:
         _limit_files(job, resource.RLIM_INFINITY)
@@ -307,7 +307,7 @@ def _expect_failure(status: int) -> None:
 
 
 KINDS = {
-    "all": Kind("launcher and all ranks are killed", _kill_all, number=4),
+    "job": Kind("launcher and all ranks are killed", _kill_all, number=4),
     "save": Kind("the same, in the middle of a save", _kill_in_a_save, number=4),
     "rank": Kind("one rank is killed", _kill_rank, number=4, least_processes=2),
     "launcher": Kind("the launcher is killed", _kill_launcher, number=4, least_processes=2),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.checkpoints.run_folder import complete_checkpoints
-from megapoly.testing.soak.comparison import checkpoints_differ, metrics_differ, metrics_of
-from megapoly.testing.soak.jobs import NanStep
+from megapoly.testing.soak.equal_runs import checkpoints_differ, metrics_differ, metrics_of
+from megapoly.testing.soak.started_jobs import NanStep
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,6 @@ class Reference:
     seconds_per_save: float
     seconds_of_a_save: float
     seconds_of_start: float
-
-    @property
-    def save_interval(self) -> int:
-        """Steps between its last two checkpoints, or between the start and the only one."""
-        steps = [0, *(step_of(path) for path in complete_checkpoints(self.folder))]
-        return steps[-1] - steps[-2]
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megapoly.errors import MegapolyError
-from megapoly.testing.soak.jobs import Jobs, NanStep, kill, wait_until
 from megapoly.testing.soak.kinds import KINDS, EndedError, LostError, Scene
 from megapoly.testing.soak.run import Reference, Run
+from megapoly.testing.soak.started_jobs import Jobs, NanStep, kill, wait_until
 
 # Long enough for every process of an ended job to be gone; waited for only where one stays.
 _LEFTOVERS_S = 30.0
@@ -32,7 +32,7 @@ class Plan:
         kinds: names of those to draw from.
         seed: of kinds, moments and victims.
         nan_steps: steps that meet NaN in every run, the uninterrupted one as well.
-        new_processes: see :class:`~megapoly.testing.soak.jobs.Jobs`.
+        new_processes: see :class:`~megapoly.testing.soak.started_jobs.Jobs`.
         timeout_s: longest wait for a job to do what it must.
     """
 
