@@ -41,7 +41,7 @@ class LockError(MegapolyError):
 
 
 class DivergenceError(MegapolyError):
-    """The loss or the gradient of a training step is not finite."""
+    """A loss or the gradient of a step is not finite, or a spike that ends the run."""
 
 
 class LaunchError(MegapolyError):

@@ -48,7 +48,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
     Returns:
         Exit status: 0 when the run is complete or was requested to stop, 2 when the configuration,
         the data or a checkpoint cannot be used, :data:`~megapoly.platform.launcher.DIVERGED` when
-        the loss is not finite (one process of each host says why).
+        the loss is not finite or spikes end the run (one process of each host says why).
     """
     if launcher.is_torchrun():
         die_with_parent()

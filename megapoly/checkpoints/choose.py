@@ -112,24 +112,6 @@ def make_room(path: Path) -> None:
         logger.warning("%s is in the way of a checkpoint. %s", path, _set_aside(path))
 
 
-def check_saved(folder: Path, ranks: Ranks = ALONE) -> None:
-    """Check that a checkpoint that has just been saved is whole, before older ones are deleted.
-
-    Collective. A damaged one is set aside, so that it is not mistaken for the newest.
-
-    Raises:
-        CheckpointError: a file is not what was written.
-    """
-    verdict = verdict_of(folder, ranks)
-    if verdict.damages:
-        aside = _set_aside(folder) if ranks.rank == 0 else ""
-        aside = ranks.gather(aside)[0]
-        raise CheckpointError(
-            f"{folder} was written, and what is read back differs: {verdict}. {aside}; older "
-            "checkpoints were not deleted. See whether the disk or the memory of this host fails."
-        )
-
-
 def verdict_of(folder: Path, ranks: Ranks = ALONE) -> Verdict:
     """Return what verifying a checkpoint finds; verify it once in this process; collective.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,9 @@ _LONG_MEMBER_BYTES = 4096
 _LOCAL_HEADER_BYTES = 30
 
 
-def seal(folder: Path, run: dict[str, Any]) -> None:
+def seal(
+    folder: Path, run: dict[str, Any], read_back: Mapping[str, tuple[int, int]] | None = None
+) -> None:
     """Write ``run.json`` with sizes and CRC-32 of all other files, and flush all to the disk.
 
     Each entry of a ``.distcp`` file is a zip archive, in which ``torch.save`` put the CRC-32 of
@@ -32,19 +34,24 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
     Args:
         folder: folder of a checkpoint that has everything but ``run.json``.
         run: the rest of ``run.json``.
+        read_back: results of :func:`read_back_crc` by the names of files, which are not read again.
 
     Raises:
         CheckpointError: an entry of a ``.distcp`` file is not what ``.metadata`` says.
         OSError: a file cannot be read, written or flushed.
     """
     names = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RUN)
-    entries = _entries(folder)
+    known = {} if read_back is None else read_back
+    entries = {} if known else _entries(folder)
     files = {}
     for path in names:
         name, size = path.relative_to(folder).as_posix(), path.stat().st_size
-        with path.open("rb") as stream:
-            crc = _crc_with_entries(stream, size, sorted(entries.get(name, ())), name)
-            os.fsync(stream.fileno())
+        if known.get(name, (-1,))[0] == size:
+            crc = known[name][1]
+        else:
+            with path.open("rb") as stream:
+                crc = _crc_with_entries(stream, size, sorted(entries.get(name, ())), name)
+                os.fsync(stream.fileno())
         files[name] = {"bytes": size, "crc32": f"{crc:08x}"}
     with (folder / RUN).open("w", encoding="utf-8") as stream:
         stream.write(run_text(run | {FILES: files}))
@@ -52,6 +59,32 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
         os.fsync(stream.fileno())
     for inner in {path.parent for path in names} | {folder}:
         flush_folder(inner)
+
+
+def read_back_crc(path: Path, entries: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return size and CRC-32 of a ``.distcp`` file that has been written, after reading it.
+
+    What the disk gives must have the CRC-32 of what was in memory.
+
+    Args:
+        path: of the file, which has been flushed.
+        entries: offset and length of its entries.
+
+    Raises:
+        CheckpointError: the file is not what was written.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        if hasattr(os, "posix_fadvise"):  # read the disk and not the system's copy in memory
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        size = os.fstat(stream.fileno()).st_size
+        written = _crc_with_entries(stream, size, sorted(entries), path.name)
+        if _crc_of_bytes(stream, 0, size, 0) != written:
+            raise CheckpointError(
+                f"what is read back from {path.name} is not what was written; see whether the "
+                "disk or the memory of this host fails"
+            )
+    return size, written
 
 
 def _entries(folder: Path) -> dict[str, list[tuple[int, int]]]:

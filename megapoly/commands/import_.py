@@ -4,9 +4,10 @@ r"""Import a Hugging Face folder as a checkpoint, and prove that it is the same 
     megapoly train --config runs/smollm2/imported/recipe.yaml --run_dir runs/smollm2 \
         --training.train_iters 100 --data.blend '[tokens/mine_text_document]'
 
-DIR is a Llama, a Mistral without sliding window, an OLMoE, a folder that `megapoly export` wrote, or a PolyCom release: Llama with
-`hidden_act` polynorm or polyrelu, and coefficients `mlp.act_fn.weight` (highest power first) and
-`mlp.act_fn.bias`. Needs `pip install 'megapoly[train,hf]'`.
+DIR is a Llama, a Mistral without a sliding window, an OLMoE, a folder that `megapoly export` wrote,
+or a PolyCom release: Llama with `hidden_act` polynorm or polyrelu, and coefficients
+`mlp.act_fn.weight` (highest power first) and `mlp.act_fn.bias`. Code in it is never run. Needs
+`pip install 'megapoly[train,hf]'`.
 
 The checkpoint can be loaded at every parallel layout. Its recipe.yaml has the model, its tokenizer
 and the path of the checkpoint, to train with. After conversion the logits of both models are

@@ -9,7 +9,7 @@ another launcher, which starts the processes itself, the option is refused.
 
 The exit status is 0 when the run is complete or was requested to stop (Ctrl-C and SIGTERM save
 first), 2 when the configuration, the data or a checkpoint cannot be used, 3 when the loss is not
-finite.
+finite, or has more spikes than training.spike_action allows.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megapoly.checkpoints.choose import check_whole, newest_whole
+from megapoly.checkpoints.choose import check_whole, is_checkpoint, newest_whole
 from megapoly.checkpoints.run_file import DamageError, read_run_file
+from megapoly.checkpoints.run_folder import checkpoint_names
 from megapoly.checkpoints.tensor_reader import TensorReader
 from megapoly.checkpoints.verify import ALONE, Ranks
 from megapoly.config import Config, load_yaml
@@ -158,7 +159,7 @@ def find_checkpoint(path: Path, ranks: Ranks = ALONE) -> Path | None:
     Raises:
         CheckpointError: ``path`` is a damaged checkpoint, or a run with no other.
     """
-    if (path / "run.json").exists():
+    if is_checkpoint(path):
         check_whole(path, ranks)
         return path
     return newest_whole(path, ranks)
@@ -170,14 +171,24 @@ def checkpoint_of_model(path: Path, ranks: Ranks = ALONE) -> Path | None:
     Raises:
         CheckpointError: it is neither, or :func:`find_checkpoint` raises.
     """
-    checkpoint = find_checkpoint(path, ranks)
-    if checkpoint is None and not (path / "config.json").is_file():
+    return find_checkpoint(path, ranks) if names_checkpoint(path) else None
+
+
+def names_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint or a run, whole or not, and no Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if is_checkpoint(path) or any(map(is_checkpoint, checkpoint_names(path))):
+        return True
+    if not (path / "config.json").is_file():
         raise CheckpointError(
             f"`{path}` is not a model. Give a checkpoint (a complete `iter_*` folder has a "
             "run.json), a run with such a checkpoint, or a Hugging Face folder (it has a "
             "config.json)" + ("" if path.is_dir() else "; this folder does not exist") + "."
         )
-    return checkpoint
+    return False
 
 
 def check_chunks(path: Path, tensors: dict[str, TensorStorageMetadata]) -> None:

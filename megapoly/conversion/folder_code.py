@@ -16,6 +16,7 @@ from megapoly.conversion.safetensors_reader import read_json
 from megapoly.data.special_tokens import CONFIG_NAME, read_object
 from megapoly.errors import CheckpointError
 
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 PACKAGED_CODE = Path(__file__).parent / "remote_code"
 # Replaces `generate` of every model in the folder.
 _GENERATE = "custom_generate/generate.py"
@@ -54,9 +55,16 @@ def check_code(folder: Path) -> None:
     """Refuse a model that needs code in its folder, before transformers asks on the terminal.
 
     Raises:
-        CheckpointError: neither this package nor transformers has a class for it.
+        CheckpointError: neither this package nor transformers has a class for it, or its
+            ``config.json`` names kernels of the hub, which transformers would download and run.
     """
     config = read_json(folder / "config.json")
+    if kernels := list(_kernels(config)):
+        raise CheckpointError(
+            f"`{folder}/config.json` names kernels of the hub, which transformers may download and "
+            f"run, and such code is not run: {', '.join(kernels)}. Remove the entry to compute "
+            f"with torch, or add `{TRUST_CODE}`."
+        )
     if not code_of_others(folder) or _has_class(config):
         return
     raise CheckpointError(
@@ -104,6 +112,21 @@ def _references(auto_map: Any) -> Iterator[str]:
     elif isinstance(auto_map, dict | list):
         for value in auto_map.values() if isinstance(auto_map, dict) else auto_map:
             yield from _references(value)
+
+
+def _kernels(value: Any) -> Iterator[str]:
+    """Yield the entries of a configuration that transformers loads with the package ``kernels``.
+
+    A name with a slash is a repository. Flash attention is one, if its own package is missing.
+    """
+    for name, entry in value.items() if isinstance(value, dict) else ():
+        names = entry.values() if isinstance(entry, dict) else [entry]
+        if name.removeprefix("_") in _IMPLEMENTATIONS:
+            for each in names:
+                if isinstance(each, str) and ("/" in each or "flash" in each):
+                    yield f"`{name}` {each}"
+        else:
+            yield from _kernels(entry)
 
 
 def _is_ours(folder: Path, name: str) -> bool:

@@ -21,7 +21,7 @@ from megapoly.conversion.architecture import (
     model_config,
 )
 from megapoly.conversion.engine_outputs import engine_module_outputs
-from megapoly.conversion.folder_code import check_code_is_ours
+from megapoly.conversion.folder_code import check_code, check_code_is_ours
 from megapoly.conversion.module_outputs import ModuleOutputs
 from megapoly.conversion.parity import Parity, differing_module, measure_parity
 from megapoly.conversion.safetensors_reader import read_json, weight_files
@@ -227,6 +227,7 @@ def load_folder(folder: Path, offload: Path, *, run_code: bool) -> tuple[Any, di
     elif run_code:
         opener = AutoModelForCausalLM
     else:
+        check_code(folder)
         opener = class_without_remote_code(config)
     if fp32_bytes(folder) > free_memory_bytes() * MEMORY_SHARE:
         arguments |= {"device_map": _LAYERS_ON_DISK, "offload_folder": offload}

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from megapoly.checkpoints.verify import ALONE
 from megapoly.config.command_line import check_can_write
-from megapoly.conversion.checkpoint_reader import checkpoint_of_model
+from megapoly.conversion.checkpoint_reader import find_checkpoint, names_checkpoint
 from megapoly.conversion.folder_code import note_on_code
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import (
@@ -55,19 +54,20 @@ def evaluate(request: EvaluationRequest) -> None:
             are stopped by their launcher.
     """
     num_processes = launcher.world_size()
-    meeting = MeetingRanks() if num_processes > 1 else None
-    ranks = ALONE if meeting is None else meeting.ranks()
-    checkpoint = checkpoint_of_model(request.model, ranks)
-    problems = list(find_problems(request, checkpoint, num_processes))
+    named = request.model if names_checkpoint(request.model) else None
+    problems = list(find_problems(request, named, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
     if request.tasks:
         select(request.tasks)
     if num_processes > 1:
-        assert checkpoint is not None, "checked by find_problems"
+        assert named is not None, "checked by find_problems"
+        meeting = MeetingRanks()
+        checkpoint = find_checkpoint(named, meeting.ranks())
+        assert checkpoint is not None, "named"
         outcome = _evaluate_on_ranks(request, checkpoint)
     else:
-        outcome = _evaluate_in_one_process(request, checkpoint)
+        outcome = _evaluate_in_one_process(request, named and find_checkpoint(named))
     if request.output is not None and _is_first():
         content = as_json(outcome.model, tasks=outcome.tasks, perplexity=outcome.perplexity)
         write_results(request.output, content)

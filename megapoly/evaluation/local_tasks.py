@@ -259,7 +259,7 @@ def _check_fields(path: Path, fields: Sequence[str]) -> None:
 def _check_line(line: bytes, place: str, fields: Sequence[str]) -> None:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(
             f"{place} is not a JSON object ({error}); the file must have one per line"
         ) from error

@@ -16,9 +16,11 @@ from megapoly.checkpoints.verify import Ranks
 from megapoly.errors import PeerError
 from megapoly.platform import launcher
 from megapoly.platform.meeting import join
+from megapoly.training.rank_zero_first import wait_for_peers
 
 _PAUSE_S = 0.01
 _LIMIT_S = 3600.0
+_FAREWELL_S = 10.0
 
 
 class MeetingRanks:
@@ -48,4 +50,10 @@ class MeetingRanks:
                     "checkpoint; see why they did not"
                 )
             time.sleep(_PAUSE_S)
-        return [json.loads(self._store.get(key)) for key in keys]
+        gathered = [json.loads(self._store.get(key)) for key in keys]
+        # Rank 0 serves the store, and ends if it finds no checkpoint: not before all have read.
+        if self._rank == 0:
+            wait_for_peers(self._store, f"{number}/read", self._num_ranks, timeout_s=_FAREWELL_S)
+        else:
+            self._store.add(f"{number}/read", 1)
+        return gathered

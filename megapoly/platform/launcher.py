@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from megapoly.errors import LaunchError
 
-# Exit status of a run whose loss was not finite: its configuration is valid, and starting it again
-# changes nothing.
+# Exit status of a run whose loss was not finite, or had more spikes than `training.spike_action`
+# allows: its configuration is valid, and starting it again changes nothing.
 DIVERGED = 3
 # Exit status of a run that a rank has stopped advancing; `RUN_DIR/diagnostics` says where.
 HUNG = 4

@@ -13,6 +13,7 @@ import os
 import pickle
 import queue
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
+from megapoly.checkpoints.seal import read_back_crc
+from megapoly.errors import CheckpointError
 from megapoly.platform.processes import die_with_parent
 
 
@@ -49,24 +53,42 @@ class ShardFiles:
         """Return what writes this rank's file, here or in another process; collective."""
         return self._spread.async_save(tensors, str(folder))
 
-    def gather(self) -> list[str]:
-        """Return the failures of all ranks, on rank 0; collective, after all ranks have written."""
-        planned = self._strategy.planned
-        # A rank may have nothing to write.
-        written = planned.results.get() if planned.writer.write_buckets else []
-        self._written = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(written, self._written)
-        failures = ((i, each) for i, each in enumerate(self._written or ()))
-        return [f"rank {i}: {each}" for i, each in failures if isinstance(each, str)]
+    def gather(self) -> list[Written | str] | None:
+        """Return what each rank has written, or why it failed, on rank 0.
 
-    def write_metadata(self) -> None:
-        """Write ``.metadata``; on rank 0, after :meth:`gather`.
+        Collective, after all ranks have written.
+        """
+        planned, is_first = self._strategy.planned, dist.get_rank() == 0
+        # A rank may have nothing to write.
+        own = planned.results.get() if planned.writer.write_buckets else Written()
+        gathered: list[Any] | None = [None] * dist.get_world_size() if is_first else None
+        dist.gather_object(own, gathered)
+        return gathered
+
+    def write_metadata(self, written: list[Written]) -> None:
+        """Write ``.metadata``, on rank 0.
+
+        Args:
+            written: by all ranks.
 
         Raises:
             OSError: it cannot be written.
         """
         planned = self._strategy.planned
-        planned.writer.finish(planned.metadata, self._written)
+        planned.writer.finish(planned.metadata, [each.entries for each in written])
+
+
+@dataclass
+class Written:
+    """What a rank has written.
+
+    Args:
+        entries: of the engine, for ``.metadata``.
+        files: size and CRC-32 of each file, by name.
+    """
+
+    entries: list[WriteResult] = field(default_factory=list)
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _Planned:
@@ -110,11 +132,11 @@ class _Results:
             else tempfile.TemporaryFile()
         )
 
-    def put(self, result: list[Any] | str) -> None:
+    def put(self, result: Written | str) -> None:
         pickle.dump(result, self._file)
         self._file.flush()
 
-    def get(self) -> list[Any] | str:
+    def get(self) -> Written | str:
         """Return what was put, or the reason that there is nothing."""
         with self._file:
             self._file.seek(0)
@@ -128,7 +150,7 @@ class _Results:
 
 
 def _write(transforms: list[Any], rank_process: int, buckets: list[Any], results: _Results) -> None:
-    """Write this rank's file and leave the results, or the reason of a failure.
+    """Write this rank's file, read it back, and leave the results, or the reason of a failure.
 
     Args:
         transforms: of the content, which the engine's function takes.
@@ -138,21 +160,29 @@ def _write(transforms: list[Any], rank_process: int, buckets: list[Any], results
     """
     if os.getpid() != rank_process:
         die_with_parent(rank_process)
-    written: list[Any] = []
-    for bucket in buckets:
-        # The engine's queues, inside one process: it counts this file as done.
-        done: queue.Queue[int] = queue.Queue()
-        done.put(0)
-        result: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, 0, bucket, result, done, use_fsync=True
-        )
-        _, of_file = result.get()
-        if isinstance(of_file, Exception):
-            results.put(_reason(of_file))
-            return
-        written += of_file
-    results.put(written)
+    written = Written()
+    try:
+        for bucket in buckets:
+            entries = _write_file(transforms, bucket)
+            places = [(each.storage_data.offset, each.storage_data.length) for each in entries]
+            written.entries += entries
+            written.files[bucket[1]] = read_back_crc(Path(bucket[0]), places)
+    except Exception as error:  # torch.save has its own
+        results.put(_reason(error))
+    else:
+        results.put(written)
+
+
+def _write_file(transforms: list[Any], bucket: Any) -> list[WriteResult]:
+    # The engine's queues, inside one process: it counts this file as done.
+    done: queue.Queue[int] = queue.Queue()
+    done.put(0)
+    result: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, result, done, use_fsync=True)
+    _, entries = result.get()
+    if isinstance(entries, Exception):
+        raise entries
+    return entries
 
 
 def _reason(error: BaseException) -> str:
@@ -160,4 +190,6 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {error}" if cause is None else str(cause)
+    if cause is None and not isinstance(error, CheckpointError):
+        return f"{type(error).__name__}: {error}"
+    return str(cause or error)

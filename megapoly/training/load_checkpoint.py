@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from torch.distributed.checkpoint import CheckpointException
 
 from megapoly.checkpoints.choose import check_whole, newest_to_resume
+from megapoly.checkpoints.module_state import check_module_state
 from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import complete_checkpoints
 from megapoly.checkpoints.tensor_reader import TensorReader, load_object
@@ -120,7 +121,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
     with torch.no_grad():
         _check_data(state, position, path)
         _check_batch(state.config, path)
-        check_skipped(state, position, path)
+        check_skipped(state, path)
         own = {"layout": layout(state.config), "generators": generators(state)}
         has_state = own.items() <= position.items()
         expected = _state_to_load(state, load_yaml(path / "config.yaml"))
@@ -232,6 +233,9 @@ def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:
 
 def _load_model_state(state: ModelState, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(state.chunks):
+        for name, entry in loaded.get(str(i), {}).items():
+            if "_extra_state" in name:
+                check_module_state(name, entry)
         # Parameters that are missing here come with the optimizer's state.
         unwrap(chunk).load_state_dict(loaded.get(str(i), {}), strict=False)
 

@@ -113,7 +113,7 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(_finite(step.metrics))
+        self._metrics.write(_without_nan(step.metrics))
         if step.stop or is_due(self._state, self._state.config.checkpoint.save_interval):
             self._metrics.flush_to_disk()  # a checkpoint's steps are there when it is
         for name, value in step.metrics.items():
@@ -200,11 +200,8 @@ def _unusual_line(result: StepResult) -> str:
     return f"{result.unusual}; skipped: no weight has changed ({result.num_skipped} so far)"
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the metrics with None for a number that is not finite, which JSON has not.
-
-    Only a skipped step has one.
-    """
+def _without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics for JSON, which has no number that is not finite: null, of a skipped step."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 

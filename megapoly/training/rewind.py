@@ -17,7 +17,7 @@ from megapoly.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-SET_ASIDE = ".set_aside"
+_SET_ASIDE = ".set_aside"
 
 
 def passed_over(position: dict[str, Any]) -> list[range]:
@@ -25,55 +25,43 @@ def passed_over(position: dict[str, Any]) -> list[range]:
     return step_ranges(position.get("passed_over"))
 
 
-def trained_on_skipped(state: TrainState, position: dict[str, Any]) -> list[range]:
-    """Return the steps to pass over that a checkpoint has trained on.
-
-    Args:
-        state: its configuration has ``training.skip_batches``.
-        position: the checkpoint's ``run.json``.
-    """
-    listed = until(step_ranges(state.config.training.skip_batches), position["iteration"])
-    passed = passed_over(position)
-    return [steps for steps in listed if not contain(passed, [steps])]
-
-
-def set_aside_trained(state: TrainState) -> list[Path]:
+def set_aside_trained(state: TrainState) -> None:
     """Set checkpoints aside that have trained on steps to pass over; collective.
 
-    Returns:
-        The run's other checkpoints, oldest first.
+    They are renamed, such as ``iter_0001250.set_aside``: the newest of the others is the run's
+    newest checkpoint. Those that the run saves later have passed over these steps, so that the same
+    command resumes from them.
 
     Raises:
         CheckpointError: the run has checkpoints, and none is from before these steps.
     """
-    own = complete_checkpoints(state.config.run_dir)
     if not state.config.training.skip_batches:
-        return own
-    trained = {path: trained_on_skipped(state, _position(path)) for path in own}
-    kept = [path for path in own if not trained[path]]
-    if own and not kept:
-        raise CheckpointError(_no_checkpoint_before(trained))
+        return
+    own = complete_checkpoints(state.config.run_dir)
+    trained = {path: steps for path in own if (steps := _trained_on_skipped(state, path))}
+    if own and len(trained) == len(own):
+        raise CheckpointError(_no_checkpoint_before(own[0], trained[own[0]]))
     dist.barrier()  # all ranks have the same list
-    for path in own if is_rank_zero() else []:
-        if trained[path]:
-            aside = path.rename(path.with_name(path.name + SET_ASIDE))
-            logger.warning(
-                "%s has trained on the batches of step %s, which `training.skip_batches` passes "
-                "over: set aside as %s; delete it when it is not needed",
-                path, text_of_steps(trained[path]), aside.name,
-            )  # fmt: skip
+    for path, steps in trained.items() if is_rank_zero() else ():
+        aside = path.rename(path.with_name(path.name + _SET_ASIDE))
+        logger.warning(
+            "%s has trained on the batches of step %s, which `training.skip_batches` passes over: "
+            "set aside as %s; delete it when it is not needed",
+            path,
+            text_of_steps(steps),
+            aside.name,
+        )
     dist.barrier()
-    return kept
 
 
-def check_skipped(state: TrainState, position: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint of another run that has trained on steps to pass over.
+def check_skipped(state: TrainState, path: Path) -> None:
+    """Refuse a checkpoint, of any run, that has trained on steps to pass over.
 
     Raises:
         CheckpointError: it has.
     """
-    if trained := trained_on_skipped(state, position):
-        raise CheckpointError(_no_checkpoint_before({path: trained}))
+    if steps := _trained_on_skipped(state, path):
+        raise CheckpointError(_no_checkpoint_before(path, steps))
 
 
 def way_back(state: TrainState, step: int) -> str:
@@ -103,13 +91,18 @@ def way_back(state: TrainState, step: int) -> str:
     )
 
 
-def _position(path: Path) -> dict[str, Any]:
-    position: dict[str, Any] = json.loads((path / "run.json").read_text())
-    return position
+def _trained_on_skipped(state: TrainState, path: Path) -> list[range]:
+    """Return the steps to pass over that a checkpoint has trained on; none if it cannot be read."""
+    try:
+        position = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError):
+        return []  # loading says so
+    listed = until(step_ranges(state.config.training.skip_batches), position["iteration"])
+    passed = passed_over(position)
+    return [steps for steps in listed if not contain(passed, [steps])]
 
 
-def _no_checkpoint_before(trained: dict[Path, list[range]]) -> str:
-    path, steps = next(iter(trained.items()))
+def _no_checkpoint_before(path: Path, steps: list[range]) -> str:
     return (
         f"{path} has trained on the batches of step {text_of_steps(steps)}, which "
         "`training.skip_batches` passes over, and there is no checkpoint from before them; leave "

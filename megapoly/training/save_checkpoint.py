@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
 import megapoly
-from megapoly.checkpoints.choose import check_saved, make_room
+from megapoly.checkpoints.choose import make_room
 from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints, newest_ordinary
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
@@ -30,7 +30,7 @@ from megapoly.config.step_ranges import text_of_steps
 from megapoly.errors import CheckpointError
 from megapoly.platform.files import free_space
 from megapoly.training import optimizer_state
-from megapoly.training.checkpoint_files import ShardFiles
+from megapoly.training.checkpoint_files import ShardFiles, Written
 from megapoly.training.checkpoint_state import (
     generators,
     layout,
@@ -38,7 +38,7 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
-from megapoly.training.distributed import all_ranks, is_rank_zero
+from megapoly.training.distributed import is_rank_zero
 from megapoly.training.state import TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
@@ -153,24 +153,24 @@ class CheckpointSaver:
         """Give the checkpoint its name; when the files of all ranks are written."""
         saving, self._saving = self._saving, None
         assert saving is not None
-        failures = self._files.gather()
-        _on_rank_zero(saving, lambda: self._complete(saving, failures))
-        check_saved(saving.final, all_ranks())
-        if is_rank_zero():
-            _delete_old(self._state.config.run_dir, self._state.config.checkpoint.keep)
+        written = self._files.gather()
+        _on_rank_zero(saving, lambda: self._complete(saving, written or []))
 
-    def _complete(self, saving: _Saving, failures: list[str]) -> None:
+    def _complete(self, saving: _Saving, written: list[Written | str]) -> None:
+        failures = [f"rank {i}: {each}" for i, each in enumerate(written) if isinstance(each, str)]
         if failures:
             raise CheckpointError("; ".join(failures[:_MAX_REASONS]))
-        partial = saving.partial
-        self._files.write_metadata()
+        partial, of_ranks = saving.partial, [each for each in written if isinstance(each, Written)]
+        self._files.write_metadata(of_ranks)
         TorchCommonSaveStrategy("torch", 1).save_common(saving.common, partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         (partial / "config.yaml").write_text(saving.config)
-        seal(partial, saving.run)
+        files = {name: crc for each in of_ranks for name, crc in each.files.items()}
+        seal(partial, saving.run, read_back=files)
         make_room(saving.final)
         partial.rename(saving.final)
         flush_folder(saving.final.parent)
+        _delete_old(self._state.config.run_dir, self._state.config.checkpoint.keep)
 
 
 def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:

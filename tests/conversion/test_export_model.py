@@ -1,6 +1,9 @@
 """Checkpoints of the real job at several layouts, exported: the same logits and text."""
 
+import dataclasses
 import json
+import os
+import pickle
 import shutil
 
 import pytest
@@ -17,6 +20,7 @@ from conversions import (
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from megapoly.checkpoints.seal import seal
 from megapoly.conversion.checkpoint_model import (
     check_finite,
     checked_mappings,
@@ -26,8 +30,10 @@ from megapoly.conversion.checkpoint_model import (
 from megapoly.conversion.checkpoint_reader import CheckpointReader
 from megapoly.conversion.export_model import ExportOptions, export_model
 from megapoly.conversion.parity import ParityError
+from megapoly.conversion.transformers_model import load_transformers_model
 from megapoly.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
 from megapoly.errors import CheckpointError
+from megapoly.study.analysis.command import AnalysisRequest, analyze
 from megapoly.testing import run_on_ranks
 
 QUICK = ["dense", "polyrelu", "moe", "per_expert", "olmoe"]
@@ -239,15 +245,71 @@ def test_damaged_checkpoints_are_refused(trained, tmp_path):
         (folder / "run.json").write_text("[]")
 
     changes = {
-        truncate: "cannot be read: EOFError",
-        scribble: "Unpickling",
-        listed: "not an object",
+        truncate: r"__0_0\.distcp has 1,000 bytes, not",
+        scribble: r"\.metadata has 9 bytes, not",
+        listed: r"run\.json is damaged \(it is no object\)",
     }
     for change, match in changes.items():
         folder = copy_with(trained("dense"), tmp_path / change.__name__, change)
         with pytest.raises(CheckpointError, match=match):
             export_model(ExportOptions(folder, tmp_path / "hf", skip_parity=True), QUIET)
     assert not (tmp_path / "hf").exists()
+
+
+def test_commands_take_the_newest_checkpoint_that_is_whole(trained, tmp_path, caplog):
+    """To export, generate and analyse; and they leave the damaged one where it is."""
+    whole, damaged = (tmp_path / "run/checkpoints" / f"iter_000000{i}" for i in (3, 6))
+    for copy in (whole, damaged):
+        shutil.copytree(trained("dense"), copy)
+    path = sorted(damaged.glob("*.distcp"))[0]
+    data = path.read_bytes()
+    path.write_bytes(data[:9000] + bytes([data[9000] ^ 1]) + data[9001:])
+    export_model(ExportOptions(tmp_path / "run", tmp_path / "hf", skip_parity=True), QUIET)
+    message = f"{damaged} is damaged: {path.name} is damaged (another CRC-32 than when it was"
+    assert message in caplog.text and f"{whole} is used instead" in caplog.text
+    model, _ = load_transformers_model(tmp_path / "run")
+    with safe_open(tmp_path / "hf/model.safetensors", "pt") as exported:
+        name = "model.norm.weight"
+        assert torch.equal(model.state_dict()[name], exported.get_tensor(name))
+    request = AnalysisRequest(checkpoint=tmp_path / "run", parts=("rank",), output=tmp_path / "a")
+    analyze(request)
+    found = json.loads((tmp_path / "a/analysis.json").read_text())
+    assert found["checkpoint"] == str(whole)
+    for use in (
+        lambda: export_model(ExportOptions(damaged, tmp_path / "no", skip_parity=True), QUIET),
+        lambda: load_transformers_model(damaged),
+        lambda: analyze(dataclasses.replace(request, checkpoint=damaged)),
+    ):
+        with pytest.raises(CheckpointError, match="is damaged .* Give another checkpoint, or a"):
+            use()
+    assert damaged.is_dir()
+
+
+def test_an_index_that_names_code_is_refused(trained, tmp_path):
+    """By every command that reads tensors without the engine; sealing refuses it, too."""
+
+    class Touch:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    folder = tmp_path / "evil"
+    shutil.copytree(trained("dense"), folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(Touch()))
+    run = json.loads((folder / "run.json").read_text())
+    with pytest.raises(CheckpointError, match="names `posix.system`"):
+        seal(folder, run)
+    for key in ("files", "crc32"):
+        del run[key]
+    (folder / "run.json").write_text(json.dumps(run))
+    request = AnalysisRequest(checkpoint=folder, parts=("rank",), output=tmp_path / "a")
+    for use in (
+        lambda: export_model(ExportOptions(folder, tmp_path / "no", skip_parity=True), QUIET),
+        lambda: load_transformers_model(folder),
+        lambda: analyze(request),
+    ):
+        with pytest.raises(CheckpointError, match="names `posix.system`"):
+            use()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_weights_that_are_not_finite_are_refused():

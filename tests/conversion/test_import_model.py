@@ -17,6 +17,7 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
+from megapoly.checkpoints.seal import seal
 from megapoly.config import ModelConfig, load_yaml
 from megapoly.conversion.activation_change import ActivationChange, change_activation
 from megapoly.conversion.bos_rule import bos_rule
@@ -75,7 +76,7 @@ def test_llama_there_and_back_and_on_at_other_layouts(tmp_path):
     assert load_yaml(checkpoint / "config.yaml").model.rotary_base == 50_000
     described = json.loads((checkpoint / "run.json").read_text())
     assert described["add_bos"] is False
-    (checkpoint / "run.json").write_text(json.dumps(described | {"add_bos": True}))
+    seal(checkpoint, described | {"add_bos": True})
     recipe = checkpoint / "recipe"
     alone = run(recipe, tmp_path / "alone", 1)
     cut = run(recipe, tmp_path / "cut", 3, **{"parallel.tensor_model_parallel_size": 3})

@@ -143,6 +143,27 @@ def test_a_checkpoint_by_one_process_and_by_two(trained, task_data, texts, tmp_p
     assert a["model"]["path"] == str(checkpoint) and a["model"]["dtype"] == "float32"
 
 
+def test_a_damaged_checkpoint_is_skipped_by_all_processes(trained, task_data, tmp_path):
+    """One of them says so, and the figures name the checkpoint that was taken."""
+    whole, damaged = (tmp_path / "run/checkpoints" / f"iter_000000{i}" for i in (3, 6))
+    for copy in (whole, damaged):
+        shutil.copytree(trained("dense")[0], copy)
+    path = sorted(damaged.glob("*.distcp"))[0]
+    data = path.read_bytes()
+    path.write_bytes(data[:70_000] + bytes([data[70_000] ^ 1]) + data[70_001:])
+    output = tmp_path / "results.json"
+    args = as_strings("--model", tmp_path / "run", "--tasks", "piqa", "--output", output)
+    args += as_strings("--task-data", task_data)
+    first, second = run_on_ranks(evaluate_command, 2, args)
+    assert first[0] == second[0] == 0, first
+    assert f"{damaged} is damaged: {path.name} is damaged" in first[2] and second[1:] == ("", "")
+    assert json.loads(output.read_text())["model"]["path"] == str(whole)
+    shutil.rmtree(whole)
+    first, second = run_on_ranks(evaluate_command, 2, args)
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].startswith(f"The only checkpoint of {tmp_path / 'run'} is damaged: ")
+
+
 def test_errors_of_several_processes(trained, task_data, tmp_path):
     """An error on one rank ends all; tasks that generate text are refused before any scoring."""
     args = as_strings("--model", trained("dense")[0], "--tasks", "piqa,coqa")

@@ -21,7 +21,7 @@ from megapoly.model.transformer_config import transformer_config
 from megapoly.platform.device import Platform
 from megapoly.preflight.parallel_check.whole_model import weight_shards
 from megapoly.training.load_checkpoint import load_checkpoint
-from megapoly.training.save_checkpoint import save_checkpoint
+from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import TrainState, build_state
 from megapoly.training.step import compute_gradients, train_step, update_parameters
 
@@ -164,7 +164,7 @@ def there_and_back(options: dict[str, Any], platform: Platform, folder: Any) -> 
             after = weights_of(state)
             same.append(all(torch.equal(after[k], v) for k, v in weights_of(last).items()))
         losses += losses_of_steps(state, 1)
-        path, last = save_checkpoint(state), state
+        path, last = CheckpointSaver(state).save(in_background=False), state
     return {"losses": losses, "whole": losses_of_steps(whole, 3), "same": same}
 
 
@@ -180,7 +180,7 @@ def history_of_scales(platform: Platform, folder: Any) -> dict[str, Any]:
     config.run_dir = str(folder)
     whole, resumed = (build_state(config, platform, CORPUS) for _ in range(2))
     losses_of_steps(whole, 1)
-    load_checkpoint(resumed, save_checkpoint(whole))
+    load_checkpoint(resumed, CheckpointSaver(whole).save(in_background=False))
     histories = [_histories(state) for state in (whole, resumed)]
     same = [torch.equal(histories[1][name], history) for name, history in histories[0].items()]
     return {

@@ -17,7 +17,7 @@ from megapoly.platform.device import select_platform
 from megapoly.testing import run_on_ranks
 from megapoly.training.distributed import process_groups
 from megapoly.training.load_checkpoint import load_checkpoint
-from megapoly.training.save_checkpoint import save_checkpoint
+from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import build_state
 from megapoly.training.step import train_step
 
@@ -118,7 +118,7 @@ def weights_after_two_steps(folder):
                 states.append(build_state(config, platform, corpus))
             whole, resumed = states
             train_step(whole, random_batches(whole.config, whole.layout))
-            load_checkpoint(resumed, save_checkpoint(whole))
+            load_checkpoint(resumed, CheckpointSaver(whole).save(in_background=False))
             for state in states:
                 train_step(state, random_batches(state.config, state.layout))
             result[name] = [whole_weights(state) for state in states]

@@ -167,6 +167,12 @@ RUN_CODE = {
 }
 
 
+# Modules that call one of them nevertheless, and why.
+OWN_PROCESSES = {
+    "megapoly/training/checkpoint_files.py": "reads a file without a name, of a process it forked"
+}
+
+
 def calls_that_run_code(text: str) -> list[str]:
     """Return the lines of a module that open something so that code in it runs."""
     found = []
@@ -195,4 +201,4 @@ def test_nothing_is_opened_so_that_its_code_runs() -> None:
         if path.endswith(".py") and path.startswith(("megapoly/", "tools/", "examples/", "docker/"))
         if (lines := calls_that_run_code((ROOT / path).read_text()))
     }
-    assert not found
+    assert found.keys() <= OWN_PROCESSES.keys(), found

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megapoly.config.recipes import FOLDER as RECIPES
 from megapoly.errors import DivergenceError
+from megapoly.model.builder import unwrap
 from megapoly.pretrain import configure, pretrain
 from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import shared_cache
@@ -31,7 +32,7 @@ TINY = {
     "training.seq_length": 16,
     "training.micro_batch_size": 1,
     "training.global_batch_size": 4,
-    "training.train_iters": 8,
+    "training.train_iters": 6,
     "training.eval_interval": 0,
     "training.spike_window": 4,
     "optimizer.lr_warmup_iters": 2,
@@ -41,6 +42,35 @@ TINY = {
 }
 DENSE = TINY | {"model.ffn_hidden_size": 24}
 MOE = TINY | {"model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 24}
+TENSOR = {"parallel.tensor_model_parallel_size": 2}
+PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
+EXPERT = {"parallel.expert_model_parallel_size": 2}
+CONTEXT = {"parallel.context_parallel_size": 2}
+CHUNKS = PIPELINE | {
+    "model.num_layers": 4,
+    "parallel.virtual_pipeline_model_parallel_size": 2,
+}
+OVERLAP = {
+    "parallel.use_distributed_optimizer": True,
+    "parallel.overlap_grad_reduce": True,
+    "parallel.overlap_param_gather": True,
+}
+BF16 = {"training.bf16": True}
+# Name: recipe, options. Each has two processes.
+LAYOUTS = {
+    "tp2": ("dense_tiny", DENSE | TENSOR | {"training.global_batch_size": 2}),
+    "dp2-overlap": ("dense_tiny", DENSE | OVERLAP),
+    "pp2": ("dense_tiny", DENSE | PIPELINE),
+    "pp2-bf16-tied": (
+        "dense_tiny",
+        DENSE | PIPELINE | BF16 | {"model.untie_embeddings_and_output_weights": False},
+    ),
+    "vpp2": ("dense_tiny", DENSE | CHUNKS),
+    "cp2-per-token": ("dense_tiny", DENSE | CONTEXT | {"data.eod_mask_loss": True}),
+    "ep2-bf16-overlap": ("moe_tiny", MOE | EXPERT | BF16 | OVERLAP),
+    "tp2-ep2": ("moe_tiny", MOE | TENSOR | EXPERT | {"parallel.expert_tensor_parallel_size": 1}),
+    "tp2-etp2": ("moe_tiny", MOE | TENSOR | {"model.activation_coefficients": "per_expert"}),
+}
 SKIP = {"training.spike_action": "skip", "training.spike_max_skips": 2}
 
 
@@ -49,17 +79,20 @@ class Fault:
     """What happens at some steps.
 
     Args:
-        kind: ``loss``: the loss of every micro-batch is multiplied by ``factor`` on a rank;
-            ``left out``: the optimizer does not update anything.
+        kind: ``loss``: the loss of every micro-batch is multiplied by ``factor`` on a rank, as by
+            a device that fails; ``module``: so is the output of a module for its second
+            micro-batch, as by samples; ``left out``: the optimizer does not update anything.
         steps: at which it happens.
-        factor: of the loss.
+        factor: of the loss or output.
         rank: where it happens; None: everywhere.
+        module: its name in the rank's part of the model.
     """
 
     kind: str
     steps: tuple[int, ...]
     factor: float = math.nan
     rank: int | None = None
+    module: str = ""
 
 
 @dataclass
@@ -111,8 +144,11 @@ def _job(argv, recipe, faults):
 
 def _install(fault: Fault) -> None:
     """Patch the step in this process, which ends with the job."""
-    current = [0]
-    compute, mean, update = step.compute_gradients, step.masked_mean, step.apply_gradients
+    {"loss": _spoil_losses, "module": _spoil_module, "left out": _leave_out}[fault.kind](fault)
+
+
+def _spoil_losses(fault: Fault) -> None:
+    compute, mean, current = step.compute_gradients, step.masked_mean, [0]
 
     @functools.wraps(compute)
     def noting_step(state, batches):
@@ -124,25 +160,44 @@ def _install(fault: Fault) -> None:
 
     def faulty_mean(divisor, mask, losses):
         here = fault.rank in (None, torch.distributed.get_rank())
-        if fault.kind == "loss" and current[0] in fault.steps and here:
+        if current[0] in fault.steps and here:
             losses = losses * fault.factor
         return mean(divisor, mask, losses)
 
     step.compute_gradients, step.masked_mean = noting_step, faulty_mean
-    if fault.kind == "left out":
-        inner = ChainedOptimizer.step_with_ready_grads
 
-        def leaving_out(optimizer):
-            return iteration[0] in fault.steps or inner(optimizer)
 
-        iteration = [0]
+def _spoil_module(fault: Fault) -> None:
+    compute, calls = step.compute_gradients, [0]
 
-        def noting_update(optimizer, norm):
-            iteration[0] += 1
-            update(optimizer, norm)
+    @functools.wraps(compute)
+    def hooking(state, batches):
+        if calls[0] == 0 and fault.rank in (None, torch.distributed.get_rank()):
+            module = unwrap(state.chunks[0]).get_submodule(fault.module)
+            module.register_forward_hook(lambda module, inputs, outputs: spoilt(state, outputs))
+        return compute(state, batches)
 
-        step.apply_gradients = noting_update
-        ChainedOptimizer.step_with_ready_grads = leaving_out
+    def spoilt(state, outputs):
+        is_second = calls[0] % state.layout.num_microbatches == 1
+        calls[0] += 1
+        if state.iteration + 1 not in fault.steps or not is_second:
+            return outputs
+        return (outputs[0] * fault.factor, *outputs[1:])
+
+    step.compute_gradients = hooking
+
+
+def _leave_out(fault: Fault) -> None:
+    update, inner, count = step.apply_gradients, ChainedOptimizer.step_with_ready_grads, [0]
+
+    def counting(optimizer, norm):
+        count[0] += 1
+        update(optimizer, norm)
+
+    step.apply_gradients = counting
+    ChainedOptimizer.step_with_ready_grads = lambda optimizer: (
+        count[0] in fault.steps or inner(optimizer)
+    )
 
 
 def checkpoint(run_dir: Path, iteration: int) -> Path:

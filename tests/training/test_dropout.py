@@ -21,7 +21,7 @@ from megapoly.training.distributed import model_groups, process_group
 from megapoly.training.load_checkpoint import load_checkpoint
 from megapoly.training.random_state import preserved_random_state, seed_generators
 from megapoly.training.rank_zero_first import RankZeroFirst
-from megapoly.training.save_checkpoint import save_checkpoint
+from megapoly.training.save_checkpoint import CheckpointSaver
 from megapoly.training.state import build_state
 from megapoly.training.step import train_step
 
@@ -75,7 +75,7 @@ def masks_of_run(config, platform, corpus, other):
     found, batches = {"weights": hashlib.sha256(weights).hexdigest()}, state.training_batches()
     found["first"], found["shapes"] = masks_of_step(state, batches)
     train_step(state, batches)
-    checkpoint = save_checkpoint(state)
+    checkpoint = CheckpointSaver(state).save(in_background=False)
     found["third"], _ = masks_of_step(state, batches)
     for way, path in {"resumed": checkpoint, "from_other": other}.items():
         if path is not None:

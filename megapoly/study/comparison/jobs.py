@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -173,7 +174,7 @@ class JobRunner:
         if record:
             step, left = record["iteration"], one.job.steps - record["iteration"]
             eta = datetime.timedelta(seconds=round(left * record["step_time_s"]))
-            status = f"loss {record['lm_loss']:.4f} | ETA {eta}"
+            status = f"loss {_loss_of(record)} | ETA {eta}"
             self._progress.update(one.task, completed=step, status=status)
 
     def _end(self, one: _RunningJob) -> bool:
@@ -225,10 +226,16 @@ def _stops_deferred() -> Iterator[None]:
         signal.raise_signal(caught)
 
 
+def _loss_of(record: Mapping[str, Any]) -> str:
+    """Return the loss of a step for a line; that of a skipped step may be null."""
+    loss = record["lm_loss"]
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def _outcome(job: TrialJob) -> str:
     record = last_record(job.run_dir)
     loss = validation_loss(record)
-    shown = [f"loss {record['lm_loss']:.4f}"] if record else []
+    shown = [f"loss {_loss_of(record)}"] if record else []
     return ", ".join(shown + ([] if loss is None else [f"validation loss {loss:.4f}"]))
 
 

@@ -109,7 +109,7 @@ def _saved(path: Path) -> dict[str, Any]:
         names = {field.name for field in fields(Run)}
         records = [_NOT_IN_EARLIER_REPORTS | record for record in saved["runs"]]
         saved["runs"] = [Run(**{name: record[name] for name in names}) for record in records]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"`{path}` is not a report.json ({type(error).__name__}: {error}); give the folder of "
             "a run, a folder of runs or the report.json of a report."

@@ -277,6 +277,8 @@ def _finite(value: float | None) -> float | None:
 
 
 def _training(steps: list[dict[str, Any]], window: int) -> dict[str, list[Any]]:
+    # A skipped step was not trained on; its loss is a spike, or null.
+    steps = [step for step in steps if "skipped_steps" not in step]
     means = trailing_mean([step["lm_loss"] for step in steps], window)
     kept = thinned(len(steps), MOST_POINTS)
     return {
@@ -318,7 +320,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"`{path}` is not JSON ({error}); write it again.") from error
     return content if isinstance(content, dict) else None
 

@@ -139,3 +139,13 @@ def test_a_validation_set_may_have_any_name(tmp_path):
     run = read_run(write_run(tmp_path / "r", [3.0], evaluations={1: {"tokens": 2.0, "loss": 3.0}}))
     assert run.complete and run.domains == ["tokens", "loss"]
     assert (run.validation_loss("tokens"), run.validation_loss()) == (2.0, 2.5)
+
+
+def test_skipped_steps_are_not_in_the_training_loss(tmp_path):
+    folder = write_run(tmp_path / "r", [3.0] * 10)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for i, loss in ((4, None), (6, 1e9)):
+        lines[i] |= {"lm_loss": loss, "spike": True, "skipped_steps": 1}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run = read_run(folder)
+    assert run.complete and run.training["loss"] == [3.0] * 8
