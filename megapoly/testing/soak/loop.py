@@ -90,8 +90,11 @@ class Soak:
         """
         plan = self.plan
         plan.folder.mkdir(parents=True, exist_ok=True)
-        shape = {"num_processes": plan.num_processes, "new_processes": plan.new_processes}
-        with Jobs(plan.folder / ".pids", **shape) as jobs:
+        with Jobs(
+            plan.folder / ".pids",
+            num_processes=plan.num_processes,
+            new_processes=plan.new_processes,
+        ) as jobs:
             self.say("a run without faults")
             reference = self._train_without_faults(jobs)
             run: Run | None = None
@@ -144,7 +147,8 @@ class Soak:
         run = Run(folder, Reference(folder, (), 0.0, 0.0, 0.0))
         begin = time.monotonic()
         job = jobs.start(self._argv(folder), log=log, nan_steps=self.plan.nan_steps)
-        saves, saving_s, previous, first_step_s = [], 0.0, begin, None
+        saves: list[tuple[int, float]] = []
+        saving_s, previous, first_step_s = 0.0, begin, None
         while job.status() is None:
             time.sleep(0.002)
             present = time.monotonic()

@@ -11,13 +11,17 @@ ends, every job is killed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 from typing import Any
 
 from megapoly.testing.soak.forked import fork_ranks, run_and_exit
+
+_LAUNCHER = "megapoly.commands.launch"  # a program here, started by its name
 
 
 def main() -> None:
@@ -45,10 +49,10 @@ def main() -> None:
 def _preload() -> None:
     import torch
 
-    import megapoly.commands.launch
     import megapoly.preflight.local_ranks_preload  # noqa: F401
     import megapoly.testing.soak.rank as rank
 
+    importlib.import_module(_LAUNCHER)
     torch.set_num_threads(1)
     fork_ranks(rank.__name__, rank.main)
 
@@ -72,7 +76,6 @@ def _fork(request: dict[str, Any]) -> int:
 
 
 def _work(request: dict[str, Any]) -> int:
-    from megapoly.commands import launch
     from megapoly.testing.soak import rank
 
     os.setsid()
@@ -86,7 +89,9 @@ def _work(request: dict[str, Any]) -> int:
     if request["num_processes"] == 1:
         return rank.main(argv)
     count = ["--nproc-per-node", str(request["num_processes"])]
-    return launch.main(["--standalone", *count, "-m", rank.__name__, *argv])
+    sys.argv = ["megapoly", "launch", "--standalone", *count, "-m", rank.__name__, *argv]
+    runpy.run_module("megapoly", run_name="__main__", alter_sys=True)  # as `python -m` does
+    raise AssertionError("the program has not ended")
 
 
 if __name__ == "__main__":
