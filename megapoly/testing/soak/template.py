@@ -4,21 +4,20 @@ Importing torch and the engine takes seconds, so that a job that starts from not
 its short life on it. The code of the jobs is the real one: ``megapoly launch`` for several
 processes, :mod:`megapoly.testing.soak.rank` for one.
 
-Requests are lines of JSON on the standard input, answers on the standard output. When the input
-ends, every job is killed.
+Requests are lines of JSON on the standard input, answers on the standard output. This process ends
+with its input, and the jobs end with this process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import runpy
-import signal
 import sys
 from typing import Any
 
+from megapoly.platform.processes import die_with_parent
 from megapoly.testing.soak.forked import fork_ranks, run_and_exit
 
 _LAUNCHER = "megapoly.commands.launch"  # a program here, started by its name
@@ -40,10 +39,6 @@ def main() -> None:
         else:
             answer = _status(request["pid"], statuses)
         print(json.dumps(answer), file=answers, flush=True)
-    for pid, status in statuses.items():
-        if status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
 
 
 def _preload() -> None:
@@ -69,15 +64,16 @@ def _status(pid: int, statuses: dict[int, int | None]) -> int | None:
 def _fork(request: dict[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        run_and_exit(lambda: _work(request))
+        run_and_exit(lambda: _work(request, parent))
     return pid
 
 
-def _work(request: dict[str, Any]) -> int:
+def _work(request: dict[str, Any], parent: int) -> int:
     from megapoly.testing.soak import rank
 
+    die_with_parent(parent)
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from megapoly.testing.soak.report import Report
 
 # Not "stop": a rank that is stopped is noticed after a time-out, which a busy machine reaches too.
 QUICK = [name for name in KINDS if name != "stop"]
-ENDS_ALONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +35,7 @@ def assert_survived(outcomes: list[Outcome], num_faults: int) -> None:
     assert any(outcome.kind is None for outcome in outcomes), "no complete run was compared"
 
 
+@pytest.mark.timeout(3600)  # a machine with 30 processes to run a core has needed 7 minutes
 def test_one_process(tmp_path: Path) -> None:
     outcomes = soak(Plan(small_job(), tmp_path, 1, 22, QUICK, seed=19))
     assert_survived(outcomes, 22)
@@ -45,6 +44,7 @@ def test_one_process(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("run_*")), "runs that were survived are deleted"
 
 
+@pytest.mark.timeout(3600)
 def test_two_processes(tmp_path: Path) -> None:
     """Steps that meet NaN are left out, by this job and by the one without faults."""
     job = small_job("--training.spike_action", "skip", "--parallel.use_distributed_optimizer=true")
@@ -56,6 +56,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("new_processes", [False, True])
 def test_every_kind(tmp_path: Path, new_processes: bool) -> None:
     job = small_job("--parallel.tensor_model_parallel_size=2", "--parallel.hang_timeout_s=20")
