@@ -1,7 +1,7 @@
 """Let faults strike a job again and again, and compare it with an uninterrupted run.
 
     megapoly soak --config dense_tiny --faults 100 --nproc-per-node 2
-    megapoly soak --config dense_tiny --faults 100 --checkpoint.save_interval 1 --kinds all save
+    megapoly soak --config dense_tiny --faults 100 --checkpoint.save_interval 1 --kinds job save
 
 The job is started, meets a fault, and is started again by the same command until it is complete.
 After each fault no process may be left, no saved step may be missing, and the metrics must be those
@@ -18,6 +18,7 @@ cannot be started or fails without a fault.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,11 +41,11 @@ from megapoly.errors import ConfigError, MegapolyError, UnavailableError
 from megapoly.platform.logs import show_errors_only
 
 if TYPE_CHECKING:
+    from megapoly.testing.soak.loop import Plan
     from megapoly.testing.soak.report import Report
-    from megapoly.testing.soak.soak import Plan
 
 DEFAULT_RECIPE = "dense_tiny"
-KINDS = ("all", "save", "rank", "launcher", "terminate", "stop", "flip", "truncate", "disk", "nan")
+KINDS = ("job", "save", "rank", "launcher", "terminate", "stop", "flip", "truncate", "disk", "nan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +86,7 @@ def build_parser() -> Parser:
         choices=KINDS,
         default=KINDS,
         metavar="KIND",
-        help=f"faults to draw from: {', '.join(KINDS)} (default: all that fit the job)",
+        help=f"faults to draw from: {', '.join(KINDS)} (default: all of them that fit the job)",
     )
     add("--seed", type=at_least(0), default=0, metavar="N", help="of everything drawn (0)")
     add(
@@ -117,7 +118,7 @@ def build_parser() -> Parser:
 def _plan(options: argparse.Namespace, config: Config, arguments: list[str]) -> Plan:
     # Here, not above: --help and a wrong option answer without importing torch.
     from megapoly.platform.device import default_device
-    from megapoly.testing.soak.soak import Plan
+    from megapoly.testing.soak.loop import Plan
 
     _check(options, config)
     device = config.training.device
@@ -129,9 +130,25 @@ def _plan(options: argparse.Namespace, config: Config, arguments: list[str]) -> 
         num_faults=options.faults,
         kinds=options.kinds,
         seed=options.seed,
+        nan_steps=_nan_steps(options, config),
         new_processes=options.new_processes or on_gpu,
         timeout_s=options.timeout_s,
     )
+
+
+def _nan_steps(options: argparse.Namespace, config: Config) -> tuple[tuple[int, int], ...]:
+    """Return steps and ranks that meet NaN in every run; none if NaN is not left out."""
+    training = config.training
+    if training.spike_action != "skip" or "nan" not in options.kinds:
+        return ()
+    if training.train_iters is None:
+        raise ConfigError(
+            ["a soak with nan and `training.spike_action` skip needs `training.train_iters`"]
+        )
+    drawn = random.Random(options.seed)
+    number = min(training.spike_max_skips, training.train_iters // 4)
+    steps = drawn.sample(range(1, training.train_iters + 1), number)
+    return tuple((step, drawn.randrange(options.nproc_per_node)) for step in sorted(steps))
 
 
 def _check(options: argparse.Namespace, config: Config) -> None:
@@ -163,8 +180,8 @@ def _check(options: argparse.Namespace, config: Config) -> None:
 
 
 def _soak(options: argparse.Namespace, plan: Plan) -> int:
+    from megapoly.testing.soak.loop import Soak
     from megapoly.testing.soak.report import Report
-    from megapoly.testing.soak.soak import Soak
 
     report = Report()
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())

@@ -179,6 +179,8 @@ NUMBERS = [
     ("compare --seeds", "0 to 4294967295"),
     ("check-parallel --world-size", "1 to 1024"),
     ("train --nproc-per-node", "1 to 1024"),
+    ("soak --faults", "1 to 2147483647"),
+    ("soak --nproc-per-node", "1 to 1024"),
     ("train --dry-run --world-size", "1 to 1048576"),
 ]
 
@@ -360,7 +362,7 @@ def test_the_doctor_lists_what_can_run() -> None:
         can_run, *cannot = doctor.command_lines(missing)
     assert can_run.startswith("Commands that can run: preprocess, evaluate, generate, plan, doctor")
     assert cannot == [
-        "train, export, import, check-parallel, compare cannot run without megatron-core: "
+        "train, export, import, check-parallel, soak, compare cannot run without megatron-core: "
         "pip install 'megapoly[train]'"
     ]
 

@@ -34,7 +34,7 @@ def fork_ranks(module: str, main: Callable[[Sequence[str]], int]) -> None:
         arguments = command[command.index(module) + 1 :]
         return ForkedProcess(lambda: main(arguments), env)
 
-    SubprocessHandler._popen = start  # type: ignore[method-assign]
+    SubprocessHandler._popen = start  # type: ignore[method-assign,assignment]
 
 
 class ForkedProcess:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapoly.platform import launcher
-from megapoly.testing.soak.jobs import Job, Jobs, NanStep, children, kill, wait_until
 from megapoly.testing.soak.run import Run, step_of
+from megapoly.testing.soak.started_jobs import Job, Jobs, NanStep, children, kill, wait_until
 
 # A launcher is started with interpreters of its own, as `megapoly train` does, in one of so many.
 _REAL_LAUNCHERS = 8
+# In the log of a job that has failed to save.
+_NOT_SAVED = "was not saved: "
 
 
 class LostError(Exception):
@@ -136,13 +138,13 @@ class Kind:
     Args:
         summary: what it is, for the table.
         strike: makes it happen and waits for the end of the job; raises :class:`LostError`.
-        weight: how often it is drawn, relative to the others.
+        number: how often it strikes, for each time that the rarest does.
         least_processes: of a job that can meet it.
     """
 
     summary: str
     strike: Callable[[Scene], None]
-    weight: float = 1.0
+    number: int = 2
     least_processes: int = 1
 
 
@@ -192,7 +194,9 @@ def _stop_rank(scene: Scene) -> None:
     job = scene.start()
     scene.wait_for_save(job)
     scene.send([scene.a_rank(job)], signal.SIGSTOP)
-    _expect_failure(scene.end_of(job))
+    status = scene.end_of(job)
+    if status != launcher.HUNG:
+        raise LostError(f"a rank was stopped, and the job ended with status {status}")
 
 
 def _flip(scene: Scene) -> None:
@@ -241,39 +245,60 @@ def _damage(scene: Scene, damage: Callable[[Path], str]) -> None:
 
 
 def _fill_disk(scene: Scene) -> None:
-    """Let no file grow beyond half of the largest of a checkpoint, as on a disk without room."""
-    job = scene.start()
+    """Let no file grow beyond half of the largest of a checkpoint, as on a disk without room.
+
+    When a save has failed, either the job is killed, or there is room again and it must save.
+    """
+    job, run = scene.start(), scene.run
     scene.wait_for_save(job)
-    run = scene.run
     sizes = [file.stat().st_size for path in run.checkpoints() for file in path.iterdir()]
     limit = max(sizes) // 2
+    _limit_files(job, limit)
+    try:
+        scene.wait_for(lambda: _NOT_SAVED in job.text(), job)
+    except EndedError as error:
+        if error.status:
+            raise LostError(f"{error}, and its log has no `{_NOT_SAVED}`") from error
+        raise  # it had saved its last step before
+    _expect_sentence(job)
+    if scene.random.random() < 0.5:
+        _limit_files(job, resource.RLIM_INFINITY)
+        scene.wait_for_save(job)
+    scene.kill_all(job)
+
+
+def _limit_files(job: Job, limit: int) -> None:
     ranks = job.ranks()
     for pid in [*ranks, *children(ranks)]:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    status = scene.end_of(job)
-    if status == 0 and run.saved_step() < run.last_step:
-        raise LostError("the job could not save, and ended with status 0")
 
 
 def _meet_nan(scene: Scene) -> None:
-    """Let one step meet NaN, and the same step not when the job is started again."""
+    """Let a step meet NaN that does not when the job is started again.
+
+    Where such steps are left out, the uninterrupted run has met NaN as well, and the job is killed
+    in the steps after it.
+    """
     run = scene.run
+    if steps := [step for step, _ in run.reference.nan_steps]:
+        job, saved = scene.start(), run.saved_step()
+        ahead = next((step for step in steps if step > saved), run.last_step + 1)
+        scene.wait_for(lambda: run.recorded_step() >= ahead, job)
+        scene.let_pass(run.reference.seconds_per_save, job)
+        scene.kill_all(job)
+        return
     step = min(run.saved_step() + scene.random.randint(1, 4), run.last_step)
     job = scene.start(nan_steps=[(step, scene.random.randrange(scene.num_ranks))])
     status = scene.end_of(job)
     if status != launcher.DIVERGED:
         raise LostError(f"step {step} met NaN, and the job ended with status {status}")
+    _expect_sentence(job)
 
 
-def _kill_after_nan(scene: Scene) -> None:
-    """Kill the job in the steps after one that met NaN and was skipped."""
-    job, run = scene.start(), scene.run
-    ahead = [step for step, _ in run.reference.nan_steps if step > run.saved_step()]
-    if ahead:
-        scene.wait_for(lambda: run.recorded_step() >= ahead[0], job)
-    scene.wait_for_moment(job)
-    scene.kill_all(job)
+def _expect_sentence(job: Job) -> None:
+    if "Traceback (most recent call last)" in job.text():
+        raise LostError("the job says it with a traceback")
 
 
 def _expect_failure(status: int) -> None:
@@ -282,13 +307,13 @@ def _expect_failure(status: int) -> None:
 
 
 KINDS = {
-    "all": Kind("launcher and all ranks are killed", _kill_all, weight=3.0),
-    "save": Kind("the same, in the middle of a save", _kill_in_a_save, weight=3.0),
-    "rank": Kind("one rank is killed", _kill_rank, weight=2.0, least_processes=2),
-    "launcher": Kind("the launcher is killed", _kill_launcher, weight=2.0, least_processes=2),
+    "job": Kind("launcher and all ranks are killed", _kill_all, number=4),
+    "save": Kind("the same, in the middle of a save", _kill_in_a_save, number=4),
+    "rank": Kind("one rank is killed", _kill_rank, number=4, least_processes=2),
+    "launcher": Kind("the launcher is killed", _kill_launcher, number=4, least_processes=2),
     "terminate": Kind("the job is asked to stop (SIGTERM)", _terminate),
-    "stop": Kind("one rank is stopped (SIGSTOP)", _stop_rank, weight=0.25, least_processes=2),
-    "flip": Kind("a bit of the newest checkpoint flips", _flip, weight=2.0),
+    "stop": Kind("a rank is stopped (SIGSTOP)", _stop_rank, number=1),
+    "flip": Kind("a bit of the newest checkpoint flips", _flip, number=4),
     "truncate": Kind("a file of the newest checkpoint is cut", _truncate),
     "disk": Kind("the disk has no room for a checkpoint", _fill_disk),
     "nan": Kind("a gradient is NaN", _meet_nan),

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from megapoly.testing.soak.kinds import KINDS
-from megapoly.testing.soak.soak import Outcome
+from megapoly.testing.soak.loop import Outcome
 
 _COMPLETE = "a complete run equals the uninterrupted one"
 
@@ -43,7 +43,7 @@ class Report:
             table.add_column(title, justify="right")
         names = [name for name in KINDS if self._of(name)]
         rows = [(KINDS[name].summary, self._of(name)) for name in names]
-        rows.append(("all", [each for name in names for each in self._of(name)]))
+        rows.append(("every fault", [each for name in names for each in self._of(name)]))
         rows.append((_COMPLETE, self._of(None)))
         for number, (summary, outcomes) in enumerate(rows, start=1):
             lost = sum(outcome.problem is not None for outcome in outcomes)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megapoly.checkpoints.run_folder import complete_checkpoints
-from megapoly.testing.soak.comparison import checkpoints_differ, metrics_differ, metrics_of
-from megapoly.testing.soak.jobs import NanStep
+from megapoly.testing.soak.equal_runs import checkpoints_differ, metrics_differ, metrics_of
+from megapoly.testing.soak.started_jobs import NanStep
 
 
 @dataclass(frozen=True)

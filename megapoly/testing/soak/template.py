@@ -4,20 +4,23 @@ Importing torch and the engine takes seconds, so that a job that starts from not
 its short life on it. The code of the jobs is the real one: ``megapoly launch`` for several
 processes, :mod:`megapoly.testing.soak.rank` for one.
 
-Requests are lines of JSON on the standard input, answers on the standard output. When the input
-ends, every job is killed.
+Requests are lines of JSON on the standard input, answers on the standard output. This process ends
+with its input, and the jobs end with this process.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import json
 import os
-import signal
+import runpy
 import sys
 from typing import Any
 
+from megapoly.platform.processes import die_with_parent
 from megapoly.testing.soak.forked import fork_ranks, run_and_exit
+
+_LAUNCHER = "megapoly.commands.launch"  # a program here, started by its name
 
 
 def main() -> None:
@@ -36,19 +39,15 @@ def main() -> None:
         else:
             answer = _status(request["pid"], statuses)
         print(json.dumps(answer), file=answers, flush=True)
-    for pid, status in statuses.items():
-        if status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
 
 
 def _preload() -> None:
     import torch
 
-    import megapoly.commands.launch
     import megapoly.preflight.local_ranks_preload  # noqa: F401
     import megapoly.testing.soak.rank as rank
 
+    importlib.import_module(_LAUNCHER)
     torch.set_num_threads(1)
     fork_ranks(rank.__name__, rank.main)
 
@@ -65,16 +64,16 @@ def _status(pid: int, statuses: dict[int, int | None]) -> int | None:
 def _fork(request: dict[str, Any]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        run_and_exit(lambda: _work(request))
+        run_and_exit(lambda: _work(request, parent))
     return pid
 
 
-def _work(request: dict[str, Any]) -> int:
-    from megapoly.commands import launch
+def _work(request: dict[str, Any], parent: int) -> int:
     from megapoly.testing.soak import rank
 
+    die_with_parent(parent)
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["log"], os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
@@ -86,7 +85,9 @@ def _work(request: dict[str, Any]) -> int:
     if request["num_processes"] == 1:
         return rank.main(argv)
     count = ["--nproc-per-node", str(request["num_processes"])]
-    return launch.main(["--standalone", *count, "-m", rank.__name__, *argv])
+    sys.argv = ["megapoly", "launch", "--standalone", *count, "-m", rank.__name__, *argv]
+    runpy.run_module("megapoly", run_name="__main__", alter_sys=True)  # as `python -m` does
+    raise AssertionError("the program has not ended")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megapoly.errors import MegapolyError
-from megapoly.testing.soak.jobs import Jobs, NanStep, kill, wait_until
 from megapoly.testing.soak.kinds import KINDS, EndedError, LostError, Scene
 from megapoly.testing.soak.run import Reference, Run
+from megapoly.testing.soak.started_jobs import Jobs, NanStep, kill, wait_until
 
 # Long enough for every process of an ended job to be gone; waited for only where one stays.
 _LEFTOVERS_S = 30.0
@@ -32,7 +32,7 @@ class Plan:
         kinds: names of those to draw from.
         seed: of kinds, moments and victims.
         nan_steps: steps that meet NaN in every run, the uninterrupted one as well.
-        new_processes: see :class:`~megapoly.testing.soak.jobs.Jobs`.
+        new_processes: see :class:`~megapoly.testing.soak.started_jobs.Jobs`.
         timeout_s: longest wait for a job to do what it must.
     """
 
@@ -90,14 +90,16 @@ class Soak:
         """
         plan = self.plan
         plan.folder.mkdir(parents=True, exist_ok=True)
-        shape = {"num_processes": plan.num_processes, "new_processes": plan.new_processes}
-        with Jobs(plan.folder / ".pids", **shape) as jobs:
+        with Jobs(
+            plan.folder / ".pids",
+            num_processes=plan.num_processes,
+            new_processes=plan.new_processes,
+        ) as jobs:
             self.say("a run without faults")
             reference = self._train_without_faults(jobs)
             run: Run | None = None
-            for number in range(plan.num_faults):
+            for number, kind in zip(range(plan.num_faults), self._kinds(), strict=False):
                 drawn = random.Random(f"{plan.seed}/{number}")
-                kind = self._draw(drawn)
                 outcome: Outcome | None = None
                 while outcome is None:
                     is_fresh = run is None
@@ -123,13 +125,14 @@ class Soak:
                 self.say("the last run, to its end")
                 yield self._train_to_end(jobs, run)
 
-    def _draw(self, drawn: random.Random) -> str:
-        possible = [
-            name
-            for name in self.plan.kinds
-            if KINDS[name].least_processes <= self.plan.num_processes
-        ]
-        return drawn.choices(possible, [KINDS[name].weight for name in possible])[0]
+    def _kinds(self) -> Iterator[str]:
+        """Yield the kinds to strike: every few dozen have each kind as often as it is to strike."""
+        plan, drawn = self.plan, random.Random(self.plan.seed)
+        possible = [n for n in plan.kinds if KINDS[n].least_processes <= plan.num_processes]
+        while True:
+            deck = [name for name in possible for _ in range(KINDS[name].number)]
+            drawn.shuffle(deck)
+            yield from deck
 
     def _new_run(self, reference: Reference) -> Run:
         self._num_runs += 1
@@ -144,7 +147,8 @@ class Soak:
         run = Run(folder, Reference(folder, (), 0.0, 0.0, 0.0))
         begin = time.monotonic()
         job = jobs.start(self._argv(folder), log=log, nan_steps=self.plan.nan_steps)
-        saves, saving_s, previous, first_step_s = [], 0.0, begin, None
+        saves: list[tuple[int, float]] = []
+        saving_s, previous, first_step_s = 0.0, begin, None
         while job.status() is None:
             time.sleep(0.002)
             present = time.monotonic()
