@@ -45,7 +45,7 @@ TEST = [
 ]
 
 EXTRAS = {
-    # The engine: train, plan, check-parallel, soak, and every command that opens a checkpoint with it.
+    # The engine: train, plan, check-parallel, soak, and commands that open a checkpoint with it.
     "train": [
         ISAL,
         "megatron-core>=0.16.1,<0.17",
