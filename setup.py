@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megapoly/__init__.py").rea
 # Operators, `megapoly --help`, configuration and recipes.
 BASE = [
     "torch>=2.7,<2.14",
+    "fsspec",  # torch needs it, too
     "jsonargparse[signatures]>=4.40",
     "numpy",  # without it torch warns at the first tensor
     "packaging",

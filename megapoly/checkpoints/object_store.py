@@ -108,9 +108,10 @@ def _newest(store: Any, root: str, url: str) -> str:
     else:
         folder = f"{root}/{checkpoints_folder('').name}"
         found = store.ls(folder, detail=False) if store.exists(folder) else []
-        by_step = {iteration_of(path.rstrip("/").rpartition("/")[2]): path for path in found}
-        by_step.pop(None, None)
-        candidates = [by_step[step].rstrip("/") for step in sorted(by_step, reverse=True)]
+        names = [path.rstrip("/") for path in found]
+        steps = ((iteration_of(path.rpartition("/")[2]), path) for path in names)
+        by_step = {step: path for step, path in steps if step is not None}
+        candidates = [by_step[step] for step in sorted(by_step, reverse=True)]
     for candidate in candidates:
         if store.exists(f"{candidate}/{RUN}"):
             return candidate

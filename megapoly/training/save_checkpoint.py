@@ -83,8 +83,8 @@ class CheckpointSaver:
 
     def __init__(self, state: TrainState) -> None:
         self._state, self._files = state, ShardFiles()
-        self._calls, self._saving = AsyncCallsQueue(), None
-        self._is_checked = False
+        self._calls, self._is_checked = AsyncCallsQueue(), False
+        self._saving: _Saving | None = None
 
     @property
     def path(self) -> Path | None:
