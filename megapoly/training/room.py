@@ -22,8 +22,8 @@ _BYTES_IN_FP32, _BYTES_IN_BF16 = 3 * 4, 2
 def tensor_bytes(state: TrainState) -> int:
     """Return the bytes of all tensors in a checkpoint of a run; collective.
 
-    12 bytes a parameter, 14 with ``training.bf16``; those that ranks have in common count once. What else a checkpoint has,
-    about 1 KB a tensor, does not count.
+    12 bytes a parameter, 14 with ``training.bf16``; those that ranks have in common count once.
+    What else a checkpoint has, about 1 KB a tensor, does not count.
     """
     shards = (
         shard
