@@ -91,4 +91,4 @@ def test_interrupted_tokenization_is_repeated(few_documents, tmp_path, tokenizer
         prepare_builtin_text(tmp_path, tokenizer)
     assert list(tmp_path.iterdir()) == []
     prepare_builtin_text(tmp_path, tokenizer)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 6
