@@ -1,4 +1,5 @@
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +68,17 @@ def test_token_files_are_made_once_for_each_tokenizer(few_documents, tmp_path, t
     assert len(list((tmp_path / "cache").iterdir())) == 12
 
 
+@pytest.mark.parametrize("ending", ["bin", "idx", "sums.json"])
+def test_damaged_token_files_are_made_again(few_documents, tmp_path, tokenizer, caplog, ending):
+    prefix = prepare_builtin_text(tmp_path, tokenizer)["train"]
+    path = Path(f"{prefix}.{ending}")
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    prepare_builtin_text(tmp_path, tokenizer)
+    assert path.read_bytes() == content
+    assert len(caplog.records) == 1 and "is built again" in caplog.text
+
+
 def test_interrupted_tokenization_is_repeated(few_documents, tmp_path, tokenizer, monkeypatch):
     class Stopped(Exception):
         pass
@@ -79,4 +91,4 @@ def test_interrupted_tokenization_is_repeated(few_documents, tmp_path, tokenizer
         prepare_builtin_text(tmp_path, tokenizer)
     assert list(tmp_path.iterdir()) == []
     prepare_builtin_text(tmp_path, tokenizer)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 6

@@ -1,6 +1,10 @@
+import errno
+import os
+
 import pytest
 
-from megapoly.platform.files import is_plain_name, renamed_when_complete
+from megapoly.errors import DataError
+from megapoly.platform.files import free_space, is_plain_name, renamed_when_complete, write_text
 
 
 @pytest.mark.parametrize("in_folder", [False, True])
@@ -36,3 +40,32 @@ def test_names_of_files_beside_another(name):
 )
 def test_paths_and_other_values_are_no_names(name):
     assert not is_plain_name(name)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "No space is left to write `{path}`: No space left on device, .* are free"),
+        (errno.EDQUOT, "No space is left to write `{path}`: Disk quota exceeded"),
+        (errno.EROFS, "`{path}` cannot be written: Read-only file system"),
+        (errno.ESTALE, "`{path}` cannot be written: Stale file handle"),
+        (errno.EIO, "`{path}` cannot be written: Input/output error"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_sentence_and_the_file_stays(
+    tmp_path, monkeypatch, number, message
+):
+    def fails(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "a"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(DataError, match=message.format(path=path)):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_free_space_of_a_file_that_does_not_exist(tmp_path):
+    assert free_space(tmp_path / "no" / "file").endswith(f" bytes are free in {tmp_path}")

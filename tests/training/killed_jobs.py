@@ -40,10 +40,10 @@ def finished(argv: list[str], num_ranks: int) -> int:
 def _kill_once(argv: list[str], run_dir: Path, seed: int, num_ranks: int) -> str:
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
-    before = _saved(run_dir)
+    before = _complete(run_dir)
     launcher, ranks = _start(argv, num_ranks)
     if draw.random() < 0.75:
-        _wait(lambda: _saved(run_dir) != before, launcher)
+        _wait(lambda: _complete(run_dir) != before, launcher)
     if "save" in kind:
         _wait(lambda: any(name.startswith(".iter") for name in _saved(run_dir)), launcher)
     else:
@@ -124,6 +124,10 @@ def _saved(run_dir: Path) -> set[str]:
         return set(os.listdir(run_dir / "checkpoints"))
     except FileNotFoundError:
         return set()
+
+
+def _complete(run_dir: Path) -> set[str]:
+    return {name for name in _saved(run_dir) if name.startswith("iter")}
 
 
 def _wait(condition: Callable[[], bool], launcher: int) -> None:
