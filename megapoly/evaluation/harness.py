@@ -62,8 +62,8 @@ def evaluate_tasks(
         ``lm`` that has ranks, else all whose LOCAL_RANK is not 0.
 
     Raises:
-        EvaluationError: a task is unknown, data is missing or cannot be loaded, or ``limit`` or
-            ``num_fewshot`` is out of range.
+        EvaluationError: a task is unknown or runs the model's answers as programs, data is missing
+            or cannot be loaded, or ``limit`` or ``num_fewshot`` is out of range.
         UnavailableError: the harness is not installed, or a task generates text and ``lm`` cannot
             (``lm.refuses_generation`` is the reason).
     """
@@ -87,6 +87,7 @@ def evaluate_tasks(
         leaves = [leaf for members in loaded.values() for leaf in members["tasks"].values()]
         _check_duplicates(leaves)
         _check_generation(lm, loaded)
+        _check_programs(leaves)
         warnings.clear()  # about defaults that the task files leave to the harness
         with report_answers(lm, leaves, on_progress):
             raw = lm_eval.simple_evaluate(
@@ -243,6 +244,16 @@ def _check_generation(lm: LM, loaded: Mapping[EvalTask, Mapping[str, Any]]) -> N
     if reason is not None and names:
         raise UnavailableError(
             f"tasks that generate text cannot run ({', '.join(names)}): {reason}"
+        )
+
+
+def _check_programs(leaves: list[Any]) -> None:
+    """Refuse tasks that the harness marks as running the model's answers."""
+    names = [leaf.task_name for leaf in leaves if getattr(leaf, "UNSAFE_CODE", False)]
+    if names:
+        raise EvaluationError(
+            f"tasks that run the model's answers as programs are refused ({', '.join(names)}); "
+            "leave them out, or run them with the harness itself on a machine that may be lost"
         )
 
 

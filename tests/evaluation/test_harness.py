@@ -7,6 +7,7 @@ import lm_eval
 import pytest
 import torch
 import yaml
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from questions import ShortAnswers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -146,6 +147,13 @@ def test_one_bar_replaces_the_models_own(export, task_data, capfd):
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert "Running loglikelihood" not in capfd.readouterr().err
     assert lm.loglikelihood == method
+
+
+def test_tasks_that_run_the_answers_are_refused(task_data, monkeypatch):
+    """By the harness, too, at the end; its own such tasks need a connection."""
+    monkeypatch.setattr(ConfigurableTask, "UNSAFE_CODE", True, raising=False)
+    with pytest.raises(EvaluationError, match=r"answers as programs are refused \(megapoly_piqa\)"):
+        evaluate_tasks(ShortAnswers(), select(["piqa"]), task_data=task_data)
 
 
 def test_warnings_of_the_harness_are_counted(export, task_data, tmp_path):
