@@ -8,6 +8,6 @@
 - :mod:`verdict`: which rank is behind, from the reports of all.
 
 A thread of the rank could not do it: it stops with its process, and with code that holds Python's
-global lock. The process needs the standard library alone: 8 MB, started with 0.1 s of a core. Watchers of a
-job meet in its run folder, so that they need no network and no launcher.
+global lock. The process needs the standard library alone: 8 MB, started with 0.1 s of a core. The
+watchers of a job meet in its run folder, so that they need no network and no launcher.
 """
