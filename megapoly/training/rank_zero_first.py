@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megapoly.config import Config
 from megapoly.errors import DataError, MegapolyError, PeerError
 from megapoly.platform import launcher
+from megapoly.training.watchdog import heartbeat
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -150,6 +151,7 @@ class RankZeroFirst:
         next_line = self._log_every_s
         try:
             while not is_done():
+                heartbeat.beat()  # the rank that it waits for is watched
                 self._raise_failure_of_others()
                 waited = time.monotonic() - begin
                 if waited > self._timeout_s:

@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = (
     "data.validation",
     "model.make_vocab_size_divisible_by",
     "parallel.distributed_timeout_minutes",
+    "parallel.hang_timeout_s",
     "training.eval_",
 )
 

@@ -232,7 +232,7 @@ class Watcher:
             within(_DISK_S, lambda: found.update(_read(folder, others - found.keys())))
             if len(found) == len(others) or time.monotonic() > deadline:
                 return found
-            time.sleep(0.1)
+            time.sleep(max(0.1, 1e-3 * self._watched.world_size))  # many read the same folder
 
     def _end(self, workers: list[evidence.Process]) -> None:
         """End the rank with the status of a hang, or kill it and what it has started."""
@@ -291,12 +291,12 @@ def _write(folder: Path, contents: dict[str, object], rank: int) -> None:
 
 
 def _read(folder: Path, ranks: set[int]) -> dict[int, Report]:
-    found = {}
-    for rank in sorted(ranks):
-        with contextlib.suppress(FileNotFoundError):
-            text = (folder / f"rank_{rank}.json").read_text()
-            found[rank] = Report.from_json(json.loads(text))
-    return found
+    names: set[str] = set()
+    with contextlib.suppress(FileNotFoundError):  # this disk refused the folder, others may not
+        names = set(os.listdir(folder))
+    present = [rank for rank in sorted(ranks) if f"rank_{rank}.json" in names]
+    texts = {rank: (folder / f"rank_{rank}.json").read_text() for rank in present}
+    return {rank: Report.from_json(json.loads(text)) for rank, text in texts.items()}
 
 
 def _is_alive(pid: int) -> bool:
