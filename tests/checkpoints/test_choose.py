@@ -17,8 +17,10 @@ from megapoly.checkpoints.choose import (
     check_whole,
     make_room,
     newest_description,
+    newest_ordinary,
     newest_to_resume,
     newest_whole,
+    set_aside,
 )
 from megapoly.checkpoints.run_folder import checkpoint_path
 from megapoly.errors import CheckpointError
@@ -163,3 +165,23 @@ def test_a_table_takes_the_newest_run_json_that_is_whole(
     flip(checkpoint_path(run, 9) / "common.pt")
     assert newest_description(run)["iteration"] == 6
     assert "iter_0000009 is damaged: run.json is damaged" in caplog.text
+
+
+def test_newest_with_an_ordinary_loss(tmp_path: Path) -> None:
+    """One that does not say so is ordinary; one whose ``run.json`` is damaged is not."""
+    assert newest_ordinary(tmp_path) is None
+    texts = ["{}", '{"is_ordinary": true}', '{"is_ordinary": false}', "damaged"]
+    expected = [1, 2, 2, 2]
+    for step, (text, newest) in enumerate(zip(texts, expected, strict=True), start=1):
+        path = checkpoint_path(tmp_path, step)
+        path.mkdir(parents=True)
+        (path / "run.json").write_text(text)
+        assert newest_ordinary(tmp_path) == checkpoint_path(tmp_path, newest)
+
+
+def test_what_is_set_aside_replaces_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "iter_0000012"
+    for name in ("iter_0000012.set_aside", "iter_0000012.set_aside.2"):
+        path.mkdir()
+        assert set_aside(path, "set_aside") == f"It is set aside as {name}"
+        assert (tmp_path / name).is_dir() and not path.exists()

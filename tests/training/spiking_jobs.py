@@ -81,7 +81,8 @@ class Fault:
     Args:
         kind: ``loss``: the loss of every micro-batch is multiplied by ``factor`` on a rank, as by
             a device that fails; ``module``: so is the output of a module for its second
-            micro-batch, as by samples; ``left out``: the optimizer does not update anything.
+            micro-batch, as by samples; ``gradient``: so is the last weight's reduced gradient;
+            ``left out``: the optimizer does not update anything.
         steps: at which it happens.
         factor: of the loss or output.
         rank: where it happens; None: everywhere.
@@ -144,7 +145,12 @@ def _job(argv, recipe, faults):
 
 def _install(fault: Fault) -> None:
     """Patch the step in this process, which ends with the job."""
-    {"loss": _spoil_losses, "module": _spoil_module, "left out": _leave_out}[fault.kind](fault)
+    {
+        "loss": _spoil_losses,
+        "module": _spoil_module,
+        "gradient": _spoil_gradient,
+        "left out": _leave_out,
+    }[fault.kind](fault)
 
 
 def _spoil_losses(fault: Fault) -> None:
@@ -185,6 +191,19 @@ def _spoil_module(fault: Fault) -> None:
         return (outputs[0] * fault.factor, *outputs[1:])
 
     step.compute_gradients = hooking
+
+
+def _spoil_gradient(fault: Fault) -> None:
+    compute = step.compute_gradients
+
+    def spoiling(state, batches):
+        losses = compute(state, batches)
+        here = fault.rank in (None, torch.distributed.get_rank())
+        if state.iteration + 1 in fault.steps and here:
+            list(state.chunks[-1].parameters())[-1].main_grad.mul_(fault.factor)
+        return losses
+
+    step.compute_gradients = spoiling
 
 
 def _leave_out(fault: Fault) -> None:

@@ -78,6 +78,20 @@ def test_a_skipped_step_is_one_without_the_optimizer(tmp_path):
     assert_same_tensors(checkpoint(tmp_path / "a", 8), first)
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e9])
+def test_a_rank_whose_gradient_alone_is_wrong_makes_all_skip(tmp_path, factor):
+    """After the reduction, so that the norms of the two replicas differ."""
+    fault = Fault("gradient", (5,), rank=1, factor=factor)
+    job = train(tmp_path / "a", DENSE | SKIP, fault, num_ranks=2)
+    train(tmp_path / "b", DENSE | {"training.skip_batches": "[5]"}, num_ranks=2)
+    assert_same_tensors(checkpoint(tmp_path / "a", 6), checkpoint(tmp_path / "b", 6))
+    (line,) = job.unusual
+    assert line.startswith("step 5: grad_norm ")
+    if math.isnan(factor):
+        assert "the gradient of output_layer.weight is the first that is not, on rank 1;" in line
+        assert "the norm is not finite on rank 1 of 2 only" in line
+
+
 def test_a_run_that_stops_changes_no_weight_and_says_where_to_go_on(tmp_path):
     options = DENSE | SAVING | {"training.spike_action": "stop", "checkpoint.keep": 1}
     job = train(tmp_path, options, Fault("loss", (6,), factor=1e4))
