@@ -83,7 +83,7 @@ class Scene:
 
     def wait_for_moment(self, job: Job) -> None:
         """Wait for a moment between two saves, or one time in four before the first."""
-        wait_until(lambda: len(job.ranks()) == self.num_ranks, self.timeout_s)
+        self.wait_for(lambda: len(job.ranks()) == self.num_ranks, job)
         reference = self.run.reference
         if self.random.random() < 0.25:
             self.let_pass(reference.seconds_of_start, job)
@@ -114,6 +114,20 @@ class Scene:
         status = job.wait(self.timeout_s)
         if status is None:
             raise LostError(f"the job did not end within {self.timeout_s:g} s")
+        return status
+
+    def failure_of(self, job: Job) -> int:
+        """Wait for the job's end and return its status, which is not 0.
+
+        Raises:
+            EndedError: the run was complete before the fault had an effect.
+            LostError: the job does not end in time, or ends with status 0.
+        """
+        status = self.end_of(job)
+        if status == 0 and self.run.saved_step() == self.run.last_step:
+            raise EndedError(status)
+        if status == 0:
+            raise LostError("the job ended with status 0")
         return status
 
     def kill_all(self, job: Job) -> None:
@@ -166,7 +180,7 @@ def _kill_rank(scene: Scene) -> None:
     job = scene.start()
     scene.wait_for_moment(job)
     scene.send([scene.a_rank(job)], signal.SIGKILL)
-    _expect_failure(scene.end_of(job))
+    scene.failure_of(job)
 
 
 def _kill_launcher(scene: Scene) -> None:
@@ -194,7 +208,7 @@ def _stop_rank(scene: Scene) -> None:
     job = scene.start()
     scene.wait_for_save(job)
     scene.send([scene.a_rank(job)], signal.SIGSTOP)
-    status = scene.end_of(job)
+    status = scene.failure_of(job)
     if status != launcher.HUNG:
         raise LostError(f"a rank was stopped, and the job ended with status {status}")
 
@@ -288,9 +302,10 @@ def _meet_nan(scene: Scene) -> None:
         scene.let_pass(run.reference.seconds_per_save, job)
         scene.kill_all(job)
         return
-    step = min(run.saved_step() + scene.random.randint(1, 4), run.last_step)
+    first = run.saved_step() + 1
+    step = min(first + scene.random.randrange(4), run.last_step)
     job = scene.start(nan_steps=[(step, scene.random.randrange(scene.num_ranks))])
-    status = scene.end_of(job)
+    status = scene.failure_of(job) if first > run.last_step else scene.end_of(job)
     if status != launcher.DIVERGED:
         raise LostError(f"step {step} met NaN, and the job ended with status {status}")
     _expect_sentence(job)
@@ -299,11 +314,6 @@ def _meet_nan(scene: Scene) -> None:
 def _expect_sentence(job: Job) -> None:
     if "Traceback (most recent call last)" in job.text():
         raise LostError("the job says it with a traceback")
-
-
-def _expect_failure(status: int) -> None:
-    if status == 0:
-        raise LostError("the job ended with status 0")
 
 
 KINDS = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import sys
 from typing import Any
@@ -46,8 +47,11 @@ def _preload() -> None:
 
     import megapoly.preflight.local_ranks_preload  # noqa: F401
     import megapoly.testing.soak.rank as rank
+    import megapoly.training
 
-    importlib.import_module(_LAUNCHER)
+    modules = pkgutil.iter_modules(megapoly.training.__path__, "megapoly.training.")
+    for name in (_LAUNCHER, *(module.name for module in modules)):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     fork_ranks(rank.__name__, rank.main)
 
