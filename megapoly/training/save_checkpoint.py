@@ -79,7 +79,8 @@ class CheckpointSaver:
 
     def __init__(self, state: TrainState) -> None:
         self._state, self._files = state, ShardFiles()
-        self._calls, self._saving = AsyncCallsQueue(), None
+        self._calls = AsyncCallsQueue()
+        self._saving: _Saving | None = None
         self._is_checked = False
 
     @property
