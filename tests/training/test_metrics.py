@@ -1,7 +1,8 @@
 """Output of a run: metrics.jsonl, TensorBoard, configuration, progress lines."""
 
-import io
 import math
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megapoly.config import Config, load_yaml
 from megapoly.config.schema import ModelConfig, TrainingConfig
+from megapoly.platform.json_lines import LineWriter
 from megapoly.testing import run_job
 from megapoly.training.evaluation import Evaluation, weighted_mean
 from megapoly.training.hooks import StepRecord
@@ -159,7 +161,7 @@ def shown(capsys, num_sets: int, tasks: dict[str, float] | None = None) -> list[
         consumed_tokens=0,
     )
     reporter = Reporter(state, num_devices=1, enabled=True)
-    reporter._metrics = io.StringIO()
+    reporter._metrics = LineWriter(Path(os.devnull), print)
     result = StepResult(4.0, 1.0, 0.1)
     reporter.record(StepRecord(result, 1.0, metrics=metrics))
     state.iteration = 20
