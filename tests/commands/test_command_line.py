@@ -360,7 +360,8 @@ def test_the_doctor_lists_what_can_run() -> None:
         patch.delitem(sys.modules, "megatron.core", raising=False)
         missing = {name: command.missing() for name, command in COMMANDS.items()}
         can_run, *cannot = doctor.command_lines(missing)
-    assert can_run.startswith("Commands that can run: preprocess, evaluate, generate, verify, plan")
+    able = "Commands that can run: preprocess, evaluate, generate, copy, verify, plan, doctor"
+    assert can_run.startswith(able)
     assert cannot == [
         "train, export, import, check-parallel, soak, compare cannot run without megatron-core: "
         "pip install 'megapoly[train]'"

@@ -22,7 +22,10 @@ def test_kinds() -> None:
         (["--checkpoint.save_interval", "0"], "set `checkpoint.save_interval` above 0"),
         (["--checkpoint.keep", "1"], "flip and truncate needs a second checkpoint"),
         (["--output", "."], "`--output` (.) must be an empty or a new folder"),
-        (["--training.spike_action", "skip", "--training.train_tokens", "9999"], "train_iters"),
+        (
+            ["--training.spike_action", "skip", "--training.train_iters", "null"],
+            "needs `training.train_iters`",
+        ),
     ],
 )
 def test_is_refused(

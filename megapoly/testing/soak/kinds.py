@@ -6,6 +6,7 @@ import contextlib
 import random
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +85,17 @@ class Scene:
     def wait_for_moment(self, job: Job) -> None:
         """Wait for a moment between two saves, or one time in four before the first."""
         self.wait_for(lambda: len(job.ranks()) == self.num_ranks, job)
-        reference = self.run.reference
         if self.random.random() < 0.25:
-            self.let_pass(reference.seconds_of_start, job)
+            self.let_pass(self.run.reference.seconds_of_start, job)
         else:
-            self.wait_for_save(job)
-            self.let_pass(reference.seconds_per_save, job)
+            self.wait_between_saves(job)
+
+    def wait_between_saves(self, job: Job) -> None:
+        """Wait for a save, and for a part of the time that the next one takes to come."""
+        self.wait_for_save(job)
+        begin = time.monotonic()
+        self.wait_for_save(job)
+        self.let_pass(time.monotonic() - begin, job)  # not of another job: load changes
 
     def let_pass(self, most_s: float, job: Job) -> None:
         """Wait for a random part of a time.
@@ -299,7 +305,7 @@ def _meet_nan(scene: Scene) -> None:
         job, saved = scene.start(), run.saved_step()
         ahead = next((step for step in steps if step > saved), run.last_step + 1)
         scene.wait_for(lambda: run.recorded_step() >= ahead, job)
-        scene.let_pass(run.reference.seconds_per_save, job)
+        scene.wait_between_saves(job)
         scene.kill_all(job)
         return
     first = run.saved_step() + 1

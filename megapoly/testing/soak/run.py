@@ -21,14 +21,12 @@ class Reference:
     Args:
         folder: its run folder.
         nan_steps: steps that met NaN in it, and meet it in each run that is compared with it.
-        seconds_per_save: from the start of a save to the next one, to choose moments by.
-        seconds_of_a_save: the time that one takes.
+        seconds_of_a_save: from its first to its last file, to choose moments by.
         seconds_of_start: from the start of the job to its first step.
     """
 
     folder: Path
     nan_steps: tuple[NanStep, ...]
-    seconds_per_save: float
     seconds_of_a_save: float
     seconds_of_start: float
 
