@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -77,7 +78,8 @@ class LineWriter:
             if self._descriptor is not None:
                 os.fsync(self._descriptor)
         except OSError as error:
-            self._fail(error)
+            if error.errno != errno.EINVAL:  # what has no disk, such as /dev/null
+                self._fail(error)
 
     def close(self) -> None:
         """Write what is still kept, or say that it is lost."""
