@@ -151,8 +151,8 @@ class ParallelConfig:
         hang_timeout_s: seconds that a rank may stay within one micro-batch of a step. A job that
             hangs longer writes stacks to ``RUN_DIR/diagnostics``, names the rank that is behind
             and ends with status 4. 0: do not watch; null: 60 s or ten times the median step,
-            whichever is longer, but at most 80 % of ``distributed_timeout_minutes``, which is also
-            the limit at the start, in evaluation and in saving.
+            whichever is longer, but at most four fifths of ``distributed_timeout_minutes``, which
+            are also the limit at the start, in evaluation and in saving.
     """
 
     tensor_model_parallel_size: int = 1
@@ -348,7 +348,7 @@ class TrainingConfig:
             run otherwise.
         spike_threshold: a value is a spike above median + ``spike_threshold`` * sigma of recent
             steps; sigma is 1.4826 times their median absolute deviation from the median, at least
-            1 % of the median.
+            0.01 times the median.
         spike_window: number of recent steps to compare with; spikes are found when half of them are
             known.
         spike_max_skips: most steps that ``skip`` leaves out among ``spike_window`` successive

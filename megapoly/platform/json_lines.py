@@ -57,7 +57,7 @@ class LineWriter:
     nobody. The file is opened again after a failure: a file system may have been mounted again.
 
     Args:
-        path: of the file; it is made with the first line.
+        path: of the file, which is made if it does not exist.
         warn: shows a line to the user.
     """
 
@@ -66,6 +66,7 @@ class LineWriter:
         self._descriptor: int | None = None
         self._pending = bytearray()
         self._is_failing = False
+        self._try_to_write()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a line, and those before it that are still kept."""
@@ -92,10 +93,10 @@ class LineWriter:
 
     def _try_to_write(self) -> None:
         try:
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                self._descriptor = os.open(self._path, flags, 0o666)
             while self._pending:
-                if self._descriptor is None:
-                    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-                    self._descriptor = os.open(self._path, flags, 0o666)
                 # A disk may take a part of a line: the rest follows where it ended.
                 written = os.write(self._descriptor, self._pending)
                 del self._pending[:written]

@@ -61,6 +61,9 @@ def bytes_bar(
         console: where to show it.
         transient: remove the bar at the end, and show none if the output is not a terminal.
     """
+    if transient and not console.is_terminal:
+        yield lambda num_bytes: None  # rich would leave an empty line
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),

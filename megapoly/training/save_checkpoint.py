@@ -23,7 +23,11 @@ from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveSt
 
 import megapoly
 from megapoly.checkpoints.choose import make_room, newest_ordinary
-from megapoly.checkpoints.run_folder import checkpoint_path, complete_checkpoints
+from megapoly.checkpoints.run_folder import (
+    checkpoint_path,
+    checkpoints_folder,
+    complete_checkpoints,
+)
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.config.step_ranges import text_of_steps
@@ -85,6 +89,9 @@ class CheckpointSaver:
         self._state, self._files = state, ShardFiles()
         self._calls, self._is_checked = AsyncCallsQueue(), False
         self._saving: _Saving | None = None
+        # Only at the start: when its disk is gone later, another one would fill up.
+        if state.config.checkpoint.save and is_rank_zero():
+            checkpoints_folder(state.config.run_dir).mkdir(parents=True, exist_ok=True)
 
     @property
     def path(self) -> Path | None:
@@ -197,8 +204,6 @@ def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
 def _make_folder(partial: Path) -> None:
     for unfinished in partial.parent.glob(".iter_*.partial"):
         shutil.rmtree(unfinished)
-    # Not the run's folder: where its disk was mounted, another disk would fill up.
-    partial.parent.mkdir(exist_ok=True)
     partial.mkdir()
 
 

@@ -30,7 +30,7 @@ OFFERED = {
     ],
     "export --mod": ["--model"],
     "generate --model.": [],
-    "benchmark ": ["operators", "training", "preprocess"],
+    "benchmark ": ["operators", "training", "saving", "preprocess"],
     "benchmark operators --ord": ["--order"],
     "preprocess ": ["verify", "merge", "inspect", "stats"],
     "preprocess --inp": ["--input"],

@@ -168,7 +168,8 @@ def test_a_run_dir_that_cannot_be_written_is_refused_before_the_work(capsys, mon
         (Path("/proc/run"), "cannot be written: No such file or directory"),
     ):
         assert train.main(["--run_dir", str(run_dir)]) == 2
-        assert f"`run_dir` ({run_dir}) {reason}; choose another" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"`run_dir` ({run_dir}) {reason}; " in error and "choose another folder" in error
 
 
 def test_the_module_names_the_extra_that_is_missing(capsys, monkeypatch):

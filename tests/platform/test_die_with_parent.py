@@ -85,8 +85,10 @@ def test_a_process_ends_with_its_parent(start):
 def test_a_process_whose_parent_has_ended_ends_at_once():
     child = os.fork()
     if child == 0:
-        die_with_parent(os.getppid() + 1)
-        os._exit(0)
+        try:
+            die_with_parent(os.getppid() + 1)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
@@ -97,9 +99,13 @@ def test_the_end_of_another_thread_of_the_parent_changes_nothing():
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        die_with_parent(parent)
-        os.write(sender, b"b")
-        signal.pause()
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            die_with_parent(parent)
+            os.write(sender, b"b")
+            signal.pause()
+        finally:  # never back into the tests
+            os._exit(1)
     assert os.read(receiver, 1) == b"b"
     thread.start()
     thread.join()

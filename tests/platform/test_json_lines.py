@@ -60,8 +60,8 @@ def test_a_folder_that_is_gone_and_comes_back(tmp_path, told):
     folder = tmp_path / "mounted"
     folder.mkdir()
     path = folder / "m.jsonl"
-    writer = LineWriter(path, told.append)
     folder.rename(tmp_path / "away")
+    writer = LineWriter(path, told.append)
     writer.write({"iteration": 1})
     assert "No such file or directory" in told[0]
     assert not folder.exists()

@@ -147,7 +147,7 @@ def hang_in_data_worker(of_rank: int, act: Callable[[], None]) -> None:
 
     hang_in_step(of_rank, lambda: None, step_number=1)
     if rank() == of_rank:
-        loader._ignore_interrupt = lambda worker: act()
+        loader._begin_worker = lambda worker: act()
 
 
 def hang_in_data(of_rank: int, act: Callable[[], None]) -> None:

@@ -136,7 +136,10 @@ def test_tensorboard_on_a_full_disk(tmp_path, no_signal_of_full_files, capfd):
     def step():
         state.iteration += 1
         metrics = {"lm_loss": float(state.iteration)} | {f"x{i}": 1.0 for i in range(50)}
-        hook.after_record(SimpleNamespace(metrics=metrics, details={}, is_evaluated=False))
+        result = SimpleNamespace(unusual="")
+        hook.after_record(
+            SimpleNamespace(metrics=metrics, details={}, is_evaluated=False, result=result)
+        )
 
     with files_at_most(1000):
         for _ in range(5):
