@@ -254,7 +254,7 @@ def _damage(scene: Scene, damage: Callable[[Path], str]) -> None:
     job = scene.start()
     loaded = f"loaded {before}"
     try:
-        scene.wait_for(lambda: run.recorded_step() > 0 and "loaded " in job.text(), job)
+        scene.wait_for(lambda: f"loaded {run.folder}" in job.text(), job)
     except EndedError as error:
         raise LostError(f"{what} of {newest.name} was damaged, and {error}") from error
     if loaded not in job.text():
