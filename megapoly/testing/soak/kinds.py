@@ -201,6 +201,8 @@ def _terminate(scene: Scene) -> None:
     scene.wait_for_save(job)
     scene.send([job.pid], signal.SIGTERM)
     status = scene.end_of(job)
+    if status != 0 and scene.run.saved_step() == scene.run.last_step:
+        raise EndedError(0)  # the run was complete, and its process about to end
     if status != 0:
         raise LostError(f"a job that was asked to stop ended with status {status}")
     if scene.run.saved_step() != scene.run.recorded_step():
@@ -271,9 +273,7 @@ def _fill_disk(scene: Scene) -> None:
     """
     job, run = scene.start(), scene.run
     scene.wait_for_save(job)
-    sizes = [file.stat().st_size for path in run.checkpoints() for file in path.iterdir()]
-    limit = max(sizes) // 2
-    _limit_files(job, limit)
+    _limit_files(job, run.largest_file() // 2)
     try:
         scene.wait_for(lambda: _NOT_SAVED in job.text(), job)
     except EndedError as error:

@@ -79,6 +79,14 @@ class Run:
                 found.add(folder.stat().st_ino)
         return found
 
+    def largest_file(self) -> int:
+        """Return the bytes of the largest file in the checkpoints; the run may be deleting one."""
+        sizes = [0]
+        for path in self.checkpoints():
+            with contextlib.suppress(FileNotFoundError):
+                sizes += [file.stat().st_size for file in path.iterdir()]
+        return max(sizes)
+
     def problems(self) -> Iterator[str]:
         """Yield what differs from the uninterrupted run so far."""
         if (problem := metrics_differ(metrics_of(self.folder), self.expected)) is not None:
