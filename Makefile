@@ -51,9 +51,9 @@ paper: $(INSTALLED_PAPER)
 paper-full: $(INSTALLED_PAPER)
 	PYTHON="$(CURDIR)/$(BIN)/python" examples/paper/paper.sh runs/paper_full full
 
-# Two files of tests at a time: jobs of several processes wait a lot.
+# Three files of tests at a time, also on two cores: jobs of several processes wait a lot.
 test: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-slow: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m slow
