@@ -59,7 +59,11 @@ def test_two_processes(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("new_processes", [False, True])
 def test_every_kind(tmp_path: Path, new_processes: bool) -> None:
-    job = small_job("--parallel.tensor_model_parallel_size=2", "--parallel.hang_timeout_s=20")
+    job = small_job(
+        "--parallel.tensor_model_parallel_size=2",
+        "--parallel.hang_timeout_s=20",
+        "--parallel.distributed_timeout_minutes=1",  # a rank may be stopped while it saves
+    )
     every = sum(kind.number for kind in KINDS.values())
     number = len(KINDS) if new_processes else every
     plan = Plan(job, tmp_path, 2, number, [*KINDS], seed=1, new_processes=new_processes)
