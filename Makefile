@@ -56,7 +56,7 @@ test: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-slow: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-parallel: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m parallel

@@ -88,7 +88,7 @@ def test_server_runs_ci_and_ci_runs_the_targets() -> None:
     assert targets == ["check", "test", "test-slow"]
     assert commands_of("check") == commands_of("lint") + commands_of("docs")
     assert commands_of("test") == [".venv/bin/python -m pytest -n 3 --dist loadfile"]
-    assert commands_of("test-slow") == [".venv/bin/python -m pytest -m slow"]
+    assert commands_of("test-slow") == [".venv/bin/python -m pytest -m slow -n 2 --dist loadfile"]
 
 
 @pytest.mark.parametrize("name", FORMS)
