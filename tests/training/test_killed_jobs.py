@@ -46,7 +46,7 @@ def test_no_process_is_left_of_killed_jobs(tmp_path):
     no_process_is_left(tmp_path, seeds=[0, 3, 4, 5], steps=30)
 
 
-@pytest.mark.slow
+@pytest.mark.parallel  # by hand: it takes ten minutes or more
 @pytest.mark.timeout(3600)
 def test_no_process_is_left_of_a_hundred_kills(tmp_path):
     no_process_is_left(tmp_path, seeds=list(range(100)), steps=400)
