@@ -55,9 +55,7 @@ def newest_whole(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
         CheckpointError: all checkpoints of the run are damaged.
     """
     names = [path for path in checkpoint_names(run_dir) if is_checkpoint(path)]
-    whole, damaged = _newest_whole(_on_rank_zero(names, ranks), ranks)
-    if whole is None and damaged:
-        raise CheckpointError(_all_damaged(run_dir, damaged))
+    whole, damaged = _newest_whole(run_dir, _on_rank_zero(names, ranks), ranks)
     for path, verdict in damaged.items() if ranks.rank == 0 else ():
         logger.warning("%s is damaged: %s. %s is used instead", path, verdict, whole)
     return whole
@@ -74,9 +72,7 @@ def newest_to_resume(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
     """
     names = checkpoint_names(run_dir)
     candidates = _on_rank_zero([path for path in names if is_checkpoint(path)], ranks)
-    whole, damaged = _newest_whole(candidates, ranks)
-    if whole is None and damaged:
-        raise CheckpointError(_all_damaged(run_dir, damaged))
+    whole, damaged = _newest_whole(run_dir, candidates, ranks)
     if ranks.rank == 0:
         for path, verdict in damaged.items():
             logger.warning("%s is damaged: %s. %s", path, verdict, set_aside(path))
@@ -187,8 +183,14 @@ def _state_of_files(folder: Path) -> tuple[object, ...]:
     return tuple(state)
 
 
-def _newest_whole(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, dict[Path, Verdict]]:
-    """Return the newest candidate that is whole, and the damaged ones after it."""
+def _newest_whole(
+    run_dir: Path, candidates: list[Path], ranks: Ranks
+) -> tuple[Path | None, dict[Path, Verdict]]:
+    """Return the newest candidate that is whole, and the damaged ones after it.
+
+    Raises:
+        CheckpointError: all candidates are damaged.
+    """
     damaged: dict[Path, Verdict] = {}
     for path in reversed(candidates):
         verdict = verdict_of(path, ranks)
@@ -196,6 +198,8 @@ def _newest_whole(candidates: list[Path], ranks: Ranks) -> tuple[Path | None, di
             return path, damaged
         if all(ranks.gather(path.exists())):  # a run that trains deletes old ones
             damaged[path] = verdict
+    if damaged:
+        raise CheckpointError(_all_damaged(run_dir, damaged))
     return None, damaged
 
 

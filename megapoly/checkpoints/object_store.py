@@ -16,7 +16,7 @@ import fsspec
 
 from megapoly.checkpoints.run_file import NAME as RUN
 from megapoly.checkpoints.run_file import DamageError, is_sealed, read_run_file, sealed_files
-from megapoly.checkpoints.run_folder import checkpoints_folder, iteration_of
+from megapoly.checkpoints.run_folder import checkpoints_folder, iteration_of, partial_path
 from megapoly.checkpoints.verify import verify
 from megapoly.errors import CheckpointError, UnavailableError
 
@@ -85,7 +85,7 @@ def download(url: str, run_dir: Path, advance: Advance = lambda file: None) -> P
         final = checkpoints_folder(run_dir) / root.rpartition("/")[2]
         if final.exists():
             raise CheckpointError(f"{final} exists; delete it, or choose another run")
-        partial = final.with_name(f".{final.name}.partial")
+        partial = partial_path(final)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:

@@ -18,7 +18,12 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
 
 def checkpoint_path(run_dir: str | Path, iteration: int) -> Path:
     """Return the folder of the checkpoint after a step."""
-    return Path(run_dir) / _FOLDER / f"iter_{iteration:07d}"
+    return checkpoints_folder(run_dir) / f"iter_{iteration:07d}"
+
+
+def partial_path(checkpoint: Path) -> Path:
+    """Return the hidden folder in which a checkpoint is written, or deleted."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def complete_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -31,7 +36,7 @@ def complete_checkpoints(run_dir: str | Path) -> list[Path]:
 
 def checkpoint_names(run_dir: str | Path) -> list[Path]:
     """Return everything with a checkpoint's name in a run, oldest first, complete or not."""
-    found = (Path(run_dir) / _FOLDER).glob("iter_*")
+    found = checkpoints_folder(run_dir).glob("iter_*")
     by_step = {step: path for path in found if (step := iteration_of(path.name)) is not None}
     return [path for _, path in sorted(by_step.items())]
 
@@ -48,7 +53,7 @@ def delete_unfinished(run_dir: str | Path) -> None:
     Raises:
         OSError: a file cannot be deleted.
     """
-    for folder in (Path(run_dir) / _FOLDER).glob(".iter_*.partial"):
+    for folder in checkpoints_folder(run_dir).glob(".iter_*.partial"):
         shutil.rmtree(folder)
 
 

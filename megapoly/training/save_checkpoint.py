@@ -27,6 +27,8 @@ from megapoly.checkpoints.run_folder import (
     checkpoint_path,
     checkpoints_folder,
     complete_checkpoints,
+    delete_unfinished,
+    partial_path,
 )
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
@@ -68,7 +70,7 @@ class _Saving:
 
     @property
     def partial(self) -> Path:
-        return self.final.with_name(f".{self.final.name}.partial")
+        return partial_path(self.final)
 
 
 class CheckpointSaver:
@@ -121,7 +123,7 @@ class CheckpointSaver:
             tensors, common = save_preprocess(_state_to_save(state), not self._is_checked)
             self._is_checked = True
             saving = _Saving(final, common, to_yaml(state.config), _position(state))
-            _on_rank_zero(saving, lambda: _make_folder(saving.partial))
+            _on_rank_zero(saving, lambda: _make_folder(state.config.run_dir, saving.partial))
             request = self._files.plan(tensors, saving.partial)
             request.add_finalize_fn(self._publish)
             self._saving = saving
@@ -201,9 +203,8 @@ def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
         )
 
 
-def _make_folder(partial: Path) -> None:
-    for unfinished in partial.parent.glob(".iter_*.partial"):
-        shutil.rmtree(unfinished)
+def _make_folder(run_dir: str, partial: Path) -> None:
+    delete_unfinished(run_dir)
     partial.mkdir()
 
 
@@ -240,6 +241,6 @@ def _delete_old(run_dir: str, keep: int) -> None:
             continue
         try:
             # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial")))
+            shutil.rmtree(path.rename(partial_path(path)))
         except OSError as error:
             logger.warning("%s could not be deleted: %s", path, error)

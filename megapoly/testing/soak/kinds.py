@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapoly.checkpoints.run_folder import step_of
 from megapoly.platform import launcher
-from megapoly.testing.soak.run import Run, step_of
+from megapoly.testing.soak.run import Run
 from megapoly.testing.soak.started_jobs import Job, Jobs, NanStep, children, kill, wait_until
 
 # A launcher is started with interpreters of its own, as `megapoly train` does, in one of so many.

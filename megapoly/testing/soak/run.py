@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.run_folder import complete_checkpoints, step_of
 from megapoly.testing.soak.equal_runs import checkpoints_differ, metrics_differ, metrics_of
 from megapoly.testing.soak.started_jobs import NanStep
 
@@ -108,8 +108,3 @@ class Run:
     def delete(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step of a folder ``iter_0000100``."""
-    return int(checkpoint.name.partition("_")[2])
