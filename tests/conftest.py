@@ -20,6 +20,10 @@ processes.follow_processes()
 
 
 _BEFORE = pytest.StashKey[Collection[int]]()
+# Programs that a test calls here change them for good.
+_HANDLERS = {
+    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,5 +38,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     finally:
+        for number, handler in _HANDLERS.items():
+            signal.signal(number, handler)
         running = processes.end_new_children(item.stash[_BEFORE])
         assert not running, f"still running at the end of the test: {running}"

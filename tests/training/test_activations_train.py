@@ -53,9 +53,7 @@ def jobs():
 
 def train_each(folder, cache_dir):
     """Train every second job alone, from this rank's number on."""
-    rank = int(os.environ["RANK"])
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + rank)
+    rank = int(os.environ.pop("RANK"))  # without it a process is a job by itself
     for name, recipe, overrides in list(jobs())[rank::2]:
         settings = SMALL | overrides | {"run_dir": f"{folder}/{name}", "data.cache_dir": cache_dir}
         argv = [f"--{key}={value}" for key, value in settings.items()]
