@@ -99,12 +99,14 @@ class RankZeroFirst:
             raise
         self._leave(None)
 
-    def run(self, what: str, build: Callable[[], T]) -> T:
+    def run(self, what: str, build: Callable[[], T], find: Callable[[], T] | None = None) -> T:
         """Call a function on every rank: first on those that build, then on the others.
 
         Args:
             what: what the function does, as in "waits for rank 0 to WHAT".
             build: builds the files if they do not exist, and opens them.
+            find: for the others, opens what the first process of their host has built; None: as
+                ``build``.
 
         Raises:
             PeerError: another rank failed, or was not ready in time.
@@ -121,7 +123,7 @@ class RankZeroFirst:
             return result
         done = f"done/{stage}/{self._builder_of_host}"
         self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
-        return build()
+        return (find or build)()
 
     def check_same(self, what: str, value: str) -> None:
         """Check that a value is the same as on rank 0.
