@@ -399,10 +399,11 @@ class CheckpointConfig:
             false: the run waits.
         keep: number of newest checkpoints to keep (0: all).
         upload: URL of an object store, such as s3://bucket/run, to which complete checkpoints are
-            copied while the run trains on.
+            copied while the run trains on. A run whose ``run_dir`` has none resumes from there.
         resume: resume from the newest complete checkpoint of ``run_dir`` if it has one; false:
             refuse a ``run_dir`` that has one.
-        load: checkpoint to start from if ``run_dir`` has none.
+        load: checkpoint to start from if ``run_dir`` has none: a folder, or the URL of a checkpoint
+            or of a run, whose newest one is copied to ``data.cache_dir`` and verified.
         load_weights_only: load only the weights from ``load``, not optimizer, schedule and data
             position.
         accept_other_data: resume from a checkpoint of other training data (sources, shares, seed,
@@ -457,7 +458,7 @@ class Config:
     """A run.
 
     Args:
-        run_dir: folder for everything that the run writes.
+        run_dir: folder for everything that the run writes; no URL, see ``checkpoint.upload``.
         model: architecture.
         parallel: layout over the processes.
         data: training text and its order.

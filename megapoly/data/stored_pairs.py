@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from megapoly.data.cache_files import read_cached_object
@@ -21,7 +21,7 @@ from megapoly.data.manifest import find_manifest, manifest_names, read_manifest
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.errors import DataError
 from megapoly.platform.files import full_disk_explained, renamed_when_complete, write_text
-from megapoly.platform.stores import file_version, open_store, store_errors
+from megapoly.platform.stores import file_version, open_store, path_below, store_errors
 
 _ENDINGS = (".bin", ".idx")
 _FOLDER = "stores"
@@ -62,9 +62,7 @@ class StoredPairs:
 
     def local_prefix(self, pair: str) -> str:
         """Return the prefix of the copy of a pair."""
-        scheme, _, place = pair.partition("://")
-        parts = [part for part in PurePosixPath(place).parts if part not in ("/", "..")]
-        return str(self._cache_dir.joinpath(_FOLDER, scheme, *parts))
+        return str(path_below(self._cache_dir / _FOLDER, pair))
 
     def fetch(self, pair: str) -> str:
         """Copy a pair, unless its copy is what the store has; return the prefix of the copy.
@@ -147,7 +145,6 @@ def _copy(pair: str, local: str, state: dict[str, Any]) -> None:
             with store_errors(url, DataError), full_disk_explained(Path(local + ending)):
                 store.get_file(root, str(path))
             _check(url, path, state[ending]["bytes"], hashes.get(ending))
-        store.invalidate_cache()
         if _state_in_store(pair) != state:
             raise DataError(f"{pair} has changed in the store while it was copied; start again")
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megapoly.errors import MegapolyError, UnavailableError
@@ -63,11 +63,19 @@ def open_store(url: str, kind: type[MegapolyError]) -> tuple[Any, str]:
 
     with store_errors(url, kind):
         store, path = fsspec.url_to_fs(url)
+        store.invalidate_cache()  # listings of earlier calls
         bucket = "/".join(url.split("/")[:3])
         if bucket not in _answering:
             _answer(url, kind, lambda: store.exists(path))
             _answering.add(bucket)
     return store, path.rstrip("/")
+
+
+def path_below(folder: Path, url: str) -> Path:
+    """Return the path in a folder that stands for a URL: ``FOLDER/s3/bucket/run``."""
+    scheme, _, place = url.partition("://")
+    parts = [part for part in PurePosixPath(place).parts if part not in ("/", "..")]
+    return folder.joinpath(scheme, *parts)
 
 
 def file_version(info: dict[str, Any]) -> str:

@@ -25,5 +25,9 @@ def s3_server() -> Iterator[Any]:
             store = s3fs.S3FileSystem()
             store.mkdir("bucket")
             yield store
+            s3fs.S3FileSystem(skip_instance_cache=True, key="test", secret="test").rm(
+                "bucket",
+                recursive=True,  # servers of a process have the same buckets
+            )
     finally:
         server.stop()
