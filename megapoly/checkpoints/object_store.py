@@ -114,15 +114,29 @@ def fetch(url: str, cache: Path, advance: Advance = lambda file: None) -> Path:
             shutil.rmtree(final)
         _copy(store, root, final, advance)
 
-    final = _newest_whole(url, _folder_of(url, cache), copy)
-    write_text(_folder_of(url, cache) / _CHOSEN, final.name)
+    final = _newest_whole(url, run_folder_of(url, cache), copy)
+    write_text(run_folder_of(url, cache) / _CHOSEN, final.name)
     return final
 
 
 def fetched(url: str, cache: Path) -> Path:
     """Return what :func:`fetch` returned last, in any process."""
-    folder = _folder_of(url, cache)
+    folder = run_folder_of(url, cache)
     return checkpoints_folder(folder) / (folder / _CHOSEN).read_text()
+
+
+def complete_in_store(url: str) -> list[str]:
+    """Return the URLs of the complete checkpoints of a run in a store, newest first.
+
+    The URL of a checkpoint is that of this one.
+
+    Raises:
+        CheckpointError: the store fails.
+        UnavailableError: the package for this kind of store is not installed.
+    """
+    store, root = open_store(url, CheckpointError)
+    with store_errors(url, CheckpointError):
+        return [store.unstrip_protocol(path) for path in _complete(store, root)]
 
 
 def newest_in_store(url: str) -> str | None:
@@ -201,7 +215,7 @@ def _copy(store: Any, root: str, final: Path, advance: Advance) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _folder_of(url: str, cache: Path) -> Path:
+def run_folder_of(url: str, cache: Path) -> Path:
     """Return the folder in a cache that stands for the run of a URL."""
     folder = path_below(cache, url)
     return folder if iteration_of(folder.name) is None else folder.parents[1]
