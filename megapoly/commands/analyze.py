@@ -9,7 +9,9 @@
 With --comparison and the folders of megapoly compare, the first seed's run of each activation at
 its learning rate is analysed, unless it is already.
 
-MODEL is a checkpoint `iter_*` of any parallel layout, or a run (its newest checkpoint). Parts:
+MODEL is a checkpoint `iter_*` of any parallel layout, or a run (its newest checkpoint). One in an
+object store, such as s3://bucket/moe_tiny, is copied to ~/.cache/megapoly, verified, and needs
+--output; coefficients through training are not in a store. Parts:
 
 rank          effective rank of every FFN weight, from the checkpoint alone, matrix by matrix
 similarity    cosine similarity between layers' hidden states, in MoE models also of each expert
@@ -31,7 +33,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapoly.config.command_line import Parser, at_least, parse_with_overrides, status_of
+from megapoly.config.command_line import (
+    Parser,
+    at_least,
+    model_place,
+    parse_with_overrides,
+    status_of,
+)
 from megapoly.platform.logs import show_errors_only
 from megapoly.study.analysis.command import (
     DEFAULT_TOKENS,
@@ -80,7 +88,10 @@ def build_parser() -> Parser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--model", dest="checkpoint", type=Path, help="run (its newest checkpoint), or checkpoint"
+        "--model",
+        dest="checkpoint",
+        type=model_place,
+        help="run (its newest checkpoint), or checkpoint, folder or URL",
     )
     what.add_argument(
         "--comparison",

@@ -46,7 +46,8 @@ def build_parser() -> Parser:
 
 
 def _copy(source: str, target: str) -> Path | str:
-    from megapoly.checkpoints.object_store import download, is_url, upload
+    from megapoly.checkpoints.object_store import download, upload
+    from megapoly.platform.stores import is_url
 
     if is_url(source) == is_url(target):
         raise CheckpointError(

@@ -8,7 +8,8 @@ r"""Evaluate a model: accuracy on benchmarks, perplexity of text by domain, or b
         --task-data benchmarks --perplexity --parallel.tensor_model_parallel_size 2
 
 MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, or a Hugging
-Face folder, whose own code runs only with --trust-remote-code.
+Face folder, whose own code runs only with --trust-remote-code. A run or checkpoint in an object
+store, such as s3://bucket/moe_tiny, is copied to ~/.cache/megapoly on each host and verified.
 
 --tasks runs benchmarks with the LM Evaluation Harness and needs `pip install 'megapoly[eval]'`.
 NAMEs are groups (table1, table3, paper), tasks of the paper such as piqa, or any task, group or tag
@@ -39,6 +40,7 @@ from megapoly.config.command_line import (
     Parser,
     add_trust_option,
     at_least,
+    model_place,
     parse_with_overrides,
 )
 from megapoly.config.ranges import LARGEST_COUNT
@@ -88,7 +90,12 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     whole = at_least(-LARGEST_COUNT)  # the request has the ranges, and reports all that are left
-    add("--model", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    add(
+        "--model",
+        type=model_place,
+        required=True,
+        help="run or checkpoint, folder or URL, or Hugging Face folder",
+    )
     add("--tasks", nargs="+", default=[], metavar="NAME", help="groups and tasks to run")
     add("--perplexity", action="store_true", help="measure perplexity of each validation set")
     add("--output", type=Path, metavar="FILE", help="write all figures to this JSON file")

@@ -2,7 +2,8 @@
 
     megapoly export --model runs/moe_tiny --output DIR
 
-MODEL is a run (its newest checkpoint) or a checkpoint `iter_*`, saved at any parallel layout. Needs
+MODEL is a run (its newest checkpoint) or a checkpoint `iter_*`, saved at any parallel layout. One
+in an object store, such as s3://bucket/moe_tiny, is copied to ~/.cache/megapoly and verified. Needs
 `pip install 'megapoly[train,hf]'`.
 
 DIR gets safetensors, config.json, generation_config.json, tokenizer and model card. Models that
@@ -24,11 +25,10 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from megapoly.config.command_line import DTYPES, Parser, add_conversion_options
+from megapoly.config.command_line import DTYPES, Parser, add_conversion_options, model_place
 from megapoly.errors import MegapolyError
 from megapoly.platform.logs import show_errors_only
 
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
+    from megapoly.checkpoints.local_copy import local_model
     from megapoly.conversion.export_model import ExportOptions, export_model
     from megapoly.conversion.parity import ParityError
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.tolerance is None:
         del arguments["tolerance"]
     try:
+        arguments["checkpoint"] = local_model(options.checkpoint)
         parity = export_model(ExportOptions(**arguments), console)
     except MegapolyError as error:
         print(error, file=sys.stderr)
@@ -70,10 +72,10 @@ def build_parser() -> Parser:
     add(
         "--model",
         dest="checkpoint",
-        type=Path,
+        type=model_place,
         required=True,
         metavar="MODEL",
-        help="run or checkpoint",
+        help="run or checkpoint, folder or URL",
     )
     add_conversion_options(parser, output="DIR", report="parity.json")
     add("--dtype", choices=DTYPES, help="dtype of the weights (default: as stored)")

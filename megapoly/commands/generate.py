@@ -4,6 +4,8 @@
 
 MODEL is a run (its newest checkpoint), a checkpoint `iter_*` of any parallel layout, which is
 converted in memory, or a Hugging Face folder, whose own code runs only with --trust-remote-code.
+A run or checkpoint in an object store, such as s3://bucket/moe_tiny, is copied to
+~/.cache/megapoly and verified.
 Needs `pip install 'megapoly[hf]'`. The text is printed while it is generated.
 
 The exit status is 0, or 2 with the reason.
@@ -23,6 +25,7 @@ from megapoly.config.command_line import (
     Parser,
     add_trust_option,
     at_least,
+    model_place,
     number,
     status_of,
 )
@@ -45,6 +48,7 @@ def _generate(options: argparse.Namespace) -> int:
     # Here and not above: --help answers without waiting for torch.
     import torch
 
+    from megapoly.checkpoints.local_copy import local_model
     from megapoly.conversion.bos_rule import bos_rule
     from megapoly.conversion.checkpoint_reader import checkpoint_of_model
     from megapoly.conversion.transformers_model import load_transformers_model
@@ -55,6 +59,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     check_device("--device", options.device)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    options.model = local_model(options.model)
     checkpoint = checkpoint_of_model(options.model)
     _check_trust(options, checkpoint)
     path = checkpoint or options.model
@@ -101,7 +106,12 @@ def build_parser() -> Parser:
     """Return the command's parser."""
     parser = Parser("generate", __doc__)
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    add(
+        "--model",
+        type=model_place,
+        required=True,
+        help="run or checkpoint, folder or URL, or Hugging Face folder",
+    )
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"text to continue (default: {PROMPT})")
     add(
         "--max-new-tokens",

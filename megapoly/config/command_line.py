@@ -14,6 +14,7 @@ from megapoly.config.options import OPTIONS, nearest, short
 from megapoly.config.ranges import LARGEST_COUNT, Range, whole_number
 from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform.logs import discard_output
+from megapoly.platform.stores import is_url
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRUST_CODE = "--trust-remote-code"
@@ -189,6 +190,11 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def model_place(text: str) -> Path | str:
+    """Return a path, or a URL as it is, whose slashes a path would join."""
+    return text if is_url(text) else Path(text)
 
 
 def at_least(least: int, most: int = LARGEST_COUNT) -> Callable[[str], int]:

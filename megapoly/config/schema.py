@@ -193,7 +193,8 @@ class BlendSource:
 
     Args:
         path: prefix of a Megatron ``.bin``/``.idx`` pair, or a pattern of prefixes such as
-            ``data/cc/*_text_document``, whose files are one source, in sorted order.
+            ``data/cc/*_text_document``, whose files are one source, in sorted order. Either may be
+            in an object store: ``s3://bucket/cc/*_text_document``.
         weight: share in the training samples, relative to the other sources.
         tokens: tokens to train on, relative to the other sources, such as ``250e9``.
         epochs: passes over the source, relative to the other sources.
@@ -232,15 +233,16 @@ class DataConfig:
     Args:
         blend: sources of training text, each a prefix of a Megatron ``.bin``/``.idx`` pair (read as
             ``epochs: 1``) or a mapping such as ``{path: data/cc/*_text_document, weight: 2}``;
-            null: the built-in books.
+            null: the built-in books. A prefix such as ``s3://bucket/cc_text_document`` is copied to
+            ``cache_dir`` and verified.
         validation: validation sets by name, each a prefix, a list of prefixes or a mapping such as
             ``{path: data/wiki, weight: 2}``; null: the built-in books' validation part, or none
             when ``blend`` is given.
         tokenizer: a ``tokenizer.json``, or a folder with one or with GPT-2's ``vocab.json`` and
             ``merges.txt``; null: the built-in tokenizer. Files beside it may name the end of a
             document and further tokens.
-        cache_dir: folder for token files of the built-in text and sample indices; null:
-            ``RUN_DIR/cache``.
+        cache_dir: folder for token files of the built-in text and of object stores, and for sample
+            indices; null: ``RUN_DIR/cache``.
         seed: seed of the order.
         num_workers: number of processes that read ahead on each rank.
         eod_mask_loss: exclude the token that follows an end of document from the loss.
@@ -397,10 +399,11 @@ class CheckpointConfig:
             false: the run waits.
         keep: number of newest checkpoints to keep (0: all).
         upload: URL of an object store, such as s3://bucket/run, to which complete checkpoints are
-            copied while the run trains on.
+            copied while the run trains on. A run whose ``run_dir`` has none resumes from there.
         resume: resume from the newest complete checkpoint of ``run_dir`` if it has one; false:
             refuse a ``run_dir`` that has one.
-        load: checkpoint to start from if ``run_dir`` has none.
+        load: checkpoint to start from if ``run_dir`` has none: a folder, or the URL of a checkpoint
+            or of a run, whose newest one is copied to ``data.cache_dir`` and verified.
         load_weights_only: load only the weights from ``load``, not optimizer, schedule and data
             position.
         accept_other_data: resume from a checkpoint of other training data (sources, shares, seed,
@@ -455,7 +458,7 @@ class Config:
     """A run.
 
     Args:
-        run_dir: folder for everything that the run writes.
+        run_dir: folder for everything that the run writes; no URL, see ``checkpoint.upload``.
         model: architecture.
         parallel: layout over the processes.
         data: training text and its order.

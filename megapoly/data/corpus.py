@@ -24,10 +24,12 @@ from megapoly.data.blend import Blend, TrainingSource
 from megapoly.data.builtin import prepare_builtin_text
 from megapoly.data.fingerprint import Description, describe, fingerprint
 from megapoly.data.samples import SamplePool, open_pool
+from megapoly.data.stored_pairs import StoredPairs
 from megapoly.data.token_file_checks import check_token_files
 from megapoly.data.token_files import TokenFile
 from megapoly.data.tokenizer import Tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.stores import is_url
 
 BUILTIN_VALIDATION_SET = "books"
 T = TypeVar("T")
@@ -36,16 +38,17 @@ T = TypeVar("T")
 class BuildCoordinator(Protocol):
     """Calls a function that builds files, on one process before the others, which find them."""
 
-    def __call__(self, what: str, build: Callable[[], T]) -> T:
+    def __call__(self, what: str, build: Callable[[], T], find: Callable[[], T] | None = None) -> T:
         """Return the result of the function on this process.
 
         Args:
             what: what the function does; completes the sentence "waits for rank 0 to".
             build: builds files that do not exist, and opens them.
+            find: opens files that another process of this host has built; None: ``build`` does.
         """
 
 
-def build_directly(what: str, build: Callable[[], T]) -> T:
+def build_directly(what: str, build: Callable[[], T], find: Callable[[], T] | None = None) -> T:
     """Call the function: the coordinator of a single process."""
     return build()
 
@@ -174,12 +177,33 @@ class _Opener:
 
     def check(self, groups: list[_FileGroup]) -> tuple[list[list[TokenFile]], list[str]]:
         """Return the files of each group, and warnings, each once: a file may be in several."""
-        checked = [self._check(group) for group in groups]
+        copies = self._copies([path for group in groups for path in group.paths if is_url(path)])
+        checked = [self._check(group, copies) for group in groups]
         warnings = dict.fromkeys(warning for _, warnings in checked for warning in warnings)
         return [files for files, _ in checked], list(warnings)
 
-    def _check(self, group: _FileGroup) -> tuple[list[TokenFile], list[str]]:
-        prefixes = [prefix for path in group.paths for prefix in token_file_prefixes(path)]
+    def _copies(self, urls: list[str]) -> dict[str, list[str]]:
+        """Copy the token files in stores, each pair for itself; return prefixes by URL."""
+        if not urls:
+            return {}
+        pairs = StoredPairs(urls, self._cache_dir)
+        found = self._first("find the token files in stores", pairs.find, pairs.found)
+        copies = {
+            pair: self._first(
+                f"copy {pair}", partial(pairs.fetch, pair), partial(pairs.local_prefix, pair)
+            )
+            for pair in dict.fromkeys(pair for each in found.values() for pair in each)
+        }
+        return {url: [copies[pair] for pair in each] for url, each in found.items()}
+
+    def _check(
+        self, group: _FileGroup, copies: dict[str, list[str]]
+    ) -> tuple[list[TokenFile], list[str]]:
+        prefixes = [
+            prefix
+            for path in group.paths
+            for prefix in copies.get(path) or token_file_prefixes(path)
+        ]
         if not prefixes:
             raise DataError(
                 f"{group.name} must name at least one token file; {group.paths} match none."

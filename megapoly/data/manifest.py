@@ -195,12 +195,22 @@ def find_manifest(prefix: str | Path) -> Path | None:
         DataError: as :func:`read_manifest`.
     """
     path = Path(prefix)
-    name_parts = path.name.split("_")
-    for length in range(len(name_parts), 0, -1):
-        candidate = manifest_path(path.with_name("_".join(name_parts[:length])))
+    for name in manifest_names(path.name):
+        candidate = path.with_name(name)
         if candidate.is_file() and read_manifest(candidate).pair(path.name) is not None:
             return candidate
     return None
+
+
+def manifest_names(pair: str) -> list[str]:
+    """Return the names that the manifest of a pair may have, the longest first.
+
+    Args:
+        pair: name of the pair, a prefix without its folder.
+    """
+    parts = pair.split("_")
+    lengths = range(len(parts), 0, -1)
+    return [manifest_path("_".join(parts[:length])).name for length in lengths]
 
 
 def _from_json(content: Mapping[str, Any]) -> Manifest:

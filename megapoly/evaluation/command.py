@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.checkpoints.local_copy import local_model
+from megapoly.checkpoints.verify import ALONE, Ranks
 from megapoly.config.command_line import check_can_write
 from megapoly.conversion.checkpoint_reader import find_checkpoint, names_checkpoint
 from megapoly.conversion.folder_code import note_on_code
@@ -30,6 +32,7 @@ from megapoly.evaluation.results_table import show_results
 from megapoly.evaluation.tasks import select
 from megapoly.platform import launcher
 from megapoly.platform.progress import OnProgress, counting_bar
+from megapoly.platform.stores import is_url
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -53,8 +56,12 @@ def evaluate(request: EvaluationRequest) -> None:
         MegapolyError: something cannot be evaluated. In a job of several processes all raise, or
             are stopped by their launcher.
     """
-    num_processes = launcher.world_size()
-    named = request.model if names_checkpoint(request.model) else None
+    num_processes, ranks = launcher.world_size(), ALONE
+    if is_url(request.model):
+        ranks = _meet(num_processes)
+        copy = local_model(request.model, ranks, launcher.local_rank())
+        request = replace(request, model=copy)
+    named = request.folder if names_checkpoint(request.folder) else None
     problems = list(find_problems(request, named, num_processes))
     if problems:
         raise EvaluationError("\n".join(problems))
@@ -62,8 +69,8 @@ def evaluate(request: EvaluationRequest) -> None:
         select(request.tasks)
     if num_processes > 1:
         assert named is not None, "checked by find_problems"
-        meeting = MeetingRanks()
-        checkpoint = find_checkpoint(named, meeting.ranks())
+        ranks = _meet(num_processes) if ranks is ALONE else ranks
+        checkpoint = find_checkpoint(named, ranks)
         assert checkpoint is not None, "named"
         outcome = _evaluate_on_ranks(request, checkpoint)
     else:
@@ -71,6 +78,11 @@ def evaluate(request: EvaluationRequest) -> None:
     if request.output is not None and _is_first():
         content = as_json(outcome.model, tasks=outcome.tasks, perplexity=outcome.perplexity)
         write_results(request.output, content)
+
+
+def _meet(num_processes: int) -> Ranks:
+    """Return the processes of the job after they have met."""
+    return MeetingRanks().ranks() if num_processes > 1 else ALONE
 
 
 def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None) -> _Outcome:
@@ -86,15 +98,15 @@ def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None
     from megapoly.platform.device import default_device
 
     device = request.device or default_device()
-    _message(f"{checkpoint or request.model} on {device}")
+    _message(f"{checkpoint or request.folder} on {device}")
     if (
         checkpoint is None
         and not request.trust_remote_code
-        and (note := note_on_code(request.model))
+        and (note := note_on_code(request.folder))
     ):
         _message(f"note: {note}")
     lm = load_lm(
-        checkpoint or request.model,
+        checkpoint or request.folder,
         dtype=request.dtype,
         device=device,
         batch_size=request.batch_size or DEFAULT_BATCH_SIZE,
@@ -103,7 +115,7 @@ def _evaluate_in_one_process(request: EvaluationRequest, checkpoint: Path | None
     )
     dtype = str(lm.model.dtype).removeprefix("torch.")
     model = _entry(
-        request, checkpoint or request.model, dtype=dtype, device=device, add_bos=lm.adds_bos
+        request, checkpoint or request.folder, dtype=dtype, device=device, add_bos=lm.adds_bos
     )
     with _answers_bar() as on_progress:
         tasks = _run_tasks(request, lm, on_progress)
@@ -155,7 +167,7 @@ def _run_tasks(
 
 def _show(request: EvaluationRequest, tasks: TaskResults | None) -> None:
     if tasks is not None and _is_first():
-        show_results(tasks, request.model.resolve().name, Console())
+        show_results(tasks, request.folder.resolve().name, Console())
 
 
 def _check_inputs(request: EvaluationRequest) -> None:

@@ -23,7 +23,7 @@ class EvaluationRequest:
     """Options of ``megapoly evaluate``.
 
     Args:
-        model: Hugging Face folder, checkpoint or run.
+        model: Hugging Face folder, checkpoint or run; a string: URL of one of the last two.
         tasks: groups and tasks; may be empty.
         perplexity: evaluate validation sets.
         task_data: folder with the questions; None: the hub or its cache.
@@ -40,7 +40,7 @@ class EvaluationRequest:
         overrides: ``--section.field value`` for a checkpoint's configuration.
     """
 
-    model: Path
+    model: Path | str
     tasks: tuple[str, ...] = ()
     perplexity: bool = False
     task_data: Path | None = None
@@ -54,6 +54,11 @@ class EvaluationRequest:
     device: str | None = None
     output: Path | None = None
     overrides: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the model, where that is no URL."""
+        return Path(self.model)
 
 
 def find_problems(

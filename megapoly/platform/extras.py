@@ -21,6 +21,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "tokenizers"),
     "data": ("gigatoken", "orjson", "pyarrow", "tokenizers", "zstandard"),
     "report": ("jinja2", "markdown_it", "matplotlib", "PIL", "scipy"),
+    "s3": ("s3fs",),
 }
 
 

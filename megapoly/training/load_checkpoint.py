@@ -66,11 +66,15 @@ _MAY_CHANGE = {
 }
 
 
-def restore(state: TrainState) -> Path | None:
+def restore(state: TrainState, copied: Path | None = None) -> Path | None:
     """Resume from the newest checkpoint of the run, or start from ``checkpoint.load``; collective.
 
     The checkpoint is verified before, by all ranks together. Damaged ones of the run are set aside,
     and the newest that is whole is taken.
+
+    Args:
+        state: changed in place.
+        copied: copy of ``checkpoint.load``, if that is a URL.
 
     Returns:
         The checkpoint that was loaded, or None if the run starts from the beginning.
@@ -90,7 +94,7 @@ def restore(state: TrainState) -> Path | None:
     begin = time.monotonic()
     path, weights_only = newest_to_resume(run_dir, all_ranks()), False
     if path is None and settings.load is not None:
-        path, weights_only = Path(settings.load), settings.load_weights_only
+        path, weights_only = copied or Path(settings.load), settings.load_weights_only
         check_whole(path, all_ranks())
     if path is None:
         return None
@@ -127,7 +131,7 @@ def load_checkpoint(state: TrainState, path: Path, *, weights_only: bool = False
         load_weights(state, path)
         state.optimizer.reload_model_params()
         return
-    _check_model(state.config, path)
+    check_model(state.config, path)
     with torch.no_grad():
         _check_data(state, position, path)
         _check_batch(state.config, path)
@@ -176,7 +180,7 @@ def load_weights(state: ModelState, path: Path) -> None:
         CheckpointError: the checkpoint is not complete, or of another model.
     """
     read_position(path)  # only a complete checkpoint has it
-    _check_model(state.config, path)
+    check_model(state.config, path)
     expected = model_state(state, with_scales=False)
     loaded = _load_entries({"model": expected}, path)
     with torch.no_grad():
@@ -270,7 +274,12 @@ def read_position(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_model(config: Config, path: Path) -> None:
+def check_model(config: Config, path: Path) -> None:
+    """Check that a checkpoint is of the model that a configuration describes.
+
+    Raises:
+        CheckpointError: it is of another one, with what differs.
+    """
     saved, current = load_yaml(path / "config.yaml").model, config.model
     differences = [
         f"`model.{field.name}` is {getattr(current, field.name)} here and "

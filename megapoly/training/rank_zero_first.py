@@ -50,7 +50,7 @@ class RankZeroFirst:
         world_size: processes of the job.
         local_rank: number of this process on its host; the ranks of a host are consecutive.
         cache_dir: where files are built.
-        timeout_s: longest wait for one thing.
+        timeout_s: longest wait for one thing, or from one :meth:`advance` to the next.
         log_every_s: time between lines that say what a rank waits for; one process of each host
             logs them.
     """
@@ -99,12 +99,14 @@ class RankZeroFirst:
             raise
         self._leave(None)
 
-    def run(self, what: str, build: Callable[[], T]) -> T:
+    def run(self, what: str, build: Callable[[], T], find: Callable[[], T] | None = None) -> T:
         """Call a function on every rank: first on those that build, then on the others.
 
         Args:
             what: what the function does, as in "waits for rank 0 to WHAT".
             build: builds the files if they do not exist, and opens them.
+            find: for the others, opens what the first process of their host has built; None: as
+                ``build``.
 
         Raises:
             PeerError: another rank failed, or was not ready in time.
@@ -121,7 +123,16 @@ class RankZeroFirst:
             return result
         done = f"done/{stage}/{self._builder_of_host}"
         self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
-        return build()
+        return (find or build)()
+
+    def advance(self, what: str) -> None:
+        """Say that this process, which builds, has come further; the others then wait longer.
+
+        Args:
+            what: what it begins, such as the name of a file.
+        """
+        self._store.add("advances", 1)
+        logger.debug("rank %d begins %s", self._rank, what)
 
     def check_same(self, what: str, value: str) -> None:
         """Check that a value is the same as on rank 0.
@@ -148,14 +159,18 @@ class RankZeroFirst:
 
     def _wait(self, is_done: Callable[[], bool], for_what: str) -> None:
         begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
-        next_line = self._log_every_s
+        next_line, limit = self._log_every_s, self._timeout_s
         try:
+            advances = self._store.add("advances", 0)
             while not is_done():
                 heartbeat.beat()  # the rank that it waits for is watched
                 self._raise_failure_of_others()
                 waited = time.monotonic() - begin
-                if waited > self._timeout_s:
-                    raise PeerError(self._timeout_message(waited, for_what))
+                if waited > limit:
+                    before, advances = advances, self._store.add("advances", 0)
+                    if advances == before:
+                        raise PeerError(self._timeout_message(waited, for_what))
+                    limit = waited + self._timeout_s
                 if waited > next_line:
                     next_line += self._log_every_s
                     self._log(waited, for_what)

@@ -110,7 +110,7 @@ def test_what_cannot_be_copied_is_said(
 ) -> None:
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
         object_store.download(url, tmp_path / "again")
-    with pytest.raises(UnavailableError, match="needs a package of fsspec"):
+    with pytest.raises(UnavailableError, match="needs ossfs: pip install ossfs"):
         object_store.download("oss://bucket/run", tmp_path / "again")
     with pytest.raises(CheckpointError, match="/none cannot be seen; make it"):
         object_store.upload(checkpoint_path(run, 6), "memory://none/run")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from made_checkpoints import make_checkpoint
 
+from megapoly.checkpoints.object_store import upload
 from megapoly.checkpoints.run_folder import checkpoint_path
 from megapoly.commands import verify
 
@@ -86,3 +87,32 @@ def test_torch_is_not_imported(run: Path) -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_checkpoints_in_a_store(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read where they are: the lines are those of the folder."""
+    url = f"file://{tmp_path}/store/run"
+    for step in (3, 6):
+        upload(checkpoint_path(run, step), url)
+    assert verify.main([str(run), "--files"]) == 0
+    of_folder = capsys.readouterr().out
+    assert verify.main([url, "--files"]) == 0
+    assert capsys.readouterr().out == of_folder.replace(str(run), url)
+    stored = checkpoint_path(tmp_path / "store/run", 6)
+    data = bytearray((stored / "__0_0.distcp").read_bytes())
+    data[7] ^= 1
+    (stored / "__0_0.distcp").write_bytes(data)
+    (stored / "__0_1.distcp").write_bytes(data[:7])
+    (stored / "common.pt").unlink()
+    assert verify.main([f"{url}/checkpoints/iter_0000006"]) == 1
+    size = checkpoint_path(run, 6).joinpath("__0_1.distcp").stat().st_size
+    assert capsys.readouterr().out.splitlines() == [
+        f"{url}/checkpoints/iter_0000006: damaged",
+        "  __0_0.distcp is damaged (another CRC-32 than when it was written)",
+        f"  __0_1.distcp has 7 bytes, not {size:,}",
+        "  common.pt is missing",
+    ]
+    assert verify.main([f"{url}/absent"]) == 2
+    assert "has no complete checkpoint" in capsys.readouterr().err

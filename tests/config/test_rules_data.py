@@ -129,6 +129,12 @@ CASES: list[dict[str, Any]] = [
     ),
     dict(
         rule="token_files_exist",
+        wrong=blend("oss://bucket/tokens"),
+        words=["`data.blend` `tokens`", "(oss://bucket/tokens)", "pip install ossfs"],
+        right=blend("file:///absent/tokens"),  # looked for when the data is opened
+    ),
+    dict(
+        rule="token_files_exist",
         wrong=validation(wiki=ValidationSet([])),
         words=["`data.validation` `wiki` ([])", "prefix"],
     ),

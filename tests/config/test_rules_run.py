@@ -89,6 +89,26 @@ CASES: list[dict[str, Any]] = [
     ),
     dict(
         rule="checkpoint_exists",
+        wrong={"checkpoint.load": "oss://bucket/run"},
+        words=["(oss://bucket/run)", "pip install ossfs"],
+        right={"checkpoint.load": "file:///absent/run"},  # looked for when the run starts
+    ),
+    dict(
+        rule="upload_is_possible",
+        wrong={"checkpoint.upload": "oss://bucket/run"},
+        words=["(oss://bucket/run)", "pip install ossfs"],
+    ),
+    dict(
+        rule="folders_can_be_made",
+        wrong={"run_dir": "s3://bucket/run"},
+        words=[
+            "`run_dir` (s3://bucket/run)",
+            "not a URL",
+            "`checkpoint.upload` to s3://bucket/run",
+        ],
+    ),
+    dict(
+        rule="checkpoint_exists",
         wrong={"checkpoint.load": "HERE/tokens.bin"},
         words=["tokens.bin", "is not a folder"],
     ),

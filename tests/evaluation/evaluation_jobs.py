@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 
@@ -156,6 +157,12 @@ class _ByHand:
             other = [*continuation[:2], continuation[2] ^ 1]
             requests += [(context, continuation), (context, other)]
         return requests
+
+
+def evaluate_with_cache(cache: str, argv: list[str]) -> tuple[int, str, str]:
+    """As :func:`evaluate_command`, with copies of stored checkpoints in a folder."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    return evaluate_command(argv)
 
 
 def evaluate_command(args: list[str]) -> tuple[int, str, str]:

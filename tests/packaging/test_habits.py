@@ -19,6 +19,7 @@ FORMS = ["bug.yml", "feature.yml", "question.yml"]
 NOT_IMPORTED = {
     "accelerate": "transformers and lm-eval load models with it",
     "flash-attn": "imported by Megatron-Core",
+    "s3fs": "imported by fsspec",
     "setuptools": "imported by torch.compile",
 }
 # Imported though setup.py does not name it, and why.
@@ -145,7 +146,7 @@ def test_base_has_no_engine() -> None:
     base = {each.name for each in requirements()[""]}
     assert base.isdisjoint({"megatron-core", "transformers", "tensorboard", "tokenizers"})
     everything = {each.name for each in requirements()["all"]}
-    for extra in ("train", "data", "hf", "eval", "report", "bench"):
+    for extra in ("train", "data", "hf", "eval", "report", "bench", "s3"):
         assert {each.name for each in requirements()[extra]} <= everything
 
 

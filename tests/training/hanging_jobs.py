@@ -164,6 +164,29 @@ def hang_in_data(of_rank: int, act: Callable[[], None]) -> None:
     corpus.load_corpus = load
 
 
+def hang_in_save(of_rank: int, act: Callable[[], None]) -> None:
+    """One rank, or its writer, hangs before it writes its file; the others wait for it."""
+    from megapoly.training import checkpoint_files
+    from megapoly.training.save_checkpoint import CheckpointSaver
+
+    finish, write = CheckpointSaver.finish, checkpoint_files._write
+
+    def write_or_hang(transforms, rank_process, *args):
+        if rank() == of_rank:
+            if os.getpid() == rank_process:
+                heartbeat.current().allow(0.5)
+            act()
+        write(transforms, rank_process, *args)
+
+    def finish_within(saver, *, wait):
+        if wait:
+            heartbeat.current().allow(0.5 if rank() == of_rank else 2.0)
+        return finish(saver, wait=wait)
+
+    checkpoint_files._write = write_or_hang
+    CheckpointSaver.finish = finish_within
+
+
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -14,6 +14,7 @@ from processes import wait_until
 from megapoly.config import Config
 from megapoly.errors import DataError, PeerError
 from megapoly.testing import run_on_ranks
+from megapoly.training import rank_zero_first as rank_zero_first_module
 from megapoly.training.rank_zero_first import RankZeroFirst, wait_for_peers
 
 BUILD = "build the sample indices of `cc`"
@@ -138,6 +139,38 @@ def test_a_time_out_says_who_waited_for_what_and_how_long(tmp_path):
         "is still working, raise the option; what is built until then is kept."
     )
     assert of_rank_0 == f"rank 1: {of_rank_1}"
+
+
+def test_a_rank_waits_for_one_that_advances(monkeypatch):
+    """With a clock of its own, that each look at the store moves by 0.4 of the limit."""
+    store, now = dist.HashStore(), [0.0]
+    monkeypatch.setattr(rank_zero_first_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rank_zero_first_module.time, "sleep", lambda seconds: None)
+    builder, waiting = (
+        RankZeroFirst(
+            store,
+            rank=rank,
+            world_size=2,
+            local_rank=rank,
+            cache_dir=Path("/nowhere"),
+            timeout_s=10.0,
+        )
+        for rank in (0, 1)
+    )
+
+    def is_done(num_advances: int) -> bool:
+        now[0] += 4.0
+        looks.append(now[0])
+        if len(looks) <= num_advances:
+            builder.advance("a file")
+        return len(looks) == 20
+
+    looks: list[float] = []
+    waiting._wait(lambda: is_done(18), "rank 0")
+    assert looks[-1] == 80.0  # eight times the limit
+    looks.clear()
+    with pytest.raises(PeerError, match="rank 1 waited 24 s"):
+        waiting._wait(lambda: is_done(2), "rank 0")
 
 
 def on_hosts(folders: list[str]) -> str:

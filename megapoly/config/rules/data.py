@@ -22,6 +22,7 @@ from megapoly.config.rules.facts import Facts, Rule
 from megapoly.config.rules.values import ENTRY_RANGES
 from megapoly.config.schema import BlendSource
 from megapoly.platform.files import is_file, why_missing
+from megapoly.platform.stores import is_url, why_not_opened
 
 _SHOWN = 4
 _ENDINGS = (".bin", ".idx")
@@ -129,7 +130,10 @@ def validation_weights_are_complete(facts: Facts) -> Iterator[str]:
 
 
 def token_files_exist(facts: Facts) -> Iterator[str]:
-    """Every prefix has its ``.bin`` and ``.idx``, every pattern matches a file."""
+    """Every prefix has its ``.bin`` and ``.idx``, every pattern matches a file.
+
+    Those in stores are looked for when the data is opened.
+    """
     data = facts.config.data
     blend = {source.name or "": [source.path] for source in blend_sources(data) or []}
     validation = {name: list(each.path) for name, each in validation_sets(data).items()}
@@ -150,13 +154,17 @@ def _empty_entries(entry: str, paths: Sequence[str]) -> Iterator[str]:
     if not paths:
         yield f"{entry} ([]) is empty; give the prefix of a .bin/.idx pair"
     for path in paths:
-        if not token_file_prefixes(path):
+        if is_url(path):
+            if problem := why_not_opened(path):
+                yield f"{entry} ({short(path)}): {problem}; install it, or copy the files to a disk"
+        elif not token_file_prefixes(path):
             yield f"{entry}: no file matches the pattern {path}.idx; give one that matches some"
 
 
 def _missing_token_files(paths: Sequence[str]) -> list[str]:
     """Return the files that are missing, each with the reason if that is another."""
-    prefixes = [prefix for path in paths for prefix in token_file_prefixes(path)]
+    on_disk = [path for path in paths if not is_url(path)]
+    prefixes = [prefix for path in on_disk for prefix in token_file_prefixes(path)]
     files = [f"{prefix}{ending}" for prefix in prefixes for ending in _ENDINGS]
     reasons = {file: why_missing(file) for file in files if not is_file(file)}
     unusual = {file: f" {why}" for file, why in reasons.items() if why.startswith("cannot")}

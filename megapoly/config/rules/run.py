@@ -9,6 +9,7 @@ from pathlib import Path
 from megapoly.config.options import short
 from megapoly.config.rules.facts import Facts, Rule, value_of
 from megapoly.platform.files import is_file, is_folder, why_missing
+from megapoly.platform.stores import is_url, why_not_opened
 
 
 def device_exists(facts: Facts) -> Iterator[str]:
@@ -70,8 +71,10 @@ def upload_is_possible(facts: Facts) -> Iterator[str]:
     if checkpoint.upload is None:
         return
     upload = f"`checkpoint.upload` ({short(checkpoint.upload)})"
-    if "://" not in checkpoint.upload:
+    if not is_url(checkpoint.upload):
         yield f"{upload} must be a URL, such as s3://bucket/run"
+    elif problem := why_not_opened(checkpoint.upload):
+        yield f"{upload}: {problem}; install it, or choose another store"
     if not checkpoint.save:
         yield f"{upload} has no effect with `checkpoint.save` (False); remove it, or save"
     elif checkpoint.keep == 1:
@@ -82,8 +85,12 @@ def upload_is_possible(facts: Facts) -> Iterator[str]:
 
 
 def checkpoint_exists(facts: Facts) -> Iterator[str]:
-    """The checkpoint to start from exists."""
+    """The checkpoint to start from exists; one in a store is looked for when the run starts."""
     load = facts.config.checkpoint.load
+    if load is not None and is_url(load):
+        if problem := why_not_opened(load):
+            yield f"`checkpoint.load` ({short(load)}): {problem}; install it, or give a folder"
+        return
     if load is not None and not is_folder(load):
         why = why_missing(load) or "is not a folder"
         yield (
@@ -96,7 +103,15 @@ def folders_can_be_made(facts: Facts) -> Iterator[str]:
     """What a run writes to is a folder, or can become one."""
     for key in ("run_dir", "data.cache_dir"):
         folder = value_of(facts.config, key)
-        if folder is not None and (why := _why_no_folder(Path(folder))):
+        if folder is not None and is_url(folder):
+            remedy = "choose a folder"
+            if key == "run_dir":
+                remedy += (
+                    f", and set `checkpoint.upload` to {short(folder)}: checkpoints are copied "
+                    "there, and a run with an empty folder resumes from there"
+                )
+            yield f"`{key}` ({short(folder)}) must be a folder and not a URL; {remedy}"
+        elif folder is not None and (why := _why_no_folder(Path(folder))):
             yield f"`{key}` ({short(folder)}) {why}; choose another folder"
 
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from megapoly.checkpoints.local_copy import local_model
 from megapoly.checkpoints.run_folder import run_of
 from megapoly.errors import CheckpointError, MegapolyError
 from megapoly.platform import extras, launcher
 from megapoly.platform.files import write_text
 from megapoly.platform.progress import counting_bar
+from megapoly.platform.stores import is_url
 from megapoly.study.comparison.outcome import chosen_runs
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class AnalysisRequest:
     """Options of the command line.
 
     Args:
-        checkpoint: an ``iter_*`` folder, or a run with its newest one; None for comparisons.
+        checkpoint: an ``iter_*`` folder, or a run with its newest one, or the URL of one of these;
+            None for comparisons.
         output: folder to write to; None: ``analysis`` in the run.
         parts: of ``PARTS``.
         tokens: of text, of all validation sets in total; None: ``DEFAULT_TOKENS``.
@@ -47,7 +50,7 @@ class AnalysisRequest:
         command: the command line, which is recorded.
     """
 
-    checkpoint: Path | None
+    checkpoint: Path | str | None
     output: Path | None = None
     parts: tuple[str, ...] = PARTS
     tokens: int | None = None
@@ -72,7 +75,9 @@ def analyze(request: AnalysisRequest) -> Path:
     """
     assert request.checkpoint is not None
     _check(request)
-    checkpoint = _find(request.checkpoint)
+    if is_url(request.checkpoint) and request.output is None:
+        raise AnalysisError(f"{request.checkpoint} is no folder to write to; add --output DIR")
+    checkpoint = _find(local_model(request.checkpoint))
     run = run_of(checkpoint)
     output = request.output or (run / "analysis" if run else None)
     if output is None:
