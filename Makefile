@@ -51,12 +51,16 @@ paper: $(INSTALLED_PAPER)
 paper-full: $(INSTALLED_PAPER)
 	PYTHON="$(CURDIR)/$(BIN)/python" examples/paper/paper.sh runs/paper_full full
 
-# Three files of tests at a time, also on two cores: jobs of several processes wait a lot.
+# Three files of tests at a time, also on two cores: jobs of several processes wait a lot. One thread
+# for each process: more threads than cores wait for each other and keep the cores busy meanwhile.
+# tests/conftest.py orders the files.
+PYTEST_BY_FILES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(PYTEST_BY_FILES) -n 3
 
 test-slow: $(INSTALLED_TEST)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(PYTEST_BY_FILES) -n 2 -m slow
 
 test-parallel: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m parallel

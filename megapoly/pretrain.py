@@ -46,6 +46,9 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         default_recipe: name or path of the recipe if ``argv`` has no ``--config``.
         program: name to show in the help.
 
+    Once it trains, SIGINT, SIGTERM and SIGHUP request it to stop, and have no effect after that, up
+    to the end of the process: the caller is to end it.
+
     Returns:
         Exit status: 0 when the run is complete or was requested to stop, 1 after another error, 2
         when the configuration, the data or a checkpoint cannot be used,
@@ -64,7 +67,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
     configure_logging(is_rank_zero=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
-        complete = pretrain(config)
+        complete = pretrain(config, ends_process=True)
     except MegapolyError as error:
         # Once for each host: a file may be missing on one of them alone. A process alone may lack
         # a device, and the second one says when the first never came.
@@ -128,8 +131,13 @@ def configure(argv: Sequence[str], *, default_recipe: str | Path, program: str) 
     return resolved
 
 
-def pretrain(config: Config) -> bool:
+def pretrain(config: Config, *, ends_process: bool = False) -> bool:
     """Run one job from a resolved configuration.
+
+    Args:
+        config: resolved.
+        ends_process: whether the process ends after this; see
+            :class:`~megapoly.training.stop.StopRequest`.
 
     Returns:
         Whether the run is complete; False if it was requested to stop before its last step.
@@ -143,10 +151,10 @@ def pretrain(config: Config) -> bool:
     from megapoly.training.watchdog.heartbeat import watched
 
     with watched(config):
-        return _train(config)
+        return _train(config, ends_process=ends_process)
 
 
-def _train(config: Config) -> bool:
+def _train(config: Config, *, ends_process: bool) -> bool:
     """Run the job from its start to its end; see :func:`pretrain`."""
     from megapoly.platform.device import select_platform
 
@@ -197,7 +205,8 @@ def _train(config: Config) -> bool:
                     reporter.message(f"loaded {loaded}, {at}")
                     for line in resume_notes(state, loaded, num_processes=num_devices):
                         reporter.message(line)
-                stop = StopRequest()
+                # Until the groups are destroyed: a request then must not look like a failure.
+                stop = held.enter_context(StopRequest(ends_process=ends_process))
                 train(state, reporter, build_hooks(state, reporter, stop), stop)
     return state.iteration >= state.train_iters
 

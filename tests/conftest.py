@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 import processes
@@ -19,7 +20,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 processes.follow_processes()
 
 
+@pytest.hookimpl(trylast=True)  # after tests are deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by their number of tests, the smallest first.
+
+    Files of few tests start the longest jobs: last, one process would run them alone.
+    """
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
+
+
 _BEFORE = pytest.StashKey[Collection[int]]()
+# Programs that a test calls here change them for good.
+_HANDLERS = {
+    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -34,5 +49,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     finally:
+        for number, handler in _HANDLERS.items():
+            signal.signal(number, handler)
         running = processes.end_new_children(item.stash[_BEFORE])
         assert not running, f"still running at the end of the test: {running}"

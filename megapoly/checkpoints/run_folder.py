@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = "checkpoints"
 _NAME = re.compile(r"iter_(\d{7,})")
@@ -50,11 +53,25 @@ def iteration_of(name: str) -> int | None:
 def delete_unfinished(run_dir: str | Path) -> None:
     """Delete what jobs that were killed left of checkpoints, which may fill a disk.
 
+    A line names what cannot be deleted, such as a file that another host still has open on NFS.
+    """
+    for path in checkpoints_folder(run_dir).glob(".iter_*.partial"):
+        try:
+            delete_all(path)
+        except OSError as error:
+            logger.warning("%s is left of a checkpoint and cannot be deleted: %s", path, error)
+
+
+def delete_all(path: Path) -> None:
+    """Delete a checkpoint; of a link to one that is kept elsewhere, only the link.
+
     Raises:
         OSError: a file cannot be deleted.
     """
-    for folder in checkpoints_folder(run_dir).glob(".iter_*.partial"):
-        shutil.rmtree(folder)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -41,7 +41,7 @@ from torch.distributed.run import main as torchrun
 from megapoly.commands import ends_with_its_reader
 from megapoly.errors import MegapolyError
 from megapoly.platform.launcher import HUNG, JOIN_TIMEOUT, STATUS_FILE, STATUS_HUNG, STOPPED
-from megapoly.platform.processes import dying_with_this_process
+from megapoly.platform.processes import dying_with_this_process, ignore_stop_signals
 from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
 
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
@@ -125,6 +125,7 @@ def _run(status_file: Path, arguments: list[str]) -> int:
     usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
     try:
         torchrun(arguments)
+        ignore_stop_signals()  # torchrun's handlers, which raise an error, stay installed
     except SignalException as error:
         if status_file.exists():
             return HUNG if _says(status_file, STATUS_HUNG) else 0
@@ -148,6 +149,7 @@ def _run(status_file: Path, arguments: list[str]) -> int:
         return 2
     finally:
         tempfile.tempdir = usual
+        ignore_stop_signals()
     return 0
 
 

@@ -180,10 +180,24 @@ def _check(options: argparse.Namespace, config: Config) -> None:
 
 
 def _soak(options: argparse.Namespace, plan: Plan) -> int:
-    from megapoly.testing.soak.loop import Soak
     from megapoly.testing.soak.report import Report
 
     report = Report()
+    try:
+        _strike(options, plan, report)
+    finally:  # also of a soak that is stopped
+        if report.outcomes:
+            console = Console()
+            console.print(report.table())
+            for line in report.findings():
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return 1 if report.lost else 0
+
+
+def _strike(options: argparse.Namespace, plan: Plan, report: Report) -> None:
+    """Let all faults strike, with a progress bar; the report has what was found so far."""
+    from megapoly.testing.soak.loop import Soak
+
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=plan.num_faults)
@@ -194,11 +208,6 @@ def _soak(options: argparse.Namespace, plan: Plan) -> int:
             if options.json:
                 report.write_json(options.json, {"seed": plan.seed, "arguments": plan.argv})
         bar.update(task, description=_counted("done", report))
-    console = Console()
-    console.print(report.table())
-    for line in report.findings():
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return 1 if report.lost else 0
 
 
 def _counted(text: str, report: Report) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapoly.platform.files import write_text
+from megapoly.platform.files import full_disk_explained, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,8 @@ def built_once(paths: Sequence[Path], sums: Path, build: Callable[[], None]) -> 
     if problem is not None:
         logger.warning("%s; it is built again", problem)
     # Without it first: files of two builds that are mixed would have no sums.
-    sums.unlink(missing_ok=True)
+    with full_disk_explained(sums):
+        sums.unlink(missing_ok=True)
     build()
     write_text(sums, json.dumps({path.name: _sum(path) for path in paths}, indent=1) + "\n")
 
@@ -62,9 +63,9 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def read_cached_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if the file is missing or damaged."""
+    """Return the JSON object in a file; an empty one if it is missing, unreadable or damaged."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

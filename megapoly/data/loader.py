@@ -8,6 +8,7 @@ size.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megapoly.data.sample_order import EpochOrder, Order
 from megapoly.data.samples import SamplePool
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, DataError
 from megapoly.platform.processes import die_with_parent
 
 Batch = dict[str, Tensor]
@@ -94,10 +95,33 @@ def training_batches(
 
     Returns:
         ``tokens``, ``labels``, ``position_ids``: [micro_batch_size, seq_length] int64;
-        ``loss_mask``: the same shape, fp32.
+        ``loss_mask``: the same shape, fp32. A DataError of a sample is raised as it is.
     """
     batches = _TrainingBatches(order, layout, consumed_samples)
-    return iter(_data_loader(samples, batches, num_workers, pin_memory))
+    return _with_plain_errors(iter(_data_loader(samples, batches, num_workers, pin_memory)))
+
+
+def _with_plain_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches; an error of a worker comes with its stack trace as text, which is left out."""
+    try:
+        yield from batches
+    except DataError as error:
+        text = str(error).rpartition(f"{DataError.__module__}.{DataError.__name__}: ")[2]
+        raise DataError(text.strip()) from None
+
+
+def ended_worker(error: BaseException) -> str | None:
+    """Return a sentence if an error says that a worker was killed or ended; None for others.
+
+    torch raises such errors in the main process wherever that is at this moment.
+    """
+    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) ([^.\n]*)", str(error))
+    if match is None or not isinstance(error, RuntimeError):
+        return None
+    return (
+        f"the data worker {match[1]} {match[2].strip()}; the system kills a process when memory "
+        "runs out, see `dmesg`: lower `data.num_workers`, or make room"
+    )
 
 
 def num_evaluation_steps(pool: SamplePool, layout: BatchLayout, eval_iters: int | None) -> int:

@@ -15,6 +15,9 @@ from megapoly.errors import DataError
 _OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # A disk that is read-only, broken or gone, such as a file server's.
 _OUT_OF_REACH = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO}
+# A folder has the file's name, a file the folder's, or another user owns it.
+_IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM}
 
 
 def is_file(path: str | Path) -> bool:
@@ -54,7 +57,8 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
             files ``NAME.partial``; None: hidden files with unique names next to ``paths``.
 
     Raises:
-        DataError: the disk is full, read-only or gone; the temporary files are deleted.
+        DataError: the disk is full, read-only or gone, something else has the name of a file or of
+            its folder, or the user may not write there; the temporary files are deleted.
     """
     if folder is None:
         suffix = f".{uuid.uuid4().hex[:8]}.tmp"
@@ -78,7 +82,7 @@ def renamed_when_complete(*paths: Path, folder: Path | None = None) -> Iterator[
 
 @contextmanager
 def full_disk_explained(*paths: Path) -> Iterator[None]:
-    """Turn the operating system's reason why a disk takes nothing into a :class:`DataError`."""
+    """Turn the operating system's reason why a file cannot be written into a DataError."""
     try:
         yield
     except OSError as error:
@@ -93,6 +97,13 @@ def full_disk_explained(*paths: Path) -> Iterator[None]:
                 f"`{paths[0]}` cannot be written: {os.strerror(error.errno)}. No incomplete file "
                 "has the final name; make the disk writable, or choose another folder, and run the "
                 "same command again."
+            ) from error
+        if error.errno in _IN_THE_WAY | _NOT_ALLOWED:
+            name = error.filename2 or error.filename or paths[0]
+            raise DataError(
+                f"`{paths[0]}` cannot be written: {os.strerror(error.errno)} ({name}). Move what "
+                "has this name, or choose another folder that you may write to, and run the same "
+                "command again."
             ) from error
         raise
 

@@ -8,6 +8,7 @@ apart, while a collective that waits for minutes has failed.
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import os
 import socket
@@ -24,10 +25,14 @@ logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.1
 _NOTE_EVERY_S = 30.0
+_meetings = itertools.count()
 
 
 def join() -> dist.Store:
     """Return the job's store after all its processes have joined it.
+
+    Processes may do so several times, all of them equally often: under a launcher the store lives
+    on from one to the next, and each has keys of its own.
 
     The environment is that of ``env://``: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Under
     torchrun the launcher of the first host serves the store, otherwise rank 0 does.
@@ -46,7 +51,8 @@ def join() -> dist.Store:
     if not serves:
         wait_for_server(host, port, "rank 0", "MASTER_ADDR", limit_s)
     where = f"MASTER_ADDR:MASTER_PORT ({host}:{port})"
-    store = open_store(host, port, where, serves=serves, limit_s=limit_s)
+    served = open_store(host, port, where, serves=serves, limit_s=limit_s)
+    store = dist.PrefixStore(f"meeting/{next(_meetings)}", served)
     _wait_for_all(store, rank, world_size, limit_s)
     return store
 

@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, also when that one is killed."""
+"""How processes end: with the process that started them, also when that one is killed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+
+# What asks a job to stop: Ctrl-C, a scheduler, a closed terminal.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1  # in linux/prctl.h
 # Loaded here: between fork and exec a process should call as little as possible.
@@ -48,6 +51,16 @@ def dying_with_this_process() -> Callable[[], None]:
     The signal stays set when the new process executes its program.
     """
     return functools.partial(die_with_parent, os.getpid())
+
+
+def ignore_stop_signals() -> None:
+    """Let :data:`STOP_SIGNALS` have no effect, in a process that is about to end by itself.
+
+    One that arrives so late would turn the status of a job that has done its work into that of a
+    killed one.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _die_with(sentinel: int) -> None:

@@ -5,12 +5,12 @@ Importing torch and the engine takes seconds; a fork server does it once for a w
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -46,26 +46,58 @@ def run_on_ranks(
         RuntimeError: a rank failed; with its traceback.
         TimeoutError: a rank did not end in time.
     """
-    port = _free_port()
     context = _CONTEXT_OF_GPUS if device == "cuda" else _CONTEXT
     processes: list[Any] = []
     connections: list[Connection] = []
+    with environments(num_ranks) as of_ranks:
+        try:
+            for environment in of_ranks:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_worker, args=(sender, environment, function, args)
+                )
+                process.start()
+                sender.close()
+                processes.append(process)
+                connections.append(receiver)
+            return _collect(connections, timeout_s)
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+@contextlib.contextmanager
+def environments(num_ranks: int) -> Iterator[list[dict[str, str]]]:
+    """Serve the key-value store of a job on this host; yields the variables of each rank.
+
+    They are those that torchrun sets. As under torchrun, the ranks do not serve the store: the
+    kernel gives this process a free port at the moment at which it listens, so that no other
+    program can take it before.
+
+    Args:
+        num_ranks: number of processes.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     try:
-        for rank in range(num_ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            environment = _environment(rank, num_ranks, port)
-            process = context.Process(target=_worker, args=(sender, environment, function, args))
-            process.start()
-            sender.close()
-            processes.append(process)
-            connections.append(receiver)
-        return _collect(connections, timeout_s)
+        yield [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+            for rank in range(num_ranks)
+        ]
     finally:
-        for process in processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        del store
 
 
 def _collect(connections: list[Connection], timeout_s: float) -> list[Any]:
@@ -102,21 +134,3 @@ def _worker(
         message = (traceback.format_exc(), None)
     # Not `send`, which shares a tensor's memory with this process: it ends before that is read.
     sender.send_bytes(pickle.dumps(message))
-
-
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torchrun sets."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

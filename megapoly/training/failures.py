@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
+from megapoly.data.loader import ended_worker
 from megapoly.errors import LostPeerError, MegapolyError, PeerError
 from megapoly.platform import launcher
 
@@ -36,6 +37,7 @@ def shown_once(store: dist.Store) -> Iterator[None]:
     Errors that all processes find are alike, and some repeat another process's. Every other one is
     printed on whichever rank it happens, and the first before the others. Errors that are not this
     project's are printed with their stack trace, at once: other processes fail when this one ends.
+    That a data worker has ended is one sentence.
 
     Args:
         store: of the job; it may be gone when an error is raised.
@@ -52,6 +54,8 @@ def shown_once(store: dist.Store) -> Iterator[None]:
             raise _lost(store, what) from error
         if isinstance(error, MegapolyError):
             _show_once(store, error, str(error))
+        elif (sentence := ended_worker(error)) is not None:
+            _show_once(store, error, sentence)
         else:
             brief = "".join(traceback.format_exception_only(error)).strip()
             _show_once(store, error, brief, f"{brief}\n{traceback.format_exc()}".rstrip())

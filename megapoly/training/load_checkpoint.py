@@ -20,6 +20,7 @@ from megapoly.checkpoints.choose import check_whole, newest_to_resume
 from megapoly.checkpoints.module_state import check_module_state
 from megapoly.checkpoints.run_file import DamageError, read_run_file
 from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.tensor_metadata import read_metadata
 from megapoly.checkpoints.tensor_reader import TensorReader, load_object
 from megapoly.checkpoints.verify import total_bytes
 from megapoly.config import Config, load_yaml
@@ -191,8 +192,12 @@ class _CommonReader(TorchCommonLoadStrategy):
 
     def load_common(self, checkpoint_dir: str | Path) -> Any:
         """Return the entries that are not sharded."""
-        with (Path(checkpoint_dir) / "common.pt").open("rb") as stream:
-            return load_object(stream)
+        path = Path(checkpoint_dir) / "common.pt"
+        with path.open("rb") as stream:
+            try:
+                return load_object(stream)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path} cannot be loaded: {error}") from error
 
 
 def _load_entries(expected: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def _load_entries(expected: dict[str, Any], path: Path) -> dict[str, Any]:
         CheckpointError: a file is damaged, is missing or names code, or the entries do not fit.
     """
     read_checkpoints_with(TensorReader, load_object)
+    read_metadata(path)  # torch logs the stack trace of an index that it cannot read
     try:
         # Given here, they are not chosen by the checkpoint's own metadata.json.
         return dist_checkpointing.load(
@@ -222,8 +228,9 @@ def _load_entries(expected: dict[str, Any], path: Path) -> dict[str, Any]:
 def _line(error: BaseException) -> str:
     """Return what an error says, in one line."""
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else ""
-    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, CheckpointError) and lines:
+        return lines[0]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _state_to_load(state: TrainState, saved: Config) -> dict[str, Any]:

@@ -24,10 +24,10 @@ def train(state: TrainState, reporter: Reporter, hooks: Sequence[Hook], stop: St
         state: the run, restored; changed in place.
         reporter: writes ``metrics.jsonl`` and shows progress.
         hooks: what is done around the steps, in this order; see :class:`Hook`.
-        stop: catches signals while the loop runs.
+        stop: whether to end before; entered by the caller.
     """
     batches = state.training_batches()
-    with stop, contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing:
         for hook in hooks:
             closing.callback(hook.close)
         while state.iteration < state.train_iters:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-from megapoly.checkpoints.run_folder import complete_checkpoints
+from megapoly.checkpoints.run_folder import checkpoints_folder, complete_checkpoints
 from megapoly.model.builder import unwrap
 from megapoly.model.shards import shards_of, tensor_entries
 from megapoly.training.distributed import is_rank_zero, sum_over_all
@@ -51,7 +50,7 @@ class RoomHook(Hook):
 
     def __init__(self, state: TrainState, show: Callable[[str], None]) -> None:
         self._state, self._show = state, show
-        self._run_dir = Path(state.config.run_dir)
+        self._folder = checkpoints_folder(state.config.run_dir)  # may be a link to another disk
         self._bytes = tensor_bytes(state)
         if is_rank_zero():
             self._warn(self._num_to_come(), "what this run is to save")
@@ -72,18 +71,18 @@ class RoomHook(Hook):
     def _num_to_come(self) -> int:
         """Return for how many more checkpoints there must be room at once."""
         left, keep = self._num_left(), self._state.config.checkpoint.keep
-        have = len(complete_checkpoints(self._run_dir))
+        have = len(complete_checkpoints(self._state.config.run_dir))
         return min(left, max(1, keep + 1 - have)) if keep else left
 
     def _warn(self, count: int, what: str) -> None:
         needed = count * self._bytes
         try:
-            free = shutil.disk_usage(self._run_dir).free
+            free = shutil.disk_usage(self._folder).free
         except OSError:
             return  # the disk is out of reach, as the next save will say
         if needed > free:
             self._show(
                 f"warning: {what} needs about {needed:,} bytes and {free:,} are free in "
-                f"{self._run_dir}; make room, or lower `checkpoint.keep` "
+                f"{self._folder}; make room, or lower `checkpoint.keep` "
                 f"({self._state.config.checkpoint.keep})"
             )

@@ -27,6 +27,7 @@ from megapoly.checkpoints.run_folder import (
     checkpoint_path,
     checkpoints_folder,
     complete_checkpoints,
+    delete_all,
     delete_unfinished,
     partial_path,
 )
@@ -241,6 +242,6 @@ def _delete_old(run_dir: str, keep: int) -> None:
             continue
         try:
             # Renamed first: a folder named `iter_*` is complete even while it is being deleted.
-            shutil.rmtree(path.rename(partial_path(path)))
+            delete_all(path.rename(partial_path(path)))
         except OSError as error:
             logger.warning("%s could not be deleted: %s", path, error)

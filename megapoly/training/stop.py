@@ -6,7 +6,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from megapoly.platform.processes import STOP_SIGNALS, ignore_stop_signals
 
 
 class StopRequest:
@@ -14,14 +14,19 @@ class StopRequest:
 
     A second signal has no effect: torchrun forwards the signals that it receives to its workers,
     and a terminal sends Ctrl-C to all of them, so that one request may arrive twice.
+
+    Args:
+        ends_process: whether the process ends after the context. The signals then have no effect
+            any more, so that its exit status is the run's; otherwise they do what they did before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends_process: bool = False) -> None:
         self.requested = False
+        self._ends_process = ends_process
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -31,6 +36,9 @@ class StopRequest:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._ends_process:
+            ignore_stop_signals()
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megapoly.testing import run_on_ranks
+from megapoly.testing.jobs import shared_cache
 
 # Large weights, so that every part of the model shows in the loss.
 RECIPE = """
@@ -15,15 +16,10 @@ training: {train_iters: 4, seq_length: 24, micro_batch_size: 2, global_batch_siz
 """
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def recipe(tmp_path, cache_dir):
+def recipe(tmp_path):
     path = tmp_path / "small.yaml"
-    path.write_text(f"{RECIPE}data: {{cache_dir: {cache_dir}}}")
+    path.write_text(f"{RECIPE}data: {{cache_dir: {shared_cache().name}}}")
     return path
 
 

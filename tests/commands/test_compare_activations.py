@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.commands.compare import main
+from megapoly.testing.jobs import shared_cache
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "examples/configs/dense_miniature.yaml"
@@ -34,7 +35,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shown = compare(
         *arguments.split(),
         *sizes.split(),
-        *f"--training.eval_iters 1 --data.cache_dir {output / 'cache'}".split(),
+        *f"--training.eval_iters 1 --data.cache_dir {shared_cache().name}".split(),
+        *"--model.activation_backend reference".split(),
     )
     assert "parameters: 574,656 to 574,659" in shown
     assert "tokens: 3,072 each, 3 steps of 1,024" in shown

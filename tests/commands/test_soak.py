@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from small_jobs import small_job
 
 from megapoly.commands import soak
 from megapoly.testing.soak.kinds import KINDS
+from megapoly.testing.soak.loop import Outcome, Soak
 
 
 def test_kinds() -> None:
@@ -54,6 +56,22 @@ def test_a_table_and_a_report(
     content = json.loads(report.read_text())
     assert [each["kind"] for each in content["outcomes"]] == ["job", "job", None]
     assert content["seed"] == 0 and not any(each["problem"] for each in content["outcomes"])
+
+
+def test_a_soak_that_is_stopped_prints_what_it_has_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcomes(soak: Soak) -> Iterator[Outcome]:
+        yield Outcome("stop", "run_0001", tmp_path / "log", 1.5, "a problem")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Soak, "outcomes", outcomes)
+    with pytest.raises(KeyboardInterrupt):
+        soak.main([*small_job(), "--output", str(tmp_path / "soak")])
+    printed = capsys.readouterr().out
+    assert "lost: a rank is stopped (SIGSTOP), run_0001: a problem" in printed
+    row = next(line for line in printed.splitlines() if "a rank is stopped" in line)
+    assert [cell.strip() for cell in row.split("│")[2:-1]] == ["1", "0", "1", "1.5"]
 
 
 def test_a_job_that_fails_without_a_fault(

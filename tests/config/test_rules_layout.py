@@ -55,6 +55,12 @@ CASES: list[dict[str, Any]] = [
         right={ETP: 4, TP: 2, "world_size": 4},
         base=MOE,
     ),
+    dict(  # a dense model
+        rule="world_fits_layout",
+        wrong={ETP: 16},
+        words=["processes (1)", option(ETP), "(16)", "16 is the nearest"],
+        right={ETP: 1},
+    ),
     dict(
         rule="experts_divide",
         wrong={EP: 3, "world_size": 3, "training.global_batch_size": 12},

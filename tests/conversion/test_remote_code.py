@@ -1,5 +1,6 @@
 """Exports in transformers 4.57 and 5.x: caches, attention, training, offloading, tensor cuts."""
 
+import functools
 import json
 import math
 import os
@@ -22,12 +23,12 @@ OLDER = Path(sys.prefix) / "transformers-4"
 MODELS = ["moe", "per_expert", "polyrelu"]
 
 
-def run(args, older, launcher=()):
+def run(args, older):
     assert OLDER.is_dir(), f"`make {OLDER}` installs transformers 4.57 for this test"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(OLDER) if older else ""
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", *launcher, str(SCRIPT), *map(str, args)],
+        [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, args)],
         capture_output=True,
         text=True,
         env=environment,
@@ -37,7 +38,7 @@ def run(args, older, launcher=()):
     assert "remote code" not in finished.stderr, finished.stderr[-4000:]
     result = json.loads(finished.stdout.splitlines()[-1])
     assert result["transformers"].startswith("4.57." if older else "5.")
-    return result["figures"]
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,17 @@ def work(tmp_path_factory):
     return tmp_path_factory.mktemp("uses")
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["transformers5", "transformers4"])
-def test_what_users_do(exported, work, older):
+@pytest.fixture(scope="module")
+def figures(exported, work):
+    """By whether the release is the older: figures of whole models, and of models cut in two."""
     folders = [folder for folder, *_ in exported(*MODELS)]
-    figures = run([work, *folders], older)
+    return functools.cache(lambda older: run([work, *folders], older))
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["transformers5", "transformers4"])
+def test_what_users_do(figures, older):
     for name in MODELS:
-        found = figures[name]
+        found = figures(older)["whole"][name]
         assert found["ids"] == load_tokenizer(None).encode("Call me Ishmael. Some years ago")
         assert found["eager"] < 1e-5
         assert found["attention_sums"] < 1e-5
@@ -79,24 +85,23 @@ def test_what_users_do(exported, work, older):
         assert found["losses"][-1] < found["losses"][0] - 1.0
 
 
-def test_both_releases_compute_the_same(work):
-    """Of what the tests above have left."""
+def test_both_releases_compute_the_same(figures, work):
+    for older in (False, True):
+        figures(older)
     for name in MODELS:
         one, other = (torch.load(path) for path in sorted(work.glob(f"{name}-*.pt")))
         assert (one - other).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["transformers5", "transformers4"])
-def test_tensor_parallel_plan_changes_nothing(exported, work, older):
-    folders = [folder for folder, *_ in exported(*MODELS)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    figures = run([work, *folders], older, launcher)
+def test_tensor_parallel_plan_changes_nothing(figures, older):
+    cut = figures(older)["cut"]
     for name in MODELS:
-        assert figures[name]["difference"] < 1e-5
-        assert figures[name]["query"] == 48 * 48 // 2
-    assert figures["moe"]["up"] == 48 * 48 // 2
-    assert figures["per_expert"]["up"] == 32 * 48 // 2
-    assert figures["polyrelu"]["up"] == 96 * 48 // 2
+        assert cut[name]["difference"] < 1e-5
+        assert cut[name]["query"] == 48 * 48 // 2
+    assert cut["moe"]["up"] == 48 * 48 // 2
+    assert cut["per_expert"]["up"] == 32 * 48 // 2
+    assert cut["polyrelu"]["up"] == 96 * 48 // 2
 
 
 def activation(name, coefficients, **changes):

@@ -1,13 +1,15 @@
 """What users do with an export, in whichever transformers is on the path; prints figures as JSON.
 
-python uses_of_an_export.py WORK FOLDER ...                         one process
-torchrun --nproc-per-node 2 uses_of_an_export.py WORK FOLDER ...    tp_plan="auto"
+python uses_of_an_export.py WORK FOLDER ...
+
+Two more processes, forks of the first, cut the models with tp_plan="auto".
 """
 
 import inspect
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -171,18 +173,43 @@ def tensor_parallel(folder):
     }
 
 
+def forked_rank(rank, folders, meeting):
+    """Return the id of a process that is a rank of two; the first writes its figures."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+            )
+            figures = {folder.name: tensor_parallel(folder) for folder in folders}
+            if rank == 0:
+                figures_of_ranks(meeting).write_text(json.dumps(figures))
+            torch.distributed.destroy_process_group()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def figures_of_ranks(meeting):
+    return meeting.with_suffix(".json")
+
+
 def main():
     torch.set_num_threads(1)
     work, folders = Path(sys.argv[1]), [Path(arg) for arg in sys.argv[2:]]
-    if "RANK" not in os.environ:
-        figures = {folder.name: uses(folder, work) for folder in folders}
-    else:
-        torch.distributed.init_process_group("gloo")
-        figures = {folder.name: tensor_parallel(folder) for folder in folders}
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"transformers": transformers.__version__, "figures": figures}))
-    if "RANK" in os.environ:
-        torch.distributed.destroy_process_group()
+    meeting = work.resolve() / f"ranks-{transformers.__version__}.meeting"
+    ranks = [forked_rank(rank, folders, meeting) for rank in range(2)]
+    figures = {folder.name: uses(folder, work) for folder in folders}
+    if any([os.waitpid(pid, 0)[1] for pid in ranks]):
+        sys.exit(1)
+    cut = json.loads(figures_of_ranks(meeting).read_text())
+    print(json.dumps({"transformers": transformers.__version__, "whole": figures, "cut": cut}))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def test_damaged_token_files_are_made_again(few_documents, tmp_path, tokenizer, 
     assert len(caplog.records) == 1 and "is built again" in caplog.text
 
 
+def test_text_is_not_read_where_its_tokens_are(few_documents, tmp_path, tokenizer, monkeypatch):
+    prefixes = prepare_builtin_text(tmp_path, tokenizer)
+    monkeypatch.setattr(builtin, "builtin_documents", lambda: pytest.fail("was read"))
+    assert prepare_builtin_text(tmp_path, tokenizer) == prefixes
+
+
 def test_interrupted_tokenization_is_repeated(few_documents, tmp_path, tokenizer, monkeypatch):
     class Stopped(Exception):
         pass

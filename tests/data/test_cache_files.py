@@ -7,6 +7,7 @@ import pytest
 
 from megapoly.data.cache_files import built_once
 from megapoly.data.token_file_checks import check_token_files
+from megapoly.errors import DataError
 
 
 def flip(content):
@@ -36,6 +37,16 @@ def test_damaged_sample_indices_are_built_again(make_pool, tmp_path, caplog, nam
     assert [again[k]["tokens"].tolist() for k in range(len(again))] == expected
     assert path.read_bytes() == content
     assert len(caplog.records) == 1 and "is built again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["documents.npy", "sums.json"])
+def test_a_folder_that_has_the_name_of_a_cached_file_is_named(make_pool, tmp_path, name):
+    make_pool()
+    (path,) = (tmp_path / "cache" / "samples").rglob(name)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=rf"{path}\). Move what has this name"):
+        make_pool()
 
 
 def test_files_are_built_once(tmp_path):

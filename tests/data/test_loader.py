@@ -1,3 +1,5 @@
+import multiprocessing
+import signal
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
@@ -9,12 +11,13 @@ from torch.utils.data import Dataset
 
 from megapoly.data.loader import (
     BatchLayout,
+    ended_worker,
     evaluation_batches,
     num_evaluation_steps,
     training_batches,
 )
 from megapoly.data.sample_order import BlendOrder, EpochOrder
-from megapoly.errors import ConfigError
+from megapoly.errors import ConfigError, DataError
 
 
 class Numbers(Dataset):
@@ -114,6 +117,39 @@ def test_reading_ahead_changes_nothing(capfd):
     layout = BatchLayout(2, 8)
     assert training(layout, 4, consumed=24, num_workers=2) == training(layout, 4, consumed=24)
     assert capfd.readouterr().err == ""
+
+
+class Unreadable(Numbers):
+    def __getitem__(self, index):
+        raise DataError("`text.bin` has a token id 5000; ids must be below 4096.")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_sample_is_the_same_from_a_worker(num_workers):
+    pool = Unreadable(100)
+    batches = training_batches(pool, EpochOrder(100, 1), BatchLayout(2, 8), num_workers=num_workers)
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value) == "`text.bin` has a token id 5000; ids must be below 4096."
+
+
+def test_the_end_of_a_worker_is_told_in_a_sentence():
+    before = set(multiprocessing.active_children())
+    batches = training_batches(Numbers(100), EpochOrder(100, 1), BatchLayout(2, 8), num_workers=1)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    # torch's handler raises the same error wherever the main process is, such as in pytest.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        worker.kill()
+        worker.join()
+        with pytest.raises(RuntimeError) as caught:
+            for _ in batches:
+                pass
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert ended_worker(caught.value).startswith(f"the data worker {worker.pid} ")
+    assert ended_worker(RuntimeError("another error")) is None
 
 
 def test_batches_are_stacked_samples(make_pool):

@@ -21,6 +21,7 @@ from megapoly.platform.launcher import (
     STATUS_HUNG,
     STOPPED,
 )
+from megapoly.testing.jobs import shared_cache
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -61,6 +62,7 @@ def test_stops_on_request_and_resumes(tmp_path):
     """
     run_dir = tmp_path / "run"
     options = [*TINY, "--training.train_iters", "400", "--run_dir", str(run_dir)]
+    options += ["--data.cache_dir", shared_cache().name]
     process = start(["bash", str(EXAMPLES / "pretrain_moe.sh"), *options])
     wait_until(lambda: num_lines(run_dir / "metrics.jsonl") >= 3, process)
     process.send_signal(signal.SIGTERM)
@@ -111,6 +113,7 @@ def test_a_loss_that_is_not_finite_has_a_status_of_its_own(tmp_path):
     too_fast = ["--optimizer.lr", "1e30", "--optimizer.clip_grad", "0", "--training.train_iters=5"]
     script = str(EXAMPLES / "pretrain_dense.sh")
     command = ["bash", script, *TINY, *too_fast, "--run_dir", str(tmp_path / "run")]
+    command += ["--data.cache_dir", shared_cache().name]
     process = start(command, num_processes="1")
     output, _ = process.communicate()
     assert process.returncode == DIVERGED == 3, output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import socket
+import random
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from processes import num_lines, wait_until
 from megapoly.config import load_recipe
 from megapoly.config.rules import find_problems
 from megapoly.platform.machine import Machine
+from megapoly.testing.jobs import shared_cache
 
 A100 = Machine(cuda=True, compute_capability=(8, 0), transformer_engine=True)
 
@@ -97,13 +98,11 @@ def test_its_command_runs_on_two_pods_and_says_that_it_was_stopped(
     for replica in replicas(manifest):
         replica["replicas"] = 1
     manifest["spec"]["nprocPerNode"] = "1"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = random.randrange(20000, 30000)  # none that the kernel gives to connections
     run_dir = tmp_path / "run"
     recipe = "--config=examples/configs/moe_tiny.yaml"
     overrides = [*TINY, "--run_dir", str(run_dir)]
-    overrides += ["--training.train_iters", "400", "--data.cache_dir", str(tmp_path / "cache")]
+    overrides += ["--training.train_iters", "400", "--data.cache_dir", shared_cache().name]
     pods = []
     for node_rank, replica in enumerate(replicas(manifest)):
         own = {entry["name"]: entry["value"] for entry in container(replica)["env"]}

@@ -15,6 +15,7 @@ from processes import num_lines, wait_until
 from megapoly.config import load_recipe
 from megapoly.config.rules import find_problems
 from megapoly.platform.machine import Machine
+from megapoly.testing.jobs import shared_cache
 
 SBATCH = ROOT / "examples/slurm/pretrain.sbatch"
 MOE = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
@@ -217,7 +218,7 @@ def test_saves_and_resumes_in_a_container(tmp_path: Path, slurm: Programs) -> No
     slurm.add("scancel", SCANCEL_SIGNALS)
     slurm.add("srun", SRUN_RUNS)
     run_dir = tmp_path / "runs" / "one"
-    options = [*TINY, "--run_dir", str(run_dir), "--data.cache_dir", str(tmp_path / "cache")]
+    options = [*TINY, "--run_dir", str(run_dir), "--data.cache_dir", shared_cache().name]
     script = ["examples/pretrain_dense.sh", *options]
     variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     args = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]

@@ -1,9 +1,10 @@
 """Builds and trains models of Transformer Engine's layers on CPU, for test_transformer_engine.py.
 
-    python te_job.py FOLDER_OF_THE_WHEEL OUTPUT        on one process
-    RANK=.. WORLD_SIZE=2 python te_job.py ..           each rank writes OUTPUT with its number
+    python te_job.py FOLDER_OF_THE_WHEEL OUTPUT
 
-A separate process, because the engine looks for Transformer Engine when it is imported.
+It writes the results of one process to OUTPUT, and of each of two ranks to OUTPUT with its number.
+A separate process, because the engine looks for Transformer Engine when it is imported; it imports
+once and forks the three.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import traceback
 import types
 from pathlib import Path
 
@@ -51,6 +53,7 @@ from te_models import (  # noqa: E402
     trained,
 )
 
+from megapoly.preflight.local_ranks import environments  # noqa: E402
 from megapoly.training.distributed import model_groups, process_group, process_groups  # noqa: E402
 
 LAYOUTS = {
@@ -193,5 +196,26 @@ def on_two_ranks():
     return results
 
 
-job = on_two_ranks if os.environ.get("WORLD_SIZE") == "2" else on_one_process
-torch.save(job(), f"{output}{os.environ.get('RANK', '')}")
+def forked(job, place, file):
+    """Return the id of a process that saves the results of a job in a file."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.environ.update(place)
+            torch.save(job(), file)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+torch.set_num_threads(1)
+pids = [forked(on_one_process, {}, output)]
+with environments(2) as of_ranks:
+    pids += [forked(on_two_ranks, each, f"{output}{each['RANK']}") for each in of_ranks]
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+sys.exit(any(statuses))

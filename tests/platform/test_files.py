@@ -50,6 +50,8 @@ def test_paths_and_other_values_are_no_names(name):
         (errno.EROFS, "`{path}` cannot be written: Read-only file system"),
         (errno.ESTALE, "`{path}` cannot be written: Stale file handle"),
         (errno.EIO, "`{path}` cannot be written: Input/output error"),
+        (errno.EACCES, r"`{path}` cannot be written: Permission denied .*that you may write to"),
+        (errno.EPERM, "`{path}` cannot be written: Operation not permitted"),
     ],
 )
 def test_a_disk_that_takes_nothing_is_one_sentence_and_the_file_stays(
@@ -65,6 +67,20 @@ def test_a_disk_that_takes_nothing_is_one_sentence_and_the_file_stays(
         write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("place", ["a", "folder"])
+def test_what_has_the_name_of_a_file_or_of_its_folder_is_named(tmp_path, place):
+    path = tmp_path / "folder" / "a"
+    in_the_way = tmp_path / "folder" if place == "folder" else path
+    if place == "folder":
+        in_the_way.write_text("a file")
+    else:
+        in_the_way.mkdir(parents=True)
+    message = rf"`{path}` cannot be written: .* \({in_the_way}\). Move what has this name"
+    with pytest.raises(DataError, match=message):
+        write_text(path, "new")
+    assert list((tmp_path / "folder").parent.rglob("*.tmp")) == []
 
 
 def test_free_space_of_a_file_that_does_not_exist(tmp_path):

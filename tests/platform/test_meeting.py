@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megapoly.errors import LaunchError, PeerError
 from megapoly.platform import launcher, meeting
+from megapoly.preflight.local_ranks import environments
 from megapoly.testing import run_on_ranks
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,10 +36,11 @@ def port_of_another_program() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    with socket.socket() as closed:  # has the port, and does not listen
+        closed.bind(("127.0.0.1", 0))
+        yield closed.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,10 @@ def test_a_name_without_address(environment) -> None:
     assert "`MASTER_ADDR` (nowhere.invalid) is a name that does not resolve" in join()
 
 
-def test_nobody_answers(environment) -> None:
-    port = closed_port()
-    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def test_nobody_answers(environment, closed_port) -> None:
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(closed_port))
     message = join()
-    assert f"waited 1 s for rank 0 at 127.0.0.1:{port}" in message
+    assert f"waited 1 s for rank 0 at 127.0.0.1:{closed_port}" in message
     assert "`MASTER_ADDR`" in message and launcher.JOIN_TIMEOUT in message
 
 
@@ -109,9 +110,9 @@ def test_another_program_answers(environment, port_of_another_program) -> None:
 
 
 def test_processes_that_never_come_are_named(environment) -> None:
-    port = str(closed_port())
-    environment(RANK="0", WORLD_SIZE="12", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    message = join()
+    with environments(12) as of_ranks:
+        environment(**of_ranks[0])
+        message = join()
     assert "waited 1 s for the 12 processes of WORLD_SIZE" in message
     assert "rank 1, 2, 3, 4, 5, 6, 7, 8 and 3 more did not join" in message
 
@@ -130,5 +131,9 @@ def joined() -> tuple[int, int]:
         dist.destroy_process_group()
 
 
-def test_processes_that_come_meet() -> None:
-    assert run_on_ranks(joined, 3) == [(0, 3), (1, 3), (2, 3)]
+def joined_twice() -> list[tuple[int, int]]:
+    return [joined(), joined()]
+
+
+def test_processes_that_come_meet_as_often_as_they_like() -> None:
+    assert run_on_ranks(joined_twice, 3) == [[(rank, 3)] * 2 for rank in range(3)]

@@ -16,7 +16,7 @@ from processes import wait_until
 
 from megapoly import pretrain
 from megapoly.config.recipes import FOLDER as RECIPES
-from megapoly.preflight.local_ranks import _CONTEXT, _environment, _free_port
+from megapoly.preflight.local_ranks import _CONTEXT, environments
 from megapoly.testing.jobs import shared_cache
 from megapoly.training.watchdog import heartbeat
 
@@ -73,15 +73,14 @@ def run(
     """
     options = TINY | {"run_dir": folder / "run", "data.cache_dir": shared_cache().name} | options
     argv = [f"--{name}={value}" for name, value in options.items()]
-    port, processes = _free_port(), []
-    logs = [folder / f"rank_{rank}.log" for rank in range(num_ranks)]
-    for rank, log in enumerate(logs):
-        environment = _environment(rank, num_ranks, port) if num_ranks > 1 else {}
-        process = _CONTEXT.Process(target=_rank, args=(environment, log, argv, prepare, args))
-        process.start()
-        processes.append(process)
-    for process in processes:
-        process.join()
+    logs, processes = [folder / f"rank_{rank}.log" for rank in range(num_ranks)], []
+    with environments(num_ranks) as of_ranks:
+        for environment, log in zip(of_ranks if num_ranks > 1 else [{}], logs, strict=True):
+            process = _CONTEXT.Process(target=_rank, args=(environment, log, argv, prepare, args))
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
     wait_until(lambda: not processes_of(folder))
     return Ended([process.exitcode for process in processes], [log.read_text() for log in logs])
 
@@ -163,6 +162,29 @@ def hang_in_data(of_rank: int, act: Callable[[], None]) -> None:
         return original(*args, **kwargs)
 
     corpus.load_corpus = load
+
+
+def hang_in_save(of_rank: int, act: Callable[[], None]) -> None:
+    """One rank, or its writer, hangs before it writes its file; the others wait for it."""
+    from megapoly.training import checkpoint_files
+    from megapoly.training.save_checkpoint import CheckpointSaver
+
+    finish, write = CheckpointSaver.finish, checkpoint_files._write
+
+    def write_or_hang(transforms, rank_process, *args):
+        if rank() == of_rank:
+            if os.getpid() == rank_process:
+                heartbeat.current().allow(0.5)
+            act()
+        write(transforms, rank_process, *args)
+
+    def finish_within(saver, *, wait):
+        if wait:
+            heartbeat.current().allow(0.5 if rank() == of_rank else 2.0)
+        return finish(saver, wait=wait)
+
+    checkpoint_files._write = write_or_hang
+    CheckpointSaver.finish = finish_within
 
 
 def stop() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megapoly import pretrain
 from megapoly.config.recipes import FOLDER as RECIPES
+from megapoly.preflight.local_ranks import environments
 
 KINDS = ("launcher", "first rank", "last rank", "all", "launcher in a save", "rank in a save")
 
@@ -75,17 +76,17 @@ def _kill_once(argv: list[str], run_dir: Path, seed: int, num_ranks: int) -> str
 def _start(argv: list[str], num_ranks: int) -> tuple[int, list[int]]:
     """Fork a launcher, in a session of its own, and the ranks; the launcher ends with a rank."""
     receiver, sender = os.pipe()
-    port = _free_port()
     launcher = os.fork()
     if launcher == 0:
         try:
             os.setsid()
-            ranks = [_fork_rank(argv, rank, num_ranks, port) for rank in range(num_ranks)]
-            os.write(sender, (" ".join(map(str, ranks)) + "\n").encode())
-            statuses = []
-            while len(statuses) < num_ranks and not any(statuses):
-                statuses.append(os.waitstatus_to_exitcode(os.wait()[1]))
-            os._exit(any(statuses))
+            with environments(num_ranks) as of_ranks:
+                ranks = [_fork_rank(argv, environment) for environment in of_ranks]
+                os.write(sender, (" ".join(map(str, ranks)) + "\n").encode())
+                statuses = []
+                while len(statuses) < num_ranks and not any(statuses):
+                    statuses.append(os.waitstatus_to_exitcode(os.wait()[1]))
+                os._exit(any(statuses))
         except BaseException:
             traceback.print_exc()
         os._exit(1)
@@ -94,18 +95,11 @@ def _start(argv: list[str], num_ranks: int) -> tuple[int, list[int]]:
         return launcher, [int(pid) for pid in stream.readline().split()]
 
 
-def _fork_rank(argv: list[str], rank: int, num_ranks: int, port: int) -> int:
+def _fork_rank(argv: list[str], environment: dict[str, str]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="killed",
-    )
+    os.environ.update(environment | {"TORCHELASTIC_RUN_ID": "killed"})
     multiprocessing.set_start_method("fork", force=True)  # as in a job of its own
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, sys.stdout.fileno())
@@ -164,11 +158,3 @@ def _stat(pid: int) -> tuple[str, str]:
     except (FileNotFoundError, ProcessLookupError):
         return "", ""
     return fields[0], fields[3]
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

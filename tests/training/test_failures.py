@@ -123,6 +123,13 @@ def test_other_errors_have_their_stack_trace_before_what_follows_from_them(store
     assert lost(store, capsys, 2) == ""
 
 
+def test_a_data_worker_that_was_killed_is_one_sentence(store, capsys) -> None:
+    error = RuntimeError("DataLoader worker (pid 4711) is killed by signal: Killed. ")
+    printed = shown(store, capsys, 1, error)
+    assert printed.startswith("rank 1: the data worker 4711 is killed by signal: Killed; ")
+    assert printed.count("\n") == 1
+
+
 def test_a_process_that_ends_without_a_message_is_noticed_once(store, capsys, monkeypatch) -> None:
     monkeypatch.setattr(failures, "_PATIENCE_S", 0.0)
     printed = lost(store, capsys, 1)

@@ -105,7 +105,9 @@ def test_room_is_warned_about_before_training(
     state = SimpleNamespace(config=config, iteration=iteration, train_iters=100)
     monkeypatch.setattr(room, "tensor_bytes", lambda state: 100)
     monkeypatch.setattr(room, "is_rank_zero", lambda: True)
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    # The run's own folder may be on another disk, which is not asked.
+    disk = {checkpoint(tmp_path, 1).parent: SimpleNamespace(free=free)}
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: disk[path])
     told = []
     hook = room.RoomHook(state, told.append)
     expected = [] if needed is None else [f"needs about {needed} bytes and {free} are free"]
@@ -113,7 +115,7 @@ def test_room_is_warned_about_before_training(
     assert all(part in line for part, line in zip(expected, told, strict=True))
     told.clear()
     state.iteration = 50
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=99))
+    disk[checkpoint(tmp_path, 1).parent].free = 99
     hook.after_record(SimpleNamespace())
     assert len(told) == 1 and "the next checkpoint needs about 100 bytes" in told[0]
 

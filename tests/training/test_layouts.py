@@ -7,15 +7,15 @@ from megapoly.testing import run_job
 # The recipe's own width. Gradient accumulation: at least 2 micro-batches a step.
 SMALL = {
     "model.num_layers": 2,
-    "training.train_iters": 20,
+    "training.train_iters": 10,
     "training.seq_length": 64,
     "training.micro_batch_size": 1,
     "training.global_batch_size": 4,
-    "training.eval_interval": 20,
-    "training.eval_iters": 2,
+    "training.eval_interval": 10,
+    "training.eval_iters": 1,
     "optimizer.lr": 1e-3,  # gentle steps: rounding differences between layouts stay small
     "optimizer.min_lr": 1e-4,
-    "optimizer.lr_warmup_iters": 5,
+    "optimizer.lr_warmup_iters": 2,
     "checkpoint.save": False,
     "logging.tensorboard": False,
     "model.activation_backend": "reference",

@@ -25,7 +25,8 @@ def world_fits_layout(facts: Facts) -> Iterator[str]:
     )
     expert_tensor = resolve.expert_tensor_parallel_size(parallel)
     experts = expert_tensor * parallel.expert_model_parallel_size * pipeline
-    if facts.is_moe and experts >= 1 and replica % experts:  # otherwise it follows
+    # The engine makes these groups for a dense model, too.
+    if experts >= 1 and replica % experts:  # otherwise it follows
         yield from must_be_multiple(
             "the number of processes", facts.world_size, experts, f"{ETP} * {EP} * {PP}"
         )

@@ -58,7 +58,11 @@ def prepare_builtin_text(cache_dir: str | Path, tokenizer: Tokenizer) -> dict[st
         split: Path(cache_dir) / f"books-{split}-{key}" for split in ("train", "validation")
     }
     for split, prefix in prefixes.items():
-        texts = (document.text for document in builtin_documents() if document.split == split)
-        build = partial(write_token_file, prefix, texts, tokenizer)
+        build = partial(_tokenize, split, prefix, tokenizer)
         built_once(pair_paths(prefix), Path(f"{prefix}.sums.json"), build)
     return prefixes
+
+
+def _tokenize(split: str, prefix: Path, tokenizer: Tokenizer) -> None:
+    texts = (document.text for document in builtin_documents() if document.split == split)
+    write_token_file(prefix, texts, tokenizer)

@@ -202,8 +202,6 @@ def _terminate(scene: Scene) -> None:
     scene.wait_for_save(job)
     scene.send([job.pid], signal.SIGTERM)
     status = scene.end_of(job)
-    if status != 0 and scene.run.saved_step() == scene.run.last_step:
-        raise EndedError(0)  # the run was complete, and its process about to end
     if status != 0:
         raise LostError(f"a job that was asked to stop ended with status {status}")
     if scene.run.saved_step() != scene.run.recorded_step():

@@ -86,6 +86,19 @@ def test_a_rank_that_hangs_at_the_start(tmp_path) -> None:
     assert "rank 1 (pid " in line and "in opening of the data" in line and "rank 0 waits" in line
 
 
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("act", [jobs.never_return, jobs.stop])
+def test_a_rank_that_hangs_while_it_saves(tmp_path, in_background, act) -> None:
+    options = {"checkpoint.save": True, "checkpoint.save_interval": 2}
+    options["checkpoint.async_save"] = in_background
+    ended = jobs.run(tmp_path, options, 2, jobs.hang_in_save, 1, act)
+    assert ended.statuses == [HUNG] * 2, ended.output
+    (line,) = hang_lines(ended)
+    assert "rank 1 (pid " in line and "in saving after step" in line
+    (left,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert left.name == ".iter_0000002.partial"
+
+
 def test_a_watcher_ends_with_its_rank(tmp_path) -> None:
     """`run` waits for it; without a hang nothing is written."""
     ended = jobs.run(tmp_path, {}, 1, jobs.hang_in_step, 0, jobs.die)

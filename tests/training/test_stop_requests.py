@@ -1,0 +1,76 @@
+"""Requests to stop that come when the run has ended: its exit status stays."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch.distributed as dist
+from hanging_jobs import TINY
+from torch.distributed.elastic.multiprocessing.api import SignalException
+
+from megapoly import pretrain
+from megapoly.commands import launch
+from megapoly.platform.processes import STOP_SIGNALS
+from megapoly.testing import run_on_ranks
+from megapoly.testing.jobs import shared_cache
+
+
+def request_stop() -> None:
+    for number in STOP_SIGNALS:
+        os.kill(os.getpid(), number)
+
+
+def options(**more: object) -> list[str]:
+    values = TINY | {"data.cache_dir": shared_cache().name} | more
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def requested_late(folder: str) -> list[int]:
+    """Train, with requests when the process groups are destroyed and when the program returns.
+
+    Returns:
+        The statuses of a run that is complete, and of one whose loss is not finite.
+    """
+    destroy = dist.destroy_process_group
+
+    def request_and_destroy(*groups: object) -> None:
+        request_stop()
+        destroy(*groups)
+
+    dist.destroy_process_group = request_and_destroy
+    statuses = []
+    for lr in (0.001, 1e30):
+        argv = options(run_dir=f"{folder}/{lr}") + [f"--optimizer.lr={lr}"]
+        statuses.append(pretrain.main(argv, default_recipe="dense_tiny", program="test"))
+        request_stop()
+    return statuses
+
+
+def test_a_request_after_the_last_step_has_no_effect(tmp_path: Path) -> None:
+    assert run_on_ranks(requested_late, 1, str(tmp_path)) == [[0, 3]]
+
+
+def are_handlers_left(run_dir: str) -> bool:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    argv = options(run_dir=run_dir)
+    assert pretrain.pretrain(pretrain.configure(argv, default_recipe="dense_tiny", program="test"))
+    return before == [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+def test_a_library_call_leaves_the_signals_as_they_were(tmp_path: Path) -> None:
+    assert run_on_ranks(are_handlers_left, 1, str(tmp_path)) == [True]
+
+
+def test_a_request_to_a_launcher_whose_job_has_ended_has_no_effect(monkeypatch) -> None:
+    def raises(number: int, frame: object) -> None:
+        raise SignalException("a signal", signal.Signals(number))
+
+    def job_that_is_complete(arguments: list[str]) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, raises)  # as torchrun does, for good
+
+    says = launch._says
+    monkeypatch.setattr(launch, "torchrun", job_that_is_complete)
+    monkeypatch.setattr(launch, "_says", lambda *of: request_stop() or says(*of))
+    monkeypatch.setenv(launch.STATUS_FILE, "restored after the test")
+    assert launch.main(["job.py"]) == 0
