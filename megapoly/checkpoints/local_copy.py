@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -14,14 +9,7 @@ from rich.console import Console
 from megapoly.checkpoints.object_store import fetch, fetched, run_folder_of
 from megapoly.checkpoints.verify import ALONE, Ranks
 from megapoly.errors import CheckpointError
-from megapoly.platform.stores import is_url
-
-_LIMIT_S, _PAUSE_S = 3600.0, 0.1
-
-
-def cache_folder() -> Path:
-    """Return the folder for copies: ``megapoly`` in ``XDG_CACHE_HOME``, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megapoly"
+from megapoly.platform.stores import cache_folder, is_url, sole_process
 
 
 def local_model(place: str | Path, ranks: Ranks = ALONE, local_rank: int = 0) -> Path:
@@ -39,10 +27,10 @@ def local_model(place: str | Path, ranks: Ranks = ALONE, local_rank: int = 0) ->
     """
     if not is_url(place):
         return Path(place)
-    url, cache, path = str(place), cache_folder(), None
+    url, cache, path = str(place), cache_folder() / "stores", None
     if local_rank == 0:
         with (
-            _sole_process(run_folder_of(url, cache)),
+            sole_process(run_folder_of(url, cache), CheckpointError),
             Console(stderr=True).status(f"reading {url}") as status,
         ):
             path = fetch(url, cache, lambda file: status.update(f"copying {file} of {url}"))
@@ -53,25 +41,3 @@ def local_model(place: str | Path, ranks: Ranks = ALONE, local_rank: int = 0) ->
             "give the URL of one of them"
         )
     return path or fetched(url, cache)
-
-
-@contextlib.contextmanager
-def _sole_process(folder: Path) -> Iterator[None]:
-    """Hold a lock; wait for another process of this host that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + _LIMIT_S
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"another process has copied a checkpoint for {_LIMIT_S:g} s and holds "
-                        f"{folder / '.lock'}; wait until it ends, or stop it"
-                    ) from None
-                time.sleep(_PAUSE_S)
-            except OSError:
-                break  # a file system without locks: a copy is complete or not there
-        yield

@@ -36,8 +36,8 @@ from pathlib import Path
 from megapoly.config.command_line import (
     Parser,
     at_least,
-    model_place,
     parse_with_overrides,
+    path_or_url,
     status_of,
 )
 from megapoly.platform.logs import show_errors_only
@@ -90,7 +90,7 @@ def build_parser() -> Parser:
     what.add_argument(
         "--model",
         dest="checkpoint",
-        type=model_place,
+        type=path_or_url,
         help="run (its newest checkpoint), or checkpoint, folder or URL",
     )
     what.add_argument(

@@ -40,8 +40,8 @@ from megapoly.config.command_line import (
     Parser,
     add_trust_option,
     at_least,
-    model_place,
     parse_with_overrides,
+    path_or_url,
 )
 from megapoly.config.ranges import LARGEST_COUNT
 from megapoly.errors import MegapolyError
@@ -92,7 +92,7 @@ def build_parser() -> Parser:
     whole = at_least(-LARGEST_COUNT)  # the request has the ranges, and reports all that are left
     add(
         "--model",
-        type=model_place,
+        type=path_or_url,
         required=True,
         help="run or checkpoint, folder or URL, or Hugging Face folder",
     )

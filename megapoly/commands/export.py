@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from megapoly.config.command_line import DTYPES, Parser, add_conversion_options, model_place
+from megapoly.config.command_line import DTYPES, Parser, add_conversion_options, path_or_url
 from megapoly.errors import MegapolyError
 from megapoly.platform.logs import show_errors_only
 
@@ -72,7 +72,7 @@ def build_parser() -> Parser:
     add(
         "--model",
         dest="checkpoint",
-        type=model_place,
+        type=path_or_url,
         required=True,
         metavar="MODEL",
         help="run or checkpoint, folder or URL",

@@ -25,8 +25,8 @@ from megapoly.config.command_line import (
     Parser,
     add_trust_option,
     at_least,
-    model_place,
     number,
+    path_or_url,
     status_of,
 )
 from megapoly.config.ranges import SEEDS_BELOW
@@ -108,7 +108,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add(
         "--model",
-        type=model_place,
+        type=path_or_url,
         required=True,
         help="run or checkpoint, folder or URL, or Hugging Face folder",
     )

@@ -17,6 +17,9 @@ Sub-commands, each with its own --help:
     megapoly preprocess inspect PREFIX     print documents, or a histogram of their lengths
     megapoly preprocess stats PREFIX       print counts, quantiles and frequent tokens
 
+Their PREFIX may be the URL of a pair in an object store, such as s3://bucket/tokens/books_text_document,
+which is copied to ~/.cache/megapoly and verified.
+
 `megapoly prepare-domains` makes a tokenizer, token files and a recipe of several domains.
 
 The exit status is 0; 1 if verify finds a problem, or if every line of the input is rejected; 2 for

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megapoly.config.command_line import Parser, model_place, status_of
+from megapoly.config.command_line import Parser, path_or_url, status_of
 from megapoly.errors import CheckpointError
 
 
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "paths",
         nargs="+",
-        type=model_place,
+        type=path_or_url,
         metavar="PATH",
         help="checkpoint, or run with checkpoints; folder or URL",
     )

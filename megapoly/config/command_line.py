@@ -192,7 +192,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def model_place(text: str) -> Path | str:
+def path_or_url(text: str) -> Path | str:
     """Return a path, or a URL as it is, whose slashes a path would join."""
     return text if is_url(text) else Path(text)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +17,7 @@ from megapoly.platform.extras import EXTRAS, with_remedy
 
 # Clients of stores try a server that is silent again and again, for many minutes.
 FIRST_ANSWER_S = 60.0
+LOCK_LIMIT_S, _PAUSE_S = 3600.0, 0.1
 # What fsspec's packages call the version of a file.
 _VERSIONS = ("generation", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 _answering: set[str] = set()  # buckets that have answered this process
@@ -69,6 +73,37 @@ def open_store(url: str, kind: type[MegapolyError]) -> tuple[Any, str]:
             _answer(url, kind, lambda: store.exists(path))
             _answering.add(bucket)
     return store, path.rstrip("/")
+
+
+def cache_folder() -> Path:
+    """Return the folder for copies: ``megapoly`` in ``XDG_CACHE_HOME``, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megapoly"
+
+
+@contextlib.contextmanager
+def sole_process(folder: Path, kind: type[MegapolyError]) -> Iterator[None]:
+    """Hold the lock of a folder for copies; wait at most an hour for another process that does.
+
+    Raises:
+        MegapolyError: of ``kind``; the other process holds it for longer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_LIMIT_S
+    with (folder / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise kind(
+                        f"another process has copied from a store for {LOCK_LIMIT_S:g} s and holds "
+                        f"{folder / '.lock'}; wait until it ends, or stop it"
+                    ) from None
+                time.sleep(_PAUSE_S)
+            except OSError:
+                break  # a file system without locks: a copy is complete or not there
+        yield
 
 
 def path_below(folder: Path, url: str) -> Path:

@@ -8,8 +8,11 @@ import shutil
 import pytest
 from evaluation_jobs import evaluate_with_cache
 
-from megapoly.checkpoints import local_copy, object_store
+from megapoly.checkpoints import object_store
+from megapoly.checkpoints.local_copy import local_model
 from megapoly.commands import analyze, export, generate
+from megapoly.errors import CheckpointError
+from megapoly.platform import stores
 from megapoly.testing import run_on_ranks
 
 
@@ -73,11 +76,11 @@ def test_what_is_wrong_is_said(url, cache, tmp_path, monkeypatch, capsys):
     assert "has no complete checkpoint" in capsys.readouterr().err
     assert generate.main(["--model", "oss://bucket/run"]) == 2
     assert "needs ossfs: pip install ossfs" in capsys.readouterr().err
-    monkeypatch.setattr(local_copy, "_LIMIT_S", -1.0)
+    monkeypatch.setattr(stores, "LOCK_LIMIT_S", -1.0)
     with (
-        local_copy._sole_process(object_store.run_folder_of(url, cache)),
-        pytest.raises(object_store.CheckpointError, match="another process has copied"),
+        stores.sole_process(object_store.run_folder_of(url, cache / "stores"), CheckpointError),
+        pytest.raises(CheckpointError, match="another process has copied"),
     ):
-        local_copy.local_model(url)
+        local_model(url)
     shutil.rmtree(tmp_path / "store")
     assert generate.main(["--model", url]) == 2

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megapoly.config.command_line import at_least
+from megapoly.config.command_line import at_least, path_or_url
 from megapoly.config.ranges import LARGEST_COUNT, SEEDS_BELOW
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines, write_histogram
@@ -29,7 +29,7 @@ from megapoly.errors import DataError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("prefix", type=Path, metavar="PREFIX", help="prefix of a pair")
+    add("prefix", type=path_or_url, metavar="PREFIX", help="prefix of a pair")
     add(
         "--document",
         type=at_least(-LARGEST_COUNT),

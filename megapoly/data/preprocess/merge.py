@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 
 import megapoly
+from megapoly.config.command_line import path_or_url
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.manifest import (
     FORMAT_VERSION,
@@ -32,7 +33,7 @@ from megapoly.data.manifest import (
 )
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
-from megapoly.data.preprocess.pair_with_manifest import PairWithManifest
+from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, local_prefixes
 from megapoly.data.preprocess.pair_writer import PairContent, PairHashes, write_pair
 from megapoly.data.preprocess.work_folder import locked, remove_work_folder
 from megapoly.data.token_files import negative_id, open_token_file, pair_paths
@@ -45,7 +46,7 @@ _AT_ONCE = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
-        "prefixes", nargs="*", type=Path, metavar="PREFIX", help="prefixes of pairs"
+        "prefixes", nargs="*", type=path_or_url, metavar="PREFIX", help="prefixes of pairs"
     )
     parser.add_argument(
         "--input", type=Path, metavar="FOLDER", help="merge all pairs in FOLDER, by name"
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Merge pairs, and return 0."""
-    prefixes = list(options.prefixes)
+    prefixes = [prefix for place in options.prefixes for prefix in local_prefixes(place)]
     if options.input is not None:
         found = sorted(path.with_suffix("") for path in options.input.glob("*.idx"))
         prefixes += [prefix for prefix in found if prefix != options.output_prefix]

@@ -12,9 +12,11 @@ from megapoly.data.manifest import (
     manifest_path,
     read_manifest,
 )
+from megapoly.data.stored_pairs import StoredPairs
 from megapoly.data.token_files import pair_paths
 from megapoly.data.tokenizer import Tokenizer, load_tokenizer
 from megapoly.errors import DataError
+from megapoly.platform.stores import cache_folder, sole_process
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,35 @@ class PairWithManifest:
         return cls(prefix, manifest, manifest.pair(prefix.name) if manifest else None)
 
 
-def find_pairs(prefix: Path) -> list[PairWithManifest]:
+def local_prefixes(place: Path | str) -> list[Path]:
+    """Return a prefix, or the copies of the pairs in a store that a URL names.
+
+    Copies are made in :func:`~megapoly.platform.stores.cache_folder`, and verified.
+
+    Raises:
+        DataError: the store has no such pair, or fails.
+        UnavailableError: the package for this kind of store is not installed.
+    """
+    if isinstance(place, Path):
+        return [place]
+    with sole_process(cache_folder(), DataError):
+        pairs = StoredPairs([place], cache_folder())
+        return [Path(pairs.fetch(pair)) for pair in pairs.find()[place]]
+
+
+def find_pairs(place: Path | str) -> list[PairWithManifest]:
     """Return the pair of a prefix, or all pairs of the manifest of that prefix.
+
+    Args:
+        place: a prefix, or the URL of one or of a pattern, see :func:`local_prefixes`.
 
     Raises:
         DataError: neither exists, or the manifest cannot be read.
     """
+    return [pair for prefix in local_prefixes(place) for pair in _local_pairs(prefix)]
+
+
+def _local_pairs(prefix: Path) -> list[PairWithManifest]:
     if any(path.is_file() for path in pair_paths(prefix)):
         return [PairWithManifest.at(prefix)]
     if manifest_path(prefix).is_file():

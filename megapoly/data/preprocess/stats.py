@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from megapoly.config.command_line import path_or_url
 from megapoly.data.index_file import read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -42,7 +43,13 @@ _MOST_FREQUENT = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
+    add(
+        "prefixes",
+        nargs="+",
+        type=path_or_url,
+        metavar="PREFIX",
+        help="prefixes of pairs or manifests",
+    )
     add(
         "--tokenizer-model",
         metavar="PATH",

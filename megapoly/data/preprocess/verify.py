@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from megapoly.config.command_line import at_least
+from megapoly.config.command_line import at_least, path_or_url
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
@@ -36,7 +36,13 @@ _BLOCK_BYTES = 16 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
-    add("prefixes", nargs="+", type=Path, metavar="PREFIX", help="prefixes of pairs or manifests")
+    add(
+        "prefixes",
+        nargs="+",
+        type=path_or_url,
+        metavar="PREFIX",
+        help="prefixes of pairs or manifests",
+    )
     add(
         "--vocab-size",
         type=at_least(1),
