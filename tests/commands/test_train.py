@@ -12,6 +12,7 @@ from processes import num_lines, wait_until
 
 from megapoly import pretrain
 from megapoly.commands import launch, train
+from megapoly.testing.jobs import shared_cache
 
 ROOT = Path(__file__).parents[2]
 TINY = """
@@ -56,7 +57,8 @@ def steps(run_dir):
 
 def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
     """In an empty folder: the recipe is found by its name."""
-    process = start(tmp_path, "megapoly", "train", "--nproc-per-node", "2", *TINY)
+    options = [*TINY, "--data.cache_dir", shared_cache().name]
+    process = start(tmp_path, "megapoly", "train", "--nproc-per-node", "2", *options)
     wait_until(lambda: num_lines(tmp_path / "run" / "metrics.jsonl") >= 3, process)
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal
     output = finish(process)
@@ -67,7 +69,7 @@ def test_ctrl_c_saves_and_torchrun_resumes(tmp_path):
 
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     more = ["--training.train_iters", str(stopped_at + 2), "--optimizer.lr_decay_iters", "400"]
-    output = finish(start(tmp_path, *torchrun, "-m", "megapoly", "train", *TINY, *more))
+    output = finish(start(tmp_path, *torchrun, "-m", "megapoly", "train", *options, *more))
     assert f"at step {stopped_at}" in output
     assert steps(tmp_path / "run") == list(range(1, stopped_at + 3))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tiny_jobs import TINY
+
 from megapoly.testing.jobs import RECIPES, shared_cache
 
 NUM_STEPS = 24
@@ -9,19 +11,10 @@ NUM_STEPS = 24
 
 def small_job(*more: str) -> list[str]:
     """Return arguments of ``megapoly train``, without ``--run_dir``."""
-    fields = {
-        "model.num_layers": 2,
+    fields = TINY | {
         "model.hidden_size": 32,
-        "model.ffn_hidden_size": 64,
-        "model.num_attention_heads": 2,
-        "model.activation_backend": "reference",
-        "training.device": "cpu",
         "training.train_iters": NUM_STEPS,
-        "training.seq_length": 32,
-        "training.micro_batch_size": 2,
-        "training.global_batch_size": 4,
-        "training.eval_interval": 0,
-        "optimizer.lr_warmup_iters": 2,
+        "logging.tensorboard": True,
         "checkpoint.save_interval": 1,
         "data.cache_dir": shared_cache().name,
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from processes import wait_until
+from tiny_jobs import TINY
 
 from megapoly import pretrain
 from megapoly.config.recipes import FOLDER as RECIPES
@@ -20,22 +21,7 @@ from megapoly.preflight.local_ranks import _CONTEXT, environments
 from megapoly.testing.jobs import shared_cache
 from megapoly.training.watchdog import heartbeat
 
-TINY = {
-    "model.num_layers": 2,
-    "model.hidden_size": 16,
-    "model.num_attention_heads": 2,
-    "model.ffn_hidden_size": 24,
-    "model.activation_backend": "reference",
-    "training.seq_length": 16,
-    "training.micro_batch_size": 1,
-    "training.global_batch_size": 4,
-    "training.train_iters": 6,
-    "training.eval_interval": 0,
-    "optimizer.lr_warmup_iters": 1,
-    "checkpoint.save": False,
-    "logging.tensorboard": False,
-    "training.device": "cpu",
-}
+SIX_STEPS = TINY | {"training.train_iters": 6, "checkpoint.save": False}
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,9 @@ def run(
         prepare: called first on every rank, before ``args``.
         *args: of ``prepare``.
     """
-    options = TINY | {"run_dir": folder / "run", "data.cache_dir": shared_cache().name} | options
+    options = (
+        SIX_STEPS | {"run_dir": folder / "run", "data.cache_dir": shared_cache().name} | options
+    )
     argv = [f"--{name}={value}" for name, value in options.items()]
     logs, processes = [folder / f"rank_{rank}.log" for rank in range(num_ranks)], []
     with environments(num_ranks) as of_ranks:

@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import tiny_jobs
 import torch
 
 from megapoly.config.recipes import FOLDER as RECIPES
@@ -15,23 +16,12 @@ from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import shared_cache
 from megapoly.training import loop, step
 
-TINY = {
+TINY = tiny_jobs.TINY | {
     "model.num_layers": 1,
-    "model.hidden_size": 16,
-    "model.num_attention_heads": 2,
-    "model.ffn_hidden_size": 24,
-    "model.activation_backend": "reference",
-    "training.seq_length": 16,
-    "training.micro_batch_size": 1,
-    "training.global_batch_size": 4,
-    "training.eval_interval": 0,
     "optimizer.lr": 0.5,
     "optimizer.min_lr": 0.05,
     "optimizer.clip_grad": 1e-9,  # only the learning rates matter
-    "optimizer.lr_warmup_iters": 2,
     "checkpoint.keep": 0,
-    "logging.tensorboard": False,
-    "training.device": "cpu",
 }
 
 

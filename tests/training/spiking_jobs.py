@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.optimizer import ChainedOptimizer
+from tiny_jobs import TINY
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -24,24 +25,12 @@ from megapoly.testing import run_on_ranks
 from megapoly.testing.jobs import shared_cache
 from megapoly.training import step
 
-TINY = {
-    "model.num_layers": 2,
-    "model.hidden_size": 16,
-    "model.num_attention_heads": 2,
-    "model.activation_backend": "reference",
-    "training.seq_length": 16,
-    "training.micro_batch_size": 1,
-    "training.global_batch_size": 4,
+DENSE = TINY | {
     "training.train_iters": 6,
-    "training.eval_interval": 0,
     "training.spike_window": 4,
-    "optimizer.lr_warmup_iters": 2,
     "checkpoint.keep": 0,
-    "logging.tensorboard": False,
-    "training.device": "cpu",
 }
-DENSE = TINY | {"model.ffn_hidden_size": 24}
-MOE = TINY | {"model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 24}
+MOE = DENSE | {"model.num_moe_experts": 4, "model.moe_ffn_hidden_size": 24}
 TENSOR = {"parallel.tensor_model_parallel_size": 2}
 PIPELINE = {"parallel.pipeline_model_parallel_size": 2}
 EXPERT = {"parallel.expert_model_parallel_size": 2}

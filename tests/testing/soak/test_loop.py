@@ -28,6 +28,12 @@ def soak(plan: Plan) -> list[Outcome]:
     return list(Soak(plan).outcomes())
 
 
+def draw_each_kind_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no kind again before every other one."""
+    for name in QUICK:
+        monkeypatch.setitem(KINDS, name, replace(KINDS[name], number=1))
+
+
 def assert_survived(outcomes: list[Outcome], num_faults: int) -> None:
     report = Report(outcomes)
     assert report.findings() == []
@@ -38,8 +44,7 @@ def assert_survived(outcomes: list[Outcome], num_faults: int) -> None:
 @pytest.mark.timeout(3600)  # a machine with 30 processes to run a core has needed 7 minutes
 def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of fault strikes twice."""
-    for name in QUICK:
-        monkeypatch.setitem(KINDS, name, replace(KINDS[name], number=1))
+    draw_each_kind_once(monkeypatch)
     outcomes = soak(Plan(small_job(), tmp_path, 1, 14, QUICK, seed=19))
     assert_survived(outcomes, 14)
     alone = {name for name in QUICK if KINDS[name].least_processes == 1}
@@ -48,11 +53,15 @@ def test_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that meet NaN are left out, by this job and by the one without faults."""
     job = small_job("--training.spike_action", "skip", "--parallel.use_distributed_optimizer=true")
-    plan = Plan(job, tmp_path, 2, 8, QUICK, seed=5, nan_steps=((3, 1), (9, 0)))
-    assert_survived(soak(plan), 8)
+    draw_each_kind_once(monkeypatch)
+    kinds = {"job", "save", "rank", "launcher", "disk", "nan"}
+    plan = Plan(job, tmp_path, 2, len(kinds), QUICK, seed=263, nan_steps=((3, 1), (9, 0)))
+    outcomes = soak(plan)
+    assert_survived(outcomes, len(kinds))
+    assert {outcome.kind for outcome in outcomes} == kinds | {None}
     lines = (tmp_path / "without_faults/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [*range(1, NUM_STEPS + 1)]
     assert [n for n, line in enumerate(lines, start=1) if "skipped_steps" in line] == [3, 9]
