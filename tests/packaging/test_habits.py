@@ -37,7 +37,11 @@ def commands_of(target: str) -> list[str]:
     stamps = [f"--old-file=.venv/.installed{part}" for part in ("", "-paper", "-docs", "-test")]
     make = ["make", "--no-print-directory", "--dry-run", *stamps, target]
     printed = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return [line for line in printed.splitlines() if line.startswith((".venv/bin/", "for "))]
+    return [
+        line
+        for line in printed.splitlines()
+        if line.startswith((".venv/bin/", "for ", "OMP_NUM_THREADS="))
+    ]
 
 
 def hooks() -> dict[str, dict]:
@@ -88,8 +92,9 @@ def test_server_runs_ci_and_ci_runs_the_targets() -> None:
     targets = re.findall(r"^make (\S+)$", script, re.MULTILINE)
     assert targets == ["check", "test", "test-slow"]
     assert commands_of("check") == commands_of("lint") + commands_of("docs")
-    assert commands_of("test") == [".venv/bin/python -m pytest -n 3 --dist loadfile"]
-    assert commands_of("test-slow") == [".venv/bin/python -m pytest -m slow -n 2 --dist loadfile"]
+    pytest = "OMP_NUM_THREADS=1 .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder"
+    assert commands_of("test") == [f"{pytest} -n 3"]
+    assert commands_of("test-slow") == [f"{pytest} -n 2 -m slow"]
 
 
 @pytest.mark.parametrize("name", FORMS)
