@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import torch.distributed as dist
-from hanging_jobs import TINY
+from tiny_jobs import TINY
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from megapoly import pretrain
@@ -21,7 +21,8 @@ def request_stop() -> None:
 
 
 def options(**more: object) -> list[str]:
-    values = TINY | {"data.cache_dir": shared_cache().name} | more
+    short = {"training.train_iters": 3, "data.cache_dir": shared_cache().name}
+    values = TINY | short | more
     return [f"--{name}={value}" for name, value in values.items()]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import tiny_jobs
 import torch.distributed as dist
 from made_checkpoints import make_checkpoint
 
@@ -21,21 +22,10 @@ from megapoly.testing import run_job
 from megapoly.training.rank_zero_first import RankZeroFirst
 from megapoly.training.stored_checkpoints import copy_from_stores
 
-TINY = {
-    "model.num_layers": 1,
-    "model.hidden_size": 32,
-    "model.ffn_hidden_size": 48,
-    "model.num_attention_heads": 2,
-    "model.activation_backend": "reference",
+TINY = tiny_jobs.TINY | {
     "training.train_iters": 4,
-    "training.seq_length": 16,
-    "training.micro_batch_size": 1,
-    "training.global_batch_size": 2,
-    "training.eval_interval": 0,
-    "optimizer.lr_warmup_iters": 2,
     "optimizer.lr_decay_iters": 10,
     "checkpoint.save_interval": 2,
-    "logging.tensorboard": False,
 }
 
 

@@ -3,27 +3,18 @@
 import shutil
 
 import pytest
+import tiny_jobs
 
 from megapoly.data.builtin import builtin_documents
 from megapoly.data.token_files import write_token_file
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.testing import run_job
 
-TINY = {
-    "model.num_layers": 1,
-    "model.hidden_size": 32,
-    "model.ffn_hidden_size": 48,
-    "model.num_attention_heads": 2,
-    "model.activation_backend": "reference",
+TINY = tiny_jobs.TINY | {
     "training.train_iters": 4,
-    "training.seq_length": 16,
-    "training.micro_batch_size": 1,
-    "training.global_batch_size": 2,
     "training.eval_interval": 2,
-    "optimizer.lr_warmup_iters": 2,
     "optimizer.lr_decay_iters": 10,
     "checkpoint.save_interval": 2,
-    "logging.tensorboard": False,
 }
 
 
