@@ -87,8 +87,9 @@ def test_server_runs_ci_and_ci_runs_the_targets() -> None:
     targets = re.findall(r"^make (\S+)$", script, re.MULTILINE)
     assert targets == ["check", "test", "test-slow"]
     assert commands_of("check") == commands_of("lint") + commands_of("docs")
-    assert commands_of("test") == [".venv/bin/python -m pytest -n 3 --dist loadfile"]
-    assert commands_of("test-slow") == [".venv/bin/python -m pytest -m slow -n 2 --dist loadfile"]
+    pytest_ = ".venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder"
+    assert commands_of("test") == [f"{pytest_} -n 3"]
+    assert commands_of("test-slow") == [f"{pytest_} -n 2 -m slow"]
 
 
 @pytest.mark.parametrize("name", FORMS)
