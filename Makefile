@@ -54,7 +54,8 @@ paper-full: $(INSTALLED_PAPER)
 # Three files of tests at a time, also on two cores: jobs of several processes wait a lot. One thread
 # for each process: more threads than cores wait for each other and keep the cores busy meanwhile.
 # tests/conftest.py orders the files.
-PYTEST_BY_FILES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+PYTEST_BY_FILES := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+test test-slow: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED_TEST)
 	$(PYTEST_BY_FILES) -n 3

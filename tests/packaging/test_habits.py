@@ -37,11 +37,7 @@ def commands_of(target: str) -> list[str]:
     stamps = [f"--old-file=.venv/.installed{part}" for part in ("", "-paper", "-docs", "-test")]
     make = ["make", "--no-print-directory", "--dry-run", *stamps, target]
     printed = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return [
-        line
-        for line in printed.splitlines()
-        if line.startswith((".venv/bin/", "for ", "OMP_NUM_THREADS="))
-    ]
+    return [line for line in printed.splitlines() if line.startswith((".venv/bin/", "for "))]
 
 
 def hooks() -> dict[str, dict]:
@@ -92,9 +88,9 @@ def test_server_runs_ci_and_ci_runs_the_targets() -> None:
     targets = re.findall(r"^make (\S+)$", script, re.MULTILINE)
     assert targets == ["check", "test", "test-slow"]
     assert commands_of("check") == commands_of("lint") + commands_of("docs")
-    pytest = "OMP_NUM_THREADS=1 .venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder"
-    assert commands_of("test") == [f"{pytest} -n 3"]
-    assert commands_of("test-slow") == [f"{pytest} -n 2 -m slow"]
+    pytest_ = ".venv/bin/python -m pytest --dist loadfile --no-loadscope-reorder"
+    assert commands_of("test") == [f"{pytest_} -n 3"]
+    assert commands_of("test-slow") == [f"{pytest_} -n 2 -m slow"]
 
 
 @pytest.mark.parametrize("name", FORMS)

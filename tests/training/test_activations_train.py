@@ -25,7 +25,7 @@ SMALL = {
     "logging.tensorboard": False,
     "logging.log_interval": 12,
 }
-# Compiling takes four times as long as the training; tests/ops compiles every form.
+# Compiling takes four times as long as the training; tests/ops compiles the operators, too.
 COMPILED = ("dense_tiny-polyrelu", "moe_tiny-polyprelu-per-expert")
 REFERENCE = {"model.activation_backend": "reference"}
 VARIANTS = {
