@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_jobs import NUM_STEPS, small_job
 
-from megapoly.testing.soak import kinds
+from megapoly.testing.soak import kinds, loop
 from megapoly.testing.soak.kinds import KINDS, Kind, Scene
 from megapoly.testing.soak.loop import Outcome, Plan, Soak
 from megapoly.testing.soak.report import Report
@@ -100,12 +102,18 @@ def change_a_loss(scene: Scene) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in [first, *others]))
 
 
-def leave_a_process(scene: Scene) -> None:
-    scene.start()
+def leave_processes(scene: Scene) -> None:
+    """Start a job, whose rank and its watcher are stopped: they do not end by themselves."""
+    job = scene.start()
+    scene.wait_for(lambda: len(scene.jobs.processes()) == 2, job)
+    for pid in scene.jobs.processes():
+        os.kill(pid, signal.SIGSTOP)
+    loop._LEFTOVERS_S = 0.1
 
 
 def train_other_data(scene: Scene) -> None:
     """Train the rest with another learning rate; metrics are repaired, checkpoints are not."""
+    loop._LEFTOVERS_S = 30.0
     scene.argv = [*scene.argv, "--optimizer.lr", "1e-3"]
     job = scene.start()
     scene.end_of(job)
@@ -113,10 +121,10 @@ def train_other_data(scene: Scene) -> None:
 
 
 def test_what_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    damages = [lose_a_checkpoint, change_a_loss, leave_a_process, train_other_data]
+    monkeypatch.setattr(loop, "_LEFTOVERS_S", loop._LEFTOVERS_S)  # changed by two of these
+    damages = [lose_a_checkpoint, change_a_loss, leave_processes, train_other_data]
     for damage in damages:
         monkeypatch.setitem(KINDS, damage.__name__, kill_and(damage))
-    monkeypatch.setattr("megapoly.testing.soak.loop._LEFTOVERS_S", 0.5)
     names = [damage.__name__ for damage in damages]
     plan = Plan(small_job(), tmp_path, 1, len(names), names, seed=0)
     monkeypatch.setattr(Soak, "_kinds", lambda self: iter(names))
@@ -124,7 +132,6 @@ def test_what_is_lost_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     one, two, three, four = (outcome.problem for outcome in outcomes)
     assert one is not None and "was saved, and the newest is" in one
     assert two is not None and two.startswith("step 1 of metrics.jsonl: lm_loss is")
-    # A rank and its watcher.
     assert three is not None and three.startswith("2 processes are left")
     assert four is None and last.kind is None
     assert last.problem is not None and "entries differ, such as" in last.problem
