@@ -9,10 +9,14 @@ from megapoly.config.data_sources import blend_sources, shares, validation_sets
 from megapoly.config.parsing import load_yaml
 
 
-def test_the_blend_is_one_that_a_recipe_takes(tmp_path):
-    (block,) = blocks(ROOT / "docs" / "how-to" / "blends.md", "yaml")
+def test_the_blends_are_ones_that_a_recipe_takes(tmp_path):
+    of_files, of_stores = blocks(ROOT / "docs" / "how-to" / "blends.md", "yaml")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(block)
+    recipe.write_text(of_stores)
+    data = load_yaml(recipe).data
+    assert [source.path for source in blend_sources(data)] == ["s3://bucket/cc/*_text_document"]
+    assert list(validation_sets(data)) == ["wiki"]
+    recipe.write_text(of_files)
     data = load_yaml(recipe).data
     sources = blend_sources(data)
     assert [source.name for source in sources] == [
