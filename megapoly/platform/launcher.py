@@ -1,7 +1,7 @@
 """Environment variables, files and exit statuses between launcher and process.
 
-torchrun and ``megapoly launch`` set ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without them the
-job is one process.
+torchrun and ``megapoly launch`` set ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``. Without RANK the
+job is one process, whatever the others say: clusters set them for other purposes, too.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def rank() -> int:
 
 def local_rank() -> int:
     """Return the number of this process on its host, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_launched() else 0
 
 
 def world_size() -> int:
     """Return the number of processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
 
 
 def join_timeout_s() -> float:

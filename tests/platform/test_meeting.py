@@ -85,6 +85,11 @@ def join(**variables: str) -> str:
     return str(error.value)
 
 
+def test_without_rank_a_process_is_alone(environment) -> None:
+    environment(LOCAL_RANK="1", WORLD_SIZE="2")
+    assert (launcher.rank(), launcher.local_rank(), launcher.world_size()) == (0, 0, 1)
+
+
 def test_a_name_without_address(environment) -> None:
     environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="nowhere.invalid", MASTER_PORT="29500")
     assert "`MASTER_ADDR` (nowhere.invalid) is a name that does not resolve" in join()

@@ -59,7 +59,9 @@ def jobs():
 
 def train_each(folder, cache_dir):
     """Train every second job alone, from this rank's number on."""
-    rank = int(os.environ.pop("RANK"))  # without it a process is a job by itself
+    rank = int(os.environ["RANK"])
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # without them a process is a job by itself
+        del os.environ[name]
     for name, recipe, overrides in list(jobs())[rank::2]:
         settings = SMALL | overrides | {"run_dir": f"{folder}/{name}", "data.cache_dir": cache_dir}
         argv = [f"--{key}={value}" for key, value in settings.items()]

@@ -107,9 +107,13 @@ class WorkerPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Terminate the workers, whatever they are doing."""
+        """Kill the workers, whatever they are doing.
+
+        Not by SIGTERM: what the handler of this process raises in a worker that is just being
+        forked is lost in the interpreter's own functions for forks.
+        """
         for process in self._processes:
-            process.terminate()
+            process.kill()
         for process in self._processes:
             process.join()
         for connection in self._connections:
@@ -129,7 +133,7 @@ def _serve(
 ) -> None:
     """Run a worker: receive parts, send progress and results, until the pipe is closed."""
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
         other.close()
