@@ -51,6 +51,7 @@ def test_only_rank_0_prints(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert printed(capsys)
     monkeypatch.setenv("RANK", "1")
     assert printed(capsys) == ""
@@ -61,6 +62,7 @@ def test_size_of_the_job_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"number of processes \(1\)"):
         run(*args)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert run(*args).parallel.sequence_parallel is True
 
 

@@ -67,6 +67,7 @@ def test_options_go_before_the_checkpoint(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     args = ["--parallel.tensor_model_parallel_size", "2", "--training.eval_iters=null"]
     config = configure_evaluation(checkpoint, args)
     assert config.parallel.tensor_model_parallel_size == 2 and config.parallel.sequence_parallel

@@ -225,11 +225,13 @@ def test_options_without_effect_are_refused(trained, export, capsys, model, args
 
 def test_several_processes_share_no_folder(export, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
     assert "2 processes can share a checkpoint, but" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.main(["--model", str(export), "--tasks", "piqa", "--limits", "2"])
     assert "unknown option --limits (the nearest is --limit)" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert evaluate.main(["--model", str(export), "--tasks", "piqa"]) == 2
     with pytest.raises(SystemExit):

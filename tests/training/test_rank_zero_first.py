@@ -220,11 +220,12 @@ def test_a_rank_with_other_files_ends_the_job():
 
 @pytest.mark.parametrize(
     ("environment", "builder"),
-    [({}, 5), ({"LOCAL_RANK": "2"}, 3), ({"LOCAL_RANK": "5"}, 0)],
+    [({}, 5), ({"RANK": "5", "LOCAL_RANK": "2"}, 3), ({"RANK": "5", "LOCAL_RANK": "5"}, 0)],
 )
 def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, builder):
-    """Rank 5 of 8; without torchrun's variable it builds itself, holding the lock."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    """Rank 5 of 8; without torchrun's variables it builds itself, holding the lock."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "get_rank", lambda: 5)
