@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapoly.config.command_line import path_or_url
 from megapoly.data.manifest import (
     Manifest,
     PairRecord,
@@ -43,6 +45,17 @@ class PairWithManifest:
         path = find_manifest(prefix)
         manifest = read_manifest(path) if path else None
         return cls(prefix, manifest, manifest.pair(prefix.name) if manifest else None)
+
+
+def add_prefixes(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of commands that read pairs, each of which :func:`find_pairs` takes."""
+    parser.add_argument(
+        "prefixes",
+        nargs="+",
+        type=path_or_url,
+        metavar="PREFIX",
+        help="prefixes of pairs or manifests",
+    )
 
 
 def local_prefixes(place: Path | str) -> list[Path]:

@@ -20,12 +20,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from megapoly.config.command_line import path_or_url
 from megapoly.data.index_file import read_index
 from megapoly.data.preprocess.length_histogram import histogram_lines
 from megapoly.data.preprocess.length_statistics import LengthStatistics
 from megapoly.data.preprocess.pair_with_manifest import (
     PairWithManifest,
+    add_prefixes,
     find_pairs,
     find_tokenizer,
 )
@@ -42,14 +42,8 @@ _MOST_FREQUENT = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    add_prefixes(parser)
     add = parser.add_argument
-    add(
-        "prefixes",
-        nargs="+",
-        type=path_or_url,
-        metavar="PREFIX",
-        help="prefixes of pairs or manifests",
-    )
     add(
         "--tokenizer-model",
         metavar="PATH",

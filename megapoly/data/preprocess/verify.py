@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from megapoly.config.command_line import at_least, path_or_url
+from megapoly.config.command_line import at_least
 from megapoly.data.index_file import Index, read_index
 from megapoly.data.preprocess.index_checks import index_problems
 from megapoly.data.preprocess.length_statistics import LengthStatistics
-from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, find_pairs
+from megapoly.data.preprocess.pair_with_manifest import PairWithManifest, add_prefixes, find_pairs
 from megapoly.data.token_files import pair_paths, sha256_of
 from megapoly.data.tokenizer import load_tokenizer
 from megapoly.errors import DataError
@@ -35,14 +35,8 @@ _BLOCK_BYTES = 16 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    add_prefixes(parser)
     add = parser.add_argument
-    add(
-        "prefixes",
-        nargs="+",
-        type=path_or_url,
-        metavar="PREFIX",
-        help="prefixes of pairs or manifests",
-    )
     add(
         "--vocab-size",
         type=at_least(1),
