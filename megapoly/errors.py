@@ -49,11 +49,20 @@ class LaunchError(MegapolyError):
 
 
 class PeerError(MegapolyError):
-    """Another process of the job failed or did not respond in time."""
+    """Another process of the job failed or did not respond in time.
+
+    ``exit_status``: of the process that failed, where it is known, for this one to end alike.
+    """
+
+    exit_status: int | None = None
 
 
 class LostPeerError(PeerError):
-    """Another process of the job ended in the middle of the run, or stopped answering."""
+    """Another process of the job ended in the middle of the run, or stopped answering.
+
+    The run is as valid as before: started again, it resumes. With an ``exit_status`` the other
+    process has failed and said why.
+    """
 
 
 class ShapeError(MegapolyError, ValueError):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -17,9 +18,7 @@ from megapoly.config.this_job import check_and_resolve
 from megapoly.errors import (
     ConfigError,
     DataError,
-    DivergenceError,
     LaunchError,
-    LostPeerError,
     MegapolyError,
     PeerError,
 )
@@ -53,7 +52,8 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         Exit status: 0 when the run is complete or was requested to stop, 1 after another error, 2
         when the configuration, the data or a checkpoint cannot be used,
         :data:`~megapoly.platform.launcher.DIVERGED` when the loss is not finite or spikes end the
-        run (one process of each host says why). A run that hangs ends with
+        run (one process of each host says why), :data:`~megapoly.platform.launcher.LOST_PEER` or
+        ``MEGAPOLY_RESTART_STATUS`` when another process was lost. A run that hangs ends with
         :data:`~megapoly.platform.launcher.HUNG`.
     """
     if launcher.is_torchrun():
@@ -78,9 +78,10 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
                 print(error, file=sys.stderr)
             elif of_one_process or (second and isinstance(error, PeerError)):
                 print(f"rank {launcher.rank()}: {error}", file=sys.stderr)
-        if isinstance(error, LostPeerError):
-            return 1
-        return launcher.DIVERGED if isinstance(error, DivergenceError) else 2
+        status = launcher.exit_status(error)
+        # Under `megapoly launch` that decides whether to be started again.
+        is_last_word = launcher.STATUS_FILE not in os.environ and launcher.means_restart(status)
+        return launcher.restart_status(status) if is_last_word else status
     except BaseException as error:
         if getattr(error, "is_shown", False):  # by `shown_once`, with its stack trace
             return 1
@@ -171,6 +172,7 @@ def _train(config: Config, *, ends_process: bool) -> bool:
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.resume_notes import resume_notes
+    from megapoly.training.starts import note_start
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
     from megapoly.training.stored_checkpoints import copy_from_stores
@@ -182,6 +184,9 @@ def _train(config: Config, *, ends_process: bool) -> bool:
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             if is_rank_zero():
                 held.enter_context(_run_folder(config))
+            rank_zero_first.run(
+                "note this start", partial(note_start, store, config.run_dir), lambda: None
+            )
             tokenizer = load_tokenizer(config.data.tokenizer)
             corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
             rank_zero_first.check_same("training data", corpus.fingerprint)
@@ -263,11 +268,12 @@ def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> lis
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
     from megapoly.training.room import RoomHook
+    from megapoly.training.starts import AdvanceHook
     from megapoly.training.stragglers import StragglerHook
 
     logging = state.config.logging
     checkpoints = CheckpointHook(state, reporter.message)
-    hooks: list[Hook] = []
+    hooks: list[Hook] = [AdvanceHook(checkpoints)]
     if logging.profile:  # first, so that the trace of a step ends with the step
         hooks.append(ProfileHook(state, reporter.message))
     if dist.get_world_size() > 1:

@@ -11,6 +11,11 @@ A scheduler that starts stopped jobs again must distinguish them from complete o
 stopped before its last step ends with the status in the environment variable
 MEGAPOLY_STOPPED_STATUS (0 if not set), on all of its hosts.
 
+Status 4 (a rank stopped advancing), 5 (another host or process was lost) and those above 128 (a
+worker was killed by a signal) mean that the job resumes if it is started again. Where the
+environment variable MEGAPOLY_RESTART_STATUS is set, they all have its value. The third start in a
+row from the same checkpoint that ends so without having saved another has status 1.
+
 The processes and hosts of a job wait for each other for the seconds in the environment variable
 MEGAPOLY_JOIN_TIMEOUT_S (600 if not set). When they do not meet, or an option cannot be used, the
 status is 2 and a sentence says why.
@@ -32,7 +37,7 @@ from subprocess import Popen
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import get_args_parser
@@ -40,6 +45,7 @@ from torch.distributed.run import main as torchrun
 
 from megapoly.commands import ends_with_its_reader
 from megapoly.errors import MegapolyError
+from megapoly.platform import launcher
 from megapoly.platform.launcher import HUNG, JOIN_TIMEOUT, STATUS_FILE, STATUS_HUNG, STOPPED
 from megapoly.platform.processes import dying_with_this_process, ignore_stop_signals
 from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
@@ -57,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     try:
+        launcher.restart_status(launcher.LOST_PEER)
         check_options(options)
         arguments = [*added_options(options), *arguments]
         if (note := wait_for_hosts(options)) is not None:
@@ -80,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
         status = _run(status_file, arguments)
+        if launcher.means_restart(status):
+            return _restart(status, status_file)
         return int(stopped_status) if status == 0 and _says(status_file, STOPPED) else status
 
 
@@ -120,6 +129,14 @@ def _let_workers_save(timeout_s: int) -> None:
     PContext.close = patient_close  # type: ignore[method-assign]
 
 
+def _restart(status: int, status_file: Path) -> int:
+    """Return the status that has the job started again, or 1 where that would not help."""
+    if reason := launcher.told_start(status_file):
+        print(f"megapoly launch: {reason}", file=sys.stderr)
+        return 1
+    return launcher.restart_status(status)
+
+
 def _run(status_file: Path, arguments: list[str]) -> int:
     # torchrun leaves a folder for logs behind: it is deleted with the folder of the status file.
     usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
@@ -130,17 +147,20 @@ def _run(status_file: Path, arguments: list[str]) -> int:
         if status_file.exists():
             return HUNG if _says(status_file, STATUS_HUNG) else 0
         print(f"stopped before the workers had saved and ended: {error}", file=sys.stderr)
-        return 1
+        return 128 + int(error.sigval)
     except ChildFailedError as error:
         if _says(status_file, STATUS_HUNG):
             return HUNG
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error)
         if failure.exitcode < 0:
             print(f"rank {rank} was killed by {failure.signal_name()}", file=sys.stderr)
             return 128 - failure.exitcode  # as a shell reports it
         return failure.exitcode
     except (dist.DistError, RendezvousError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if launcher.told_start(status_file) is not None:
+            print(f"megapoly launch: lost the other hosts of the job: {reason[0]}", file=sys.stderr)
+            return launcher.LOST_PEER
         print(
             f"megapoly launch: the hosts of the job did not meet: {reason[0]}. Start it on each "
             f"of `--nnodes` with the same address and port; {JOIN_TIMEOUT} is the limit of waiting",
@@ -151,6 +171,23 @@ def _run(status_file: Path, arguments: list[str]) -> int:
         tempfile.tempdir = usual
         ignore_stop_signals()
     return 0
+
+
+def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Return the rank that failed first, and how.
+
+    Torchrun lists all that ended after it, too: those that lost it, and those that torchrun itself
+    ended, by SIGTERM and after 30 seconds by SIGKILL.
+    """
+    first_s = min(failure.timestamp for failure in error.failures.values())
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
+        exitcode, timestamp = item[1].exitcode, item[1].timestamp
+        late_kill = exitcode == -signal.SIGKILL and timestamp - first_s >= 20
+        ended = exitcode == -signal.SIGTERM or late_kill
+        return (2 if ended else 1 if exitcode == launcher.LOST_PEER else 0), timestamp
+
+    return min(error.failures.items(), key=order)
 
 
 def _says(status_file: Path, text: str) -> bool:

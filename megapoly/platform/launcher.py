@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
-from megapoly.errors import LaunchError
+from megapoly.errors import (
+    DivergenceError,
+    LaunchError,
+    LostPeerError,
+    MegapolyError,
+    PeerError,
+)
 
 # Exit status of a run whose loss was not finite, or had more spikes than `training.spike_action`
 # allows: its configuration is valid, and starting it again changes nothing.
 DIVERGED = 3
 # Exit status of a run that a rank has stopped advancing; `RUN_DIR/diagnostics` says where.
 HUNG = 4
+# Exit status of a process that lost another one of its job: killed, or cut off together with its
+# host. Started again, the run resumes.
+LOST_PEER = 5
+# Environment variable with the status of every end after which the job should be started again,
+# instead of HUNG, LOST_PEER and that of a killed process: Kubernetes wants one of at least 128.
+RESTART_STATUS = "MEGAPOLY_RESTART_STATUS"
+
 # Environment variable with the path of a file. The first process of a host writes it when it ends
 # without an error: COMPLETE, or STOPPED before the run's last step. When a run hangs, a watcher of
 # the host writes STATUS_HUNG. Each host has a launcher that reads it.
 STATUS_FILE = "MEGAPOLY_STATUS_FILE"
 COMPLETE, STOPPED, STATUS_HUNG = "complete", "stopped", "hung"
+# Beside it, a file that exists once the processes of the job have met. While starting the job again
+# would not help, it has the reason.
+_START_FILE = "start"
 
 # Environment variable with the seconds that a process or host waits for the others of its job.
 JOIN_TIMEOUT = "MEGAPOLY_JOIN_TIMEOUT_S"
@@ -57,6 +74,71 @@ def join_timeout_s() -> float:
     return float(text)
 
 
+def exit_status(error: BaseException) -> int:
+    """Return the exit status of a process that an error ends; docs/how-to/on_call.md lists them."""
+    if isinstance(error, PeerError) and error.exit_status is not None:
+        return error.exit_status
+    if isinstance(error, LostPeerError):
+        return LOST_PEER
+    if isinstance(error, DivergenceError):
+        return DIVERGED
+    return 2 if isinstance(error, MegapolyError) else 1
+
+
+def means_restart(status: int) -> bool:
+    """Return whether a job that ended with this status resumes if it is started again.
+
+    Statuses above 128 are those of killed processes, as a shell has them.
+    """
+    return status in (HUNG, LOST_PEER) or status > 128
+
+
+def restart_status(status: int) -> int:
+    """Return the status to end with where ``status`` means that the job is to be started again.
+
+    Raises:
+        LaunchError: ``MEGAPOLY_RESTART_STATUS`` is no exit status.
+    """
+    text = os.environ.get(RESTART_STATUS, str(status))
+    if not (_is_number(text) and 1 <= int(text) <= 255):
+        raise LaunchError(
+            f"`{RESTART_STATUS}` ({text[:80]}) must be an exit status, 1 to 255, for `start this "
+            "job again`"
+        )
+    return int(text)
+
+
+def tell_start(reason: str = "") -> None:
+    """Tell the launcher of this host, if there is one, that the processes of the job have met.
+
+    Args:
+        reason: why starting the job again would not help, a sentence; empty: it would.
+    """
+    if STATUS_FILE in os.environ:
+        Path(os.environ[STATUS_FILE]).with_name(_START_FILE).write_text(reason)
+
+
+def told_start(status_file: Path) -> str | None:
+    """Return the reason that :func:`tell_start` was given on this host; None if it was not called.
+
+    Args:
+        status_file: that the launcher has named in ``MEGAPOLY_STATUS_FILE``.
+    """
+    file = status_file.with_name(_START_FILE)
+    return file.read_text() if file.exists() else None
+
+
+def scheduler_job() -> str | None:
+    """Return what the scheduler calls this job, or None without one that is known.
+
+    That of Slurm is the job's or the array task's number, which stays when the job is requeued.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOBSET_NAME")
+
+
 def check(*, with_address: bool) -> None:
     """Check the variables that a launcher sets for this process.
 
@@ -64,8 +146,10 @@ def check(*, with_address: bool) -> None:
         with_address: also MASTER_ADDR and MASTER_PORT, which a process needs to join its job.
 
     Raises:
-        LaunchError: one is missing, or is no number in its range.
+        LaunchError: one is missing, or is no number in its range; also
+            ``MEGAPOLY_RESTART_STATUS``, whoever sets it.
     """
+    restart_status(LOST_PEER)
     if not is_launched():
         return
     problems = list(_problems_of_numbers())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from megapoly.data.loader import ended_worker
 from megapoly.errors import LostPeerError, MegapolyError, PeerError
 from megapoly.platform import launcher
+from megapoly.platform.meeting import answers
 
 _COUNT, _FIRST = "failures shown", "first failure"
 _PATIENCE_S = 5.0  # for the process that failed first, which prints before it writes to the store
@@ -72,7 +75,8 @@ def _show_once(
         if not isinstance(error, PeerError) and store.add(_COUNT, 1) == 1:
             if long_text != text or not _was_logged(store, text):
                 show(long_text)
-            store.set(_FIRST, f"{_host()}\n{launcher.rank()}\n{text}")
+            first = (_host(), launcher.rank(), launcher.exit_status(error), text)
+            store.set(_FIRST, "\n".join(map(str, first)))
         elif not _is_known(store, text):
             show(long_text)
     except dist.DistError:
@@ -90,6 +94,8 @@ def _lost_peer(error: BaseException) -> str | None:
     """Return the line that says that another process ended or did not answer; None for others."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, dist.DistNetworkError):  # what served the job's store has ended
+            return str(seen).partition("\n")[0]
         for part in (*_LOST, *_LATE):
             if isinstance(seen, RuntimeError) and part in str(seen):
                 return next(line for line in str(seen).splitlines() if part in line)
@@ -114,17 +120,26 @@ def _lost(store: dist.Store, what: str) -> LostPeerError:
             "a collective waited for another rank for longer than "
             f"`parallel.distributed_timeout_minutes` allows ({what})"
         )
-    is_to_show = True
+    is_to_show = launcher.local_rank() == 0
     with contextlib.suppress(dist.DistError):
-        first = _first_failure(store)
+        first = _first_failure(store) if _is_served() else None
         if first is not None:
-            error = LostPeerError(f"rank {first[1]} failed: {first[2]}")
-        is_here = first is not None and first[0] == _host()
-        is_to_show = not is_here and store.add(f"lost/{_host()}", 1) == 1
+            error = LostPeerError(f"rank {first.rank} failed: {first.text}")
+            error.exit_status = first.exit_status
+        is_here = first is not None and first.host == _host()
+        if _is_served():
+            is_to_show = not is_here and store.add(f"lost/{_host()}", 1) == 1
     if is_to_show:
         show(str(error))
     error.is_shown = True
     return error
+
+
+def _is_served() -> bool:
+    """Return whether the job's store answers; a request to one that is gone prints C++ frames."""
+    if "MASTER_ADDR" not in os.environ:
+        return True
+    return answers(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
 def _host() -> int:
@@ -139,20 +154,27 @@ def _was_logged(store: dist.Store, text: str) -> bool:
     return bool(store.get("failure").decode() == f"rank {launcher.rank()}: {text}")
 
 
-def _first_failure(store: dist.Store) -> tuple[int, int, str] | None:
-    """Return host, rank and text of the first failure; None if no process tells of one in time."""
+class _Failure(NamedTuple):
+    host: int  # rank of its first process
+    rank: int
+    exit_status: int
+    text: str
+
+
+def _first_failure(store: dist.Store) -> _Failure | None:
+    """Return the first failure; None if no process tells of one in time."""
     deadline = time.monotonic() + _PATIENCE_S
     while not store.check([_FIRST]):
         if time.monotonic() > deadline:
             return None
         time.sleep(_PAUSE_S)
-    host, rank, text = store.get(_FIRST).decode().split("\n", maxsplit=2)
-    return int(host), int(rank), text
+    host, rank, status, text = store.get(_FIRST).decode().split("\n", maxsplit=3)
+    return _Failure(int(host), int(rank), int(status), text)
 
 
 def _is_known(store: dist.Store, text: str) -> bool:
     """Return whether this host shows the first failure, and this one says the same."""
     first = _first_failure(store)
-    if first is None or first[2] not in text:
+    if first is None or first.text not in text:
         return False
-    return first[0] == _host() or launcher.local_rank() != 0
+    return first.host == _host() or launcher.local_rank() != 0

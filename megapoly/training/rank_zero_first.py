@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megapoly.config import Config
-from megapoly.errors import DataError, MegapolyError, PeerError
+from megapoly.errors import DataError, LostPeerError, MegapolyError, PeerError
 from megapoly.platform import launcher
 from megapoly.training.watchdog import heartbeat
 
@@ -169,7 +169,7 @@ class RankZeroFirst:
                 if waited > limit:
                     before, advances = advances, self._store.add("advances", 0)
                     if advances == before:
-                        raise PeerError(self._timeout_message(waited, for_what))
+                        raise LostPeerError(self._timeout_message(waited, for_what))
                     limit = waited + self._timeout_s
                 if waited > next_line:
                     next_line += self._log_every_s
@@ -177,7 +177,7 @@ class RankZeroFirst:
                 time.sleep(pause)
                 pause = min(_LONGEST_PAUSE_S, 1.5 * pause)
         except dist.DistNetworkError as error:
-            raise PeerError(
+            raise LostPeerError(
                 f"rank {self._rank} waited for {for_what}, and the process that serves the job's "
                 "store ended; see that process's own message for the reason."
             ) from error
@@ -222,7 +222,9 @@ class RankZeroFirst:
 
     def _raise_failure_of_others(self) -> None:
         if self._is_set("failure"):
-            raise PeerError(self._store.get("failure").decode())
+            error = PeerError(self._store.get("failure").decode())
+            error.exit_status = int(self._store.get("failure status"))
+            raise error
 
     def _leave(self, error: BaseException | None) -> None:
         """Tell the other ranks about an error, if any; on rank 0 wait until they have read it."""
@@ -238,6 +240,7 @@ class RankZeroFirst:
         brief = traceback.format_exception_only(error)
         text = str(error) if isinstance(error, MegapolyError) else "".join(brief).strip()
         if self._store.add("failures", 1) == 1:
+            self._store.set("failure status", str(launcher.exit_status(error)))
             self._store.set("failure", f"rank {self._rank}: {text}")
             # The first process of a host reports errors, but it may hang and never read this one.
             if self._rank != self._builder_of_host:

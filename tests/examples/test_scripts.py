@@ -179,6 +179,6 @@ def test_launcher_says_whether_a_stopped_job_ended_as_it_should(
     status_file = tmp_path / "status"
     if ended:
         status_file.touch()
-    assert launch._run(status_file, []) == (0 if ended else 1)
+    assert launch._run(status_file, []) == (0 if ended else 128 + 15)
     message = "" if ended else "stopped before the workers had saved and ended: signal 15\n"
     assert capsys.readouterr().err == message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from megapoly.errors import (
     MegapolyError,
     PeerError,
 )
+from megapoly.platform import launcher
 from megapoly.training import failures
 
 CLOSED = RuntimeError(
@@ -151,3 +153,23 @@ def test_nothing_is_shown_without_an_error(store, capsys) -> None:
     with pytest.raises(KeyboardInterrupt), failures.shown_once(store):
         raise KeyboardInterrupt
     assert not store.check(["first failure"]) and capsys.readouterr().err == ""
+
+
+def test_a_store_that_is_gone_is_not_asked(monkeypatch, capsys) -> None:
+    """A request to it prints frames of C++; the first process of each host says what it lost."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    printed = [lost(None, capsys, rank) for rank in (2, 3)]
+    assert printed[0].startswith("another rank ended without a message") and printed[1] == ""
+
+
+def test_a_lost_store_is_a_lost_peer_and_a_failed_peer_is_not(store, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(failures, "_PATIENCE_S", 0.0)
+    gone = dist.DistNetworkError("failed to recv, got 0 bytes")
+    assert "ended without a message" in lost(store, capsys, 0, gone)
+    shown(store, capsys, 3, DivergenceError("NaN"))
+    with pytest.raises(LostPeerError) as caught, failures.shown_once(store):
+        raise CLOSED
+    assert launcher.exit_status(caught.value) == launcher.DIVERGED
