@@ -29,11 +29,11 @@ import signal
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from subprocess import Popen
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
@@ -48,7 +48,8 @@ from megapoly.errors import MegapolyError
 from megapoly.platform import launcher
 from megapoly.platform.launcher import HUNG, JOIN_TIMEOUT, STATUS_FILE, STATUS_HUNG, STOPPED
 from megapoly.platform.processes import dying_with_this_process, ignore_stop_signals
-from megapoly.preflight.hosts import added_options, check_options, wait_for_hosts
+from megapoly.preflight.host_meeting import WaitingNotes
+from megapoly.preflight.hosts import added_options, check_options, num_hosts, wait_for_hosts
 
 STOPPED_STATUS = "MEGAPOLY_STOPPED_STATUS"
 
@@ -66,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher.restart_status(launcher.LOST_PEER)
         check_options(options)
         arguments = [*added_options(options), *arguments]
-        if (note := wait_for_hosts(options)) is not None:
-            print(note, file=sys.stderr, flush=True)
+        store = wait_for_hosts(options)  # torchrun finds it by its port
     except MegapolyError as error:
         print(f"megapoly launch: {error}", file=sys.stderr)
         return 2
@@ -82,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
-    subprocess_handler.Popen = partial(Popen, preexec_fn=dying_with_this_process())  # type: ignore[assignment,misc]
+    notes = None
+    if store is None and num_hosts(options) > 1:
+        what = f"{options.nnodes} hosts at {options.rdzv_endpoint}"
+        notes = WaitingNotes(what, launcher.join_timeout_s())
+    subprocess_handler.Popen = _starting_workers(notes)  # type: ignore[assignment,misc]
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
@@ -137,6 +141,18 @@ def _restart(status: int, status_file: Path) -> int:
     return launcher.restart_status(status)
 
 
+def _starting_workers(notes: WaitingNotes | None) -> Callable[..., Any]:
+    """Return what torchrun is to start a worker with; the worker ends with this process."""
+    end_with_this, start_process = dying_with_this_process(), cast("Any", Popen)
+
+    def start(*args: Any, **kwargs: Any) -> Popen[Any]:
+        if notes is not None:
+            notes.end()
+        return start_process(*args, preexec_fn=end_with_this, **kwargs)
+
+    return start
+
+
 def _run(status_file: Path, arguments: list[str]) -> int:
     # torchrun leaves a folder for logs behind: it is deleted with the folder of the status file.
     usual, tempfile.tempdir = tempfile.tempdir, str(status_file.parent)
@@ -157,7 +173,7 @@ def _run(status_file: Path, arguments: list[str]) -> int:
             return 128 - failure.exitcode  # as a shell reports it
         return failure.exitcode
     except (dist.DistError, RendezvousError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or ["not all joined in time"]
         if launcher.told_start(status_file) is not None:
             print(f"megapoly launch: lost the other hosts of the job: {reason[0]}", file=sys.stderr)
             return launcher.LOST_PEER

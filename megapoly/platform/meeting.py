@@ -53,7 +53,7 @@ def join() -> dist.Store:
     where = f"MASTER_ADDR:MASTER_PORT ({host}:{port})"
     served = open_store(host, port, where, serves=serves, limit_s=limit_s)
     store = dist.PrefixStore(f"meeting/{next(_meetings)}", served)
-    _wait_for_all(store, rank, world_size, limit_s)
+    _wait_for_ranks(store, rank, world_size, limit_s)
     return store
 
 
@@ -123,7 +123,7 @@ def wait_for_name(host: str, what: str, limit_s: float) -> None:
             return False
 
     waits_for = f"the name of the host `{what}` ({host}) to resolve"
-    if not _wait(has_address, waits_for, limit_s, note_after_s=0.0):
+    if not wait(has_address, waits_for, limit_s, note_after_s=0.0):
         raise PeerError(
             f"`{what}` ({host}) is a name that does not resolve on this host, after "
             f"{limit_s:g} s; give a name or an address that does"
@@ -152,10 +152,11 @@ def wait_for_server(host: str, port: int, who: str, what: str, limit_s: float) -
         PeerError: none does in time.
     """
     where = f"{host}:{port}"
-    if not _wait(lambda: answers(host, port), f"{who} at {where}", limit_s):
+    if not wait(lambda: answers(host, port), f"{who} at {where}", limit_s):
         raise PeerError(
-            f"waited {limit_s:g} s for {who} at {where}, and no program answers there; see why it "
-            f"did not start, or correct `{what}` and the port. {launcher.JOIN_TIMEOUT} is the limit"
+            f"waited {limit_s:.0f} s for {who} at {where}, and no program answers there; see why "
+            f"it did not start, or correct `{what}` and the port. {launcher.JOIN_TIMEOUT} is the "
+            "limit"
         )
 
 
@@ -168,24 +169,49 @@ def answers(host: str, port: int) -> bool:
     return True
 
 
-def _wait_for_all(store: dist.Store, rank: int, world_size: int, limit_s: float) -> None:
-    store.set(f"joined/{rank}", "")
+def wait_for_all(
+    store: dist.Store,
+    number: int,
+    count: int,
+    each: str,
+    limit_s: float,
+    *,
+    note_after_s: float = _NOTE_EVERY_S,
+) -> str:
+    """Join, and wait until all ``count`` processes have; return the numbers of those that have not.
+
+    Args:
+        store: has keys of this meeting alone.
+        number: of this process, from 0.
+        count: processes.
+        each: what a process is, ``rank`` or ``host``.
+        limit_s: longest wait.
+        note_after_s: until the first line.
+
+    Raises:
+        dist.DistNetworkError: the process that serves the store has ended.
+    """
+    store.set(f"joined/{number}", "")
     store.add("joined", 1)
 
     def missing() -> str:
-        absent = [r for r in range(world_size) if not store.check([f"joined/{r}"])]
+        absent = [r for r in range(count) if not store.check([f"joined/{r}"])]
         shown = ", ".join(map(str, absent[:8]))
         return f"{shown} and {len(absent) - 8} more" if len(absent) > 8 else shown
 
+    met = wait(
+        lambda: store.add("joined", 0) >= count,
+        lambda: f"{each} {missing()} of {count}",
+        limit_s,
+        note_after_s=note_after_s,
+    )
+    return "" if met else missing()
+
+
+def _wait_for_ranks(store: dist.Store, rank: int, world_size: int, limit_s: float) -> None:
     try:
-        met = _wait(
-            lambda: store.add("joined", 0) >= world_size,
-            lambda: f"rank {missing()} of {world_size}",
-            limit_s,
-        )
-        if met:
+        if not (absent := wait_for_all(store, rank, world_size, "rank", limit_s)):
             return
-        absent = missing()
     except dist.DistNetworkError as error:
         raise PeerError(
             f"rank {rank} waited for the other processes, and the process that serves the job's "
@@ -198,15 +224,22 @@ def _wait_for_all(store: dist.Store, rank: int, world_size: int, limit_s: float)
     )
 
 
-def _wait(
+def wait(
     is_done: Callable[[], bool],
     for_what: str | Callable[[], str],
     limit_s: float,
     *,
     note_after_s: float = _NOTE_EVERY_S,
 ) -> bool:
-    """Wait at most ``limit_s`` seconds, with a line now and then; return whether it is done."""
-    begin = time.monotonic()
+    """Wait at most ``limit_s`` seconds, with a line now and then; return whether it is done.
+
+    Args:
+        is_done: asked again and again.
+        for_what: as in "waits for WHAT".
+        limit_s: longest wait.
+        note_after_s: until the first line.
+    """
+    begin, until = time.monotonic(), time.strftime("%T", time.localtime(time.time() + limit_s))
     next_note_s = note_after_s
     while not is_done():
         waited = time.monotonic() - begin
@@ -214,7 +247,9 @@ def _wait(
             return False
         if waited >= next_note_s and launcher.local_rank() in (0, 1):
             what = for_what if isinstance(for_what, str) else for_what()
-            logger.warning("waits for %s: %.0f s, at most %.0f s", what, waited, limit_s)
+            logger.warning(
+                "waits for %s: %.0f s, at most %.0f s, until %s", what, waited, limit_s, until
+            )
             next_note_s = waited + _NOTE_EVERY_S
         time.sleep(_PAUSE_S)
     return True

@@ -8,18 +8,14 @@ import socket
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 from megapoly.config.ranges import MOST_PROCESSES, Range, whole_number
 from megapoly.errors import LaunchError, PeerError
 from megapoly.platform import launcher
-from megapoly.platform.meeting import (
-    answers,
-    open_store,
-    port_in_use,
-    wait_for_name,
-    wait_for_server,
-)
+from megapoly.platform.meeting import answers, open_store, port_in_use, wait_for_name
+from megapoly.preflight.host_meeting import HostMeeting
 
 _KINDS = ("auto", "cpu", "gpu", "xpu")
 _NODES = re.compile(r"([1-9][0-9]{0,6})(?::([1-9][0-9]{0,6}))?")
@@ -103,15 +99,16 @@ def added_options(options: argparse.Namespace) -> list[str]:
     return added
 
 
-def wait_for_hosts(options: argparse.Namespace) -> str | None:
-    """Wait until the first host can be found and, on the others, until it answers.
+def wait_for_hosts(options: argparse.Namespace) -> dist.Store | None:
+    """Wait until all hosts have joined the store of the first one; by another backend, for a name.
 
     Returns:
-        What torchrun then waits for, to print; None for one host.
+        The store, which torchrun uses as well, to be kept until it ends; None if it makes its own.
 
     Raises:
         LaunchError: this host's name does not resolve, which the other hosts need.
-        PeerError: the first host is not found or does not answer in time, or its port is in use.
+        PeerError: the first host is not found or does not answer in time, its port is in use, or
+            hosts are missing.
     """
     limit_s, hosts = launcher.join_timeout_s(), num_hosts(options)
     if not is_static(options):
@@ -126,19 +123,16 @@ def wait_for_hosts(options: argparse.Namespace) -> str | None:
                     host, port, f"`--rdzv-endpoint` ({endpoint})", limit_s=limit_s, serves=False
                 )
         _check_own_name(options.local_addr)
-        return f"waits for {options.nnodes} hosts at {endpoint}, at most {limit_s:g} s"
+        return None
     endpoint = options.rdzv_endpoint or f"[{options.master_addr}]"
     host, port = parse_rendezvous_endpoint(endpoint, options.master_port or _DEFAULT_PORT)
     option = "--rdzv-endpoint" if options.rdzv_endpoint else "--master-addr"
     wait_for_name(host, option, limit_s)
     if options.node_rank == 0:
         _check_port(port, option if options.rdzv_endpoint else "--master-port")
-    else:
-        wait_for_server(host, port, "the launcher of host 0", option, limit_s)
-        open_store(host, port, f"`{option}` ({host}:{port})", limit_s=limit_s, serves=False)
     if hosts == 1:
         return None
-    return f"host {options.node_rank} of {hosts} waits for the others, at most {limit_s:g} s"
+    return HostMeeting(host, port, option, number=options.node_rank, num_hosts=hosts).join(limit_s)
 
 
 def _check_own_name(local_addr: str | None) -> None:

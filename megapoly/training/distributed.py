@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megapoly.checkpoints.verify import Ranks
 from megapoly.config import Config
-from megapoly.platform import launcher
+from megapoly.platform import interfaces, launcher
 from megapoly.platform.device import Platform
 from megapoly.platform.meeting import join
 from megapoly.training.random_state import seed_generators
@@ -35,6 +35,7 @@ def process_group(
 
     Raises:
         PeerError: the processes of the job do not meet; see :func:`megapoly.platform.meeting.join`.
+        LaunchError: a variable names a network interface that this host does not have.
     """
     timeout = datetime.timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store: dist.Store = dist.HashStore()
@@ -43,13 +44,14 @@ def process_group(
         with heartbeat.meeting():
             store, rank, world_size = join(), launcher.rank(), launcher.world_size()
         store.set_timeout(timeout)
-    dist.init_process_group(
-        platform.backend,
-        timeout=timeout,
-        store=dist.PrefixStore("torch", store),
-        rank=rank,
-        world_size=world_size,
-    )
+    with interfaces.explained(platform.backend):
+        dist.init_process_group(
+            platform.backend,
+            timeout=timeout,
+            store=dist.PrefixStore("torch", store),
+            rank=rank,
+            world_size=world_size,
+        )
     try:
         yield dist.PrefixStore("megapoly", store)
     finally:

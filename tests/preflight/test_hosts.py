@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
+from processes import wait_until
 
 from megapoly.commands import launch
 from megapoly.errors import LaunchError, PeerError
 from megapoly.platform import launcher
+from megapoly.platform.meeting import answers
 from megapoly.preflight import hosts
+from megapoly.preflight.host_meeting import HostMeeting
+
+
+class Server:
+    """A store of this process, which the launcher of host 0 finds by its port."""
+
+    def __init__(self) -> None:
+        self.store: dist.TCPStore | None = self._open(0)
+        self.port = self.store.port
+
+    def end(self) -> None:
+        self.store = None
+        wait_until(lambda: gc.collect() is None or not answers("127.0.0.1", self.port))
+
+    def begin_again(self) -> None:
+        self.store = self._open(self.port)
+
+    @staticmethod
+    def _open(port: int) -> dist.TCPStore:
+        return dist.TCPStore(
+            "127.0.0.1", port, None, is_master=True, wait_for_workers=False, multi_tenant=True
+        )
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
 
 
 def parse(text: str):
@@ -83,3 +115,53 @@ def test_hosts_that_do_not_meet(monkeypatch, text, words) -> None:
 def test_the_command_says_it_in_one_line_with_status_2(capsys) -> None:
     assert launch.main(["--nproc-per-node", "0", "a.py"]) == 2
     assert capsys.readouterr().err.startswith("megapoly launch: `--nproc-per-node` (0) must be")
+
+
+def launchers(*numbers: int, port: int, num_hosts: int, limit_s: float) -> list[Future[dist.Store]]:
+    """Start the meeting of launchers with these numbers, each in a thread."""
+    pool = ThreadPoolExecutor(len(numbers))
+    meetings = [
+        HostMeeting("127.0.0.1", port, "--master-addr", number=number, num_hosts=num_hosts)
+        for number in numbers
+    ]
+    return [pool.submit(meeting.join, limit_s) for meeting in meetings]
+
+
+def test_hosts_meet_at_the_store_that_torchrun_then_uses(server) -> None:
+    stores = [
+        each.result() for each in launchers(0, 1, 2, port=server.port, num_hosts=3, limit_s=600)
+    ]
+    stores[2].set("key", "value")
+    assert server.store.get("megapoly/key") == b"value"
+
+
+def test_hosts_that_never_come_are_named_on_all_others(server) -> None:
+    errors = [
+        str(each.exception())
+        for each in launchers(0, 2, port=server.port, num_hosts=4, limit_s=2.0)
+    ]
+    for number, error in zip((0, 2), errors, strict=True):
+        assert f"host {number} waited 2 s for the 4 hosts of `--nnodes`, and host 1, 3 did" in error
+
+
+def test_a_launcher_that_is_started_again_waits_for_the_job_before(server, caplog) -> None:
+    """Of a pod that was killed, say: the launchers of the others end some time after it."""
+    before = launchers(0, 1, port=server.port, num_hosts=2, limit_s=600)
+    stores = [each.result() for each in before]
+    (again,) = launchers(1, port=server.port, num_hosts=2, limit_s=600)
+    wait_until(lambda: "another launcher with `--node-rank` 1" in caplog.text)
+    assert not again.done()
+    before.clear()
+    stores.clear()
+    server.end()
+    server.begin_again()
+    first = launchers(0, port=server.port, num_hosts=2, limit_s=600)[0]
+    again.result().set("key", "value")
+    assert first.result().get("key") == b"value"
+
+
+def test_two_launchers_with_one_number(server) -> None:
+    both = launchers(0, 1, 1, port=server.port, num_hosts=2, limit_s=3.0)
+    errors = [str(each.exception()) for each in both if each.exception()]
+    assert len(errors) == 1
+    assert f"another launcher has `--node-rank` 1, on {socket.gethostname()}" in errors[0]
