@@ -7,6 +7,7 @@
 # make test       the CPU test suite
 # make test-slow  checks that take minutes each: the wheel in an empty environment, two hosts, ...
 # make test-parallel   every kind of parallel layout and their combinations, on up to 8 processes
+# make test-cluster    hosts as namespaces; needs root and iproute2
 # make check      lint, format, types and import order of the code; Dockerfiles, shell scripts, the
 #                 documentation
 # make docs       the documentation, in runs/site
@@ -37,7 +38,7 @@ SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) example
 # Shell to the line with `exec`, Python after it.
 SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
 
-.PHONY: pretrain paper paper-full test test-slow test-parallel test-gpu check lint docs dist format clean
+.PHONY: pretrain paper paper-full test test-slow test-parallel test-cluster test-gpu check lint docs dist format clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 examples/pretrain_moe.sh \
@@ -65,6 +66,9 @@ test-slow: $(INSTALLED_TEST)
 
 test-parallel: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m parallel
+
+test-cluster: $(INSTALLED_TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 # Not in .venv: torch there is a build for CPU unless TORCH says else, and a container brings its own,
 # with other packages, whose warnings are not errors. Only GPU_REPORT is written.

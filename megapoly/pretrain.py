@@ -30,6 +30,7 @@ from megapoly.platform.processes import die_with_parent
 if TYPE_CHECKING:
     from megapoly.data.corpus import Corpus
     from megapoly.training.hooks import Hook
+    from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.state import TrainState
     from megapoly.training.stop import StopRequest
@@ -163,8 +164,7 @@ def _train(config: Config, *, ends_process: bool) -> bool:
     # After the platform: these import the engine, which must find it set up.
     import torch.distributed as dist
 
-    from megapoly.data.corpus import load_corpus
-    from megapoly.data.tokenizer import load_tokenizer
+    from megapoly.training.common_folder import check_common_folder
     from megapoly.training.distributed import is_rank_zero, model_groups, process_group
     from megapoly.training.failures import shown_once
     from megapoly.training.load_checkpoint import restore
@@ -172,6 +172,7 @@ def _train(config: Config, *, ends_process: bool) -> bool:
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.resume_notes import resume_notes
+    from megapoly.training.same_config import check_same_config
     from megapoly.training.starts import note_start
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
@@ -182,14 +183,14 @@ def _train(config: Config, *, ends_process: bool) -> bool:
         heartbeat.name_job(store)
         heartbeat.begin("opening of the data")
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
+            check_same_config(config, rank_zero_first)
             if is_rank_zero():
                 held.enter_context(_run_folder(config))
+            check_common_folder(config, rank_zero_first)
             rank_zero_first.run(
                 "note this start", partial(note_start, store, config.run_dir), lambda: None
             )
-            tokenizer = load_tokenizer(config.data.tokenizer)
-            corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
-            rank_zero_first.check_same("training data", corpus.fingerprint)
+            corpus = _open_data(config, rank_zero_first)
             copied = copy_from_stores(config, rank_zero_first)
         heartbeat.begin("building of the model")
         with model_groups(config):
@@ -214,6 +215,24 @@ def _train(config: Config, *, ends_process: bool) -> bool:
                 stop = held.enter_context(StopRequest(ends_process=ends_process))
                 train(state, reporter, build_hooks(state, reporter, stop), stop)
     return state.iteration >= state.train_iters
+
+
+def _open_data(config: Config, rank_zero_first: RankZeroFirst) -> Corpus:
+    """Return the data of the run, which must be the same on all ranks; collective."""
+    from megapoly.data.corpus import load_corpus
+    from megapoly.data.fingerprint import fingerprint_of_sets
+    from megapoly.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    corpus = load_corpus(config, tokenizer=tokenizer, first=rank_zero_first.run)
+    rank_zero_first.check_same("training data", corpus.fingerprint)
+    rank_zero_first.check_same("validation data", fingerprint_of_sets(corpus.validation))
+    if (questions := config.training.eval_tasks_data) is not None:
+        from megapoly.evaluation.local_tasks import fingerprint_of_questions
+
+        found = fingerprint_of_questions(Path(questions))
+        rank_zero_first.check_same("set of questions", found)
+    return corpus
 
 
 def _make(folder: Path) -> None:

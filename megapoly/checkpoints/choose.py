@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from rich.console import Console
 
 from megapoly.checkpoints.run_file import NAME as RUN
 from megapoly.checkpoints.run_file import DamageError, read_run_file
-from megapoly.checkpoints.run_folder import checkpoint_names, complete_checkpoints
+from megapoly.checkpoints.run_folder import (
+    checkpoint_names,
+    checkpoints_folder,
+    complete_checkpoints,
+)
 from megapoly.checkpoints.verify import ALONE, Ranks, Verdict, total_bytes, verify
 from megapoly.errors import CheckpointError
+from megapoly.platform.files import SEEN_WITHIN_S, wait_until_seen
 from megapoly.platform.progress import bytes_bar
 
 logger = logging.getLogger(__name__)
@@ -30,11 +37,13 @@ def check_whole(folder: Path, ranks: Ranks = ALONE) -> None:
     Raises:
         CheckpointError: a file is damaged or missing, with the remedy.
     """
-    if not os.path.exists(folder / RUN):
+    if not ranks.gather(os.path.exists(folder / RUN))[0]:
         raise CheckpointError(
             f"{folder} is not a complete checkpoint (it has no {RUN}); give the path of an "
             "`iter_*` folder."
         )
+    if unseen := _unseen(folder, ranks):
+        raise CheckpointError(unseen)
     verdict = verdict_of(folder, ranks)
     if verdict.damages:
         raise CheckpointError(
@@ -55,7 +64,7 @@ def newest_whole(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
         CheckpointError: all checkpoints of the run are damaged.
     """
     names = [path for path in checkpoint_names(run_dir) if is_checkpoint(path)]
-    whole, damaged = _newest_whole(run_dir, _on_rank_zero(names, ranks), ranks)
+    whole, damaged = _newest_whole(run_dir, _on_rank_zero(run_dir, names, ranks), ranks)
     for path, verdict in damaged.items() if ranks.rank == 0 else ():
         logger.warning("%s is damaged: %s. %s is used instead", path, verdict, whole)
     return whole
@@ -71,7 +80,7 @@ def newest_to_resume(run_dir: Path, ranks: Ranks = ALONE) -> Path | None:
         CheckpointError: all checkpoints of the run are damaged; none is set aside then.
     """
     names = checkpoint_names(run_dir)
-    candidates = _on_rank_zero([path for path in names if is_checkpoint(path)], ranks)
+    candidates = _on_rank_zero(run_dir, [path for path in names if is_checkpoint(path)], ranks)
     whole, damaged = _newest_whole(run_dir, candidates, ranks)
     if ranks.rank == 0:
         for path, verdict in damaged.items():
@@ -189,10 +198,12 @@ def _newest_whole(
     """Return the newest candidate that is whole, and the damaged ones after it.
 
     Raises:
-        CheckpointError: all candidates are damaged.
+        CheckpointError: all candidates are damaged, or a rank does not see one that rank 0 sees.
     """
     damaged: dict[Path, Verdict] = {}
     for path in reversed(candidates):
+        if (unseen := _unseen(path, ranks)) and ranks.gather(path.exists())[0]:
+            raise CheckpointError(unseen)
         verdict = verdict_of(path, ranks)
         if not verdict.damages:
             return path, damaged
@@ -203,9 +214,46 @@ def _newest_whole(
     return None, damaged
 
 
-def _on_rank_zero(paths: list[Path], ranks: Ranks) -> list[Path]:
-    """Return the paths that rank 0 sees, on all ranks."""
-    return [Path(path) for path in ranks.gather([str(path) for path in paths])[0]]
+def _on_rank_zero(run_dir: Path, paths: list[Path], ranks: Ranks) -> list[Path]:
+    """Return the checkpoints that rank 0 sees, on all ranks, where the run may have other paths."""
+    names = ranks.gather([path.name for path in paths])[0]
+    return [checkpoints_folder(run_dir) / name for name in names]
+
+
+def _unseen(folder: Path, ranks: Ranks) -> str:
+    """Return which rank does not see the files of a checkpoint that rank 0 sees; collective.
+
+    Without this they would be missing, and the checkpoint damaged. A late file system is waited
+    for.
+    """
+    if ranks.num_ranks == 1:
+        return ""
+    sizes = {name: size for name, size in ranks.gather(_sizes(folder))[0]}
+    unseen = wait_until_seen(folder, sizes, SEEN_WITHIN_S)
+    problem = ""
+    if unseen:
+        name, seen = next(iter(unseen.items()))
+        problem = f"rank {ranks.rank} on {socket.gethostname()}, where {name} {seen}"
+    problems = [each for each in ranks.gather(problem) if each]
+    if not problems:
+        return ""
+    more = f" and {len(problems) - 1} more ranks" if len(problems) > 1 else ""
+    return (
+        f"{folder} must be the same checkpoint on all hosts of the job, and is another for "
+        f"{problems[0]}{more}, {SEEN_WITHIN_S:g} s after rank 0 saw it; mount its file system on "
+        "each host, or copy the checkpoint to each"
+    )
+
+
+def _sizes(folder: Path) -> list[tuple[str, int]]:
+    """Return name and size in bytes of the files of a checkpoint that can be seen."""
+    sizes = []
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(inner, name)
+            with suppress(OSError):
+                sizes.append((os.path.relpath(path, folder), os.stat(path).st_size))
+    return sizes
 
 
 def _all_damaged(run_dir: Path, damaged: dict[Path, Verdict]) -> str:

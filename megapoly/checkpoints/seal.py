@@ -35,13 +35,15 @@ def seal(
         folder: folder of a checkpoint that has everything but ``run.json``.
         run: the rest of ``run.json``.
         read_back: results of :func:`read_back_crc` by the names of files, which are not read again.
+            They must be there, also where another host wrote them and the folder's listing is late.
 
     Raises:
         CheckpointError: an entry of a ``.distcp`` file is not what ``.metadata`` says.
         OSError: a file cannot be read, written or flushed.
     """
-    names = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RUN)
     known = {} if read_back is None else read_back
+    listed = {path for path in folder.rglob("*") if path.is_file() and path != folder / RUN}
+    names = sorted(listed | {folder / name for name in known})
     entries = {} if known else _entries(folder)
     files = {}
     for path in names:

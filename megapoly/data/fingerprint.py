@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megapoly.data.blend import Blend
+    from megapoly.data.samples import SamplePool
 
 Description = dict[str, Any]
 
@@ -46,6 +47,12 @@ def fingerprint(description: Description) -> str:
     """Return 16 hexadecimal digits that change when the sequence of samples changes."""
     sources = [(source["fingerprint"], source["share"]) for source in description["sources"]]
     parts = [sources, *(description[key] for key in ("seq_length", "seed", "tokenizer"))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def fingerprint_of_sets(sets: Mapping[str, SamplePool]) -> str:
+    """Return 16 hexadecimal digits that change with the files of validation sets."""
+    parts = {name: [file.fingerprint for file in pool.token_files] for name, pool in sets.items()}
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

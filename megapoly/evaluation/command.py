@@ -24,6 +24,7 @@ from megapoly.evaluation.harness import (
 )
 from megapoly.evaluation.lm_loader import load_lm
 from megapoly.evaluation.loaded_checkpoint import LoadedCheckpoint, loaded_checkpoint
+from megapoly.evaluation.local_tasks import fingerprint_of_questions
 from megapoly.evaluation.perplexity import report_perplexity
 from megapoly.evaluation.ranks import MeetingRanks
 from megapoly.evaluation.request import DEFAULT_BATCH_SIZE, EvaluationRequest, find_problems
@@ -170,8 +171,12 @@ def _show(request: EvaluationRequest, tasks: TaskResults | None) -> None:
         show_results(tasks, request.folder.resolve().name, Console())
 
 
-def _check_inputs(request: EvaluationRequest) -> None:
-    """Check now what would otherwise fail after the model is loaded, or after hours of work."""
+def _check_inputs(request: EvaluationRequest) -> str:
+    """Check now what would otherwise fail after the model is loaded, or after hours of work.
+
+    Returns:
+        The fingerprint of the questions in a folder.
+    """
     if request.output is not None and _is_first():
         check_can_write("--output", request.output)
     if request.tasks:
@@ -179,6 +184,7 @@ def _check_inputs(request: EvaluationRequest) -> None:
         selection = select(request.tasks)
         available_tasks(selection, request.task_data, request.skip_missing)
         check_task_names(selection)
+    return fingerprint_of_questions(request.task_data)
 
 
 def _overrides(request: EvaluationRequest) -> list[str]:

@@ -50,7 +50,7 @@ def loaded_checkpoint(
     overrides: Sequence[str] = (),
     *,
     with_validation: bool = False,
-    check: Callable[[], None] | None = None,
+    check: Callable[[], str] | None = None,
 ) -> Iterator[LoadedCheckpoint]:
     """Load the model of a checkpoint on all ranks of the job; collective.
 
@@ -62,7 +62,8 @@ def loaded_checkpoint(
         overrides: command-line arguments ``--section.field value``, see
             :func:`megapoly.evaluation.checkpoint_config.configure_evaluation`.
         with_validation: also open the validation sets.
-        check: called on every rank before the model is loaded; if one rank raises, all raise.
+        check: called on every rank before the model is loaded; if one rank raises, all raise. It
+            returns the fingerprint of what else is read, which must be the same on all.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, or does not fit the options.
@@ -78,6 +79,7 @@ def loaded_checkpoint(
     import torch.distributed as dist
 
     from megapoly.data.corpus import load_validation
+    from megapoly.data.fingerprint import fingerprint_of_sets
     from megapoly.data.tokenizer import load_tokenizer
     from megapoly.training.distributed import all_ranks, model_groups, process_group
     from megapoly.training.load_checkpoint import read_position
@@ -93,11 +95,12 @@ def loaded_checkpoint(
             tokenizer = load_tokenizer(config.data.tokenizer)
             _check_tokenizer(tokenizer, position.get("data"), config, path)
             if check is not None:
-                check()
+                rank_zero_first.check_same("set of questions", check())
             if with_validation:
                 validation, warnings = load_validation(
                     config, tokenizer=tokenizer, first=rank_zero_first.run
                 )
+                rank_zero_first.check_same("validation data", fingerprint_of_sets(validation))
         with model_groups(config):
             model = load_model(config, platform, path)
             try:

@@ -10,6 +10,7 @@ question), except for MMLU, which has a file of examples for each subject.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from megapoly.data.token_files import sha256_of
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.tasks import MMLU_TASKS, EvalTask
 
@@ -145,6 +147,13 @@ def missing_files(task: EvalTask, task_data: Path) -> list[str]:
 def all_files() -> list[str]:
     """Return the names of all files that a folder can have, in the order of the tasks."""
     return [local.file for local in QUESTION_FILES.values()] + [file for _, file in _mmlu_files()]
+
+
+def fingerprint_of_questions(task_data: Path | None) -> str:
+    """Return what changes with the files of a folder of questions; a constant without one."""
+    found = [] if task_data is None else sorted(task_data.glob("*.jsonl"))
+    sums = [(path.name, sha256_of(path)) for path in found]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 def write_task_files(tasks: Sequence[EvalTask], folder: Path, task_data: Path | None) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +19,10 @@ _OUT_OF_REACH = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENO
 # A folder has the file's name, a file the folder's, or another user owns it.
 _IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM}
+# Until a host sees what another one has written. A client of NFS remembers for 30 to 60 s what a
+# folder holds (acdirmin, acdirmax).
+SEEN_WITHIN_S = 60.0
+_PAUSE_S = 0.1
 
 
 def is_file(path: str | Path) -> bool:
@@ -115,6 +120,49 @@ def free_space(path: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,} bytes are free in {folder}"
     except OSError as error:
         return f"the room on its disk is not known ({error.strerror})"
+
+
+def wait_until_seen(
+    folder: Path, sizes: Mapping[str, int | None], limit_s: float
+) -> dict[str, str]:
+    """Wait for files that other hosts have written, which a file system may show late.
+
+    Args:
+        folder: of the files.
+        sizes: in bytes, by name; None: of any size, also a folder.
+        limit_s: longest wait.
+
+    Returns:
+        What this host sees of the files that are not there by then, to follow their names.
+    """
+    deadline = time.monotonic() + limit_s
+    unseen = _unseen(folder, sizes)
+    while unseen and time.monotonic() < deadline:
+        time.sleep(_PAUSE_S)
+        refresh_listing(folder)
+        unseen = _unseen(folder, {name: sizes[name] for name in unseen})
+    return unseen
+
+
+def refresh_listing(folder: Path) -> None:
+    """List a folder, or the nearest above it that can be: a client of NFS then asks the server."""
+    for each in (folder, *folder.absolute().parents):
+        with suppress(OSError):
+            os.listdir(each)
+            return
+
+
+def _unseen(folder: Path, sizes: Mapping[str, int | None]) -> dict[str, str]:
+    found = {}
+    for name, expected in sizes.items():
+        try:
+            size = os.stat(folder / name).st_size
+        except OSError:
+            found[name] = "is missing"
+        else:
+            if expected not in (None, size):
+                found[name] = f"has {size:,} bytes"
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

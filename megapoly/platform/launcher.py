@@ -59,6 +59,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
 
 
+def is_on_one_host() -> bool:
+    """Return whether a launcher says that it started all processes of the job."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == str(world_size()) or not is_launched()
+
+
 def join_timeout_s() -> float:
     """Return how long a process or host waits for the others of its job.
 
@@ -133,10 +138,18 @@ def scheduler_job() -> str | None:
 
     That of Slurm is the job's or the array task's number, which stays when the job is requeued.
     """
+    return slurm_job() or os.environ.get("JOBSET_NAME")
+
+
+def slurm_job() -> str | None:
+    """Return the number of this Slurm job, as ``scancel`` takes it: ``1234``, or ``1234_7``.
+
+    Outside Slurm it is None.
+    """
     array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
     if array and task:
         return f"{array}_{task}"
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("JOBSET_NAME")
+    return os.environ.get("SLURM_JOB_ID") or None
 
 
 def check(*, with_address: bool) -> None:

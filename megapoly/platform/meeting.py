@@ -52,7 +52,9 @@ def join() -> dist.Store:
         wait_for_server(host, port, "rank 0", "MASTER_ADDR", limit_s)
     where = f"MASTER_ADDR:MASTER_PORT ({host}:{port})"
     served = open_store(host, port, where, serves=serves, limit_s=limit_s)
-    store = dist.PrefixStore(f"meeting/{next(_meetings)}", served)
+    # torchrun may start processes again that failed, with the same store.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"meeting/{attempt}/{next(_meetings)}", served)
     _wait_for_ranks(store, rank, world_size, limit_s)
     return store
 

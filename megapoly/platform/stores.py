@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from megapoly.errors import MegapolyError, UnavailableError
 from megapoly.platform.extras import EXTRAS, with_remedy
+from megapoly.platform.locks import at_most, locked
 
 # Clients of stores try a server that is silent again and again, for many minutes.
 FIRST_ANSWER_S = 60.0
-LOCK_LIMIT_S, _PAUSE_S = 3600.0, 0.1
+LOCK_LIMIT_S = 3600.0
 # What fsspec's packages call the version of a file.
 _VERSIONS = ("generation", "ETag", "etag", "mtime", "last_modified", "LastModified", "created")
 _answering: set[str] = set()  # buckets that have answered this process
@@ -87,22 +86,18 @@ def sole_process(folder: Path, kind: type[MegapolyError]) -> Iterator[None]:
     Raises:
         MegapolyError: of ``kind``; the other process holds it for longer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_LIMIT_S
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise kind(
-                        f"another process has copied from a store for {LOCK_LIMIT_S:g} s and holds "
-                        f"{folder / '.lock'}; wait until it ends, or stop it"
-                    ) from None
-                time.sleep(_PAUSE_S)
-            except OSError:
-                break  # a file system without locks: a copy is complete or not there
+    path = folder / ".lock"
+
+    def refusal(file: IO[str]) -> MegapolyError:
+        return kind(
+            f"another process has copied from a store for {LOCK_LIMIT_S:g} s and holds {path}; "
+            "wait until it ends, or stop it"
+        )
+
+    with contextlib.ExitStack() as held:
+        # A file system without locks, or that takes none: a copy is complete or not there.
+        with contextlib.suppress(OSError):
+            held.enter_context(locked(path, at_most(LOCK_LIMIT_S, refusal)))
         yield
 
 

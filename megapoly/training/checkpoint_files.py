@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import queue
+import socket
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,10 +86,12 @@ class Written:
     Args:
         entries: of the engine, for ``.metadata``.
         files: size and CRC-32 of each file, by name.
+        host: name of its host.
     """
 
     entries: list[WriteResult] = field(default_factory=list)
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
+    host: str = field(default_factory=socket.gethostname)
 
 
 class _Planned:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from megapoly.platform.device import Platform
 from megapoly.platform.meeting import join
 from megapoly.training.random_state import seed_generators
 from megapoly.training.watchdog import heartbeat
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -88,6 +90,17 @@ def process_groups(config: Config, platform: Platform, *, alone: bool = False) -
 def is_rank_zero() -> bool:
     """Return whether this is the process that reports and writes."""
     return dist.get_rank() == 0
+
+
+def on_rank_zero(decide: Callable[[], T]) -> T:
+    """Return on every rank what a function returns on rank 0; collective.
+
+    For what files decide: hosts may see those of others late. What it returns is pickled.
+    """
+    decided: list[Any] = [decide() if is_rank_zero() else None]
+    dist.broadcast_object_list(decided)
+    result: T = decided[0]
+    return result
 
 
 def all_ranks() -> Ranks:

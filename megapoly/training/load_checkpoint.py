@@ -36,7 +36,7 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
-from megapoly.training.distributed import all_ranks
+from megapoly.training.distributed import all_ranks, on_rank_zero
 from megapoly.training.random_state import seed_generators, set_random_state
 from megapoly.training.rewind import check_skipped, passed_over, set_aside_trained
 from megapoly.training.state import ModelState, Position, TrainState
@@ -86,7 +86,7 @@ def restore(state: TrainState, copied: Path | None = None) -> Path | None:
     settings, run_dir = state.config.checkpoint, Path(state.config.run_dir)
     if settings.resume:
         set_aside_trained(state)
-    elif complete := complete_checkpoints(run_dir):
+    elif complete := on_rank_zero(lambda: complete_checkpoints(run_dir)):
         raise CheckpointError(
             f"`checkpoint.resume` is false and {run_dir} has {complete[-1].name}; choose "
             "another `run_dir`, or delete the folder."

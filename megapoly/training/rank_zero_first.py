@@ -7,19 +7,19 @@ wait for, for how long, and why it failed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch.distributed as dist
 
 from megapoly.config import Config
 from megapoly.errors import DataError, LostPeerError, MegapolyError, PeerError
 from megapoly.platform import launcher
+from megapoly.platform.locks import locked
 from megapoly.training.watchdog import heartbeat
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _FAREWELL_S = 10.0
 class RankZeroFirst:
     """Lets one process for each disk build files before the others open them.
 
-    A context manager. Its body calls :meth:`run` and :meth:`check_same` on all ranks in the same
+    A context manager. Its body calls :meth:`run` and the other methods on all ranks in the same
     order. When the body raises on one rank, the others raise with its message; ranks that wait
     raise at once. The context ends on all ranks together.
 
@@ -67,10 +67,10 @@ class RankZeroFirst:
         log_every_s: float = 60.0,
     ):
         self._store = store
-        self._rank, self._world_size = rank, world_size
+        self.rank, self._world_size = rank, world_size
         self._builder_of_host = rank - local_rank  # rank of its first process
         self._cache_dir = cache_dir
-        self._timeout_s, self._log_every_s = timeout_s, log_every_s
+        self.timeout_s, self._log_every_s = timeout_s, log_every_s
         self._num_stages = 0
 
     @classmethod
@@ -112,14 +112,14 @@ class RankZeroFirst:
             PeerError: another rank failed, or was not ready in time.
         """
         stage, self._num_stages = self._num_stages, self._num_stages + 1
-        if self._rank == 0:
+        if self.rank == 0:
             self._store.set("now", what)
         else:
             self._wait(lambda: self._is_set(f"done/{stage}/0"), f"rank 0 to {what}")
-        if self._rank == self._builder_of_host:
+        if self.rank == self._builder_of_host:
             with self._lock(what):
                 result = build()
-            self._store.set(f"done/{stage}/{self._rank}", "")
+            self._store.set(f"done/{stage}/{self.rank}", "")
             return result
         done = f"done/{stage}/{self._builder_of_host}"
         self._wait(lambda: self._is_set(done), f"rank {self._builder_of_host} to {what}")
@@ -132,7 +132,7 @@ class RankZeroFirst:
             what: what it begins, such as the name of a file.
         """
         self._store.add("advances", 1)
-        logger.debug("rank %d begins %s", self._rank, what)
+        logger.debug("rank %d begins %s", self.rank, what)
 
     def check_same(self, what: str, value: str) -> None:
         """Check that a value is the same as on rank 0.
@@ -146,20 +146,74 @@ class RankZeroFirst:
             PeerError: see :meth:`run`.
         """
         key = f"same/{what}"
-        if self._rank == 0:
+        if self.rank == 0:
             self._store.set(key, value)
             return
         self._wait(lambda: self._is_set(key), f"rank 0 to open its {what}")
         theirs = self._store.get(key).decode()
         if theirs != value:
             raise DataError(
-                f"All ranks must read the same {what}; on rank {self._rank} it has fingerprint "
+                f"All ranks must read the same {what}; on rank {self.rank} it has fingerprint "
                 f"{value}, on rank 0 {theirs}. Copy the files of rank 0's host to this one."
             )
 
+    def told(self, what: str, decide: Callable[[], str]) -> str:
+        """Return on every rank what a function returns on rank 0.
+
+        For what files decide: hosts need not see the same ones, nor at the same time.
+
+        Args:
+            what: what the function does, as in "waits for rank 0 to WHAT".
+            decide: called on rank 0.
+
+        Raises:
+            PeerError: see :meth:`run`.
+        """
+        stage, self._num_stages = self._num_stages, self._num_stages + 1
+        key = f"told/{stage}"
+        if self.rank == 0:
+            self._store.set("now", what)
+            self._store.set(key, decide())
+        else:
+            self._wait(lambda: self._is_set(key), f"rank 0 to {what}")
+        return self._store.get(key).decode()
+
+    def ask_hosts(
+        self, what: str, question: Callable[[], str], answer: Callable[[str], str]
+    ) -> list[str]:
+        """Ask the first process of every other host something about its files; all at once.
+
+        Args:
+            what: what rank 0 does, as in "waits for rank 0 to WHAT".
+            question: called on rank 0.
+            answer: called on the first process of every other host with what rank 0 asks, and must
+                not take longer than the limit of a wait.
+
+        Returns:
+            On rank 0 the answers that are not empty, in the order in which they came.
+
+        Raises:
+            PeerError: see :meth:`run`.
+        """
+        asked = self.told(what, question)
+        topic = f"asked/{self._num_stages}"
+        if self.rank not in (0, self._builder_of_host):
+            self._store.add(topic, 1)
+            return []
+        if self.rank != 0:
+            if text := answer(asked):
+                number = self._store.add(f"{topic}/answers", 1)
+                self._store.set(f"{topic}/{number}", text)
+            self._store.add(topic, 1)
+            return []
+        num_others = self._world_size - 1
+        self._wait(lambda: self._store.add(topic, 0) >= num_others, "the answers of all hosts")
+        num_answers = self._store.add(f"{topic}/answers", 0)
+        return [self._store.get(f"{topic}/{i + 1}").decode() for i in range(num_answers)]
+
     def _wait(self, is_done: Callable[[], bool], for_what: str) -> None:
         begin, pause = time.monotonic(), _SHORTEST_PAUSE_S
-        next_line, limit = self._log_every_s, self._timeout_s
+        next_line, limit = self._log_every_s, self.timeout_s
         try:
             advances = self._store.add("advances", 0)
             while not is_done():
@@ -170,7 +224,7 @@ class RankZeroFirst:
                     before, advances = advances, self._store.add("advances", 0)
                     if advances == before:
                         raise LostPeerError(self._timeout_message(waited, for_what))
-                    limit = waited + self._timeout_s
+                    limit = waited + self.timeout_s
                 if waited > next_line:
                     next_line += self._log_every_s
                     self._log(waited, for_what)
@@ -178,27 +232,27 @@ class RankZeroFirst:
                 pause = min(_LONGEST_PAUSE_S, 1.5 * pause)
         except dist.DistNetworkError as error:
             raise LostPeerError(
-                f"rank {self._rank} waited for {for_what}, and the process that serves the job's "
+                f"rank {self.rank} waited for {for_what}, and the process that serves the job's "
                 "store ended; see that process's own message for the reason."
             ) from error
 
     def _timeout_message(self, waited: float, for_what: str) -> str:
         return (
-            f"rank {self._rank} waited {waited:.0f} s for {for_what}, longer than "
-            f"`parallel.distributed_timeout_minutes` ({self._timeout_s / 60:g}) allows; rank 0 was "
+            f"rank {self.rank} waited {waited:.0f} s for {for_what}, longer than "
+            f"`parallel.distributed_timeout_minutes` ({self.timeout_s / 60:g}) allows; rank 0 was "
             f"last to {self._now()}. If it is still working, raise the option; what is built until "
             "then is kept."
         )
 
     def _log(self, waited: float, for_what: str) -> None:
         # On the host of rank 0, which does not wait, rank 1 logs.
-        if self._rank in (self._builder_of_host, 1):
+        if self.rank in (self._builder_of_host, 1):
             logger.warning(
                 "rank %d waits for %s: %.0f s so far, at most %.0f s (rank 0 is to %s)",
-                self._rank,
+                self.rank,
                 for_what,
                 waited,
-                self._timeout_s,
+                self.timeout_s,
                 self._now(),
             )
 
@@ -211,9 +265,9 @@ class RankZeroFirst:
 
     def _wait_for_all(self) -> None:
         """Wait until every rank is here."""
-        self._store.set(f"ready/{self._rank}", "")
+        self._store.set(f"ready/{self.rank}", "")
         self._store.add("ready", 1)
-        if self._rank == 0:
+        if self.rank == 0:
             self._store.set("now", "wait for all ranks to open the data")
         self._wait(
             lambda: self._store.add("ready", 0) >= self._world_size,
@@ -231,7 +285,7 @@ class RankZeroFirst:
         with contextlib.suppress(dist.DistNetworkError):  # the store may be gone
             if error is not None and not self._is_set("failure"):
                 self._tell(error)
-            if self._rank != 0:
+            if self.rank != 0:
                 self._store.add("left", 1)
             else:
                 wait_for_peers(self._store, "left", self._world_size, timeout_s=_FAREWELL_S)
@@ -241,10 +295,10 @@ class RankZeroFirst:
         text = str(error) if isinstance(error, MegapolyError) else "".join(brief).strip()
         if self._store.add("failures", 1) == 1:
             self._store.set("failure status", str(launcher.exit_status(error)))
-            self._store.set("failure", f"rank {self._rank}: {text}")
+            self._store.set("failure", f"rank {self.rank}: {text}")
             # The first process of a host reports errors, but it may hang and never read this one.
-            if self._rank != self._builder_of_host:
-                logger.error("rank %d: %s", self._rank, text)
+            if self.rank != self._builder_of_host:
+                logger.error("rank %d: %s", self.rank, text)
 
     @contextlib.contextmanager
     def _lock(self, what: str) -> Iterator[None]:
@@ -252,17 +306,13 @@ class RankZeroFirst:
 
         A disk that has no locks or is read-only is used without: files are complete or not there.
         """
-        try:
-            self._cache_dir.mkdir(parents=True, exist_ok=True)
-            stream = (self._cache_dir / ".lock").open("w")
-        except OSError:
-            yield
-            return
-        with stream:
-            self._wait(
-                lambda: _takes_lock(stream.fileno()),
-                f"another process that builds in {self._cache_dir}, to {what}",
-            )
+
+        def wait(file: IO[str], takes: Callable[[], bool]) -> None:
+            self._wait(takes, f"another process that builds in {self._cache_dir}, to {what}")
+
+        with contextlib.ExitStack() as held:
+            with contextlib.suppress(OSError):
+                held.enter_context(locked(self._cache_dir / ".lock", wait))
             yield
 
 
@@ -283,13 +333,3 @@ def wait_for_peers(store: dist.Store, key: str, num_ranks: int, *, timeout_s: fl
         store.add(key, 1)
         while store.add(key, 0) < num_ranks and time.monotonic() < deadline:
             time.sleep(_SHORTEST_PAUSE_S)
-
-
-def _takes_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -34,8 +34,8 @@ from megapoly.checkpoints.run_folder import (
 from megapoly.checkpoints.seal import flush_folder, seal
 from megapoly.config import to_yaml
 from megapoly.config.step_ranges import text_of_steps
-from megapoly.errors import CheckpointError
-from megapoly.platform.files import free_space
+from megapoly.errors import CheckpointError, LockError
+from megapoly.platform.files import SEEN_WITHIN_S, free_space, wait_until_seen
 from megapoly.training import optimizer_state
 from megapoly.training.checkpoint_files import ShardFiles, Written
 from megapoly.training.checkpoint_state import (
@@ -45,7 +45,8 @@ from megapoly.training.checkpoint_state import (
     random_state_entry,
     scales_have_history,
 )
-from megapoly.training.distributed import is_rank_zero
+from megapoly.training.distributed import is_rank_zero, on_rank_zero
+from megapoly.training.run_lock import check_sole
 from megapoly.training.state import TrainState, gathered_parameters
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ class _Saving:
     @property
     def partial(self) -> Path:
         return partial_path(self.final)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.final.parents[1]
 
 
 class CheckpointSaver:
@@ -114,17 +119,20 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: the checkpoint could not be saved; on every rank.
+            LockError: another job has begun in the run's folder; on every rank.
         """
         assert self._saving is None, "the checkpoint before is not finished"
         state = self._state
         final = checkpoint_path(state.config.run_dir, state.iteration)
-        if final in complete_checkpoints(state.config.run_dir):
+        if _is_saved(final):
             return final  # the run resumed from it, and nothing has been trained since
         with gathered_parameters(state):
             tensors, common = save_preprocess(_state_to_save(state), not self._is_checked)
             self._is_checked = True
             saving = _Saving(final, common, to_yaml(state.config), _position(state))
             _on_rank_zero(saving, lambda: _make_folder(state.config.run_dir, saving.partial))
+            # Otherwise the engine would make it again, and fail where it is there but not shown.
+            wait_until_seen(saving.partial.parent, {saving.partial.name: None}, SEEN_WITHIN_S)
             request = self._files.plan(tensors, saving.partial)
             request.add_finalize_fn(self._publish)
             self._saving = saving
@@ -145,6 +153,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: the checkpoint could not be saved; on every rank.
+            LockError: another job has begun in the run's folder; on every rank.
         """
         path = self.path
         if path is not None:
@@ -171,16 +180,67 @@ class CheckpointSaver:
         if failures:
             raise CheckpointError("; ".join(failures[:_MAX_REASONS]))
         partial, of_ranks = saving.partial, [each for each in written if isinstance(each, Written)]
+        _check_seen(partial, of_ranks)
         self._files.write_metadata(of_ranks)
         TorchCommonSaveStrategy("torch", 1).save_common(saving.common, partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
         (partial / "config.yaml").write_text(saving.config)
         files = {name: crc for each in of_ranks for name, crc in each.files.items()}
         seal(partial, saving.run, read_back=files)
+        check_sole(saving.run_dir)
         make_room(saving.final)
         partial.rename(saving.final)
         flush_folder(saving.final.parent)
         _delete_old(self._state.config.run_dir, self._state.config.checkpoint.keep)
+
+
+def _is_saved(final: Path) -> bool:
+    """Return whether rank 0 sees a checkpoint; collective.
+
+    Raises:
+        LockError: another job has begun in the run's folder, which may have saved it; on every
+            rank.
+    """
+
+    def look() -> bool | LockError:
+        run_dir = final.parents[1]
+        try:
+            check_sole(run_dir)
+        except LockError as error:
+            return error
+        return final in complete_checkpoints(run_dir)
+
+    found = on_rank_zero(look)
+    if isinstance(found, LockError):
+        raise found
+    return found
+
+
+class _UnseenError(CheckpointError):
+    """Rank 0 does not see what another rank has written."""
+
+
+def _check_seen(folder: Path, of_ranks: list[Written]) -> None:
+    """Check that rank 0 sees all files of all ranks, which other hosts may have written.
+
+    Args:
+        folder: of the checkpoint.
+        of_ranks: what each rank has written, in the order of ranks.
+
+    Raises:
+        _UnseenError: it does not see one.
+    """
+    sizes = {name: size for each in of_ranks for name, (size, _) in each.files.items()}
+    named = {entry.storage_data.relative_path for each in of_ranks for entry in each.entries}
+    assert named <= sizes.keys(), "a rank reports the files that its entries are in"
+    unseen = wait_until_seen(folder, sizes, SEEN_WITHIN_S)
+    for rank, each in enumerate(of_ranks):
+        for name in each.files.keys() & unseen.keys():
+            raise _UnseenError(
+                f"rank {rank} on {each.host} wrote {name} ({sizes[name]:,} bytes), which "
+                f"{unseen[name]} for rank 0 on {of_ranks[0].host}, {SEEN_WITHIN_S:g} s later: all "
+                "hosts must see the same `run_dir`, so mount its file system on each"
+            )
 
 
 def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
@@ -188,20 +248,39 @@ def _on_rank_zero(saving: _Saving, act: Callable[[], None]) -> None:
 
     Raises:
         CheckpointError: it failed; on every rank. The files that were written are deleted.
+        LockError: another job has begun in the run's folder, where nothing is changed any more.
     """
-    reason: list[str | None] = [None]
-    if is_rank_zero():
+    failure = on_rank_zero(lambda: _failure(saving, act))
+    if isinstance(failure, _UnseenError):
+        shutil.rmtree(saving.partial, ignore_errors=True)  # on a disk of its own
+        dist.barrier()  # the next try has the same folder
+    if failure is not None:
+        raise failure
+
+
+def _failure(saving: _Saving, act: Callable[[], None]) -> CheckpointError | LockError | None:
+    """Do something; return the error with which it failed."""
+    try:
+        check_sole(saving.run_dir)
         try:
             act()
         except (OSError, RuntimeError, CheckpointError) as error:  # torch.save raises RuntimeError
+            check_sole(saving.run_dir)  # the files may be the other job's
             shutil.rmtree(saving.partial, ignore_errors=True)
-            reason[0] = f"{error}; without its files {free_space(saving.final)}"
-    dist.broadcast_object_list(reason)
-    if reason[0] is not None:
-        raise CheckpointError(
-            f"{saving.final} was not saved: {reason[0]}. The checkpoints before are as they were; "
-            "make the disk writable, with room for one more"
-        )
+            return _explained(saving, error)
+    except LockError as error:
+        return error
+    return None
+
+
+def _explained(saving: _Saving, error: Exception) -> CheckpointError:
+    before = f"{saving.final} was not saved: {error}"
+    if isinstance(error, _UnseenError):
+        return _UnseenError(f"{before}. The checkpoints before are as they were")
+    return CheckpointError(
+        f"{before}; without its files {free_space(saving.final)}. The checkpoints before are as "
+        "they were; make the disk writable, with room for one more"
+    )
 
 
 def _make_folder(run_dir: str, partial: Path) -> None:

@@ -39,23 +39,26 @@ def copy_from_stores(config: Config, rank_zero_first: RankZeroFirst) -> Path | N
     """
     upload, load = config.checkpoint.upload, config.checkpoint.load
     if upload is not None:
+        copy = partial(_resume, config, upload, rank_zero_first)
+        # All hosts share `run_dir`, and may see late what is copied there.
         rank_zero_first.run(
             f"look for a checkpoint in {upload}",
-            partial(_resume, config, upload, rank_zero_first),
-            lambda: None,
+            copy if rank_zero_first.rank == 0 else lambda: None,
         )
     if load is None or not is_url(load):
         return None
     cache = Path(config.data.cache_dir or Path(config.run_dir) / "cache", "stores")
 
-    def fetch_unless_resumed() -> Path | None:
-        return None if _has_checkpoint(config) else fetch(load, cache, rank_zero_first.advance)
-
-    def find_unless_resumed() -> Path | None:
-        return None if _has_checkpoint(config) else fetched(load, cache)
-
-    found = rank_zero_first.run(f"copy {load}", fetch_unless_resumed, find_unless_resumed)
-    rank_zero_first.check_same("checkpoint", "none" if found is None else found.name)
+    if rank_zero_first.told(
+        "look for checkpoints of the run", lambda: "found" if _has_checkpoint(config) else ""
+    ):
+        return None
+    found = rank_zero_first.run(
+        f"copy {load}",
+        partial(fetch, load, cache, rank_zero_first.advance),
+        partial(fetched, load, cache),
+    )
+    rank_zero_first.check_same("checkpoint", found.name)
     return found
 
 

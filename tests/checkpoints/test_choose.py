@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from megapoly.checkpoints.choose import (
     set_aside,
 )
 from megapoly.checkpoints.run_folder import checkpoint_path
+from megapoly.checkpoints.verify import Ranks
 from megapoly.errors import CheckpointError
 
 
@@ -185,3 +189,72 @@ def test_what_is_set_aside_replaces_nothing(tmp_path: Path) -> None:
         path.mkdir()
         assert set_aside(path, "set_aside") == f"It is set aside as {name}"
         assert (tmp_path / name).is_dir() and not path.exists()
+
+
+def on_two_ranks(function: Any, of_ranks: list[Any]) -> list[Any]:
+    """Call a function with what each rank sees, in a thread each; return results or errors."""
+    given: list[Any] = [None, None]
+    barrier = threading.Barrier(2)
+
+    def gather(rank: int, own: Any) -> list[Any]:
+        given[rank] = own
+        barrier.wait()
+        gathered = list(given)
+        barrier.wait()
+        return gathered
+
+    def call(rank: int) -> Any:
+        try:
+            return function(of_ranks[rank], Ranks(rank, 2, functools.partial(gather, rank)))
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(call, range(2)))
+
+
+@pytest.mark.parametrize("lost", ["common.pt", "run.json", "."])
+def test_what_another_host_does_not_see_is_refused_and_not_set_aside(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    monkeypatch.setattr(choose, "SEEN_WITHIN_S", 0.0)
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoints", other / "checkpoints")
+    (checkpoint_path(other, 9) / lost).rename(other / "lost")
+    errors = on_two_ranks(newest_to_resume, [run, other])
+    assert all(isinstance(error, CheckpointError) for error in errors)
+    assert "must be the same checkpoint on all hosts" in str(errors[0])
+    assert "rank 1 on" in str(errors[0]) and str(errors[0]).partition("is another")[2] in str(
+        errors[1]
+    )
+    assert names(run) == ["iter_0000003", "iter_0000006", "iter_0000009"]
+    named = [checkpoint_path(each, 9) for each in (run, other)]
+    errors = on_two_ranks(check_whole, named)
+    assert all("must be the same checkpoint on all hosts" in str(error) for error in errors)
+
+
+def test_what_another_host_sees_late_is_waited_for(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "SEEN_WITHIN_S", 600.0)
+    other = tmp_path / "other"
+    shutil.copytree(run / "checkpoints", other / "checkpoints")
+    late = checkpoint_path(other, 9).rename(other / "late")
+    wait = choose.wait_until_seen
+
+    def appear(folder: Path, sizes: Any, limit_s: float) -> dict[str, str]:
+        if folder == checkpoint_path(other, 9):
+            assert not folder.exists()
+            threading.Timer(0.3, late.rename, [folder]).start()
+        return wait(folder, sizes, limit_s)
+
+    monkeypatch.setattr(choose, "wait_until_seen", appear)
+    found = on_two_ranks(newest_to_resume, [run, other])
+    assert found == [checkpoint_path(run, 9), checkpoint_path(other, 9)]
+
+
+def test_ranks_take_the_checkpoints_of_rank_0_at_their_own_path(run: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    found = on_two_ranks(newest_whole, [run, link])
+    assert found == [checkpoint_path(run, 9), checkpoint_path(link, 9)]

@@ -7,7 +7,11 @@ from questions import BY_FILE, ShortAnswers
 
 from megapoly.errors import EvaluationError
 from megapoly.evaluation.harness import evaluate_tasks
-from megapoly.evaluation.local_tasks import QUESTION_FILES, missing_files
+from megapoly.evaluation.local_tasks import (
+    QUESTION_FILES,
+    fingerprint_of_questions,
+    missing_files,
+)
 from megapoly.evaluation.tasks import TASKS, select
 
 # Prompt and answers of the first question of each; the part of all questions whose right answer is
@@ -148,3 +152,20 @@ def test_a_field_is_missing(task_data, tmp_path):
     (tmp_path / file).write_text("\n")
     with pytest.raises(EvaluationError, match="is not a JSON object"):
         missing_files(TASKS["piqa"], tmp_path)
+
+
+def test_the_fingerprint_of_a_folder_changes_with_its_questions_alone(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "sciq.jsonl").write_text('{"question": "Why?"}\n')
+    (folders[1] / "notes.txt").write_text("not questions")
+    first, second = map(fingerprint_of_questions, folders)
+    assert first == second
+    (folders[1] / "sciq.jsonl").write_text('{"question": "Who?"}\n')
+    third = fingerprint_of_questions(folders[1])
+    (folders[1] / "sciq.jsonl").rename(folders[1] / "piqa.jsonl")
+    assert (
+        len({first, third, fingerprint_of_questions(folders[1]), fingerprint_of_questions(None)})
+        == 4
+    )

@@ -232,7 +232,7 @@ def test_the_builder_of_a_host_is_its_first_process(monkeypatch, environment, bu
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
     order = RankZeroFirst.of_job(dist.HashStore(), Config())
     assert order._builder_of_host == builder
-    assert order._timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
+    assert order.timeout_s == 600.0  # `parallel.distributed_timeout_minutes`
     assert order._cache_dir == Path("runs/default/cache")
 
 

@@ -1,5 +1,6 @@
 """One job at a time in a run's folder."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ from megapoly.errors import LockError
 from megapoly.testing import run_job, run_on_ranks
 from megapoly.testing.jobs import shared_cache
 from megapoly.training import run_lock
-from megapoly.training.run_lock import sole_job
+from megapoly.training.run_lock import check_sole, sole_job
 
 
 @pytest.fixture(autouse=True)
@@ -75,14 +76,112 @@ def test_a_holder_that_is_not_named_is_still_refused(tmp_path):
             pass
 
 
-def test_without_locks_a_warning_is_logged(tmp_path, monkeypatch, caplog):
-    def not_supported(*args):
-        raise OSError(95, "Operation not supported")
+@pytest.mark.parametrize(
+    ("environment", "holder", "command"),
+    [
+        ({"SLURM_JOB_ID": "1234"}, "Slurm job 1234, started", "(`scancel 1234`)"),
+        (
+            {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": "97", "SLURM_ARRAY_TASK_ID": "3"},
+            "Slurm job 97_3, started",
+            "(`scancel 97_3`)",
+        ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "POD_NAME": "llama-0-x7k2"},
+            "pod llama-0-x7k2, started",
+            "(delete what `kubectl -n team describe pod llama-0-x7k2` says controls it)",
+        ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "POD_NAME": "a-0-x7", "JOBSET_NAME": "a"},
+            "pod a-0-x7, started",
+            "(`kubectl -n team delete jobset a`)",
+        ),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            f"pod {os.uname().nodename}, started",
+            f"`kubectl -n team describe pod {os.uname().nodename}`",
+        ),
+    ],
+)
+def test_the_refusal_names_what_manages_the_holder(
+    tmp_path, monkeypatch, environment, holder, command
+):
+    (tmp_path / "namespace").write_text("team\n")
+    monkeypatch.setattr(run_lock, "_NAMESPACE", tmp_path / "namespace")
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_ARRAY_JOB_ID",
+        "KUBERNETES_SERVICE_HOST",
+        "POD_NAME",
+        "JOBSET_NAME",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with sole_job(tmp_path), pytest.raises(LockError) as refusal, sole_job(tmp_path):
+        pass
+    assert holder in str(refusal.value) and command in str(refusal.value)
+
+
+def not_supported(*args):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
+def test_without_locks_a_warning_names_the_last_job(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fcntl, "flock", not_supported)
+    with sole_job(tmp_path):
+        assert "has no locks (Operation not supported)" in caplog.text
+        assert "the last one there was" not in caplog.text
+        with sole_job(tmp_path):
+            assert f"the last one there was a job on {os.uname().nodename}" in caplog.text
+
+
+def in_second_process(function):
+    """Call a function in another process, and wait for it."""
+    forked = os.fork()
+    if forked == 0:
+        try:
+            function()
+        finally:
+            os._exit(0)
+    os.waitpid(forked, 0)
+
+
+def test_without_locks_the_first_job_notices_the_second(tmp_path, monkeypatch):
+    def start():
+        with sole_job(tmp_path):
+            check_sole(tmp_path)
+            (tmp_path / "trains").touch()
 
     monkeypatch.setattr(fcntl, "flock", not_supported)
-    with sole_job(tmp_path), sole_job(tmp_path):
+    check_sole(tmp_path)  # of no job
+    with sole_job(tmp_path):
+        check_sole(tmp_path)
+        in_second_process(start)
+        assert (tmp_path / "trains").exists()
+        with pytest.raises(LockError, match=r"a job on .* has begun in .* after this one"):
+            check_sole(tmp_path)
+        (tmp_path / ".lock").write_text("")  # unreadable: nobody is accused
+        check_sole(tmp_path)
+    start()
+    with sole_job(tmp_path):
+        (tmp_path / ".lock").unlink()
+        check_sole(tmp_path)
+
+
+def test_a_signature_that_cannot_be_written_accuses_nobody(tmp_path, monkeypatch):
+    """The file then still names the job before."""
+    with sole_job(tmp_path):
         pass
-    assert "has no locks (Operation not supported)" in caplog.text
+    before = (tmp_path / ".lock").read_text()
+
+    def full(descriptor):
+        (tmp_path / ".lock").write_text(before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_lock.os, "fsync", full)
+    with sole_job(tmp_path):
+        assert (tmp_path / ".lock").read_text() == before
+        check_sole(tmp_path)
 
 
 def second_job(argv):

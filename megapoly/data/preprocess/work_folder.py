@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megapoly.data.preprocess.options import PreprocessOptions
 from megapoly.data.preprocess.source_files import SourceFile
 from megapoly.errors import DataError
+from megapoly.platform import locks
 from megapoly.platform.files import full_disk_explained, write_text
+from megapoly.platform.locks import at_most
 
 if TYPE_CHECKING:
     from megapoly.data.preprocess.tokenization import TokenizerSettings
 
 logger = logging.getLogger(__name__)
 
-_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 # A worker whose parent was killed ends when it sends its next message.
 _LOCK_WAIT_S = 20.0
 
@@ -102,53 +100,23 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         DataError: another process holds the lock.
     """
-    while True:
-        with full_disk_explained(folder / "lock"):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("w")
-        with lock:
-            _lock(lock.fileno(), folder)
-            if not _is_same(lock.fileno(), folder / "lock"):
-                continue  # the previous holder has deleted the folder
-            yield
-            return
 
-
-def _is_same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        logger.warning(
-            "Two simultaneous runs with one --output-prefix are not detected on this system."
+    def refusal(file: IO[str]) -> DataError:
+        return DataError(
+            f"Another process is using `{folder}`; wait until it has finished, or choose another "
+            "--output-prefix."
         )
-        return
-    deadline = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise DataError(
-                    f"Another process is using `{folder}`; wait until it has finished, or choose "
-                    "another --output-prefix."
-                ) from error
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
+
+    path = folder / "lock"
+    with ExitStack() as held:
+        with full_disk_explained(path):
+            lock = held.enter_context(locks.locked(path, at_most(_LOCK_WAIT_S, refusal)))
+        if lock.missing:
             logger.warning(
                 "This disk does not support locks: two simultaneous runs with one --output-prefix "
                 "are not detected."
             )
-            return
+        yield
 
 
 def plan_path(folder: Path) -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from megapoly.errors import ConfigError
+from megapoly.platform.locks import at_most, locked
 
 _FILE = ".lock"
-_NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 @contextmanager
@@ -26,21 +25,16 @@ def sole_use(folder: Path) -> Iterator[int | None]:
     Raises:
         ConfigError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                [
-                    f"another comparison, or runs of one that was killed, are running in "
-                    f"`--output` ({folder}); wait until they end, or stop them (`fuser "
-                    f"{folder / _FILE}` shows the processes on this machine)"
-                ]
-            ) from error
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            yield None
-            return
-        yield file.fileno()
+    path = folder / _FILE
+
+    def refusal(file: IO[str]) -> ConfigError:
+        return ConfigError(
+            [
+                "another comparison, or runs of one that was killed, are running in `--output` "
+                f"({folder}); wait until they end, or stop them (`fuser {path}` shows the "
+                "processes on this machine)"
+            ]
+        )
+
+    with locked(path, at_most(0.0, refusal), stays_with_children=True) as lock:
+        yield None if lock.missing else lock.file.fileno()
