@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -187,9 +186,7 @@ def _train(config: Config, *, ends_process: bool) -> bool:
             if is_rank_zero():
                 held.enter_context(_run_folder(config))
             check_common_folder(config, rank_zero_first)
-            rank_zero_first.run(
-                "note this start", partial(note_start, store, config.run_dir), lambda: None
-            )
+            note_start(config.run_dir, rank_zero_first)
             corpus = _open_data(config, rank_zero_first)
             copied = copy_from_stores(config, rank_zero_first)
         heartbeat.begin("building of the model")

@@ -15,33 +15,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megapoly.checkpoints.run_folder import complete_checkpoints, step_of
 from megapoly.platform import launcher
 from megapoly.platform.json_lines import lines
 from megapoly.training.hooks import CheckpointHook, Hook, StepRecord
+from megapoly.training.rank_zero_first import RankZeroFirst
 
 logger = logging.getLogger(__name__)
 
 _FILE = "starts.jsonl"
 # Starts of one job from one step, the last of which is not followed by another.
 MOST_FROM_ONE_STEP = 3
-_KEY = "starts from this step"
 
 
-def note_start(store: dist.Store, run_dir: str) -> None:
-    """Note the start on rank 0, and tell the launcher of this host if it is one too many.
-
-    For the first process of each host, on rank 0 first.
+def note_start(run_dir: str, rank_zero_first: RankZeroFirst) -> None:
+    """Note the start on rank 0, and tell each host's launcher if it is one too many; collective.
 
     Args:
-        store: of the job.
         run_dir: exists, and is this job's alone.
+        rank_zero_first: entered.
     """
-    if launcher.rank() == 0:
-        store.set(_KEY, _count_this(Path(run_dir)))
-    step, count = map(int, store.get(_KEY).decode().split())
+    noted = rank_zero_first.told("note this start", lambda: _note_and_count(Path(run_dir)))
+    if launcher.local_rank() != 0:
+        return
+    step, count = map(int, noted.split())
     is_one_too_many = count >= MOST_FROM_ONE_STEP
     launcher.tell_start(
         f"not to be started again by itself: this was start {count} from step {step}, and no "
@@ -70,7 +67,7 @@ class AdvanceHook(Hook):
                 launcher.tell_start()
 
 
-def _count_this(run_dir: Path) -> str:
+def _note_and_count(run_dir: Path) -> str:
     """Write down this start; return the step that it begins after, and the starts from there."""
     complete = complete_checkpoints(run_dir)
     start = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megapoly.checkpoints.run_folder import checkpoint_path
 from megapoly.commands import launch
@@ -20,7 +21,7 @@ from megapoly.errors import (
 )
 from megapoly.platform import launcher
 from megapoly.platform.json_lines import lines
-from megapoly.training import starts
+from megapoly.training.rank_zero_first import RankZeroFirst
 from megapoly.training.starts import MOST_FROM_ONE_STEP, AdvanceHook, note_start
 
 # Ends as the word after it that has the number of its rank says.
@@ -66,21 +67,39 @@ def ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tu
 
 
 @pytest.mark.parametrize(
-    ("ends", "status"),
-    [(["signal9", "waits"], 137), (["5", "waits"], 5), (["hung", "waits"], 4), (["2"], 2)],
+    ("end", "restart", "reason", "status"),
+    [
+        ("signal9", None, "", 137),
+        ("signal9", "144", "", 144),
+        ("5", None, "", 5),
+        ("hung", "144", REASON, 1),
+        ("2", "144", REASON, 2),
+    ],
 )
-def test_the_status_of_the_worker_unless_another_is_asked_for(ended, ends, status) -> None:
-    assert ended(*ends)[0] == status
-    assert ended(*ends, restart="144")[0] == (2 if status == 2 else 144)
-    # Another start would not help.
-    again, printed = ended(*ends, restart="144", reason=REASON)
-    assert again == (2 if status == 2 else 1)
-    assert (f"megapoly launch: {REASON}" in printed) == (status != 2)
+def test_the_status_says_whether_to_start_again(ended, end, restart, reason, status) -> None:
+    found, printed = ended(end, "waits", restart=restart, reason=reason)
+    assert found == status
+    assert (f"megapoly launch: {REASON}" in printed) == (status == 1)
 
 
-def test_a_rank_that_lost_another_is_not_the_cause(ended) -> None:
-    assert ended("5", "signal6")[0] == 134
-    assert ended("3", "5")[0] == 3
+@pytest.mark.parametrize(
+    ("exitcodes_and_times", "rank"),
+    [
+        ([(5, 7), (-6, 7)], 1),  # rank 0 has lost rank 1
+        ([(5, 7), (-15, 7)], 0),  # torchrun has ended rank 1
+        ([(5, 7), (-9, 37)], 0),  # likewise, after 30 seconds
+        ([(1, 9), (2, 8)], 1),
+        ([(-15, 7), (3, 7)], 1),
+    ],
+)
+def test_the_rank_that_failed_first_is_the_cause(exitcodes_and_times, rank) -> None:
+    failures = {
+        number: ProcessFailure(number, pid=1, exitcode=exitcode, error_file="")
+        for number, (exitcode, _) in enumerate(exitcodes_and_times)
+    }
+    for number, (_, timestamp) in enumerate(exitcodes_and_times):
+        failures[number].timestamp = timestamp
+    assert launch._cause(ChildFailedError("job", failures))[0] == rank
 
 
 def test_a_status_that_is_none_is_refused(ended) -> None:
@@ -116,10 +135,17 @@ class Run:
         monkeypatch.setenv(launcher.STATUS_FILE, str(self.status_file))
 
     def start(self) -> str:
-        note_start(dist.HashStore(), str(self.folder))
+        self.note(dist.HashStore(), rank=0)
         told = launcher.told_start(self.status_file)
         assert told is not None
         return told
+
+    def note(self, store: dist.Store, rank: int) -> None:
+        """Note a start on rank 0, or on rank 1 of another host."""
+        job = RankZeroFirst(
+            store, rank=rank, world_size=2, local_rank=0, cache_dir=self.folder, timeout_s=600.0
+        )
+        note_start(str(self.folder), job)
 
     def save(self, step: int) -> None:
         checkpoint = checkpoint_path(self.folder, step)
@@ -161,13 +187,14 @@ def test_a_checkpoint_allows_another_start(run: Run) -> None:
     assert launcher.told_start(run.status_file) == ""
 
 
-def test_a_host_learns_the_count_of_rank_zero(run: Run, monkeypatch) -> None:
-    store = dist.HashStore()
-    store.set(starts._KEY, "40 3")
-    monkeypatch.setenv("RANK", "1")
-    note_start(store, str(run.folder))
+def test_a_host_learns_the_count_of_rank_zero(run: Run) -> None:
+    run.save(40)
+    for _ in range(MOST_FROM_ONE_STEP):
+        run.note(store := dist.HashStore(), rank=0)
+    launcher.tell_start()
+    run.note(store, rank=1)
     assert "start 3 from step 40" in launcher.told_start(run.status_file)
-    assert not list(run.folder.iterdir())
+    assert len(list(lines(run.folder / "starts.jsonl"))) == MOST_FROM_ONE_STEP
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(run: Run, caplog) -> None:
