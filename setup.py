@@ -80,7 +80,13 @@ EXTRAS = {
     # data.blend, checkpoints and runs as s3://; other stores have packages of their own.
     # A lower bound: beside a new boto3 pip takes an s3fs of 2020, which needs no aiobotocore.
     "s3": ["s3fs>=2024.2"],
-    "all": ["megapoly[train,data,hf,eval,report,bench,s3]"],
+    # logging.export
+    "watch": [
+        "opentelemetry-exporter-otlp-proto-http>=1.20",
+        "opentelemetry-sdk>=1.20",
+        "prometheus-client",
+    ],
+    "all": ["megapoly[train,data,hf,eval,report,bench,s3,watch]"],
     # CUDA only. apex is built from NVIDIA's sources: PyPI's `apex` is another project.
     "gpu": ["megapoly[train]", "transformer-engine[pytorch]>=2.9,<2.12", "flash-attn"],
     "docs": ["ipykernel", "mkdocs-jupyter", "mkdocs-material", "mkdocstrings[python]", "nbclient"],

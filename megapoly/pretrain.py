@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megapoly.training.hooks import Hook
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
+    from megapoly.training.run_status.recorder import StatusRecorder
     from megapoly.training.state import TrainState
     from megapoly.training.stop import StopRequest
 
@@ -171,7 +172,9 @@ def _train(config: Config, *, ends_process: bool) -> bool:
     from megapoly.training.rank_zero_first import RankZeroFirst
     from megapoly.training.reporter import Reporter
     from megapoly.training.resume_notes import resume_notes
+    from megapoly.training.run_status.recorder import recorded
     from megapoly.training.same_config import check_same_config
+    from megapoly.training.save_notes import save_notes
     from megapoly.training.starts import note_start
     from megapoly.training.state import build_state
     from megapoly.training.stop import StopRequest
@@ -183,8 +186,10 @@ def _train(config: Config, *, ends_process: bool) -> bool:
         heartbeat.begin("opening of the data")
         with RankZeroFirst.of_job(store, config) as rank_zero_first:
             check_same_config(config, rank_zero_first)
+            recorder = None
             if is_rank_zero():
                 held.enter_context(_run_folder(config))
+                recorder = held.enter_context(recorded(config))
             check_common_folder(config, rank_zero_first)
             note_start(config.run_dir, rank_zero_first)
             corpus = _open_data(config, rank_zero_first)
@@ -208,9 +213,11 @@ def _train(config: Config, *, ends_process: bool) -> bool:
                     reporter.message(f"loaded {loaded}, {at}")
                     for line in resume_notes(state, loaded, num_processes=num_devices):
                         reporter.message(line)
+                for line in save_notes(config, state.iteration, state.train_iters):
+                    reporter.message(line)
                 # Until the groups are destroyed: a request then must not look like a failure.
                 stop = held.enter_context(StopRequest(ends_process=ends_process))
-                train(state, reporter, build_hooks(state, reporter, stop), stop)
+                train(state, reporter, build_hooks(state, reporter, stop, recorder), stop)
     return state.iteration >= state.train_iters
 
 
@@ -276,21 +283,33 @@ def _write_config(config: Config, reporter: Reporter) -> None:
         reporter.message(f"warning: {error}")
 
 
-def build_hooks(state: TrainState, reporter: Reporter, stop: StopRequest) -> list[Hook]:
-    """Return what this run does around its steps, in this order; collective."""
+def build_hooks(
+    state: TrainState, reporter: Reporter, stop: StopRequest, recorder: StatusRecorder | None
+) -> list[Hook]:
+    """Return what this run does around its steps, in this order; collective.
+
+    Args:
+        state: the run, restored.
+        reporter: of its progress.
+        stop: requests to stop it.
+        recorder: of its status; on rank 0 alone.
+    """
     import torch.distributed as dist
 
     from megapoly.training.distributed import is_rank_zero
     from megapoly.training.hooks import CheckpointHook, TelemetryHook, ValidationHook
     from megapoly.training.profiling import ProfileHook
     from megapoly.training.room import RoomHook
+    from megapoly.training.run_status.hook import StatusHook
     from megapoly.training.starts import AdvanceHook
     from megapoly.training.stragglers import StragglerHook
 
     logging = state.config.logging
     checkpoints = CheckpointHook(state, reporter.message)
     hooks: list[Hook] = [AdvanceHook(checkpoints)]
-    if logging.profile:  # first, so that the trace of a step ends with the step
+    if recorder is not None:
+        hooks.append(StatusHook(state, reporter, checkpoints, recorder))
+    if logging.profile:  # before the others, so that the trace of a step ends with the step
         hooks.append(ProfileHook(state, reporter.message))
     if dist.get_world_size() > 1:
         hooks.append(StragglerHook(state, reporter.message))

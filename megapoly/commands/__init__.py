@@ -82,6 +82,7 @@ COMMANDS = {
     "generate": Command("generate", "let a model continue a text", needs=_HUGGING_FACE),
     "copy": Command("copy", "copy a checkpoint to an object store, or from one, verified"),
     "verify": Command("verify", "compare the files of checkpoints with their CRC-32"),
+    "status": Command("status", "show how runs are, and whether they still advance"),
     "plan": Command(
         "plan",
         "estimate memory, communication and time of a job",

@@ -434,6 +434,9 @@ class LoggingConfig:
         detail_interval: steps between TensorBoard points of expert load and activation coefficients
             (0: none).
         tensorboard: write ``RUN_DIR/tensorboard``.
+        export: where metrics of the run are sent while it trains: ``prometheus:/DIR/NAME.prom``, a
+            text file for node_exporter's textfile collector, and ``otlp:http://HOST:4318``, an
+            OpenTelemetry collector; null: nowhere. ``megapoly status`` needs none.
         peak_tflops: peak of one device, in TFLOP/s, for MFU; null: the bf16 peak of its data sheet,
             found by its name (``megapoly/platform/gpus.py``), and no MFU for other devices.
         profile: write ``RUN_DIR/profile/rank_R.steps_A-B.json.gz``, a trace of torch's profiler for
@@ -446,6 +449,7 @@ class LoggingConfig:
     log_interval: int = 10
     detail_interval: int = 10
     tensorboard: bool = True
+    export: list[str] | None = None
     peak_tflops: float | None = None
     profile: bool = False
     profile_step_start: int = 10

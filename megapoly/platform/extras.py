@@ -13,6 +13,9 @@ DISTRIBUTIONS = {
     "lm_eval": "lm-eval",
     "markdown_it": "markdown-it-py",
     "megatron.core": "megatron-core",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "prometheus_client": "prometheus-client",
 }
 # Names that are imported, by the extra of megapoly that installs them.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -22,6 +25,11 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("gigatoken", "orjson", "pyarrow", "tokenizers", "zstandard"),
     "report": ("jinja2", "markdown_it", "matplotlib", "PIL", "scipy"),
     "s3": ("s3fs",),
+    "watch": (
+        "prometheus_client",
+        "opentelemetry.sdk",
+        "opentelemetry.exporter.otlp.proto.http",
+    ),
 }
 
 

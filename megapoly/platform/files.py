@@ -171,6 +171,37 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def replace_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Replace a small file that is written again and again; readers see the old or the new one.
+
+    It is not flushed to the disk, and its folder not made. One process at a time may write it. On a
+    full disk, which has no room for a second file, the text is written over the old one: a reader
+    may then see a part of it.
+
+    Args:
+        path: of the file.
+        text: its content.
+        mode: permissions of the file; None: as of every new file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if mode is not None:
+            partial.chmod(mode)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if error.errno not in _OUT_OF_SPACE or not path.exists():
+            raise
+        with path.open("r+b") as stream:
+            stream.write(text.encode())
+            stream.truncate()
+
+
 def _flush_to_disk(path: Path) -> None:
     """Flush the content before the rename; otherwise a power failure may leave an empty file."""
     with path.open("rb") as stream:

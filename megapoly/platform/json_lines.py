@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from megapoly.platform.files import free_space
 
+# Bytes at the end of a file that are certain to contain its last line.
+_TAIL = 1 << 14
+
 
 class Line(NamedTuple):
     """A line of a file.
@@ -48,6 +51,25 @@ def _record(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """Return the last object of a file, whose line is whole or not; empty if there is none.
+
+    Only the end of the file is read.
+
+    Raises:
+        OSError: the file exists and cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL))
+            found = file.read().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    records = (_record(line) for line in reversed(found))
+    return next((record for record in records if record is not None), {})
 
 
 class LineWriter:

@@ -83,6 +83,23 @@ def at_most(limit_s: float, refusal: Callable[[IO[str]], Exception]) -> Wait:
     return wait
 
 
+def is_locked(path: Path) -> bool | None:
+    """Return whether another process holds the lock of a file; None if that cannot be told.
+
+    The lock is held for a moment, together with others that ask.
+    """
+    try:
+        import fcntl
+
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except ImportError:
+        return None
+    except OSError as error:
+        return True if error.errno in _TAKEN - {errno.EACCES} else None
+
+
 def _take(file: IO[str], missing: list[str]) -> bool:
     """Take the lock, or note why there are none; return False if another process holds it."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class Reporter:
         state: the run, restored; lines of ``metrics.jsonl`` after its position are deleted.
         num_devices: processes of the job.
         enabled: true on rank 0 only.
+
+    Attributes:
+        num_spikes: steps of the run with a spike, those in ``metrics.jsonl``.
     """
 
     def __init__(self, state: TrainState, *, num_devices: int, enabled: bool) -> None:
@@ -44,6 +48,7 @@ class Reporter:
             state.config, device_name=state.platform.describe(), num_devices=num_devices
         )
         self._disturbed = disturbed_steps(state.config)
+        self.num_spikes = 0
         self._last_loss: dict[str, float] = {}
         self._last_score: dict[str, float] = {}
         self._resources = contextlib.ExitStack()
@@ -79,7 +84,7 @@ class Reporter:
     def _drop_after(self, path: Path, iteration: int) -> None:
         """Delete the lines of steps after one; name the lines that are damaged."""
         try:
-            damaged = drop_lines_after(path, lambda line: _step(line) > iteration)
+            damaged = drop_lines_after(path, lambda line: self._is_after(line, iteration))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -88,6 +93,12 @@ class Reporter:
         if damaged:
             numbers = ", ".join(map(str, damaged[:_NAMED])) + (", ..." if damaged[_NAMED:] else "")
             self.message(f"warning: {path} has damaged lines, which are left out: {numbers}")
+
+    def _is_after(self, line: Mapping[str, Any], iteration: int) -> bool:
+        """Return whether a line is of a step after one; count the spikes of the others."""
+        is_after = _step(line) > iteration
+        self.num_spikes += bool(line.get("spike")) and not is_after
+        return is_after
 
     def message(self, text: str) -> None:
         """Show a line."""
@@ -113,7 +124,8 @@ class Reporter:
             return
         step.metrics = self._metrics_of(step) | step.metrics
         assert self._metrics is not None
-        self._metrics.write(_without_nan(step.metrics))
+        self.num_spikes += bool(step.result.unusual)
+        self._metrics.write(_without_nan(step.metrics) | {"time": round(time.time(), 3)})
         if step.stop or is_due(self._state, self._state.config.checkpoint.save_interval):
             self._metrics.flush_to_disk()  # a checkpoint's steps are there when it is
         for name, value in step.metrics.items():
@@ -182,10 +194,14 @@ class Reporter:
             f"grad norm {metrics['grad_norm']:.3f}",
             *shown(metrics),
         ]
-        remaining = self._state.train_iters - self._state.iteration
-        seconds = round(remaining * self._throughput.seconds_per_step)
-        parts.append(f"ETA {datetime.timedelta(seconds=seconds)}")
+        parts.append(f"ETA {datetime.timedelta(seconds=round(self.eta_s))}")
         return " | ".join(parts)
+
+    @property
+    def eta_s(self) -> float:
+        """Estimated seconds to the last step, without evaluations and saving."""
+        remaining = self._state.train_iters - self._state.iteration
+        return remaining * self._throughput.seconds_per_step
 
 
 def _step(line: Mapping[str, Any]) -> float:

@@ -22,7 +22,7 @@ from typing import IO
 
 from megapoly.errors import LockError
 from megapoly.platform import launcher
-from megapoly.platform.locks import at_most, locked
+from megapoly.platform.locks import at_most, is_locked, locked
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,17 @@ def sole_job(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             _signed.pop(folder, None)
+
+
+def is_held(run_dir: Path) -> bool | None:
+    """Return whether a job of this host holds the lock; None if that cannot be told from here.
+
+    The lock is taken for a moment; a job that starts just then tries again.
+    """
+    holder = _read(run_dir)
+    if holder is None or holder.host != socket.gethostname():
+        return None  # nobody has signed it; or a file system may have locks of each host
+    return is_locked(run_dir / _FILE)
 
 
 def check_sole(run_dir: Path) -> None:

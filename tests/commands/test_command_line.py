@@ -360,7 +360,9 @@ def test_the_doctor_lists_what_can_run() -> None:
         patch.delitem(sys.modules, "megatron.core", raising=False)
         missing = {name: command.missing() for name, command in COMMANDS.items()}
         can_run, *cannot = doctor.command_lines(missing)
-    able = "Commands that can run: preprocess, evaluate, generate, copy, verify, plan, doctor"
+    able = (
+        "Commands that can run: preprocess, evaluate, generate, copy, verify, status, plan, doctor"
+    )
     assert can_run.startswith(able)
     assert cannot == [
         "train, export, import, check-parallel, soak, compare cannot run without megatron-core: "

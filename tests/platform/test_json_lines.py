@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from megapoly.platform.json_lines import LineWriter, drop_lines_after, lines
+from megapoly.platform.json_lines import LineWriter, drop_lines_after, last_record, lines
 
 
 @pytest.fixture
@@ -121,3 +121,16 @@ def test_a_last_line_without_its_end_is_completed(tmp_path):
     path.write_text("\n".join(GOOD))
     assert drop_lines_after(path, after(5)) == []
     assert path.read_text() == "\n".join(GOOD) + "\n"
+
+
+def test_the_last_record_is_found_without_reading_the_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    assert last_record(path) == {}
+    path.write_text("")
+    assert last_record(path) == {}
+    path.write_text("".join(f'{{"iteration": {i}}}\n' for i in range(5000)) + '{"iteration": 5')
+    assert path.stat().st_size > 1 << 16
+    assert last_record(path) == {"iteration": 4999}
+    with path.open("a") as file:
+        file.write("000}\n[]\nno JSON\n")
+    assert last_record(path) == {"iteration": 5000}

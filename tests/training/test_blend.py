@@ -29,7 +29,7 @@ OVERRIDES = {
     "checkpoint.save_interval": 3,
     "checkpoint.keep": 0,
 }
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from megapoly.checkpoints.verify import verify
 
 STEPS = {"training.train_iters": 6, "checkpoint.save_interval": 2, "model.hidden_dropout": 0.1}
 SHARDED = {"parallel.use_distributed_optimizer": True}
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 
 
 def flip(path: Path) -> None:

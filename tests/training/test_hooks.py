@@ -149,7 +149,7 @@ def job_with_own_hook(argv, recipe):
     assert megapoly.pretrain.pretrain(config) is False
 
 
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 
 
 def test_own_hook_records_and_ends_a_run_without_changing_it(tmp_path):

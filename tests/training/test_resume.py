@@ -28,7 +28,7 @@ TINY = {
 }
 MOE = TINY | {"model.moe_ffn_hidden_size": 96}
 DENSE = TINY | {"model.ffn_hidden_size": 192}
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 
 
 def results(metrics):

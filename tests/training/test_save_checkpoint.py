@@ -32,7 +32,7 @@ TINY = {
     "logging.tensorboard": False,
 }
 SHARDED_BF16 = {"parallel.use_distributed_optimizer": True, "training.bf16": True}
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 
 
 def arguments(run_dir, options):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from spiking_jobs import DENSE, LAYOUTS, SKIP, Fault, assert_same_tensors, checkpoint, train
 
-TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device"}
+TIMES = {"step_time_s", "tokens_per_second", "tflops_per_device", "time"}
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 SAVING = {"checkpoint.save_interval": 1}
 IN_FAST_TESTS = {"tp2", "ep2-bf16-overlap"}

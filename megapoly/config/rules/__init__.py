@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megapoly.config.rules import (
     data,
+    exports,
     gpu,
     layout,
     model,
@@ -36,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     *run.RULES,
     *gpu.RULES,
     *profile.RULES,
+    *exports.RULES,
     *data.RULES,
     *tasks.RULES,
 )
@@ -45,6 +47,7 @@ RULES_ON_FILES: frozenset[Rule] = frozenset(
     {
         data.token_files_exist,
         data.tokenizer_exists,
+        exports.folders_of_exports_exist,
         run.checkpoint_exists,
         run.folders_can_be_made,
         tasks.task_data_exists,

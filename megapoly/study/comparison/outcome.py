@@ -10,30 +10,14 @@ from typing import Any
 from megapoly.checkpoints.run_folder import checkpoint_path
 from megapoly.config.data_sources import MEAN
 from megapoly.errors import CheckpointError, DataError
+from megapoly.platform import json_lines
 
 COMPARISON_FILE = "comparison.json"
-
-# Bytes at the end of metrics.jsonl that are certain to contain its last line.
-_TAIL = 1 << 14
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:
     """Return the last whole line of ``metrics.jsonl``; empty before the first step."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _TAIL))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return {}
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
-    return {}
+    return json_lines.last_record(run_dir / "metrics.jsonl")
 
 
 def is_complete(run_dir: Path, steps: int) -> bool:

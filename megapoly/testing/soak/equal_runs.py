@@ -17,7 +17,7 @@ from megapoly.checkpoints.tensor_reader import load_object
 
 # Depend on the machine and on where a process began, not on what is trained.
 _SPEED = ("step_time_s", "tokens_per_second", "tflops_per_device", "mfu", "peak_tflops")
-_LEFT_OUT = {*_SPEED, "max_memory_allocated_bytes"}
+_LEFT_OUT = {*_SPEED, "max_memory_allocated_bytes", "time"}
 # The state of Python's and NumPy's generators differs between any two runs, and no step draws from
 # them; dropout draws from torch's, and shows in the losses.
 _RANDOM_STATE = "random_state/"

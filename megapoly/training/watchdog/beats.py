@@ -6,11 +6,11 @@ import mmap
 import os
 from dataclasses import dataclass
 
-# 8-byte numbers (beats, step, whether files are used, limit, whether it waits), then two texts
-# (phase, job).
-_NUMBERS, _TEXT = 40, 64
+# 8-byte numbers (beats, step, whether files are used, limit, whether it waits, silence), then two
+# texts (phase, job).
+_NUMBERS, _TEXT = 48, 64
 _SIZE = _NUMBERS + 2 * _TEXT
-_BEATS, _STEP, _FILES, _LIMIT, _WAITS = range(5)
+_BEATS, _STEP, _FILES, _LIMIT, _WAITS, _SILENT = range(6)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Position:
         uses_files: bytes that it reads or writes count as an advance.
         waits: for other ranks, in a collective.
         job: name of the job's start, the same on all ranks; "" before they have met.
+        silent_s: seconds for which it has been silent, as its watcher counts them.
     """
 
     beats: int
@@ -34,10 +35,11 @@ class Position:
     uses_files: bool
     waits: bool
     job: str
+    silent_s: float
 
 
 class Beats:
-    """A view of the memory; the rank writes and the watcher reads.
+    """A view of the memory; the rank writes and the watcher reads, but for the silence.
 
     Args:
         file: descriptor of an anonymous file, see :func:`new_file`.
@@ -73,6 +75,10 @@ class Beats:
         """Set the name of the job's start."""
         self._write(1, job)
 
+    def note_silence(self, seconds: float) -> None:
+        """Set how long the rank has been silent; by the watcher."""
+        self._floats[_SILENT] = seconds
+
     def read(self) -> Position:
         """Return where the rank is."""
         return Position(
@@ -83,6 +89,7 @@ class Beats:
             bool(self._integers[_FILES]),
             bool(self._integers[_WAITS]),
             self._read(1),
+            self._floats[_SILENT],
         )
 
     def close(self) -> None:

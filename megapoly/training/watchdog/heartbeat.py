@@ -83,10 +83,11 @@ class Heartbeat:
     Args:
         beats: memory that the watcher reads.
         limits: how long it may be silent.
+        has_watcher: without one the limits have no effect.
     """
 
-    def __init__(self, beats: Beats, limits: Limits) -> None:
-        self.beats, self.limits = beats, limits
+    def __init__(self, beats: Beats, limits: Limits, *, has_watcher: bool = True) -> None:
+        self.beats, self.limits, self.has_watcher = beats, limits, has_watcher
         self._now: tuple[str, float, bool] = ("", 0.0, False)
         self.enter("start of the process", limits.slow_s, True)
 
@@ -182,24 +183,35 @@ def name_job(store: dist.Store) -> None:
 
 @contextlib.contextmanager
 def watched(config: Config) -> Iterator[None]:
-    """Watch this process for the duration of a context, unless ``hang_timeout_s`` is 0.
+    """Watch this process for the duration of a context.
+
+    If ``hang_timeout_s`` is 0, only what it does is noted, and no watcher is started.
 
     Args:
         config: resolved.
     """
     global _heartbeat
-    if config.parallel.hang_timeout_s == 0:
-        yield
-        return
-    limits = Limits(config)
+    limits, has_watcher = Limits(config), config.parallel.hang_timeout_s != 0
     with contextlib.ExitStack() as resources:
-        memory, stacks = new_file(), os.memfd_create("megapoly-stacks")
+        memory = new_file()
         beats = Beats(memory)
-        ours, theirs = socket.socketpair()
         resources.callback(os.close, memory)
-        resources.callback(os.close, stacks)
         resources.callback(beats.close)
-        _heartbeat = Heartbeat(beats, limits)
+        _heartbeat = Heartbeat(beats, limits, has_watcher=has_watcher)
+        try:
+            with _watcher(config, limits, memory) if has_watcher else contextlib.nullcontext():
+                yield
+        finally:
+            _heartbeat = None
+
+
+@contextlib.contextmanager
+def _watcher(config: Config, limits: Limits, memory: int) -> Iterator[None]:
+    """Run the watcher of this process for the duration of a context."""
+    stacks = os.memfd_create("megapoly-stacks")
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as resources:
+        resources.callback(os.close, stacks)
         faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True)
         resources.callback(faulthandler.unregister, STACK_SIGNAL)
         resources.enter_context(_answering(ours))
@@ -207,7 +219,6 @@ def watched(config: Config) -> Iterator[None]:
         try:
             yield
         finally:
-            _heartbeat = None
             watcher.kill()
             watcher.wait()
 
@@ -230,6 +241,7 @@ def _start(
             status=launcher.HUNG,
             status_file=os.environ.get(launcher.STATUS_FILE),
             status_text=launcher.STATUS_HUNG,
+            run_status=str(Path(config.run_dir).absolute()) if launcher.rank() == 0 else None,
         )
         # -S: without site-packages, whose .pth files may import anything.
         command = [sys.executable, "-S", "-m", "megapoly.training.watchdog.watcher"]

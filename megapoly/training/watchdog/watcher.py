@@ -57,6 +57,7 @@ class Watched:
         status: exit status of a hang.
         status_file: that tells the launcher of a hang; None: there is none.
         status_text: what it is to hold.
+        run_status: folder whose ``status.json`` is to say so; None: not this rank's.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class Watched:
     status: int
     status_file: str | None
     status_text: str
+    run_status: str | None = None
 
     def to_json(self) -> str:
         """Return the text that the program takes."""
@@ -126,6 +128,7 @@ class Watcher:
             time.sleep(pause)
             looks, now = looks + 1, time.monotonic()
             silent_s = silence.look(self._progress(), pause, now - begin)
+            self._beats.note_silence(silent_s)
             begin = now
             is_called = (2 * silent_s > position.limit_s or looks % _LOOK_EVERY == 0) and (
                 self._is_called(position)
@@ -169,6 +172,8 @@ class Watcher:
             "" if watched.world_size == 1 else f" of {len(reports)} of {watched.world_size} ranks"
         )
         where = f"{verdict.sentence}. Stacks{count} are in {folder}"
+        if watched.run_status is not None:
+            within(_DISK_S, lambda: _note_failure(watched, verdict.sentence))
         if watched.rank == min(reports):
             lines = "".join(f"{line(reports[rank])}\n" for rank in sorted(reports))
             within(_DISK_S, lambda: (folder / "summary.txt").write_text(f"{where}\n\n{lines}"))
@@ -279,6 +284,14 @@ def within(limit_s: float, work: Callable[[], object]) -> None:
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(limit_s)
+
+
+def _note_failure(watched: Watched, sentence: str) -> None:
+    # Here and not above: there are as many watchers as ranks, and few ever need it.
+    from megapoly.training.run_status.record import note_failure
+
+    assert watched.run_status is not None
+    note_failure(Path(watched.run_status), watched.pid, watched.status, sentence)
 
 
 def _write(folder: Path, contents: dict[str, object], rank: int) -> None:
