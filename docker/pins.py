@@ -1,6 +1,8 @@
-"""Print the pins of a constraints file whose packages are not installed.
+"""Print the pins of constraints files whose packages are not installed.
 
-    python docker/pins.py docker/constraints.txt
+    python docker/pins.py docker/constraints.txt [FILE ...]
+
+A pin of a later file replaces that of an earlier one.
 
 NVIDIA's image has its own builds of torch, Transformer Engine, flash-attn and their dependencies,
 and keeps them by its own constraints file. If ours pinned another version of one, pip would find no
@@ -19,16 +21,18 @@ from packaging.utils import canonicalize_name
 
 
 def pins_of_absent(lines: Iterable[str], installed: Iterable[str]) -> list[str]:
-    """Return the pins of ``lines`` whose package is not in ``installed``."""
+    """Return the pins of ``lines`` whose package is not in ``installed``, the last one of each."""
     present = {canonicalize_name(name) for name in installed}
     pins = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [pin for pin in pins if canonicalize_name(Requirement(pin).name) not in present]
+    by_name = {canonicalize_name(Requirement(pin).name): pin for pin in pins}
+    return [pin for name, pin in by_name.items() if name not in present]
 
 
 def main() -> None:
-    """Print the pins of the file that the command line names."""
+    """Print the pins of the files that the command line names."""
     installed = [distribution.metadata["Name"] for distribution in distributions()]
-    print("\n".join(pins_of_absent(Path(sys.argv[1]).read_text().splitlines(), installed)))
+    lines = [line for path in sys.argv[1:] for line in Path(path).read_text().splitlines()]
+    print("\n".join(pins_of_absent(lines, installed)))
 
 
 if __name__ == "__main__":

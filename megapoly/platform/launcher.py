@@ -136,9 +136,10 @@ def told_start(status_file: Path) -> str | None:
 def scheduler_job() -> str | None:
     """Return what the scheduler calls this job, or None without one that is known.
 
-    That of Slurm is the job's or the array task's number, which stays when the job is requeued.
+    That of Slurm is the job's or the array task's number, which stays when the job is requeued. A
+    JobSet keeps its UID when it starts its pods again, and its name also when it is made anew.
     """
-    return slurm_job() or os.environ.get("JOBSET_NAME")
+    return slurm_job() or os.environ.get("JOBSET_UID") or os.environ.get("JOBSET_NAME")
 
 
 def slurm_job() -> str | None:

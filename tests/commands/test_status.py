@@ -120,7 +120,7 @@ def test_one_run_in_detail(tmp_path, width):
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= width
     for part in (
-        "training: training after step 37 of 240, 3 s ago",
+        "state training after step 37 of 240, 3 s ago",
         "37/240, 15.4%, 90 min left",
         "train 2.5000, books 2.7500",
         "1,234 tokens/s, 0.5 s a step, 41.2 % MFU",

@@ -55,7 +55,8 @@ class Programs:
     ) -> subprocess.Popen[str]:
         """Start a command that finds these programs first, without the settings of this machine."""
         foreign = ("SLURM", "PET_", "NCCL_", "TORCH_", "UCX_", "NVTE_", "GLOO_", "OMP_", "HF_")
-        foreign += ("PYTORCH_", "MEGAPOLY_")
+        foreign += ("PYTORCH_", "MEGAPOLY_", "CUDA_", "FI_", "OTEL_", "TRITON_", "TORCHINDUCTOR_")
+        foreign += ("http_", "https_", "no_proxy", "HTTP_", "HTTPS_", "NO_PROXY", "ENGINE")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         scripts = str(Path(sys.executable).parent)  # megapoly-launch
         path = os.pathsep.join([str(self.path), scripts, os.environ["PATH"]])

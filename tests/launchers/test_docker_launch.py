@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
+import itertools
 import json
 import os
 import re
@@ -12,15 +14,18 @@ import shutil
 import socketserver
 import subprocess
 import threading
+import typing
 from pathlib import Path
 
 import pytest
 from commands import ROOT, Programs
 from processes import wait_until
 
+from megapoly.config.schema import Config
+
 LAUNCH = str(ROOT / "docker/launch.sh")
 USER = f"{os.getuid()}:{os.getgid()}"
-MANY = ["--nnodes", "8", "--node-rank", "3", "--rdzv-endpoint", "gpu01:29500"]
+MANY = ["--nnodes", "8", "--node-rank", "3", "--rdzv-endpoint", "gpu01:29500", "--runs", "runs"]
 SCRIPT = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
 needs_no_fabric = pytest.mark.skipif(
     Path("/dev/infiniband").exists(), reason="this machine has a fabric, which would be passed on"
@@ -79,11 +84,25 @@ def test_one_node_without_gpus(docker: Programs) -> None:
 def test_variables_are_the_options(docker: Programs) -> None:
     here = str(docker.folder)
     args = ["--nproc-per-node", "2", "--gpus", "0,1", "--image", "x:1", "--runs", "fabric"]
-    args += ["--data", "scratch", "--shm-size", "1g", "--infiniband", f"{here}/fabric"]
+    args += [
+        "--engine",
+        "docker",
+        "--data",
+        "scratch",
+        "--shm-size",
+        "1g",
+        "--infiniband",
+        f"{here}/fabric",
+    ]
     as_options = dry(docker, *MANY, *args, *SCRIPT)
     variables = {"NNODES": "8", "NODE_RANK": "3", "RDZV_ENDPOINT": "gpu01:29500"}
     variables |= {"NPROC_PER_NODE": "2", "GPUS": "0,1", "IMAGE": "x:1", "RUNS": "fabric"}
-    variables |= {"DATA": "scratch", "SHM_SIZE": "1g", "INFINIBAND": f"{here}/fabric"}
+    variables |= {
+        "ENGINE": "docker",
+        "DATA": "scratch",
+        "SHM_SIZE": "1g",
+        "INFINIBAND": f"{here}/fabric",
+    }
     assert dry(docker, *SCRIPT, **variables) == as_options
     assert ["--gpus", '"device=0,1"'] == as_options[as_options.index("--gpus") :][:2]
     device = as_options.index("--device")
@@ -100,7 +119,7 @@ def test_commands_of_the_documentation(docker: Programs) -> None:
     """Each line of the page about containers, with its absolute folders below this test's."""
     text = (ROOT / "docs/how-to/containers.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^docker/launch.sh (.+)$", text, re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for name in ("scratch/tokens", "shared/runs", "shared/data"):
         (docker.folder / name).mkdir(parents=True)
     for line in lines:
@@ -116,23 +135,187 @@ def test_help_names_every_option_and_variable(docker: Programs) -> None:
     status, output = docker.run(["bash", LAUNCH, "--help"])
     assert status == 0
     source = Path(LAUNCH).read_text()
-    options = set(re.findall(r"^    (--[a-z-]+)\)", source, re.MULTILINE))
-    options -= {"--config"}  # of the script
-    assert len(options) == 15
+    options = set(re.findall(r"^ +(--[a-z-]+)\)", source, re.MULTILINE))
+    assert len(options) == 16
     assert options == set(re.findall(r"^(--[a-z-]+)", output, re.MULTILINE))
     variables = set(re.findall(r"=\$\{([A-Z_]+):-", source))
-    assert len(variables) == 10
+    assert len(variables) == 11
     assert variables == set(re.findall(r"^--\S+ \S+ +([A-Z_]+) ", output, re.MULTILINE))
 
 
 def test_exported_variables_that_help_names_are_passed_on(docker: Programs) -> None:
     _, text = docker.run(["bash", LAUNCH, "--help"])
     (listed,) = re.findall(r"Exported variables that begin with (.+?)\.", text, re.DOTALL)
-    names = [name + "X" if name.endswith("_") else name for name in re.findall("[A-Z_]+", listed)]
-    assert len(names) == 10
-    command = dry(docker, "s", **dict.fromkeys(names, "1"), PYTHONPATH="/x")
-    passed = [b for a, b in zip(command, command[1:], strict=False) if a == "--env"]
-    assert passed == sorted(names)
+    names = [
+        name + "X" if name.endswith("_") else name for name in re.findall("[A-Z_]{3,}", listed)
+    ]
+    assert len(names) == 17
+    names += [name.lower() for name in names if name.endswith("_PROXY")]
+    internal = ("MEGAPOLY_STATUS_FILE", "MEGAPOLY_SOAK_PIDS")
+    other = {"PYTHONPATH": "/x", "AWS_SECRET_ACCESS_KEY": "x", "CUDA_VISIBLE_DEVICES": "0"}
+    command = dry(docker, "s", **dict.fromkeys([*names, *internal], "1"), **other)
+    assert passed(command) == sorted(names)
+    assert command[command.index("--gpus") + 1] == '"device=0"'
+
+
+def passed(command: list[str]) -> list[str]:
+    return [b for a, b in itertools.pairwise(command) if a == "--env"]
+
+
+def volumes(command: list[str]) -> list[str]:
+    return [b for a, b in itertools.pairwise(command) if a == "--volume"]
+
+
+def test_folders_of_caches_are_mounted_where_they_are(docker: Programs) -> None:
+    _, text = docker.run(["bash", LAUNCH, "--help"])
+    (listed,) = re.findall(r"mounted where it is: (.+?)\.", text, re.DOTALL)
+    names = re.findall("[A-Z_]+", listed)
+    assert len(names) == 8
+    scratch = f"{docker.folder}/scratch"
+    caches = {name: f"{scratch}/{name}" for name in names}
+    command = dry(docker, "s", **caches)
+    assert passed(command) == sorted(names)
+    mounted = [f"{folder}:{folder}" for folder in caches.values()]
+    assert sorted(volumes(command)[2:]) == sorted(mounted)
+    assert not Path(caches["HF_HOME"]).exists(), "a dry run makes nothing"
+    # One that is mounted already is not mounted again.
+    command = dry(docker, "--mount", f"{scratch}:{scratch}", "s", **caches)
+    assert volumes(command)[2:] == [f"{scratch}:{scratch}"] and passed(command) == sorted(names)
+    assert docker.run(["bash", LAUNCH, "s"], caches, cwd=docker.folder)[0] == 3
+    assert all(Path(folder).is_dir() for folder in caches.values())
+
+
+def test_paths_that_the_container_lacks_are_left_out_with_a_line(docker: Programs) -> None:
+    files = {"NCCL_TOPO_FILE": "/etc/nccl/topo.xml", "NCCL_DEBUG_FILE": "/dev/stderr"}
+    files |= {"UCX_LOG_FILE": "/scratch/../etc/ucx.log", "TORCH_LOGS_OUT": "/scratch/torch.log"}
+    line = ["bash", LAUNCH, "--dry-run", "--mount", "scratch:/scratch", "s"]
+    status, output = docker.run(line, files, cwd=docker.folder)
+    assert status == 0, output
+    *notes, command = output.splitlines()
+    assert [re.findall("[A-Z_]{5,}", each)[0] for each in notes] == [
+        "NCCL_TOPO_FILE",
+        "UCX_LOG_FILE",
+    ]
+    assert "(/etc/nccl/topo.xml)" in notes[0] and "--mount" in notes[0]
+    assert passed(shlex.split(command)) == ["NCCL_DEBUG_FILE", "TORCH_LOGS_OUT"]
+
+
+@pytest.mark.parametrize(
+    "visible, gpus, num_processes",
+    [
+        ("2,3", '"device=2,3"', "2"),
+        (
+            "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6",
+            '"device=GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"',
+            "1",
+        ),
+        ("MIG-1a/2/0,1:0", '"device=MIG-1a/2/0,1:0"', "2"),
+        ("1,-1,2", '"device=1"', "1"),  # CUDA reads it up to the first that is none
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(
+    docker: Programs, visible: str, gpus: str, num_processes: str
+) -> None:
+    command = dry(docker, "s", CUDA_VISIBLE_DEVICES=visible)
+    assert command[command.index("--gpus") + 1] == gpus
+    assert command[command.index("--nproc-per-node") + 1] == num_processes
+    # An explicit choice wins.
+    command = dry(docker, "--gpus", "7", "s", CUDA_VISIBLE_DEVICES=visible)
+    assert command[command.index("--gpus") + 1] == '"device=7"'
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_no_gpu_is_used_where_cuda_sees_none(docker: Programs, visible: str) -> None:
+    line = ["bash", LAUNCH, "--dry-run", "s"]
+    status, output = docker.run(line, {"CUDA_VISIBLE_DEVICES": visible}, cwd=docker.folder)
+    note, command = output.splitlines()
+    assert status == 0 and f"CUDA_VISIBLE_DEVICES ({visible})" in note
+    assert "--gpus" not in command and "megapoly:cpu" in command
+
+
+def test_podman_has_gpus_by_the_container_device_interface(docker: Programs) -> None:
+    command = dry(docker, "--engine", "podman", "--gpus", "0,GPU-8932f937", *MANY, *SCRIPT)
+    devices = [b for a, b in itertools.pairwise(command) if a == "--device"]
+    assert devices[:2] == ["nvidia.com/gpu=0", "nvidia.com/gpu=GPU-8932f937"]
+    assert command[0] == "podman" and "--gpus" not in command and "--no-healthcheck" in command
+    assert ["--security-opt", "label=disable"] == command[command.index("--security-opt") :][:2]
+    assert "nvidia.com/gpu=all" in dry(docker, "--engine=podman", "s")
+
+
+def test_podman_without_the_rights_of_root_keeps_the_caller_and_the_limits(
+    docker: Programs,
+) -> None:
+    docker.add("id", "print(1234)")
+    command = dry(docker, "--engine", "podman", "s")
+    assert ["--userns", "keep-id"] == command[command.index("--userns") :][:2]
+    assert "1234:1234" in command
+    limits = [b for a, b in itertools.pairwise(command) if a == "--ulimit"]
+    raised = subprocess.run(["bash", "-c", "ulimit -l unlimited"], capture_output=True)
+    assert limits == (["host"] if raised.returncode else ["memlock=-1", "stack=67108864"])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_nerdctl_has_an_option_only_if_it_knows_it(docker: Programs, knows: bool) -> None:
+    docker.add("nerdctl", f"print('--no-healthcheck' if {knows} else '')")
+    command = dry(docker, "--engine", "nerdctl", "--gpus", "0,1", "s")
+    assert command[0] == "nerdctl" and ("--no-healthcheck" in command) == knows
+    assert command[command.index("--gpus") + 1] == '"device=0,1"' and "--userns" not in command
+
+
+def test_the_engine_is_the_first_on_the_path(tmp_path: Path, programs: Programs) -> None:
+    """In a PATH of its own, since this machine may have engines."""
+    for name in ("bash", "id", "env", "grep", "sort", "head", "mkdir", "python3"):
+        (programs.path / name).symlink_to(shutil.which(name))
+
+    def chosen(*args: str) -> str:
+        line = ["bash", LAUNCH, "--dry-run", *args, "s"]
+        variables = {"PATH": str(programs.path)}
+        done = subprocess.run(
+            line, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    assert chosen().startswith("docker run "), "what a dry run shows without an engine"
+    programs.add("nerdctl")
+    assert chosen().startswith("nerdctl run ")
+    programs.add("podman")
+    assert chosen().startswith("podman run ")
+    programs.add("docker")
+    assert chosen().startswith("docker run ") and "--gpus all" in chosen()
+    assert chosen("--engine", "nerdctl").startswith("nerdctl run ")
+    # podman under docker's name, as a script and as a link: it would ignore --gpus.
+    (programs.path / "docker").write_text('#!/bin/sh\nexec /usr/bin/podman "$@"\n')
+    assert chosen().startswith("docker run ") and "nvidia.com/gpu=all" in chosen()
+    for name in ("docker", "podman"):
+        (programs.path / name).unlink()
+    (programs.path / "podman").write_text("#!/bin/sh\n")
+    (programs.path / "podman").chmod(0o755)
+    (programs.path / "docker").symlink_to("podman")
+    assert "nvidia.com/gpu=all" in chosen()
+
+
+def paths_of_script(name: str) -> set[str]:
+    (listed,) = re.findall(rf"^{name}='(.+)'$", Path(LAUNCH).read_text(), re.MULTILINE)
+    return set(listed.split("|"))
+
+
+def test_every_option_of_the_configuration_that_names_files_is_checked() -> None:
+    """Every option with free text is a path, or is named here as something else."""
+    no_path = {"model.activation", "training.eval_tasks", "training.skip_batches"}
+    no_path |= {"checkpoint.upload"}  # a URL
+    hints = typing.get_type_hints(Config)
+    fields = {"run_dir": hints["run_dir"]}
+    for section in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(hints[section.name]):
+            inner = typing.get_type_hints(hints[section.name])
+            fields |= {f"{section.name}.{name}": hint for name, hint in inner.items()}
+    text = {
+        name for name, hint in fields.items() if "str" in re.sub(r"Literal\[.*?\]", "", str(hint))
+    }
+    assert no_path < text
+    checked = paths_of_script("read_one") | paths_of_script("read_several")
+    checked |= paths_of_script("written")
+    assert checked == {"--config"} | {f"--{name}" for name in text - no_path}
 
 
 def test_sigterm_is_dockers(docker: Programs) -> None:
@@ -157,6 +340,8 @@ REFUSALS = {
     "gpus": (["--gpus", "two", "s"], ["--gpus", "(two)", "all, none", "0,1"]),
     "processes": (["--nproc-per-node", "eight", "s"], ["(eight)", "number of processes"]),
     "too many": (["--gpus", "0,1", "--nproc-per-node", "4", "s"], ["(4)", "--gpus", "(2)"]),
+    "unshared runs": (MANY[:-2] + ["s"], ["--runs", "not set", "share", "(8)"]),
+    "engine": (["--engine", "lxc", "s"], ["--engine", "(lxc)", "docker, podman or nerdctl"]),
     "gpu processes": (["--gpus", "none", "--nproc-per-node", "gpu", "s"], ["(gpu)", "(none)"]),
     "port": (["--nnodes", "2", "--rdzv-endpoint", "a:65536", "s"], ["(a:65536)", "65535"]),
     "bare IPv6": (["--nnodes", "2", "--rdzv-endpoint", "fd00::1:29500", "s"], ["[fd00::1]"]),
@@ -175,6 +360,29 @@ REFUSALS = {
     ),
     "run_dir of the image": (["s", "--run_dir=out/moe"], ["(out/moe)", "outlives"]),
     "run_dir read-only": (["--mount", ".:/x:ro", "s", "--run_dir", "/x/a"], ["(/x/a)"]),
+    "run_dir by way of runs": (["s", "--run_dir", "runs/../../x"], ["(runs/../../x)", "outlives"]),
+    "run_dir without value": (["s", "--run_dir"], ["`--run_dir`", "needs a value"]),
+    "run_dir before an option": (
+        ["s", "--run_dir", "--config=x"],
+        ["`--run_dir`", "needs a value"],
+    ),
+    "empty run_dir": (["s", "--run_dir="], ["`--run_dir`", "needs a value"]),
+    "cache": (["s", "--data.cache_dir", "/scratch/c"], ["--data.cache_dir", "outlives"]),
+    "cache of the image": (["s", "--data.cache_dir=cache"], ["--data.cache_dir", "(cache)"]),
+    "tokenizer": (["s", "--data.tokenizer", "../t.json"], ["(../t.json)", "--mount"]),
+    "tasks": (["s", "--training.eval_tasks_data=/q"], ["(/q)", "--mount /:/"]),
+    "checkpoint": (["s", "--checkpoint.load", "/old/run"], ["(/old/run)", "--mount /old:/old"]),
+    "blend": (["s", "--data.blend", "/tokens/a"], ["(/tokens/a)", "--mount /tokens:/tokens"]),
+    "second of a blend": (
+        ["s", "--data.blend", "[data/a, {path: '/tokens/b', weight: 2}]"],
+        ["(/tokens/b)", "--mount /tokens:/tokens"],
+    ),
+    "validation": (["s", "--data.validation", '{"wiki":["data/w","/v/x"]}'], ["(/v/x)"]),
+    "mount beside": (
+        ["--mount", "scratch:/tok", "s", "--data.tokenizer", "/tokens/t.json"],
+        ["(/tokens/t.json)"],
+    ),
+    "cache variable": (["s"], ["`HF_HOME`", "(cache/hf)", "from the root"]),
     "variable": (["--env", "A B", "s"], ["--env", "(A B)", "NAME"]),
     "config": (
         ["s", "--config", "/etc/my/c.yaml"],
@@ -185,7 +393,8 @@ REFUSALS = {
 
 @pytest.mark.parametrize("args, expected", REFUSALS.values(), ids=REFUSALS)
 def test_refuses(docker: Programs, args: list[str], expected: list[str]) -> None:
-    status, output = docker.run(["bash", LAUNCH, *args], cwd=docker.folder)
+    variables = {"HF_HOME": "cache/hf"} if "`HF_HOME`" in expected else {}
+    status, output = docker.run(["bash", LAUNCH, *args], variables, cwd=docker.folder)
     assert status == 2
     assert len(output.splitlines()) == 1 and output.startswith("docker/launch.sh: ")
     assert [word for word in expected if word not in output] == []
@@ -210,6 +419,19 @@ def test_folders_are_those_of_this_folder(docker: Programs) -> None:
     command = dry(docker, *args, CDPATH=str(elsewhere))
     assert f"{docker.folder}/data:/opt/megapoly/data:ro" in command
     assert f"{docker.folder}/scratch:/scratch" in command
+    paths = [
+        "--data.tokenizer",
+        "/scratch/../scratch/t.json",
+        "--checkpoint.load",
+        "s3://bucket/run",
+    ]
+    paths += [
+        "--data.blend",
+        "[data/a, /scratch/b, 's3://bucket/c', gs://d/e]",
+        "--run_dir=runs/./a",
+    ]
+    paths += ["--data.cache_dir", "null", "--training.eval_tasks_data", "/opt/megapoly/tests"]
+    assert dry(docker, "--mount", "scratch:/scratch/", "s", *paths)[-len(paths) :] == paths
     # The checkout in place of the image's.
     args = ["--mount", ".:/opt/megapoly", "s", "--run_dir=out/a"]
     assert dry(docker, *args)[-1] == "--run_dir=out/a"
@@ -226,7 +448,7 @@ def test_gpus_by_uuid_and_their_parts(docker: Programs, gpus: str, num_processes
 
 
 def test_node_0_by_its_ipv6_address(docker: Programs) -> None:
-    command = dry(docker, *MANY[:4], "--rdzv-endpoint", "[fd00::1]:29500", "s")
+    command = dry(docker, *MANY, "--rdzv-endpoint", "[fd00::1]:29500", "s")
     assert command[command.index("--master-addr") :][:4] == [
         *["--master-addr", "fd00::1", "--master-port", "29500"]
     ]
@@ -240,7 +462,7 @@ def test_refusals_name_the_variables_that_count(docker: Programs) -> None:
 
 def test_without_docker_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for name in ("bash", "id", "env"):
+    for name in ("bash", "id", "env", "grep", "sort", "head"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     done = subprocess.run(
         ["bash", LAUNCH, "s"],
@@ -249,7 +471,8 @@ def test_without_docker_nothing_is_made(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 127 and "docker must be on the PATH" in done.stderr
+    assert done.returncode == 127
+    assert "docker, podman or nerdctl must be on the PATH" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -130,7 +130,7 @@ class Run:
         self.folder, self.status_file = folder / "run", folder / "host" / "status"
         self.folder.mkdir()
         self.status_file.parent.mkdir()
-        for name in ("RANK", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "JOBSET_NAME"):
+        for name in ("RANK", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "JOBSET_UID", "JOBSET_NAME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(launcher.STATUS_FILE, str(self.status_file))
 

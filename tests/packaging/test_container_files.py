@@ -99,6 +99,8 @@ def test_image_runs_as_a_user_and_asks_doctor(dockerfile: str) -> None:
     (check,) = [rest for word, rest in found if word == "HEALTHCHECK"]
     assert check.endswith('CMD ["megapoly", "doctor"]')
     (base,) = [rest for word, rest in found if word == "FROM"]
+    defaults = dict(rest.split("=", 1) for word, rest in found if word == "ARG")
+    base = defaults[base.removeprefix("$")] if base.startswith("$") else base
     assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", base), "a stated release"
     # Any user may write there (--user), and nothing in a home folder of the build is needed.
     assert any("chmod 0777 /home/megapoly" in rest for word, rest in found if word == "RUN")
@@ -134,7 +136,8 @@ def test_gpu_image_has_what_setup_takes() -> None:
 def test_gpu_image_keeps_its_packages() -> None:
     (install,) = [rest for _, rest in instructions("docker/Dockerfile") if "pip install" in rest]
     steps = [" ".join(step.split()) for step in install.split("&&")]
-    pins = steps.index("python docker/pins.py docker/constraints.txt >/tmp/pins.txt")
+    files = 'docker/constraints.txt ${PINS:+"$PINS"}'
+    pins = steps.index(f"python docker/pins.py {files} >/tmp/pins.txt")
     (pip,) = [step for step in steps if step.startswith("pip install")]
     assert "--constraint /tmp/pins.txt " in pip and steps.index(pip) > pins
 
@@ -146,12 +149,28 @@ def test_pins_leave_out_what_the_image_brings(tmp_path: Path) -> None:
     lines = ["# comment", "PyYAML==6.0.3", "flash_attn==2.8", "lm_eval==0.4.13", ""]
     kept = module.pins_of_absent(lines, ["pyyaml", "Flash-Attn", "torch"])
     assert kept == ["lm_eval==0.4.13"]
+    # Those of a later file replace those of an earlier one.
+    assert module.pins_of_absent([*lines, "lm-eval==1.0"], ["PyYAML", "flash-attn"]) == [
+        "lm-eval==1.0"
+    ]
     # The command, in this environment: torch is installed, and so is not printed.
     file = tmp_path / "pins.txt"
     file.write_text("torch==2.13.0\nnot-to-be-found==1.0\n")
     command = [sys.executable, str(ROOT / "docker/pins.py"), str(file)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert printed == "not-to-be-found==1.0\n"
+
+
+def test_the_other_base_is_for_an_engine_that_setup_does_not_take_yet() -> None:
+    """As docker/Dockerfile says of it; an entry of its table when it does."""
+    text = (ROOT / "docker/constraints-26.06.txt").read_text()
+    (pin,) = [line for line in text.splitlines() if line and not line.startswith("#")]
+    name, _, version = pin.partition("==")
+    assert name == "megatron-core"
+    (engine,) = [each for each in requirements()["train"] if each.name == name]
+    assert pins()[name] in engine.specifier and version not in engine.specifier
+    dockerfile = (ROOT / "docker/Dockerfile").read_text()
+    assert f"#     {version} " in dockerfile and "docker/constraints-26.06.txt" in dockerfile
 
 
 @needs_make

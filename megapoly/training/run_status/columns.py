@@ -80,7 +80,8 @@ def ago(age_s: float | None) -> str:
 def eta(run: Watched) -> str:
     """Return the time to the end of a run that trains."""
     eta_s = run.status.eta_s
-    return UNKNOWN if eta_s is None or not run.status.is_running else duration(eta_s)
+    is_advancing = run.status.is_running and run.health.is_well
+    return duration(eta_s) if eta_s is not None and is_advancing else UNKNOWN
 
 
 def _validation(run: Watched) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
@@ -38,8 +39,16 @@ def show(runs: Sequence[Watched], console: Console) -> RenderableType:
     if len(runs) == 1:
         return _detail(runs[0], console.width)
     ill = [run for run in runs if not run.health.is_well]
-    notes = [Text(f"{run.folder}: {run.health.sentence}", style="red") for run in ill]
+    notes = [Text(_shortened(run, 2 * console.width), style="red") for run in ill]
     return Group(_table(runs, console.width), *notes)
+
+
+def _shortened(run: Watched, longest: int) -> str:
+    """Return what is wrong with a run, in two lines; in detail it is shown whole."""
+    # Lines end at words, so that two of them hold somewhat less.
+    return textwrap.shorten(
+        f"{run.folder}: {run.health.sentence}", longest - 12, placeholder=" ..."
+    )
 
 
 def _table(runs: Sequence[Watched], width: int) -> Table:
@@ -83,9 +92,10 @@ def _detail(run: Watched, width: int) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(overflow="fold", max_width=max(20, width - 14))
-    head = Text(run.health.state, style=_style(run))
+    state, sentence = run.health.state, run.health.sentence
+    rest = sentence.removeprefix(state) if sentence.startswith(state) else f": {sentence}"
     grid.add_row("run", Text(str(run.folder)))
-    grid.add_row("state", Text.assemble(head, f": {run.health.sentence}"))
+    grid.add_row("state", Text.assemble(Text(state, style=_style(run)), rest))
     if status.train_iters:
         bar = ProgressBar(total=status.train_iters, completed=status.step, width=_BAR)
         share = f"{steps(run)}, {status.step / status.train_iters:.1%}{_left(run)}"
@@ -112,8 +122,8 @@ def _details(run: Watched) -> list[tuple[str, str]]:
     optimizer = [
         _named("grad norm", status.grad_norm, ".3f"),
         _named("lr", status.learning_rate, ".2e"),
-        number(status.spikes, "d", " spikes"),
-        number(status.skipped_steps, "d", " skipped"),
+        _named("spikes", status.spikes, "d"),
+        _named("skipped", status.skipped_steps, "d"),
     ]
     job = [
         "" if status.pid is None else f"process {status.pid} on {status.host}",
@@ -150,7 +160,8 @@ def _checkpoint(run: Watched) -> str:
     status = run.status
     saved = status.checkpoint
     step = 0 if saved is None else saved.step
-    name = "none yet" if saved is None else f"{saved.path.rpartition('/')[2]}"
+    nothing = "none yet" if status.is_running else "none"
+    name = nothing if saved is None else saved.path.rpartition("/")[2]
     if saved is not None and saved.time is not None:
         name += f", saved {ago(run.now - saved.time)}"
     at_risk = status.step - step

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megapoly.platform import files
+from megapoly.training.run_status.metrics import METRICS
 from megapoly.training.run_status.record import (
     NAME,
     RunStatus,
@@ -117,3 +118,12 @@ def test_readers_never_see_a_part_and_a_full_disk_takes_it_in_place(tmp_path, mo
     with pytest.raises(OSError, match="No space"):
         files.replace_text(tmp_path / "b.json", "x")
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_page_has_every_field_and_every_metric():
+    page = (Path(__file__).parents[3] / "docs/how-to/watch.md").read_text()
+    rows = {line.split("`")[1] for line in page.splitlines() if line.startswith("| `")}
+    assert {field.name for field in fields(RunStatus)} <= rows
+    assert {metric.name for metric in METRICS} <= rows
+    for metric in METRICS:
+        assert f"| `{metric.name}` | {metric.help} |" in page
