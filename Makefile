@@ -7,7 +7,8 @@
 # make test       the CPU test suite
 # make test-slow  checks that take minutes each: the wheel in an empty environment, two hosts, ...
 # make test-parallel   every kind of parallel layout and their combinations, on up to 8 processes
-# make test-cluster    hosts as namespaces; needs root and iproute2
+# make test-cluster    Slurm itself and hosts that are lost, on network namespaces of this machine; needs
+#                 root and packages, on Debian: apt-get install slurm-wlm munge iproute2 util-linux
 # make check      lint, format, types and import order of the code; Dockerfiles, shell scripts, the
 #                 documentation
 # make docs       the documentation, in runs/site
@@ -34,7 +35,7 @@ INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_TEST := $(VENV)/.installed-test
 
 DOCKERFILES := docker/Dockerfile docker/Dockerfile.cpu
-SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/paper/paper.sh examples/slurm/pretrain.sbatch
+SHELL_SCRIPTS := .ci/run docker/launch.sh $(wildcard examples/data/*.sh) examples/paper/paper.sh examples/slurm/pretrain.sbatch examples/slurm/node.sh
 # Shell to the line with `exec`, Python after it.
 SHELL_AND_PYTHON := examples/pretrain_dense.sh examples/pretrain_moe.sh
 
@@ -56,7 +57,7 @@ paper-full: $(INSTALLED_PAPER)
 # for each process: more threads than cores wait for each other and keep the cores busy meanwhile.
 # tests/conftest.py orders the files.
 PYTEST_BY_FILES := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
-test test-slow: export OMP_NUM_THREADS := 1
+test test-slow test-cluster: export OMP_NUM_THREADS := 1
 
 test: $(INSTALLED_TEST)
 	$(PYTEST_BY_FILES) -n 3
@@ -68,7 +69,7 @@ test-parallel: $(INSTALLED_TEST)
 	$(BIN)/python -m pytest -m parallel
 
 test-cluster: $(INSTALLED_TEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster --durations=0
 
 # Not in .venv: torch there is a build for CPU unless TORCH says else, and a container brings its own,
 # with other packages, whose warnings are not errors. Only GPU_REPORT is written.

@@ -59,6 +59,7 @@ read_one='--config|--data.tokenizer|--training.eval_tasks_data|--checkpoint.load
 read_several='--data.blend|--data.validation'
 # .. and to write, which must outlive the container.
 written='--run_dir|--data.cache_dir'
+written_several='--logging.export' # as prometheus:/DIR/NAME.prom, among URLs
 passed_prefixes='FI_|MEGAPOLY_|NCCL_|NVTE_|OTEL_|TORCH_|UCX_'
 passed_names='CUDA_DEVICE_MAX_CONNECTIONS|GLOO_SOCKET_IFNAME|HF_HUB_OFFLINE|HF_TOKEN|OMP_NUM_THREADS'
 passed_names+='|PYTORCH_ALLOC_CONF|PYTORCH_CUDA_ALLOC_CONF|HTTPS_PROXY|HTTP_PROXY|NO_PROXY'
@@ -375,7 +376,7 @@ check_paths_of_program() {
     local i option value next
     for ((i = 1; i < ${#script[@]}; i++)); do
         option=${script[i]%%=*}
-        [[ "|$read_one|$read_several|$written|" == *"|$option|"* ]] || continue
+        [[ "|$read_one|$read_several|$written|$written_several|" == *"|$option|"* ]] || continue
         next=${script[i + 1]}
         if [[ ${script[i]} == *=* ]]; then value=${script[i]#*=}; else value=$next; fi
         [[ -n $value && $value != --* ]] || refuse "\`$option\` needs a value, a path"
@@ -384,7 +385,7 @@ check_paths_of_program() {
         elif [[ "|$read_one|" == *"|$option|"* ]]; then
             check_read "$option" "$value"
         else
-            check_each_read "$option" "$value"
+            check_each "$option" "$value"
         fi
     done
 }
@@ -403,10 +404,16 @@ ${targets[*]}; add \`--mount ${folder:-/}:${folder:-/}\`"
 }
 
 # In a list or mapping, as [data/a, {path: /scratch/b, weight: 2}].
-check_each_read() {
+check_each() {
     local part parts separators=$'[]{},"\' \t\n'
     IFS=$separators read -r -d '' -a parts <<<"$2" || true
-    for part in "${parts[@]}"; do check_read "$1" "$part"; done
+    for part in "${parts[@]}"; do
+        case "|$written_several|/$part" in
+        *"|$1|/prometheus:"*) check_written "$1" "${part#prometheus:}" ;;
+        *"|$1|/"*) ;;
+        *) check_read "$1" "$part" ;;
+        esac
+    done
 }
 
 # By name: values stay out of the process list and of --dry-run.

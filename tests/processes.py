@@ -25,6 +25,7 @@ _SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER in linux/prctl.h
 # Started once for all tests of a session, by the standard library and by torch.compile.
 _SHARED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "compile_worker")
 _started: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
+_kept: set[int] = set()
 
 
 def follow_processes() -> None:
@@ -45,7 +46,13 @@ def children() -> set[int]:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(FileNotFoundError):  # a thread that has ended
             pids.update(map(int, (task / "children").read_text().split()))
+    pids -= _kept
     return {pid for pid in pids if not any(name in _command(pid) for name in _SHARED)}
+
+
+def keep(process: subprocess.Popen[Any], yes: bool = True) -> None:
+    """Let a process outlive the test that starts it: a fixture of several tests ends it."""
+    (_kept.add if yes else _kept.discard)(process.pid)
 
 
 def end_new_children(before: Collection[int]) -> list[str]:
@@ -71,7 +78,7 @@ def end_new_children(before: Collection[int]) -> list[str]:
                     os.waitpid(pid, 0)
     for pid, process in unfinished.items():
         for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None and pid not in before:
+            if pipe is not None and pid not in before and pid not in _kept:
                 pipe.close()
     return running
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from processes import children, end_new_children, names, num_lines, wait_until
+from processes import children, end_new_children, keep, names, num_lines, wait_until
 
 SHELL = "echo begun; sleep 1000 & echo $!; wait"
 
@@ -22,6 +22,15 @@ def test_a_process_and_its_children_end(session: bool) -> None:
     assert process.returncode == -9 and process.stdout.closed
     assert not Path(f"/proc/{grandchild}").exists()
     assert end_new_children(before) == []
+
+
+def test_a_process_that_is_kept_stays_until_its_fixture_ends_it() -> None:
+    before = children()
+    process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    keep(process)
+    assert end_new_children(before) == []
+    assert process.communicate("still here") == ("still here", None)
+    keep(process, False)
 
 
 def test_orphans_end_and_are_no_fault_of_the_test() -> None:

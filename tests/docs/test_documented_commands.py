@@ -20,7 +20,8 @@ from megapoly.config.parsing import override, parse
 from megapoly.config.recipes import recipe_path
 
 # Of other projects. What they start of ours is parsed below.
-OTHERS = {"cd", "du", "enroot", "git", "kubectl", "mkdir", "scancel", "sky", "tensorboard", "vllm"}
+OTHERS = {"apptainer", "cd", "du", "enroot", "git", "kubectl", "mkdir", "scancel", "scontrol"}
+OTHERS |= {"sky", "tensorboard", "vllm"}
 # They take fields of the configuration besides their own options.
 WITH_OVERRIDES = {"analyze", "check-parallel", "compare", "evaluate", "plan", "soak"}
 FOUND = [(page, words) for page in PAGES for words in commands(page)]

@@ -43,7 +43,7 @@ def test_named_files_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_modules_exist(page):
     for dotted in re.findall(r"\bmegapoly(?:\.\w+)+", page.read_text()):
-        if not dotted.endswith((".git", ".sqsh")):
+        if not dotted.endswith((".git", ".sif", ".sqsh")):
             resolve(dotted)
 
 

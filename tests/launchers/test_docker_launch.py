@@ -295,7 +295,7 @@ def test_the_engine_is_the_first_on_the_path(tmp_path: Path, programs: Programs)
 
 
 def paths_of_script(name: str) -> set[str]:
-    (listed,) = re.findall(rf"^{name}='(.+)'$", Path(LAUNCH).read_text(), re.MULTILINE)
+    (listed,) = re.findall(rf"^{name}='(.+?)'", Path(LAUNCH).read_text(), re.MULTILINE)
     return set(listed.split("|"))
 
 
@@ -314,7 +314,7 @@ def test_every_option_of_the_configuration_that_names_files_is_checked() -> None
     }
     assert no_path < text
     checked = paths_of_script("read_one") | paths_of_script("read_several")
-    checked |= paths_of_script("written")
+    checked |= paths_of_script("written") | paths_of_script("written_several")
     assert checked == {"--config"} | {f"--{name}" for name in text - no_path}
 
 
@@ -368,6 +368,10 @@ REFUSALS = {
     ),
     "empty run_dir": (["s", "--run_dir="], ["`--run_dir`", "needs a value"]),
     "cache": (["s", "--data.cache_dir", "/scratch/c"], ["--data.cache_dir", "outlives"]),
+    "export": (
+        ["s", "--logging.export", "[otlp:http://host:4318, prometheus:/var/lib/m.prom]"],
+        ["(/var/lib/m.prom)", "outlives", "--mount"],
+    ),
     "cache of the image": (["s", "--data.cache_dir=cache"], ["--data.cache_dir", "(cache)"]),
     "tokenizer": (["s", "--data.tokenizer", "../t.json"], ["(../t.json)", "--mount"]),
     "tasks": (["s", "--training.eval_tasks_data=/q"], ["(/q)", "--mount /:/"]),
@@ -430,6 +434,7 @@ def test_folders_are_those_of_this_folder(docker: Programs) -> None:
         "[data/a, /scratch/b, 's3://bucket/c', gs://d/e]",
         "--run_dir=runs/./a",
     ]
+    paths += ["--logging.export", "[prometheus:/scratch/m.prom, 'otlp:http://host:4318/v1']"]
     paths += ["--data.cache_dir", "null", "--training.eval_tasks_data", "/opt/megapoly/tests"]
     assert dry(docker, "--mount", "scratch:/scratch/", "s", *paths)[-len(paths) :] == paths
     # The checkout in place of the image's.

@@ -18,43 +18,59 @@ from megapoly.platform.machine import Machine
 from megapoly.testing.jobs import shared_cache
 
 SBATCH = ROOT / "examples/slurm/pretrain.sbatch"
+NODE = ROOT / "examples/slurm/node.sh"
 MOE = ["examples/pretrain_moe.sh", "--config", "examples/configs/moe_7b_paper.yaml"]
 JOB = {
+    "ENVIRONMENT": "BATCH",
     "SLURM_SUBMIT_DIR": str(ROOT),
     "SLURM_JOB_ID": "4711",
-    "SLURM_JOB_NODELIST": "gpu[07-08]",
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_JOB_END_TIME": str(int(time.time()) + 24 * 3600),
-    "SLURM_CPUS_ON_NODE": "128",
-    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_CPUS_PER_NODE": "128,96(x1)",
 }
-# Stand-ins for Slurm's programs. `srun` starts a task for each node on this machine, with the same
-# arguments, and forwards the signals of `scancel`; its status is the highest.
-SCONTROL = "if args[0] == 'show': print('gpu07\\ngpu08')\n"
-SRUN_ENDS = "sys.exit(int(os.environ['SRUN_STATUS']))\n"
-SRUN_WAITS = """
+# Stand-ins for Slurm's programs, for what the Slurm of tests/cluster cannot show or takes long for.
+# `srun` answers for both nodes where they are looked at; then it ends, waits, or starts a task for
+# each node on this machine, with the same arguments, and its status is the highest.
+SRUN_LOOKS = """
+if args == ['--help']:
+    print('--container-image=... [pyxis]')
+    sys.exit()
+if 'look' in args:
+    for node, name in enumerate(os.environ.get('NODES', 'gpu07 gpu08').split()):
+        print('look', node, name, 8, args[-1] if node == 0 else '-')
+    sys.exit()
+"""
+SRUN_ENDS = SRUN_LOOKS + "sys.exit(int(os.environ['SRUN_STATUS']))\n"
+SRUN_WAITS = (
+    SRUN_LOOKS
+    + """
 while not (folder / 'scancel.jsonl').exists():
     time.sleep(0.02)
 sys.exit(75)
 """
-SRUN_RUNS = """
+)
+SRUN_RUNS = (
+    SRUN_LOOKS
+    + """
 count = int(args[args.index('--ntasks') + 1])
-task = args[args.index('sh'):]
+task = args[args.index('bash'):]
 tasks = [
-    subprocess.Popen(task, env=os.environ | {'SLURM_NODEID': str(node)}) for node in range(count)
+    subprocess.Popen(task, env=os.environ | {'SLURM_NODEID': str(node)}, start_new_session=True)
+    for node in range(count)
 ]
 (folder / 'pids').write_text(' '.join(str(task.pid) for task in tasks))
 sys.exit(max(task.wait() for task in tasks))
 """
+)
 SCANCEL_SIGNALS = """
 for pid in (folder / 'pids').read_text().split():
-    os.kill(int(pid), signal.SIGTERM)
+    os.killpg(int(pid), signal.SIGTERM)
 """
 
 
 @pytest.fixture
 def slurm(programs: Programs) -> Programs:
-    programs.add("scontrol", SCONTROL)
+    programs.add("scontrol")
     programs.add("scancel")
     programs.add("srun", SRUN_ENDS)
     return programs
@@ -64,17 +80,24 @@ def requeued(slurm: Programs) -> bool:
     return ["requeue", "4711"] in slurm.calls("scontrol")
 
 
+def started(slurm: Programs) -> list[list[str]]:
+    """Return the calls of srun that start launchers."""
+    return [call for call in slurm.calls("srun") if "launch" in call]
+
+
 def test_a_launcher_on_each_node(slurm: Programs) -> None:
     more = ["--run_dir", "/shared/a b"]
     variables = JOB | {"SRUN_STATUS": "0"}
     status, output = slurm.run(["bash", str(SBATCH), *MOE, *more], variables)
     assert status == 0, output
-    assert slurm.calls("scontrol") == [["show", "hostnames", "gpu[07-08]"]]
-    (call,) = slurm.calls("srun")
+    assert slurm.calls("scontrol") == []  # with the variable, nothing else is asked
+    step = ["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
+    step += ["--cpus-per-task", "96", "--cpu-bind", "none"]  # the fewest of a node
+    looks, call = slurm.calls("srun")
+    node = ["bash", "examples/slurm/node.sh"]
+    assert looks == [*step, "--quiet", *node, "look", "24711"]
     assert call == [
-        *["--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"],
-        *["--cpus-per-task", "128", "--cpu-bind", "none", "--wait", "600"],
-        *["sh", "-c", 'exec megapoly-launch --node-rank "$SLURM_NODEID" "$@"', "sh"],
+        *[*step, "--wait", "600", *node, "launch"],
         *["--nnodes", "2", "--nproc-per-node", "8"],
         *["--master-addr", "gpu07", "--master-port", "24711", *MOE, *more],
     ]
@@ -82,13 +105,13 @@ def test_a_launcher_on_each_node(slurm: Programs) -> None:
 
 def test_in_a_container(slurm: Programs) -> None:
     names = ["PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "MEGAPOLY_STOPPED_STATUS"]
-    slurm.add("srun", f"print([os.environ.get(name) for name in {names}])\n")
+    slurm.add("srun", SRUN_LOOKS + f"print([os.environ.get(name) for name in {names}])\n")
     variables = JOB | {"CONTAINER": "megapoly.sqsh", "PYTHONPATH": "/opt/modules/python"}
     variables |= {"MOUNTS": "/shared:/shared", "NPROC_PER_NODE": "4", "MASTER_PORT": "1234"}
     status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
     assert status == 0 and output.endswith("[None, None, '1', '75']\n"), output
-    (call,) = slurm.calls("srun")
-    container = call[call.index("--wait") + 2 : call.index("sh")]
+    (call,) = started(slurm)
+    container = call[call.index("--wait") + 2 : call.index("bash")]
     assert container == [
         *["--container-image", "megapoly.sqsh"],
         *["--container-mounts", f"{ROOT}:/opt/megapoly,/shared:/shared"],
@@ -99,11 +122,21 @@ def test_in_a_container(slurm: Programs) -> None:
     assert call[call.index("--master-port") + 1] == "1234"
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 137])
-def test_complete_and_failed_jobs_stay_so(slurm: Programs, status: int) -> None:
+@pytest.mark.parametrize(
+    "status, expected", [(0, 0), (1, 1), (127, 127), (201, 1), (202, 2), (203, 3)]
+)
+def test_complete_and_failed_jobs_stay_so(slurm: Programs, status: int, expected: int) -> None:
     variables = JOB | {"SRUN_STATUS": str(status)}
-    assert slurm.run(["bash", str(SBATCH), *MOE], variables)[0] == status
+    assert slurm.run(["bash", str(SBATCH), *MOE], variables)[0] == expected
     assert not requeued(slurm)
+
+
+@pytest.mark.parametrize("status", [4, 5, 137, 139, 253])
+def test_lost_jobs_are_requeued(slurm: Programs, status: int) -> None:
+    """Slurm's status of a step that was killed for its memory is 253."""
+    variables = JOB | {"SRUN_STATUS": str(status)}
+    assert slurm.run(["bash", str(SBATCH), *MOE], variables)[0] == 0
+    assert requeued(slurm)
 
 
 def test_preempted_job_is_requeued_but_not_for_ever(slurm: Programs) -> None:
@@ -124,7 +157,7 @@ def test_task_of_an_array_is_requeued_alone(slurm: Programs) -> None:
     slurm.add("srun", SRUN_WAITS)
     variables = JOB | {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "1"}
     process = slurm.start(["bash", str(SBATCH), *MOE], variables)
-    wait_until(lambda: bool(slurm.calls("srun")), process)
+    wait_until(lambda: bool(started(slurm)), process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -137,7 +170,7 @@ def test_less_time_than_the_signal_has_is_no_loop(slurm: Programs) -> None:
     slurm.add("srun", SRUN_WAITS)
     variables = JOB | {"SLURM_JOB_END_TIME": str(int(time.time()) + 590)}
     process = slurm.start(["bash", str(SBATCH), *MOE], variables)
-    wait_until(lambda: bool(slurm.calls("srun")), process)
+    wait_until(lambda: bool(started(slurm)), process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate()
     assert process.returncode == 75 and "`--time`" in output and not requeued(slurm)
@@ -149,7 +182,7 @@ def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
     slurm.add("srun", SRUN_WAITS)
     slurm.add("scancel", "" if known else "sys.exit('Invalid job id specified')")
     process = slurm.start(["bash", str(SBATCH), *MOE], JOB)
-    wait_until(lambda: bool(slurm.calls("srun")), process)
+    wait_until(lambda: bool(started(slurm)), process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
     assert process.returncode == 0 and "cancelled" in output and "Invalid" not in output
@@ -163,9 +196,17 @@ def test_cancelled_job_is_not_requeued(slurm: Programs, known: bool) -> None:
         ([], {}, ["(not named)", "examples/pretrain_moe.sh"]),
         (["pretrain.sh"], {}, ["(pretrain.sh)", "checkout"]),
         (["README.md"], {"SLURM_SUBMIT_DIR": str(ROOT / "tests")}, ["README.md", "tests"]),
-        (MOE, {"SLURM_GPUS_ON_NODE": ""}, ["NPROC_PER_NODE", "not set", "--gpus-per-node 8"]),
         (MOE, {"NPROC_PER_NODE": "all"}, ["NPROC_PER_NODE", "(all"]),
         (MOE, {"MAX_REQUEUES": "-1"}, ["MAX_REQUEUES", "(-1)"]),
+        (MOE, {"MASTER_PORT": "http"}, ["`MASTER_PORT` (http)", "1 to 65535"]),
+        (MOE, {"MASTER_PORT": "65536"}, ["`MASTER_PORT` (65536)"]),
+        (MOE, {"MASTER_PORT": "0"}, ["`MASTER_PORT` (0)"]),
+        (MOE, {"CONTAINER_RUNTIME": "docker"}, ["`CONTAINER_RUNTIME` (docker)", "pyxis or"]),
+        (MOE, {"SLURM_JOB_CPUS_PER_NODE": ""}, ["`SLURM_JOB_CPUS_PER_NODE` must be set"]),
+        (MOE, {"SLURM_JOB_NUM_NODES": ""}, ["`SLURM_JOB_NUM_NODES` must be set"]),
+        (MOE, {"SLURM_JOB_ID": ""}, ["a job for sbatch"]),
+        (MOE, {"SLURM_STEP_ID": "0"}, ["srun starts this once for each task"]),
+        (MOE, {"ENVIRONMENT": ""}, ["salloc"]),
     ],
 )
 def test_slurm_script_refuses(
@@ -177,17 +218,78 @@ def test_slurm_script_refuses(
     assert slurm.calls("srun") == []
 
 
-def test_no_launcher_starts_where_the_first_node_is_not_known(slurm: Programs) -> None:
-    slurm.add("scontrol", "sys.exit('scontrol: Zero Bytes were transmitted or received')\n")
-    status, output = slurm.run(["bash", str(SBATCH), *MOE], JOB | {"SRUN_STATUS": "0"})
-    assert status == 1 and "Zero Bytes" in output and slurm.calls("srun") == []
+def test_no_launcher_starts_where_a_node_does_not_answer(slurm: Programs) -> None:
+    variables = JOB | {"SRUN_STATUS": "0", "NODES": "gpu07"}
+    status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
+    assert status == 2 and "not all of the 2 nodes answered" in output and started(slurm) == []
+
+
+def test_in_apptainers_container(tmp_path: Path, slurm: Programs) -> None:
+    """Apptainer could not be had: what node.sh calls, with the options of its documentation."""
+    slurm.add("srun", SRUN_RUNS)
+    slurm.add("apptainer", "print(os.environ.get('PYTHONPATH'))\n")
+    variables = JOB | {"CONTAINER": "docker://megapoly:gpu", "MOUNTS": "/shared:/shared:ro"}
+    variables |= {"SLURM_JOB_NUM_NODES": "1", "NODES": "gpu07", "PYTHONPATH": "/opt/modules"}
+    status, output = slurm.run(["bash", str(SBATCH), *MOE], variables)
+    assert status == 0 and "None\n" in output, output
+    (call,) = started(slurm)
+    assert "--container-image" not in call
+    (call,) = slurm.calls("apptainer")
+    names = "MEGAPOLY_STOPPED_STATUS=75,PYTHONNOUSERSITE=1,PYTHONUNBUFFERED=1,SLURM_JOB_ID=4711"
+    assert call[:10] == [
+        *["exec", "--nv", "--writable-tmpfs", "--env", names, "--pwd", "/opt/megapoly"],
+        *["--bind", f"{ROOT}:/opt/megapoly,/shared:/shared:ro", "docker://megapoly:gpu"],
+    ]
+    assert call[10:15] == ["megapoly-launch", "--node-rank", "0", "--nnodes", "1"]
+
+
+@pytest.mark.parametrize(
+    "image, runtime, expected",
+    [
+        ("megapoly.sif", None, "apptainer"),
+        ("docker://megapoly:gpu", None, "apptainer"),
+        ("megapoly.sqsh", None, "pyxis"),
+        ("nvcr.io#nvidia/pytorch:26.01-py3", None, "pyxis"),
+        ("docker://megapoly:gpu", "pyxis", "pyxis"),
+        ("sandbox", "apptainer", "apptainer"),
+    ],
+)
+def test_the_image_says_its_runtime(
+    slurm: Programs, image: str, runtime: str | None, expected: str
+) -> None:
+    slurm.add("apptainer")
+    variables = JOB | {"CONTAINER": image, "SRUN_STATUS": "0"}
+    variables |= {} if runtime is None else {"CONTAINER_RUNTIME": runtime}
+    assert slurm.run(["bash", str(SBATCH), *MOE], variables)[0] == 0
+    (call,) = started(slurm)
+    assert ("--container-image" in call) == (expected == "pyxis")
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1"}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,5"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-1a2b"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 0),
+        ({}, 2),  # those of nvidia-smi
+    ],
+)
+def test_gpus_of_a_node(programs: Programs, variables: dict[str, str], expected: int) -> None:
+    gpu = "GPU {}: NVIDIA H100 (UUID: GPU-{})"
+    programs.add("nvidia-smi", f"print({gpu.format(0, 1)!r}, {gpu.format(1, 2)!r}, sep='\\n')\n")
+    look = ["bash", str(NODE), "look", "24711"]
+    of_node = {"SLURM_NODEID": "1", "SLURMD_NODENAME": "gpu08"}
+    status, output = programs.run(look, of_node | variables)
+    assert status == 0 and output == f"look 1 gpu08 {expected} -\n"
 
 
 def test_the_papers_jobs_fit_their_nodes() -> None:
     """Check the commands at the head of the file against the GPUs that it requests for a node."""
     text = SBATCH.read_text()
     head = text[: text.index("#SBATCH")].replace("# ", "").replace("\\\n", " ")
-    (gpus,) = re.findall(r"^#SBATCH --gpus-per-node=(\d+)$", text, re.MULTILINE)
+    (gpus,) = re.findall(r"^#SBATCH --gres=gpu:(\d+)$", text, re.MULTILINE)
     jobs = {}
     for line in re.findall(r"^ +sbatch (.+)$", head, re.MULTILINE):
         args = shlex.split(line)
@@ -214,13 +316,12 @@ def test_options_reach_sbatch_before_the_first_command() -> None:
 
 def test_saves_and_resumes_in_a_container(tmp_path: Path, slurm: Programs) -> None:
     """Two nodes, USR1, the queue; docker/launch.sh, with a stand-in for docker, ends the run."""
-    slurm.add("scontrol", "print('localhost')\n")
     slurm.add("scancel", SCANCEL_SIGNALS)
     slurm.add("srun", SRUN_RUNS)
     run_dir = tmp_path / "runs" / "one"
     options = [*TINY, "--run_dir", str(run_dir), "--data.cache_dir", shared_cache().name]
     script = ["examples/pretrain_dense.sh", *options]
-    variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    variables = JOB | {"NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "NODES": "localhost other"}
     args = ["bash", str(SBATCH), *script, "--training.train_iters", "400"]
     process = slurm.start(args, variables)
     wait_until(lambda: num_lines(run_dir / "metrics.jsonl") >= 2, process)
@@ -236,7 +337,9 @@ def test_saves_and_resumes_in_a_container(tmp_path: Path, slurm: Programs) -> No
 
     slurm.add("docker", "command = args[args.index('megapoly:cpu') + 1:]\n" + EXEC)
     launch = ["bash", str(ROOT / "docker/launch.sh"), "--gpus", "none", "--nproc-per-node", "1"]
-    launch += ["--runs", str(tmp_path), "--mount", f"{tmp_path}/runs:{tmp_path}/runs", *script]
+    cache = shared_cache().name
+    launch += ["--runs", str(tmp_path), "--mount", f"{tmp_path}/runs:{tmp_path}/runs"]
+    launch += ["--mount", f"{cache}:{cache}", *script]
     last = str(stopped_at + 1)
     variables = {"OMP_NUM_THREADS": "1", "MEGAPOLY_STOPPED_STATUS": "75"}
     status, output = slurm.run([*launch, "--training.train_iters", last], variables)

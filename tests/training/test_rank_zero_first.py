@@ -201,6 +201,37 @@ def test_one_process_builds_on_each_disk(tmp_path, disks, builders):
         assert theirs == {attempt.name.removeprefix("attempt-")}
 
 
+def asked(ranks_per_host: int) -> tuple[str, list[str], list[str]]:
+    """Ask hosts; return what rank 0 told, the answers, and the questions that this rank had."""
+    rank, questions = int(os.environ["RANK"]), []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return "" if rank == 2 else f"{question} {rank}"
+
+    with rank_zero_first(ranks_per_host=ranks_per_host) as order:
+        told = order.told("tell", lambda: f"by {rank}")
+        answers = order.ask_hosts("ask", lambda: f"of {rank}", answer)
+        assert order.ask_hosts("ask again", lambda: "", lambda question: question) == []
+    return told, sorted(answers), questions
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_host", "answers", "of_ranks"),
+    [
+        (2, ["of 0 4"], [2, 4]),
+        (1, [f"of 0 {rank}" for rank in (1, 3, 4)], [1, 2, 3, 4]),
+        (5, [], []),
+    ],
+)
+def test_the_first_process_of_every_other_host_is_asked(ranks_per_host, answers, of_ranks):
+    results = run_on_ranks(asked, 5, ranks_per_host)
+    for rank, (told, found, questions) in enumerate(results):
+        assert told == "by 0"
+        assert found == (answers if rank == 0 else [])
+        assert questions == (["of 0"] if rank in of_ranks else [])
+
+
 def with_other_files() -> tuple[str, str]:
     rank = int(os.environ["RANK"])
     try:
