@@ -72,7 +72,7 @@ class Holder:
     def command(self) -> str:
         """How to end it, as a part of a sentence."""
         if self.slurm_job is not None:
-            return f"`scancel {self.slurm_job}`"
+            return f"`scancel --batch --signal TERM {self.slurm_job}`: it saves first"
         if self.pod is not None:
             where = "" if self.namespace is None else f"-n {self.namespace} "
             if self.jobset is not None:

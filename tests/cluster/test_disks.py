@@ -39,8 +39,7 @@ wait
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """The folder of a run: on the disk of node-a; node-b may have its own under the same path."""
-    if os.geteuid() != 0:
-        pytest.skip(f"mount namespaces need root, and this is user {os.geteuid()}")
+    assert os.geteuid() == 0, f"mount namespaces need root, and this is user {os.geteuid()}"
     for program in ("ip", "unshare"):
         assert shutil.which(program), f"{program} is missing: apt-get install iproute2 util-linux"
     for name in ("run", "disk-of-b"):

@@ -79,11 +79,15 @@ def test_a_holder_that_is_not_named_is_still_refused(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "holder", "command"),
     [
-        ({"SLURM_JOB_ID": "1234"}, "Slurm job 1234, started", "(`scancel 1234`)"),
+        (
+            {"SLURM_JOB_ID": "1234"},
+            "Slurm job 1234, started",
+            "(`scancel --batch --signal TERM 1234`: it saves first)",
+        ),
         (
             {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": "97", "SLURM_ARRAY_TASK_ID": "3"},
             "Slurm job 97_3, started",
-            "(`scancel 97_3`)",
+            "(`scancel --batch --signal TERM 97_3`: it saves first)",
         ),
         (
             {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "POD_NAME": "llama-0-x7k2"},
