@@ -7,8 +7,9 @@
 # make test       the CPU test suite
 # make test-slow  checks that take minutes each: the wheel in an empty environment, two hosts, ...
 # make test-parallel   every kind of parallel layout and their combinations, on up to 8 processes
-# make test-cluster    Slurm itself and hosts that are lost, on network namespaces of this machine; needs
-#                 root and packages, on Debian: apt-get install slurm-wlm munge iproute2 util-linux
+# make test-cluster    Slurm itself and hosts that are lost, on network namespaces of this machine, and
+#                 Prometheus's alerts; needs root and packages, on Debian:
+#                 apt-get install slurm-wlm munge iproute2 util-linux prometheus
 # make check      lint, format, types and import order of the code; Dockerfiles, shell scripts, the
 #                 documentation
 # make docs       the documentation, in runs/site

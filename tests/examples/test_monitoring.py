@@ -15,9 +15,6 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "monitoring"
 NAMES = {metric.name for metric in METRICS}
 LABELS = {"run", "host", "state", "set", "task", "layout", "version", "slurm_job_id", "pod"}
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="Debian's package prometheus has promtool"
-)
 
 
 def expressions_of_dashboard():
@@ -84,8 +81,7 @@ def test_the_dashboard_takes_its_data_source_from_a_variable():
     assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24  # no two overlap
 
 
-@pytest.mark.slow
-@needs_promtool
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -94,6 +90,7 @@ def test_the_dashboard_takes_its_data_source_from_a_variable():
     ],
 )
 def test_promtool_accepts_the_alerts_and_they_fire(arguments):
+    assert shutil.which("promtool"), "promtool is missing: apt-get install prometheus"
     done = subprocess.run(
         ["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -14,6 +14,8 @@ EXTRA_USES = {
     "eval": "megapoly evaluate, benchmarks during training",
     "data": "megapoly preprocess",
     "report": "megapoly report and compare, figures of analyze and theory",
+    "s3": "URLs of s3://",
+    "watch": "logging.export: Prometheus and OpenTelemetry",
 }
 
 
