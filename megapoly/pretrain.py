@@ -24,6 +24,7 @@ from megapoly.errors import (
 from megapoly.platform import extras, launcher
 from megapoly.platform.files import free_space, write_text
 from megapoly.platform.logs import configure_logging
+from megapoly.platform.output import train_on_without_output
 from megapoly.platform.processes import die_with_parent
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
     configure_logging(is_rank_zero=launcher.rank() == 0)
     try:
         config = configure(argv, default_recipe=default_recipe, program=program)
+        train_on_without_output()
         complete = pretrain(config, ends_process=True)
     except MegapolyError as error:
         # Once for each host: a file may be missing on one of them alone. A process alone may lack
@@ -87,9 +89,8 @@ def main(argv: Sequence[str], *, default_recipe: str | Path = DEFAULT_RECIPE, pr
         if getattr(error, "is_shown", False):  # by `shown_once`, with its stack trace
             return 1
         raise
-    status_file = os.environ.get(launcher.STATUS_FILE)
-    if is_first_of_host and status_file is not None:
-        Path(status_file).write_text(launcher.COMPLETE if complete else launcher.STOPPED)
+    if is_first_of_host:
+        launcher.tell_status(launcher.COMPLETE if complete else launcher.STOPPED)
     return 0
 
 

@@ -53,6 +53,7 @@ from megapoly.config.command_line import (
 from megapoly.config.ranges import MOST_PROCESSES, SEEDS_BELOW
 from megapoly.errors import ConfigError
 from megapoly.platform.logs import show_errors_only
+from megapoly.platform.output import train_on_without_output
 from megapoly.polynomial import DEFAULT_ORDER, ORDERS
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ def _compare(arguments: argparse.Namespace, overrides: Sequence[str], given: lis
         for name in study.names():
             console.print(name, highlight=False)
         return 0
+    train_on_without_output()
     command = shlex.join(["megapoly", "compare", *given])
     record = ComparisonRecord.of(study.output, command=command, config=arguments.config)
     chosen = study.run(record, console)

@@ -47,7 +47,13 @@ from megapoly.commands import ends_with_its_reader
 from megapoly.errors import MegapolyError
 from megapoly.platform import launcher
 from megapoly.platform.launcher import HUNG, JOIN_TIMEOUT, STATUS_FILE, STATUS_HUNG, STOPPED
-from megapoly.platform.processes import dying_with_this_process, ignore_stop_signals
+from megapoly.platform.output import train_on_without_output
+from megapoly.platform.processes import (
+    STOP_SIGNALS,
+    dying_with_this_process,
+    ignore_stop_signals,
+    outlives_its_terminal,
+)
 from megapoly.preflight.host_meeting import WaitingNotes
 from megapoly.preflight.hosts import added_options, check_options, num_hosts, wait_for_hosts
 
@@ -63,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run torchrun on the arguments; see the module for the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
+    train_on_without_output()
     try:
         launcher.restart_status(launcher.LOST_PEER)
         check_options(options)
@@ -90,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[STATUS_FILE] = str(status_file)
+        launcher.reserve_status(status_file)
         status = _run(status_file, arguments)
         if launcher.means_restart(status):
             return _restart(status, status_file)
@@ -135,7 +143,8 @@ def _let_workers_save(timeout_s: int) -> None:
 
 def _restart(status: int, status_file: Path) -> int:
     """Return the status that has the job started again, or 1 where that would not help."""
-    if reason := launcher.told_start(status_file):
+    is_request = status - 128 in STOP_SIGNALS  # before the first step: nothing has failed
+    if not is_request and (reason := launcher.told_start(status_file)):
         print(f"megapoly launch: {reason}", file=sys.stderr)
         return 1
     return launcher.restart_status(status)
@@ -144,10 +153,13 @@ def _restart(status: int, status_file: Path) -> int:
 def _starting_workers(notes: WaitingNotes | None) -> Callable[..., Any]:
     """Return what torchrun is to start a worker with; the worker ends with this process."""
     end_with_this, start_process = dying_with_this_process(), cast("Any", Popen)
+    has_nohup = outlives_its_terminal()
 
     def start(*args: Any, **kwargs: Any) -> Popen[Any]:
         if notes is not None:
             notes.end()
+        if has_nohup:  # torchrun has just given it a handler (pytorch/pytorch#67538)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return start_process(*args, preexec_fn=end_with_this, **kwargs)
 
     return start
@@ -207,7 +219,7 @@ def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
 
 
 def _says(status_file: Path, text: str) -> bool:
-    return status_file.exists() and status_file.read_text() == text
+    return launcher.told_status(status_file) == text
 
 
 if __name__ == "__main__":

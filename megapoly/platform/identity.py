@@ -44,7 +44,8 @@ def own_identity() -> ProcessIdentity | None:
 def is_gone(process: ProcessIdentity) -> bool | None:
     """Return whether a process has ended; None if it cannot be seen from here.
 
-    It cannot on another machine, after a restart of this one, and from another container.
+    It cannot on another machine, after a restart of this one, from another container, and by
+    another user where /proc hides processes (its option ``hidepid``).
     """
     here = own_identity()
     if here is None or here.boot_id != process.boot_id:
@@ -52,6 +53,8 @@ def is_gone(process: ProcessIdentity) -> bool | None:
     if here.pid_namespace != process.pid_namespace:
         return None
     stat = _stat(process.pid)
+    if stat is None and _exists(process.pid):
+        return None
     return stat is None or stat[0] in "ZX" or stat[1] != process.start_ticks
 
 
@@ -61,6 +64,16 @@ def current_boot() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _stat(pid: int) -> tuple[str, int] | None:

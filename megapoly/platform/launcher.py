@@ -6,6 +6,7 @@ job is one process, whatever the others say: clusters set them for other purpose
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,8 @@ COMPLETE, STOPPED, STATUS_HUNG = "complete", "stopped", "hung"
 # Beside it, a file that exists once the processes of the job have met. While starting the job again
 # would not help, it has the reason.
 _START_FILE = "start"
+# Beside it, blocks of the disk for the first one: /tmp may be full when the job ends.
+_ROOM_FILE, _ROOM_BYTES = "room", 16
 
 # Environment variable with the seconds that a process or host waits for the others of its job.
 JOIN_TIMEOUT = "MEGAPOLY_JOIN_TIMEOUT_S"
@@ -111,6 +114,43 @@ def restart_status(status: int) -> int:
             "job again`"
         )
     return int(text)
+
+
+def reserve_status(status_file: Path) -> None:
+    """Reserve room on the disk for what a process is to tell at the end of the job.
+
+    Args:
+        status_file: that the launcher names in ``MEGAPOLY_STATUS_FILE``.
+    """
+    with contextlib.suppress(OSError):
+        status_file.with_name(_ROOM_FILE).write_text(" " * _ROOM_BYTES)
+
+
+def tell_status(text: str) -> None:
+    """Tell the launcher of this host, if there is one, how the run has ended.
+
+    Args:
+        text: COMPLETE or STOPPED.
+    """
+    if STATUS_FILE not in os.environ:
+        return
+    status_file = Path(os.environ[STATUS_FILE])
+    room = status_file.with_name(_ROOM_FILE)
+    if not room.exists():
+        status_file.write_text(text)
+        return
+    with room.open("r+") as file:  # in place, which takes no block
+        file.write(text.ljust(_ROOM_BYTES))
+    room.replace(status_file)
+
+
+def told_status(status_file: Path) -> str | None:
+    """Return what :func:`tell_status` or a watcher has told; None if nothing.
+
+    Args:
+        status_file: that the launcher has named in ``MEGAPOLY_STATUS_FILE``.
+    """
+    return status_file.read_text().strip() if status_file.exists() else None
 
 
 def tell_start(reason: str = "") -> None:

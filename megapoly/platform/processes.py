@@ -53,6 +53,14 @@ def dying_with_this_process() -> Callable[[], None]:
     return functools.partial(die_with_parent, os.getpid())
 
 
+def outlives_its_terminal() -> bool:
+    """Return whether this process was started to ignore SIGHUP, as by ``nohup``.
+
+    To be asked before a handler is set.
+    """
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def ignore_stop_signals() -> None:
     """Let :data:`STOP_SIGNALS` have no effect, in a process that is about to end by itself.
 

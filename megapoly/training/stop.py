@@ -6,14 +6,19 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-from megapoly.platform.processes import STOP_SIGNALS, ignore_stop_signals
+from megapoly.platform.processes import (
+    STOP_SIGNALS,
+    ignore_stop_signals,
+    outlives_its_terminal,
+)
 
 
 class StopRequest:
     """Context in which SIGINT, SIGTERM and SIGHUP set a flag instead of ending the process.
 
     A second signal has no effect: torchrun forwards the signals that it receives to its workers,
-    and a terminal sends Ctrl-C to all of them, so that one request may arrive twice.
+    and a terminal sends Ctrl-C to all of them, so that one request may arrive twice. A process that
+    ignores SIGHUP, as under ``nohup``, goes on doing so.
 
     Args:
         ends_process: whether the process ends after the context. The signals then have no effect
@@ -27,7 +32,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if number != signal.SIGHUP or not outlives_its_terminal():
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(

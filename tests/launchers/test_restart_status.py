@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,8 @@ def ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tu
         ("signal9", "144", "", 144),
         ("5", None, "", 5),
         ("hung", "144", REASON, 1),
+        ("signal15", None, REASON, 143),
+        ("signal15", "144", REASON, 144),
         ("2", "144", REASON, 2),
     ],
 )
@@ -201,3 +204,34 @@ def test_a_folder_that_cannot_be_written_is_a_warning(run: Run, caplog) -> None:
     (run.folder / "starts.jsonl").mkdir()
     assert run.start() == ""
     assert "starts.jsonl cannot be read or written: Is a directory" in caplog.text
+
+
+NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+FULL_DISK = """
+import os, pathlib, sys
+from megapoly.platform import launcher
+status_file = pathlib.Path(os.environ[launcher.STATUS_FILE])
+launcher.reserve_status(status_file)
+try:
+    (status_file.parent / "other").write_bytes(bytes(1 << 20))
+except OSError as error:
+    print(error.strerror)
+launcher.tell_status(launcher.STOPPED)
+print(launcher.told_status(status_file))
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0,
+    reason="a disk of 64 kB needs a namespace with mounts of its own",
+)
+def test_a_stopped_job_says_so_on_a_full_disk(tmp_path: Path) -> None:
+    mount = 'mount -t tmpfs -o size=64k none "$1" && shift && exec "$@"'
+    program = [sys.executable, "-c", FULL_DISK]
+    result = subprocess.run(
+        [*NAMESPACE, "sh", "-c", mount, "sh", str(tmp_path), *program],
+        env=os.environ | {launcher.STATUS_FILE: str(tmp_path / "status")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == f"No space left on device\n{launcher.STOPPED}\n", result.stderr

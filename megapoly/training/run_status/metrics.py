@@ -6,6 +6,7 @@ Prometheus's text and OTLP have the same names, so that alerts and dashboards ho
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ Sample = tuple[Mapping[str, str], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, which has the labels ``run`` (its ``run_dir``) and ``host`` (rank 0's).
+    """A metric, which has the labels ``run`` (the path of its folder) and ``host`` (rank 0's).
 
     Args:
         name: as Prometheus has it.
@@ -29,9 +30,18 @@ class Metric:
     samples: Callable[[RunStatus], Iterable[Sample]]
 
 
+def run_label(status: RunStatus) -> str:
+    """Return the path of the run's folder, for its own process.
+
+    A relative one would be that of another user's run, too, and node_exporter shows neither of two
+    files with the same names and labels.
+    """
+    return os.path.abspath(status.run_dir)
+
+
 def samples_of(metric: Metric, status: RunStatus) -> Iterator[Sample]:
     """Yield the samples of a metric with all of their labels."""
-    common = {"run": status.run_dir, "host": status.host or ""}
+    common = {"run": run_label(status), "host": status.host or ""}
     for labels, value in metric.samples(status):
         yield {**common, **labels}, float(value)
 

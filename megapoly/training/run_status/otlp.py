@@ -19,7 +19,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from megapoly.training.run_status.metrics import METRICS, samples_of
+from megapoly.training.run_status.metrics import METRICS, run_label, samples_of
 from megapoly.training.run_status.record import RunStatus
 
 _TIMEOUT_S = 3.0  # of one export with its retries: at the end, the job waits for the last one
@@ -58,7 +58,7 @@ class OtlpCollector:
         """
         points = [_metric(*each) for each in _points(status)]
         scope = ScopeMetrics(InstrumentationScope(_SCOPE), points, "")
-        resource = Resource({"service.name": _SCOPE, "service.instance.id": status.run_dir})
+        resource = Resource({"service.name": _SCOPE, "service.instance.id": run_label(status)})
         result = self._exporter.export(MetricsData([ResourceMetrics(resource, [scope], "")]))
         if result is not MetricExportResult.SUCCESS:
             self._num_dropped += sum(len(each.data.data_points) for each in points)
@@ -83,7 +83,7 @@ class _Reason(logging.Handler):
     text = "it does not take them"
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = " ".join(record.getMessage().split())[:_MOST_OF_A_REASON]
+        self.text = " ".join(record.getMessage().split())[:_MOST_OF_A_REASON].rstrip(".")
 
 
 def _points(status: RunStatus) -> Iterator[tuple[str, str, list[NumberDataPoint]]]:
