@@ -160,7 +160,8 @@ def tell_start(reason: str = "") -> None:
         reason: why starting the job again would not help, a sentence; empty: it would.
     """
     if STATUS_FILE in os.environ:
-        Path(os.environ[STATUS_FILE]).with_name(_START_FILE).write_text(reason)
+        with contextlib.suppress(OSError):  # a full /tmp, which is to end no run
+            Path(os.environ[STATUS_FILE]).with_name(_START_FILE).write_text(reason)
 
 
 def told_start(status_file: Path) -> str | None:

@@ -42,11 +42,13 @@ def health_of(status: RunStatus, now: float) -> Health:
     where = f"process {status.pid} on {status.host}"
     doing = "starting" if not status.phase else _doing(status)
     if status.process is not None and is_gone(status.process):
+        # Until it trains, a request to stop ends it like any other program.
+        how = "stopped or killed" if status.state == "starting" else "killed"
         return Health(
             False,
             DEAD,
-            f"ended without a word while {doing}: {where} was killed, as for memory, or failed "
-            "too hard to say so; start the same command again, it resumes",
+            f"ended without a word while {doing}: {where} was {how}, as for memory, or failed too "
+            "hard to say so; start the same command again, it resumes",
         )
     late_s = 0.0 if status.expected_by is None else now - status.expected_by
     if late_s > CLOCK_SKEW_S:
