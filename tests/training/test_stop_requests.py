@@ -108,7 +108,8 @@ def test_a_launcher_under_nohup_and_its_workers_survive_the_terminal(tmp_path: P
     (tmp_path / "job.py").write_text(IGNORED)
     launch_job = ["-m", "megapoly", "launch", "--standalone", str(tmp_path / "job.py")]
     for prefix, expected in (["nohup"], "ignored\nignored\n"), ([], "not ignored\n" * 2):
-        command = [*prefix, sys.executable, *launch_job]
+        # The tests themselves may have been started by nohup.
+        command = ["env", "--default-signal=HUP", *prefix, sys.executable, *launch_job]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert (result.returncode, result.stdout) == (0, expected)
 
