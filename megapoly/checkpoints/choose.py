@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +181,23 @@ def _verify(folder: Path, ranks: Ranks) -> Verdict:
 def _state_of_files(folder: Path) -> tuple[object, ...]:
     """Return name, size and time of all files."""
     state: list[object] = [str(folder.absolute())]
+    for path, found in _files(folder):
+        if found is None:
+            state.append((path, None))
+        else:
+            state.append((path, found.st_ino, found.st_size, found.st_mtime_ns))
+    return tuple(state)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the files below a folder, each with what the system says of it, if it does."""
     for inner, _, names in os.walk(folder):
         for name in sorted(names):
             path = os.path.join(inner, name)
             try:
-                found = os.stat(path)
-                state.append((path, found.st_ino, found.st_size, found.st_mtime_ns))
+                yield path, os.stat(path)
             except OSError:
-                state.append((path, None))
-    return tuple(state)
+                yield path, None
 
 
 def _newest_whole(
@@ -247,13 +255,11 @@ def _unseen(folder: Path, ranks: Ranks) -> str:
 
 def _sizes(folder: Path) -> list[tuple[str, int]]:
     """Return name and size in bytes of the files of a checkpoint that can be seen."""
-    sizes = []
-    for inner, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(inner, name)
-            with suppress(OSError):
-                sizes.append((os.path.relpath(path, folder), os.stat(path).st_size))
-    return sizes
+    return [
+        (os.path.relpath(path, folder), found.st_size)
+        for path, found in _files(folder)
+        if found is not None
+    ]
 
 
 def _all_damaged(run_dir: Path, damaged: dict[Path, Verdict]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megapoly.errors import (
@@ -181,6 +182,17 @@ def scheduler_job() -> str | None:
     JobSet keeps its UID when it starts its pods again, and its name also when it is made anew.
     """
     return slurm_job() or os.environ.get("JOBSET_UID") or os.environ.get("JOBSET_NAME")
+
+
+def kubernetes_pod(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the name of the Kubernetes pod that this process is in, or None in none.
+
+    The host's name is the pod's, unless the pod sets another one, as those of a JobSet do, and
+    gives its own in POD_NAME.
+    """
+    if "KUBERNETES_SERVICE_HOST" not in environ:
+        return None
+    return environ.get("POD_NAME") or socket.gethostname()
 
 
 def slurm_job() -> str | None:

@@ -158,10 +158,8 @@ def _warn(run_dir: Path, reason: str) -> None:
 
 
 def _this_job() -> Holder:
-    pod = namespace = None
-    if "KUBERNETES_SERVICE_HOST" in os.environ:
-        # The host's name is the pod's, unless the pod sets another one, as those of a JobSet do.
-        pod = os.environ.get("POD_NAME", socket.gethostname())
+    pod, namespace = launcher.kubernetes_pod(), None
+    if pod is not None:
         with suppress(OSError):
             namespace = _NAMESPACE.read_text().strip() or None
     return Holder(

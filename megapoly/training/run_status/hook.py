@@ -9,7 +9,12 @@ from typing import Any
 from megapoly.platform.json_lines import last_record
 from megapoly.training.hooks import CheckpointHook, Hook, StepRecord
 from megapoly.training.reporter import Reporter
-from megapoly.training.run_status.folders import newest_checkpoint, saved_checkpoint, values_of
+from megapoly.training.run_status.folders import (
+    METRICS,
+    newest_checkpoint,
+    saved_checkpoint,
+    values_of,
+)
 from megapoly.training.run_status.recorder import StatusRecorder
 from megapoly.training.state import TrainState
 
@@ -38,7 +43,7 @@ class StatusHook(Hook):
         recorder.show = reporter.message
         recorder.change(
             train_iters=state.train_iters,
-            **values_of(last_record(run_dir / "metrics.jsonl")),
+            **values_of(last_record(run_dir / METRICS)),
             **self._position(),
         )
         recorder.follow(self._checkpoint)

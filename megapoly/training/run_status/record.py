@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from megapoly.platform import launcher
 from megapoly.platform.files import replace_text
 from megapoly.platform.identity import ProcessIdentity, own_identity
 
@@ -231,8 +232,8 @@ def job_identity(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         "namespace": "POD_NAMESPACE",
     }
     found = {name: environ[key] for name, key in names.items() if environ.get(key)}
-    if "KUBERNETES_SERVICE_HOST" in environ:  # the name of a pod is its host's, unless that is set
-        found.setdefault("pod", socket.gethostname())
+    if (pod := launcher.kubernetes_pod(environ)) is not None:
+        found["pod"] = pod
     return found
 
 

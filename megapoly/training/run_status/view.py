@@ -54,16 +54,16 @@ def _shortened(run: Watched, longest: int) -> str:
 def _table(runs: Sequence[Watched], width: int) -> Table:
     """Return the table with the columns for which there is room."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in _fitting(runs, width):
+    columns = _fitting(runs, width)
+    for column in columns:
         table.add_column(
             column.title,
             justify="right" if column.is_number else "left",
             no_wrap=True,
             overflow="ellipsis",
-            ratio=None,
         )
     for run in runs:
-        table.add_row(*(_cell(column, run) for column in _fitting(runs, width)))
+        table.add_row(*(_cell(column, run) for column in columns))
     return table
 
 
@@ -135,7 +135,7 @@ def _details(run: Watched) -> list[tuple[str, str]]:
         ("loss", _joined(parts)),
         ("tasks", _joined([_named(name, score, ".1f") for name, score in status.tasks.items()])),
         ("speed", _joined(speed)),
-        ("tokens", number(status.consumed_tokens, ",d", "")),
+        ("tokens", number(status.consumed_tokens, ",d")),
         ("optimizer", _joined(optimizer)),
         ("checkpoint", _checkpoint(run)),
         ("job", _joined(job)),
