@@ -70,16 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
     train_on_without_output()
-    try:
-        launcher.restart_status(launcher.LOST_PEER)
-        check_options(options)
-        arguments = [*added_options(options), *arguments]
-        store = wait_for_hosts(options)  # torchrun finds it by its port
-    except MegapolyError as error:
-        print(f"megapoly launch: {error}", file=sys.stderr)
-        return 2
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault(_SHUTDOWN_TIMEOUT, _SHUTDOWN_TIMEOUT_S)
     stopped_status = os.environ.get(STOPPED_STATUS, "0")
     if not (stopped_status.isdecimal() and int(stopped_status) <= 255):
         print(
@@ -88,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    try:
+        launcher.restart_status(launcher.LOST_PEER)  # before a wait for other hosts, too
+        check_options(options)
+        arguments = [*added_options(options), *arguments]
+        store = wait_for_hosts(options)  # torchrun finds it by its port
+    except MegapolyError as error:
+        print(f"megapoly launch: {error}", file=sys.stderr)
+        return 2
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault(_SHUTDOWN_TIMEOUT, _SHUTDOWN_TIMEOUT_S)
     _let_workers_save(int(os.environ[_SHUTDOWN_TIMEOUT]))
     notes = None
     if store is None and num_hosts(options) > 1:
